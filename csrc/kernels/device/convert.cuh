@@ -1,0 +1,59 @@
+// Between float, in which everything is computed, and the types that memory and tensor cores hold.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "common.cuh"
+
+namespace movq {
+
+MOVQ_DEVICE float to_float(float v) { return v; }
+MOVQ_DEVICE float to_float(__half v) { return __half2float(v); }
+MOVQ_DEVICE float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+// Rounds to nearest, ties to even.
+template <class T> MOVQ_DEVICE T from_float(float v);
+template <> MOVQ_DEVICE float from_float<float>(float v) { return v; }
+template <> MOVQ_DEVICE __half from_float<__half>(float v) { return __float2half_rn(v); }
+template <> MOVQ_DEVICE __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+
+template <class T, int N>
+MOVQ_DEVICE Vec<float, N> to_float(const Vec<T, N>& v) {
+  Vec<float, N> r;
+#pragma unroll
+  for (int i = 0; i < N; ++i) r[i] = to_float(v[i]);
+  return r;
+}
+
+template <class T, int N>
+MOVQ_DEVICE Vec<T, N> from_float(const Vec<float, N>& v) {
+  Vec<T, N> r;
+#pragma unroll
+  for (int i = 0; i < N; ++i) r[i] = from_float<T>(v[i]);
+  return r;
+}
+
+// Two 16-bit values in one register, the first in the low half: the operands of mma.
+template <class T> MOVQ_DEVICE uint32_t pack(float low, float high);
+template <> MOVQ_DEVICE uint32_t pack<__half>(float low, float high) {
+  union { __half2 pair; uint32_t bits; } u = {__floats2half2_rn(low, high)};
+  return u.bits;
+}
+template <> MOVQ_DEVICE uint32_t pack<__nv_bfloat16>(float low, float high) {
+  union { __nv_bfloat162 pair; uint32_t bits; } u = {__floats2bfloat162_rn(low, high)};
+  return u.bits;
+}
+
+// The nearest tf32 (10 bits of mantissa), ties away from zero, as the bits mma takes.
+MOVQ_DEVICE uint32_t to_tf32(float v) {
+  uint32_t bits;
+#ifdef MOVQ_EMULATOR
+  bits = emu::to_tf32(v);
+#else
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
+#endif
+  return bits;
+}
+
+}  // namespace movq

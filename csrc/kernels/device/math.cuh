@@ -1,0 +1,19 @@
+// Fast approximations that CUDA C++ has no function for.
+#pragma once
+
+#include "common.cuh"
+
+namespace movq {
+
+// 2^x within 2 ulp; -inf gives 0.
+MOVQ_DEVICE float fast_exp2(float x) {
+#ifdef MOVQ_EMULATOR
+  return exp2f(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+}  // namespace movq
