@@ -19,8 +19,10 @@ __global__ void __launch_bounds__(128) halves(const T* in, T* out, float* sums, 
   const Shared<Moments> moments(scratch.end(), 4);
   const unsigned i = threadIdx.x * 8;
   cp_async<8>(tile, i, in + i, i < 512);
+  cp_async_commit();
+  cp_async_wait<0>();
   cp_async<4>(tile, i, in + i);
-  cp_async<2>(tile, i, in + i);
+  cp_async<2>(tile, i + 4, in + i + 4);
   cp_async_commit();
   cp_async_wait<0>();
   __syncthreads();

@@ -1,0 +1,68 @@
+// What an emulated kernel calls. The functions are in ../runtime; the device headers of csrc/kernels call them where they
+// would otherwise hold PTX, and the shims beside this file where they would be CUDA built-ins.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+struct uint2 { unsigned x, y; };
+struct uint3 { unsigned x, y, z; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace emu {
+
+// threadIdx and its kin, of the thread that runs now.
+struct Builtins {
+  uint3 thread, block;
+  dim3 block_size, grid_size;
+};
+extern Builtins* builtins;
+
+// launch.cuh
+struct Shape {
+  dim3 grid, block;
+  size_t shared_bytes;
+  unsigned cluster;
+  bool cooperative;
+};
+void launch(const char* kernel, const Shape& shape, const std::function<void()>& body);
+int resident_blocks(int threads, size_t shared_bytes);
+int multiprocessors();
+
+// Barriers. `line` is the caller's, to tell one barrier from another.
+void block_sync(int line);
+enum class Vote { kOr, kAnd, kCount };
+int block_vote(Vote vote, int predicate, int line);
+void cluster_sync();
+void grid_sync();
+unsigned cluster_rank();
+unsigned cluster_size();
+
+// Memory
+void global_read(const void* from, void* to, int bytes);
+void global_write(void* to, const void* from, int bytes);
+unsigned global_atomic_add(unsigned* p, unsigned value);
+void check_view(unsigned first, unsigned elements, unsigned count);
+void shared_read(unsigned address, void* to, int bytes);
+void shared_write(unsigned address, const void* from, int bytes);
+void cluster_read(unsigned address, unsigned rank, void* to, int bytes);
+void cp_async(unsigned to, const void* from, int bytes, bool valid);
+void cp_async_commit();
+void cp_async_wait(int pending);
+
+// What the lanes of a warp do together
+void warp_sync(unsigned mask);
+enum class Shuffle { kIndex, kUp, kDown, kXor };
+void shuffle(unsigned mask, Shuffle mode, void* value, int bytes, int argument, int width);
+unsigned ballot(unsigned mask, bool predicate);
+void ldmatrix(uint32_t* registers, int count, bool transposed, unsigned row_address);
+void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, bool is_half);
+void mma_m16n8k8_tf32(float* d, const uint32_t* a, const uint32_t* b);
+uint32_t to_tf32(float v);
+
+}  // namespace emu

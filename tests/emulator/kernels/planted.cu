@@ -1,0 +1,232 @@
+// Kernels with one bug each, and the same kernels without it: test_emulator.py shows that each bug is reported and that the sound
+// twin is not. `bug` turns the bug on.
+#include "device/cluster.cuh"
+#include "device/cp_async.cuh"
+#include "device/grid.cuh"
+#include "device/launch.cuh"
+#include "device/ldmatrix.cuh"
+#include "device/memory.cuh"
+#include "device/mma.cuh"
+#include "device/reduce.cuh"
+#include "export.h"
+
+using namespace movq;
+
+// y[i] = x[n - 1 - i], through shared memory.
+__global__ void missing_barrier(const float* x, float* y, bool bug) {
+  const Shared<float> tile(0, blockDim.x);
+  tile.store(threadIdx.x, load(x + threadIdx.x));
+  if (!bug) __syncthreads();
+  store(y + threadIdx.x, tile.load(blockDim.x - 1 - threadIdx.x));
+}
+EXPORT(missing_barrier, const float* x, float* y, int n, bool bug) {
+  launch(::missing_barrier, "missing_barrier", Launch{1, n, n * 4u}, nullptr, x, y, bug);
+}
+
+// A second round overwrites what others may still read.
+__global__ void missing_second_barrier(const float* x, float* y, bool bug) {
+  const Shared<float> tile(0, blockDim.x);
+  for (int round = 0; round < 2; ++round) {
+    if (!bug && round) __syncthreads();
+    tile.store(threadIdx.x, load(x + threadIdx.x) + round);
+    __syncthreads();
+    store(y + threadIdx.x, tile.load((threadIdx.x + 1) % blockDim.x));
+  }
+}
+EXPORT(missing_second_barrier, const float* x, float* y, int n, bool bug) {
+  launch(::missing_second_barrier, "missing_second_barrier", Launch{1, n, n * 4u}, nullptr, x, y, bug);
+}
+
+// Within a warp, a shuffle is no barrier and __syncwarp is.
+__global__ void missing_syncwarp(const float* x, float* y, bool bug) {
+  const Shared<float> tile(0, kWarp);
+  tile.store(lane_id(), load(x + lane_id()));
+  if (!bug) __syncwarp();
+  const float next = tile.load((lane_id() + 1) % kWarp);
+  store(y + lane_id(), __shfl_xor_sync(kFullWarp, next, 1));
+}
+EXPORT(missing_syncwarp, const float* x, float* y, bool bug) {
+  launch(::missing_syncwarp, "missing_syncwarp", Launch{1, kWarp, 128}, nullptr, x, y, bug);
+}
+
+// Every thread writes the same word.
+__global__ void write_race(float* y, bool bug) {
+  const Shared<float> word(0, 1);
+  if (bug || threadIdx.x == 0) word.store(0, float(threadIdx.x));
+  __syncthreads();
+  store(y + threadIdx.x, word.load(0));
+}
+EXPORT(write_race, float* y, int n, bool bug) { launch(::write_race, "write_race", Launch{1, n, 4}, nullptr, y, bug); }
+
+__global__ void global_bounds(const float* x, float* y, int n, bool bug) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (bug || i < n) store(y + i, load(x + (i < n ? i : 0)));
+}
+EXPORT(global_bounds, const float* x, float* y, int n, bool bug) {
+  launch(::global_bounds, "global_bounds", Launch{ceil_div(n, 64), 64}, nullptr, x, y, n, bug);
+}
+
+__global__ void global_read_before(const float* x, float* y, bool bug) {
+  store(y + threadIdx.x, load(x + int(threadIdx.x) - (bug ? 1 : 0)));
+}
+EXPORT(global_read_before, const float* x, float* y, int n, bool bug) {
+  launch(::global_read_before, "global_read_before", Launch{1, n}, nullptr, x, y, bug);
+}
+
+__global__ void writes_const(const float* x, bool bug) {
+  if (bug) store(const_cast<float*>(x), 0.f);
+}
+EXPORT(writes_const, const float* x, bool bug) { launch(::writes_const, "writes_const", Launch{1, 1}, nullptr, x, bug); }
+
+__global__ void raw_pointer(const float* x, float* y, bool bug) { store(y, bug ? *x : load(x)); }
+EXPORT(raw_pointer, const float* x, float* y, bool bug) { launch(::raw_pointer, "raw_pointer", Launch{1, 1}, nullptr, x, y, bug); }
+
+__global__ void misaligned(const float* x, float* y, bool bug) { store(y, load_vec<4>(x + (bug ? 1 : 0))[0]); }
+EXPORT(misaligned, const float* x, float* y, bool bug) { launch(::misaligned, "misaligned", Launch{1, 1}, nullptr, x, y, bug); }
+
+__global__ void misaligned_shared(float* y, bool bug) {
+  const Shared<float> tile(0, 8);
+  for (int i = 0; i < 8; ++i) tile.store(i, float(i));
+  store(y, tile.load_vec<4>(bug ? 1 : 4)[0]);
+}
+EXPORT(misaligned_shared, float* y, bool bug) { launch(::misaligned_shared, "misaligned_shared", Launch{1, 1, 32}, nullptr, y, bug); }
+
+// Past the view, though inside the block's memory; then past that too.
+__global__ void shared_view(float* y, bool bug) {
+  const Shared<float> mine(0, 4), other(mine.end(), 4);
+  other.store(0, 1.f);
+  store(y, bug ? mine.load(4) : other.load(0));
+}
+EXPORT(shared_view, float* y, bool bug) { launch(::shared_view, "shared_view", Launch{1, 1, 32}, nullptr, y, bug); }
+
+__global__ void shared_bounds(float* y, bool bug) {
+  const Shared<float> tile(0, 8);
+  tile.store(bug ? 4 : 3, 1.f);
+  store(y, 1.f);
+}
+EXPORT(shared_bounds, float* y, bool bug) { launch(::shared_bounds, "shared_bounds", Launch{1, 1, 16}, nullptr, y, bug); }
+
+__global__ void unwritten_shared(float* y, bool bug) {
+  const Shared<float> tile(0, 2);
+  tile.store(0, 1.f);
+  store(y, tile.load(bug ? 1 : 0));
+}
+EXPORT(unwritten_shared, float* y, bool bug) { launch(::unwritten_shared, "unwritten_shared", Launch{1, 1, 8}, nullptr, y, bug); }
+
+// bug 1: no wait. 2: waits for one group too few. 3: reads another thread's copy after the wait but before the barrier.
+__global__ void async_copy(const float* x, float* y, int bug) {
+  const Shared<float> tile(0, 8 * blockDim.x);
+  const int i = threadIdx.x * 4, half = 4 * blockDim.x;
+  cp_async<4>(tile, i, x + i);
+  cp_async_commit();
+  cp_async<4>(tile, half + i, x + half + i);
+  cp_async_commit();
+  if (bug == 2) cp_async_wait<1>();
+  else if (bug != 1) cp_async_wait<0>();
+  if (bug != 3) __syncthreads();
+  const int next = (i + 4) % half;
+  store_vec(y + next, tile.load_vec<4>(next));
+  store_vec(y + half + next, tile.load_vec<4>(half + next));
+}
+EXPORT(async_copy, const float* x, float* y, int threads, int bug) {
+  launch(::async_copy, "async_copy", Launch{1, threads, threads * 32u}, nullptr, x, y, bug);
+}
+
+// The next stage is copied over one that others still read.
+__global__ void async_overwrite(const float* x, float* y, bool bug) {
+  const Shared<float> tile(0, 4 * blockDim.x);
+  const int i = threadIdx.x * 4, all = 4 * blockDim.x;
+  for (int stage = 0; stage < 2; ++stage) {
+    cp_async<4>(tile, i, x + stage * all + i);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    store_vec(y + stage * all + i, tile.load_vec<4>((i + 4) % all));
+    if (!bug) __syncthreads();
+  }
+}
+EXPORT(async_overwrite, const float* x, float* y, int threads, bool bug) {
+  launch(::async_overwrite, "async_overwrite", Launch{1, threads, threads * 16u}, nullptr, x, y, bug);
+}
+
+// bug 1: half the block takes no part. 2: the halves meet at two different barriers. 3: some threads return first.
+__global__ void divergent_barrier(float* y, int bug) {
+  const bool low = threadIdx.x < blockDim.x / 2;
+  if (bug == 3 && low) return;
+  if (bug == 2 && low) {
+    __syncthreads();
+  } else if (bug != 1 || low) {
+    __syncthreads();
+  }
+  store(y + threadIdx.x, 1.f);
+}
+EXPORT(divergent_barrier, float* y, int n, int bug) { launch(::divergent_barrier, "divergent_barrier", Launch{1, n}, nullptr, y, bug); }
+
+// bug 1: lanes that the mask names stay away. 2: lanes of one mask are at different instructions.
+__global__ void divergent_shuffle(float* y, int bug) {
+  float v = lane_id();
+  if (bug == 0 || lane_id() < 16) v = __shfl_xor_sync(kFullWarp, v, 1);
+  else if (bug == 2) v = __shfl_down_sync(kFullWarp, v, 1);
+  store(y + threadIdx.x, v);
+}
+EXPORT(divergent_shuffle, float* y, int bug) { launch(::divergent_shuffle, "divergent_shuffle", Launch{1, 32}, nullptr, y, bug); }
+
+// bug 1: reads before the cluster has met. 2: ends while it may be read.
+__global__ void cluster_barriers(float* y, int bug) {
+  const Shared<float> mine(0, 1);
+  mine.store(0, float(blockIdx.x));
+  if (bug != 1) cluster_sync();
+  store(y + blockIdx.x, cluster_load(mine, 0, cluster_rank() ^ 1));
+  if (bug != 2) cluster_sync();
+}
+EXPORT(cluster_barriers, float* y, int blocks, int bug) {
+  launch(::cluster_barriers, "cluster_barriers", Launch{blocks, 1, 4, 2}, nullptr, y, bug);
+}
+
+// Blocks do not run in order: what one leaves in global memory for the next depends on the schedule.
+__global__ void order_of_blocks(float* y, bool bug) {
+  if (bug) store(y, load(y) * 2 + blockIdx.x);
+}
+EXPORT(order_of_blocks, float* y, bool bug) { launch(::order_of_blocks, "order_of_blocks", Launch{8, 1}, nullptr, y, bug); }
+
+__global__ void local_array(const int* index, float* y) {
+  float values[4] = {1, 2, 3, 4};
+  float* p = values;
+  asm volatile("" : "+r"(p));  // an index that no compiler can see through
+  store(y, p[load(index)]);
+}
+EXPORT(local_array, const int* index, float* y) { launch(::local_array, "local_array", Launch{1, 1}, nullptr, index, y); }
+
+__global__ void overflow(const int* x, int* y) { store(y, load(x) * 65536); }
+EXPORT(overflow, const int* x, int* y) { launch(::overflow, "overflow", Launch{1, 1}, nullptr, x, y); }
+
+// One 16x16 by 16x8 product; the bug takes a's lower rows for its right columns.
+__global__ void fragment(const __half* a, const __half* b, float* d, bool bug) {
+  const int row = lane_id() / 4, pair = lane_id() % 4 * 2;
+  auto two = [](__half low, __half high) { return pack<__half>(to_float(low), to_float(high)); };
+  auto a_at = [&](int r, int c) { return two(load(a + r * 16 + c), load(a + r * 16 + c + 1)); };
+  auto b_at = [&](int r) { return two(load(b + r * 8 + row), load(b + (r + 1) * 8 + row)); };
+  uint32_t fa[4] = {a_at(row, pair), a_at(row + 8, pair), a_at(row, pair + 8), a_at(row + 8, pair + 8)};
+  if (bug) {
+    const uint32_t swapped = fa[1];
+    fa[1] = fa[2];
+    fa[2] = swapped;
+  }
+  const uint32_t fb[2] = {b_at(pair), b_at(pair + 8)};
+  float fd[4] = {};
+  mma_m16n8k16<__half>(fd, fa, fb);
+  for (int i = 0; i < 4; ++i) store(d + (row + i / 2 * 8) * 8 + pair + i % 2, fd[i]);
+}
+EXPORT(fragment, const void* a, const void* b, float* d, bool bug) {
+  launch(::fragment, "fragment", Launch{1, 32}, nullptr, static_cast<const __half*>(a), static_cast<const __half*>(b), d, bug);
+}
+
+__global__ void spin(float* y) {
+  while (load(y) != 1.f) {}
+}
+EXPORT(spin, float* y) { launch(::spin, "spin", Launch{1, 1}, nullptr, y); }
+
+__global__ void nothing() {}
+EXPORT(shape, int grid, int threads, int64_t shared_bytes, int cluster, bool cooperative) {
+  launch(nothing, "nothing", Launch{grid, threads, size_t(shared_bytes), unsigned(cluster), cooperative}, nullptr);
+}

@@ -1,0 +1,90 @@
+// What Python calls (../worker.py): set up a call, pass it buffers, read back what it did.
+#include <cstdlib>
+#include <cstring>
+#include <sanitizer/asan_interface.h>
+#include <sstream>
+
+#include "machine.h"
+
+namespace emu {
+
+void set_error(const char* message) { machine.error = message; }
+
+static void put(std::ostream& out, const Counters& c) {
+  out << "\"read_bytes\":" << c.read_bytes << ",\"written_bytes\":" << c.written_bytes << ",\"read_sectors\":" << c.read_sectors
+      << ",\"written_sectors\":" << c.written_sectors << ",\"read_requests\":" << c.read_requests
+      << ",\"write_requests\":" << c.write_requests << ",\"shared_requests\":" << c.shared_requests
+      << ",\"shared_wavefronts\":" << c.shared_wavefronts << ",\"bank_conflicts\":" << c.bank_conflicts
+      << ",\"worst_ways\":" << c.worst_ways << ",\"mma\":" << c.mma;
+}
+
+static void put(std::ostream& out, const dim3& d) { out << "[" << d.x << "," << d.y << "," << d.z << "]"; }
+
+extern "C" {
+
+void emu_begin(uint64_t seed, int multiprocessors) {
+  for (Buffer& b : machine.buffers) {
+    ASAN_UNPOISON_MEMORY_REGION(b.allocation, b.allocated);
+    std::free(b.allocation);
+  }
+  machine.buffers.clear();
+  machine.launches.clear();
+  machine.error.clear();
+  machine.seed = seed;
+  machine.random.seed(seed);
+  machine.multiprocessors = multiprocessors;
+}
+
+// Device memory that begins `offset` bytes behind a multiple of 256, as the device's allocator aligns.
+void* emu_buffer(const char* name, const void* data, size_t bytes, size_t offset, int writable) {
+  Buffer b;
+  b.name = name;
+  b.bytes = bytes;
+  b.allocated = (offset + bytes + 511) / 256 * 256;
+  b.allocation = std::aligned_alloc(256, b.allocated);
+  b.data = static_cast<char*>(b.allocation) + offset;
+  b.writable = writable;
+  std::memcpy(b.data, data, bytes);
+  ASAN_POISON_MEMORY_REGION(b.allocation, b.allocated);
+  machine.buffers.push_back(b);
+  return b.data;
+}
+
+void emu_read(int buffer, void* to) {
+  const Buffer& b = machine.buffers[buffer];
+  ASAN_UNPOISON_MEMORY_REGION(b.allocation, b.allocated);
+  std::memcpy(to, b.data, b.bytes);
+}
+
+const char* emu_error() { return machine.error.c_str(); }
+
+// As JSON.
+const char* emu_report() {
+  static std::string report;
+  std::ostringstream out;
+  out << "{\"launches\":[";
+  for (size_t i = 0; i < machine.launches.size(); ++i) {
+    const LaunchRecord& l = machine.launches[i];
+    out << (i ? "," : "") << "{\"kernel\":\"" << l.kernel << "\",\"grid\":";
+    put(out, l.shape.grid);
+    out << ",\"block\":";
+    put(out, l.shape.block);
+    out << ",\"shared_bytes\":" << l.shape.shared_bytes << ",\"cluster\":" << l.shape.cluster
+        << ",\"cooperative\":" << (l.shape.cooperative ? "true" : "false") << ",";
+    put(out, l.counters);
+    out << "}";
+  }
+  out << "],\"buffers\":[";
+  for (size_t i = 0; i < machine.buffers.size(); ++i) {
+    out << (i ? "," : "") << "{";
+    put(out, machine.buffers[i].counters);
+    out << "}";
+  }
+  out << "]}";
+  report = out.str();
+  return report.c_str();
+}
+
+}  // extern "C"
+
+}  // namespace emu

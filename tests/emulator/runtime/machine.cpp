@@ -1,0 +1,316 @@
+// Launches, scheduling and barriers.
+#include "machine.h"
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <stdexcept>
+#include <sys/mman.h>
+
+namespace emu {
+
+Machine machine;
+Builtins* builtins = nullptr;
+
+// --- Errors
+
+static std::string text(uint3 v) {
+  return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
+}
+
+static std::string place(const char* what, int line) {
+  return line ? std::string(what) + " in line " + std::to_string(line) : what;
+}
+
+std::string describe(const Thread& t) { return "block " + text(t.Builtins::block) + " thread " + text(t.thread); }
+
+void fail(const std::string& message) {
+  machine.failure = message + " [" + describe(*machine.running) + "]";
+  leave(machine.running->fiber, machine.host);
+}
+
+// --- Stacks, kept from launch to launch
+
+static struct Stacks {
+  std::vector<char*> chunks;
+  static constexpr size_t kPerChunk = 64;
+
+  char* at(size_t i) {
+    while (chunks.size() <= i / kPerChunk) {
+      void* p = mmap(nullptr, kPerChunk * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (p == MAP_FAILED) throw std::runtime_error("no memory for the stacks of so many threads at once");
+      chunks.push_back(static_cast<char*>(p));
+    }
+    return chunks[i / kPerChunk] + i % kPerChunk * kStackBytes;
+  }
+
+  void scrub_all() {
+    for (char* chunk : chunks) scrub(chunk, kPerChunk * kStackBytes);
+  }
+} stacks;
+
+// --- Scheduling: seed 0 runs threads and blocks in their order, every other seed shuffles both
+
+static Thread* next_thread() {
+  if (machine.ready.empty()) return nullptr;
+  if (machine.seed) std::swap(machine.ready.front(), machine.ready[machine.random() % machine.ready.size()]);
+  Thread* next = machine.ready.front();
+  machine.ready.pop_front();
+  return next;
+}
+
+static void run(Thread* t) {
+  machine.running = t;
+  builtins = t;
+}
+
+void wake(Thread* thread) { machine.ready.push_back(thread); }
+
+void suspend(const char* waits_at, int line) {
+  Thread* self = machine.running;
+  if (!stack_is_whole(self->fiber)) fail("stack overflow: the emulator's threads have 256 KB");
+  self->waits_at = waits_at;
+  self->waits_line = line;
+  Thread* next = next_thread();
+  if (next) run(next);
+  if (next != self) jump(self->fiber, next ? next->fiber : machine.host);
+  run(self);
+}
+
+static void divergent(const Barrier& barrier, const std::string& other) {
+  fail("divergent barrier: " + describe(*barrier.waiting.front()) + " waits at " + place(barrier.what, barrier.line) +
+       ", which this thread left out: " + other);
+}
+
+static void finish(Barrier& barrier) {
+  if (!barrier.waiting.empty()) divergent(barrier, "it has returned");
+  ++barrier.finished;
+}
+
+static void thread_main() {
+  arrived();
+  (*machine.body)();
+  Thread* self = machine.running;
+  if (!stack_is_whole(self->fiber)) fail("stack overflow: the emulator's threads have 256 KB");
+  self->finished = true;
+  if (self->block->read_from_afar && self->block->read_from_afar >= self->block->cluster_synced) {
+    fail("this block ends while another block of its cluster may still read its shared memory: cluster_sync() first");
+  }
+  finish(self->block->barrier);
+  finish(self->block->cluster->barrier);
+  finish(machine.grid);
+  Thread* next = next_thread();
+  if (next) run(next);
+  leave(self->fiber, next ? next->fiber : machine.host);
+}
+
+// --- Barriers
+
+// Returns true to the last thread that arrives, once the others are woken. `wide` barriers are of more than one block.
+static bool arrive(Barrier& barrier, const char* what, int line, bool wide) {
+  if (barrier.finished) fail(std::string("divergent barrier: this thread waits at ") + place(what, line) + ", but others have returned");
+  if (barrier.waiting.empty()) {
+    barrier.what = what;
+    barrier.line = line;
+  } else if (barrier.line != line || std::strcmp(barrier.what, what)) {
+    divergent(barrier, "it is at " + place(what, line));
+  }
+  barrier.waiting.push_back(machine.running);
+  if (barrier.waiting.size() < barrier.size) {
+    suspend(what, line);
+    return false;
+  }
+  ++machine.clock;
+  for (Thread* t : barrier.waiting) {
+    t->block->synced = machine.clock;
+    if (wide) t->block->cluster_synced = machine.clock;
+    if (t->lane == 0 && t->log.size() > 1024) count_accesses(*t->warp);  // its lanes all stand here, so their logs match up
+    if (t != machine.running) wake(t);
+  }
+  barrier.waiting.clear();
+  return true;
+}
+
+// After a barrier its threads go on in any order: the last to arrive must not always be the first.
+static void go_on() {
+  wake(machine.running);
+  suspend("its turn");
+}
+
+void block_sync(int line) {
+  if (arrive(machine.running->block->barrier, "__syncthreads", line, false)) go_on();
+}
+
+int block_vote(Vote vote, int predicate, int line) {
+  static const char* const names[] = {"__syncthreads_or", "__syncthreads_and", "__syncthreads_count"};
+  Barrier& barrier = machine.running->block->barrier;
+  barrier.votes += predicate != 0;
+  if (arrive(barrier, names[static_cast<int>(vote)], line, false)) {
+    const bool every = barrier.votes == static_cast<int>(barrier.size);
+    barrier.outcome = vote == Vote::kCount ? barrier.votes : vote == Vote::kOr ? barrier.votes > 0 : every;
+    barrier.votes = 0;
+    go_on();
+  }
+  return barrier.outcome;
+}
+
+void cluster_sync() {
+  if (arrive(machine.running->block->cluster->barrier, "cluster_sync", 0, true)) go_on();
+}
+
+void grid_sync() {
+  if (!machine.launches.back().shape.cooperative) fail("grid_sync() in a launch that is not cooperative");
+  if (arrive(machine.grid, "grid_sync", 0, true)) go_on();
+}
+
+Thread& thread_of(Cluster& cluster, uint16_t id) {
+  const size_t per_block = cluster.blocks[0]->threads.size();
+  return cluster.blocks[id / per_block]->threads[id % per_block];
+}
+
+unsigned cluster_rank() { return machine.running->block->rank; }
+unsigned cluster_size() { return machine.running->block->cluster->blocks.size(); }
+
+// --- Warps
+
+void gather(unsigned mask, const char* what, void* argument, void (*together)(Warp&, unsigned, Arguments)) {
+  Thread* self = machine.running;
+  Warp& warp = *self->warp;
+  const unsigned mine = 1u << self->lane;
+  if (!(mask & mine)) fail(std::string(what) + ": the calling lane is not in its own mask");
+  mask &= warp.mask();
+  for (Thread* lane : warp.lanes) {
+    if (mask >> lane->lane & 1 && lane->finished) fail(std::string("divergent warp: ") + what + " names a lane that has returned");
+  }
+  auto it = std::find_if(warp.gatherings.begin(), warp.gatherings.end(), [&](auto& g) { return (g.mask & mask) != 0; });
+  if (it == warp.gatherings.end()) {
+    it = warp.gatherings.insert(it, Gathering());
+    it->mask = mask;
+    it->what = what;
+  } else if (it->mask != mask || std::strcmp(it->what, what)) {
+    fail("divergent warp: this lane is at " + std::string(what) + ", others of its mask are at " + it->what);
+  }
+  it->arrived |= mine;
+  it->arguments[self->lane] = argument;
+  if (it->arrived != mask) {
+    suspend(what);
+    return;
+  }
+  const Gathering complete = *it;
+  warp.gatherings.erase(it);
+  together(warp, mask, complete.arguments);
+  for (Thread* lane : warp.lanes) {
+    if (mask >> lane->lane & 1 && lane != self) wake(lane);
+  }
+  go_on();
+}
+
+// --- Launches
+
+// Blocks that are on the machine at once: one, a cluster, or a whole cooperative grid.
+struct Residents {
+  std::deque<Block> blocks;
+  std::deque<Cluster> clusters;
+};
+
+static void add_block(Residents& on, Cluster& cluster, const Shape& shape, unsigned linear, size_t& stack) {
+  Block& block = on.blocks.emplace_back();
+  const unsigned threads = shape.block.x * shape.block.y * shape.block.z;
+  block.rank = cluster.blocks.size();
+  block.cluster = &cluster;
+  block.barrier.size = threads;
+  block.shared.assign(shape.shared_bytes, 0xff);  // a NaN in every type
+  block.shadow.assign(shape.shared_bytes, Shadow());
+  block.threads.resize(threads);
+  block.warps.resize((threads + kWarp - 1) / kWarp);
+  cluster.blocks.push_back(&block);
+  cluster.barrier.size += threads;
+  machine.grid.size += threads;
+  for (unsigned i = 0; i < threads; ++i) {
+    Thread& t = block.threads[i];
+    t.thread = {i % shape.block.x, i / shape.block.x % shape.block.y, i / (shape.block.x * shape.block.y)};
+    t.Builtins::block = {linear % shape.grid.x, linear / shape.grid.x % shape.grid.y, linear / (shape.grid.x * shape.grid.y)};
+    t.block_size = shape.block;
+    t.grid_size = shape.grid;
+    t.block = &block;
+    t.warp = &block.warps[i / kWarp];
+    t.id = block.rank * threads + i;
+    t.lane = i % kWarp;
+    t.warp->lanes.push_back(&t);
+    prepare(t.fiber, stacks.at(stack++), thread_main);
+    wake(&t);
+  }
+}
+
+static void run_together(const Shape& shape, const std::vector<unsigned>& first_blocks) {
+  Residents on;
+  size_t stack = 0;
+  machine.ready.clear();
+  machine.grid = Barrier();
+  for (unsigned first : first_blocks) {
+    Cluster& cluster = on.clusters.emplace_back();
+    for (unsigned i = 0; i < shape.cluster; ++i) add_block(on, cluster, shape, first + i, stack);
+  }
+  Thread* first = next_thread();
+  run(first);
+  jump(machine.host, first->fiber);
+
+  if (machine.failure.empty()) {
+    std::map<std::string, unsigned> waiting;
+    for (Block& block : on.blocks) {
+      for (Thread& t : block.threads) {
+        if (!t.finished) ++waiting[place(t.waits_at, t.waits_line)];
+      }
+      if (waiting.empty()) {
+        for (Warp& warp : block.warps) count_accesses(warp);
+      }
+    }
+    for (auto& [where, threads] : waiting) {
+      machine.failure += (machine.failure.empty() ? "deadlock at a divergent barrier: " : "; ") + std::to_string(threads) +
+                         " threads wait at " + where;
+    }
+  }
+  if (!machine.failure.empty()) {
+    stacks.scrub_all();  // of frames that will never return
+    std::string failure;
+    failure.swap(machine.failure);
+    throw std::runtime_error(machine.launches.back().kernel + ": " + failure);
+  }
+}
+
+static void check(const Shape& s) {
+  auto refuse = [](const std::string& why) { throw std::runtime_error(machine.launches.back().kernel + ": invalid launch: " + why); };
+  const uint64_t threads = uint64_t(s.block.x) * s.block.y * s.block.z;
+  if (threads == 0 || threads > kMaxThreads) refuse(std::to_string(threads) + " threads in a block");
+  if (s.block.z > 64) refuse("a block deeper than 64");
+  if (!s.grid.x || !s.grid.y || !s.grid.z) refuse("an empty grid");
+  if (s.grid.x > 0x7fffffffu || s.grid.y > 65535 || s.grid.z > 65535) refuse("a grid over the limit of its dimension");
+  if (s.shared_bytes > kMaxSharedBytes) refuse(std::to_string(s.shared_bytes) + " bytes of shared memory in a block");
+  if (s.cluster == 0 || s.cluster > 16 || s.grid.x % s.cluster) refuse("the grid is not whole clusters of at most 16 blocks");
+  const uint64_t blocks = uint64_t(s.grid.x) * s.grid.y * s.grid.z;
+  if (s.cooperative && blocks > uint64_t(resident_blocks(threads, s.shared_bytes))) {
+    refuse("a cooperative grid of " + std::to_string(blocks) + " blocks, more than fit at once");
+  }
+}
+
+void launch(const char* kernel, const Shape& shape, const std::function<void()>& body) {
+  machine.launches.push_back({kernel, shape, {}});
+  check(shape);
+  machine.host = host_fiber();
+  machine.body = &body;
+  std::vector<unsigned> first_blocks(shape.grid.x * shape.grid.y * shape.grid.z / shape.cluster);
+  for (size_t i = 0; i < first_blocks.size(); ++i) first_blocks[i] = i * shape.cluster;
+  if (machine.seed) std::shuffle(first_blocks.begin(), first_blocks.end(), machine.random);
+  if (shape.cooperative) return run_together(shape, first_blocks);
+  for (unsigned first : first_blocks) run_together(shape, {first});
+}
+
+int multiprocessors() { return machine.multiprocessors; }
+
+// As an sm_90 multiprocessor fits them: 2048 threads, 32 blocks, 228 KB of which each block takes one more than it asks for.
+int resident_blocks(int threads, size_t shared_bytes) {
+  const size_t by_memory = 228 * 1024 / (shared_bytes + 1024);
+  return machine.multiprocessors * static_cast<int>(std::min<size_t>({by_memory, size_t(2048 / threads), 32}));
+}
+
+}  // namespace emu

@@ -1,0 +1,338 @@
+// Global and shared memory: bounds, alignment, order of accesses, and what each request costs.
+#include "machine.h"
+
+#include <algorithm>
+#include <cstring>
+#include <unordered_map>
+
+namespace emu {
+
+// The kernel's own code must not touch device memory except through here, so AddressSanitizer has it marked as poisoned, and
+// this must not become a call of the memcpy that AddressSanitizer watches.
+static void move(void* to, const void* from, int bytes) {
+  switch (bytes) {
+    case 16: __builtin_memcpy(to, from, 16); break;
+    case 8: __builtin_memcpy(to, from, 8); break;
+    case 4: __builtin_memcpy(to, from, 4); break;
+    case 2: __builtin_memcpy(to, from, 2); break;
+    case 1: __builtin_memcpy(to, from, 1); break;
+    default: fail("an access of " + std::to_string(bytes) + " bytes: not one instruction");
+  }
+}
+
+static Counters& counters() { return machine.launches.back().counters; }
+
+static void log_access(const void* site, Kind kind, uint64_t address, int bytes, int buffer = 0) {
+  machine.running->log.push_back({site, address, static_cast<uint16_t>(buffer), static_cast<uint8_t>(bytes), kind});
+}
+
+// --- Global memory
+
+[[noreturn]] static void out_of_bounds(const char* p, int bytes, const char* what) {
+  const std::string access = std::string("global ") + what + " of " + std::to_string(bytes) + " bytes ";
+  if (!p) fail(access + "through a null pointer");
+  const Buffer* nearest = nullptr;
+  size_t least = ~size_t(0);
+  for (const Buffer& b : machine.buffers) {
+    const size_t distance = p < b.data ? b.data - p : std::max<ptrdiff_t>(p - (b.data + b.bytes), 0);
+    if (distance < least) least = distance, nearest = &b;
+  }
+  if (!nearest) fail(access + "out of bounds: there are no buffers");
+  fail(access + "out of bounds: at byte " + std::to_string(p - nearest->data) + " of '" + nearest->name + "', which has " +
+       std::to_string(nearest->bytes));
+}
+
+static int find_buffer(const void* pointer, int bytes, const char* what) {
+  static size_t last = 0;
+  auto p = static_cast<const char*>(pointer);
+  auto holds = [&](const Buffer& b) { return p >= b.data && p + bytes <= b.data + b.bytes; };
+  if (last >= machine.buffers.size() || !holds(machine.buffers[last])) {
+    last = std::find_if(machine.buffers.begin(), machine.buffers.end(), holds) - machine.buffers.begin();
+    if (last == machine.buffers.size()) out_of_bounds(p, bytes, what);
+  }
+  if (reinterpret_cast<uintptr_t>(p) % bytes) {
+    fail(std::string("misaligned global ") + what + " of " + std::to_string(bytes) + " bytes at byte " +
+         std::to_string(p - machine.buffers[last].data) + " of '" + machine.buffers[last].name + "'");
+  }
+  return last;
+}
+
+static void check_global_read(const void* site, const void* from, int bytes) {
+  const int buffer = find_buffer(from, bytes, "read");
+  machine.buffers[buffer].counters.read_bytes += bytes;
+  counters().read_bytes += bytes;
+  log_access(site, Kind::kGlobalRead, reinterpret_cast<uint64_t>(from), bytes, buffer);
+}
+
+static void check_global_write(const void* site, const void* to, int bytes) {
+  const int buffer = find_buffer(to, bytes, "write");
+  if (!machine.buffers[buffer].writable) fail("global write to '" + machine.buffers[buffer].name + "', which is const");
+  machine.buffers[buffer].counters.written_bytes += bytes;
+  counters().written_bytes += bytes;
+  log_access(site, Kind::kGlobalWrite, reinterpret_cast<uint64_t>(to), bytes, buffer);
+}
+
+void global_read(const void* from, void* to, int bytes) {
+  check_global_read(__builtin_return_address(0), from, bytes);
+  move(to, from, bytes);
+}
+
+void global_write(void* to, const void* from, int bytes) {
+  check_global_write(__builtin_return_address(0), to, bytes);
+  move(to, from, bytes);
+}
+
+unsigned global_atomic_add(unsigned* p, unsigned value) {
+  check_global_write(__builtin_return_address(0), p, sizeof *p);
+  unsigned old;
+  move(&old, p, sizeof old);
+  value += old;
+  move(p, &value, sizeof value);
+  return old;
+}
+
+// --- Shared memory: which accesses are ordered
+
+// Did `thread` do what it did at `time` before what the running thread does now, on every schedule?
+static bool ordered(uint16_t id, uint32_t time) {
+  const Thread& self = *machine.running;
+  if (id == self.id) return true;
+  const Thread& other = thread_of(*self.block->cluster, id);
+  if (other.block != self.block) return time < self.block->cluster_synced;
+  return time < self.block->synced || (other.warp == self.warp && time < self.met[other.lane]);
+}
+
+static bool readers_ordered(const Shadow& s) {
+  const Thread& self = *machine.running;
+  switch (s.readers) {
+    case Shadow::kNone: return true;
+    case Shadow::kOne: return ordered(s.reader, s.read);
+    case Shadow::kClusterful: return s.read < self.block->cluster_synced;
+    default: break;
+  }
+  const Thread& one = thread_of(*self.block->cluster, s.reader);
+  if (one.block != self.block) return s.read < self.block->cluster_synced;
+  if (s.read < self.block->synced) return true;
+  if (s.readers == Shadow::kBlockful || one.warp != self.warp) return false;
+  return std::all_of(self.warp->lanes.begin(), self.warp->lanes.end(),
+                     [&](const Thread* lane) { return lane == &self || s.read < self.met[lane->lane]; });
+}
+
+[[noreturn]] static void race(const Shadow& s, unsigned address, const char* now, bool with_reader) {
+  const Thread& other = thread_of(*machine.running->block->cluster, with_reader ? s.reader : s.writer);
+  fail(std::string("race: shared byte ") + std::to_string(address) + " is " + now + " here and " +
+       (with_reader ? "read" : "written") + " by " + describe(other) + " with no barrier in between");
+}
+
+static void add_reader(Shadow& s) {
+  const Thread& self = *machine.running;
+  if (s.readers == Shadow::kNone || (s.readers == Shadow::kOne && s.reader == self.id) || readers_ordered(s)) {
+    s.readers = Shadow::kOne;
+  } else {
+    const Thread& one = thread_of(*self.block->cluster, s.reader);
+    const auto span = one.warp == self.warp ? Shadow::kWarpful : one.block == self.block ? Shadow::kBlockful : Shadow::kClusterful;
+    s.readers = std::max(s.readers, span);
+  }
+  s.reader = self.id;
+  s.read = machine.clock;
+}
+
+static void read_once(Shadow& s, unsigned address) {
+  if (s.state == Shadow::kUnwritten) fail("read of unwritten shared memory: byte " + std::to_string(address));
+  if (s.state == Shadow::kInFlight) {
+    fail("read of shared byte " + std::to_string(address) + ", to which a cp.async by " +
+         describe(thread_of(*machine.running->block->cluster, s.writer)) + " is still under way: its wait is missing");
+  }
+  if (!ordered(s.writer, s.written)) race(s, address, "read", false);
+  add_reader(s);
+}
+
+static void write_once(Shadow& s, unsigned address, Shadow::State state) {
+  if (s.state == Shadow::kInFlight) fail("write to shared byte " + std::to_string(address) + ", to which a cp.async is still under way");
+  if (s.state == Shadow::kWritten && !ordered(s.writer, s.written)) race(s, address, "written", false);
+  if (!readers_ordered(s)) race(s, address, "written", true);
+  s = Shadow();
+  s.state = state;
+  s.writer = machine.running->id;
+  s.written = machine.clock;
+}
+
+// Bytes of one access mostly have one history: it is judged once.
+template <class Judge>
+static void for_each_byte(Block& block, unsigned address, int bytes, Judge judge) {
+  Shadow* s = &block.shadow[address];
+  Shadow before = *s;
+  judge(*s, address);
+  for (int i = 1; i < bytes; ++i) {
+    if (!std::memcmp(&s[i], &before, sizeof before)) {
+      s[i] = s[i - 1];
+    } else {
+      before = s[i];
+      judge(s[i], address + i);
+    }
+  }
+}
+
+static void check_shared(const Block& block, unsigned address, int bytes, const char* what) {
+  if (size_t(address) + bytes > block.shared.size()) {
+    fail(std::string("shared ") + what + " of " + std::to_string(bytes) + " bytes at byte " + std::to_string(address) +
+         ": out of bounds of the block's " + std::to_string(block.shared.size()));
+  }
+  if (address % bytes) fail(std::string("misaligned shared ") + what + " of " + std::to_string(bytes) + " bytes at byte " + std::to_string(address));
+}
+
+void check_view(unsigned first, unsigned elements, unsigned count) {
+  if (uint64_t(first) + elements > count) {
+    fail("shared memory: elements " + std::to_string(first) + " to " + std::to_string(uint64_t(first) + elements - 1) +
+         " are out of bounds of a view of " + std::to_string(count));
+  }
+}
+
+// --- Shared memory: accesses
+
+void shared_read(unsigned address, void* to, int bytes) {
+  Block& block = *machine.running->block;
+  check_shared(block, address, bytes, "read");
+  for_each_byte(block, address, bytes, read_once);
+  log_access(__builtin_return_address(0), Kind::kSharedRead, address, bytes);
+  move(to, &block.shared[address], bytes);
+}
+
+void shared_write(unsigned address, const void* from, int bytes) {
+  Block& block = *machine.running->block;
+  check_shared(block, address, bytes, "write");
+  for_each_byte(block, address, bytes, [](Shadow& s, unsigned at) { write_once(s, at, Shadow::kWritten); });
+  log_access(__builtin_return_address(0), Kind::kSharedWrite, address, bytes);
+  move(&block.shared[address], from, bytes);
+}
+
+void cluster_read(unsigned address, unsigned rank, void* to, int bytes) {
+  Cluster& cluster = *machine.running->block->cluster;
+  if (rank >= cluster.blocks.size()) fail("a cluster of " + std::to_string(cluster.blocks.size()) + " has no block " + std::to_string(rank));
+  Block& block = *cluster.blocks[rank];
+  check_shared(block, address, bytes, "read");
+  if (&block != machine.running->block) {
+    if (block.barrier.finished) fail("read of another block's shared memory after that block has begun to end");
+    block.read_from_afar = machine.clock;
+  }
+  for_each_byte(block, address, bytes, read_once);
+  move(to, &block.shared[address], bytes);
+}
+
+// --- cp.async: the destination is poisoned until the wait, when the source is read
+
+void cp_async(unsigned to, const void* from, int bytes, bool valid) {
+  Thread& self = *machine.running;
+  check_shared(*self.block, to, bytes, "write");
+  if (valid) check_global_read(__builtin_return_address(0), from, bytes);
+  else if (reinterpret_cast<uintptr_t>(from) % bytes) fail("misaligned source of a cp.async, which must be aligned even where it is not read");
+  for_each_byte(*self.block, to, bytes, [](Shadow& s, unsigned at) { write_once(s, at, Shadow::kInFlight); });
+  log_access(__builtin_return_address(0), Kind::kSharedWrite, to, bytes);
+  for (int i = 0; i < bytes; ++i) self.block->shared[to + i] = 0xff;
+  self.copies.push_back({to, from, bytes, valid, self.groups});
+}
+
+void cp_async_commit() { ++machine.running->groups; }
+
+void cp_async_wait(int pending) {
+  Thread& self = *machine.running;
+  auto copy = self.copies.begin();
+  for (; copy != self.copies.end() && copy->group < self.groups - pending; ++copy) {
+    static const uint4 zeros = {0, 0, 0, 0};
+    move(&self.block->shared[copy->to], copy->valid ? copy->from : &zeros, copy->bytes);
+    for (int i = 0; i < copy->bytes; ++i) {
+      Shadow& s = self.block->shadow[copy->to + i];
+      s.state = Shadow::kWritten;
+      s.written = machine.clock;
+    }
+  }
+  self.copies.erase(self.copies.begin(), copy);
+}
+
+// --- What a warp's accesses cost: the lanes' accesses at one instruction are one request
+
+static void count_global(const Access* const* lanes, int n) {
+  std::pair<uint64_t, uint16_t> sectors[kWarp];  // no access is over 16 bytes or misaligned, so each lies in one
+  for (int i = 0; i < n; ++i) sectors[i] = {lanes[i]->address / 32, lanes[i]->buffer};
+  std::sort(sectors, sectors + n);
+  const int distinct = std::unique(sectors, sectors + n) - sectors;
+  const bool read = lanes[0]->kind == Kind::kGlobalRead;
+  auto add = [&](Counters& c, int sectors) { (read ? c.read_sectors : c.written_sectors) += sectors; };
+  auto add_request = [&](Counters& c) { ++(read ? c.read_requests : c.write_requests); };
+  for (int i = 0; i < distinct; ++i) {
+    Counters& buffer = machine.buffers[sectors[i].second].counters;
+    add(buffer, 1);
+    if (i == 0 || sectors[i].second != sectors[i - 1].second) add_request(buffer);
+  }
+  add(counters(), distinct);
+  add_request(counters());
+}
+
+// 32 banks of 4 bytes. Lanes are served 32, 16 or 8 at a time for 4, 8 or 16 bytes each; a bank gives one word per wavefront.
+static void count_shared(const Access* const* lanes, const unsigned* ids, int n) {
+  const unsigned per_phase = kWarp / std::max(1, lanes[0]->bytes / 4);
+  Counters& c = counters();
+  ++c.shared_requests;
+  for (int i = 0; i < n;) {
+    const unsigned phase = ids[i] / per_phase;
+    uint64_t words[kWarp];
+    int count = 0;
+    for (; i < n && ids[i] / per_phase == phase; ++i) {
+      for (int w = 0; w < std::max(1, lanes[i]->bytes / 4); ++w) words[count++] = lanes[i]->address / 4 + w;
+    }
+    std::sort(words, words + count);
+    count = std::unique(words, words + count) - words;
+    unsigned ways[kWarp] = {}, most = 0;
+    for (int w = 0; w < count; ++w) most = std::max(most, ++ways[words[w] % 32]);
+    c.shared_wavefronts += most;
+    c.bank_conflicts += most - 1;
+    c.worst_ways = std::max(c.worst_ways, most);
+  }
+}
+
+static void count_request(const Access* const* lanes, const unsigned* ids, int n) {
+  if (lanes[0]->kind == Kind::kGlobalRead || lanes[0]->kind == Kind::kGlobalWrite) count_global(lanes, n);
+  else count_shared(lanes, ids, n);
+}
+
+static bool alike(const Access& a, const Access& b) { return a.site == b.site && a.kind == b.kind && a.bytes == b.bytes; }
+
+void count_accesses(Warp& warp) {
+  const auto& first = warp.lanes[0]->log;
+  const bool converged = std::all_of(warp.lanes.begin(), warp.lanes.end(), [&](const Thread* lane) {
+    return lane->log.size() == first.size() && std::equal(first.begin(), first.end(), lane->log.begin(), alike);
+  });
+  const Access* accesses[kWarp];
+  unsigned ids[kWarp];
+  if (converged) {
+    const int n = warp.lanes.size();
+    for (size_t i = 0; i < first.size(); ++i) {
+      for (int lane = 0; lane < n; ++lane) accesses[lane] = &warp.lanes[lane]->log[i], ids[lane] = lane;
+      count_request(accesses, ids, n);
+    }
+  } else {
+    // Where lanes took different ways, the k-th time at an instruction is one request of the lanes that were there k times.
+    std::unordered_map<const void*, std::vector<std::vector<std::pair<const Access*, unsigned>>>> requests;
+    for (const Thread* lane : warp.lanes) {
+      std::unordered_map<const void*, size_t> times;
+      for (const Access& access : lane->log) {
+        // One call can do two things (cp.async reads and writes): keep them apart.
+        const void* key = static_cast<const char*>(access.site) + static_cast<int>(access.kind) * (uint64_t(1) << 56);
+        auto& of_site = requests[key];
+        const size_t k = times[key]++;
+        if (of_site.size() <= k) of_site.emplace_back();
+        of_site[k].push_back({&access, lane->lane});
+      }
+    }
+    for (const auto& [site, of_site] : requests) {
+      for (const auto& request : of_site) {
+        int n = 0;
+        for (const auto& [access, lane] : request) accesses[n] = access, ids[n++] = lane;
+        count_request(accesses, ids, n);
+      }
+    }
+  }
+  for (Thread* lane : warp.lanes) lane->log.clear();
+}
+
+}  // namespace emu

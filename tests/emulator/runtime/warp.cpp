@@ -1,0 +1,188 @@
+// What the lanes of a warp do together: each passes pointers to its own values, and the last to arrive does the work for all.
+#include "machine.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "../include/cuda_bf16.h"
+#include "../include/cuda_fp16.h"
+
+namespace emu {
+
+static constexpr unsigned kAll = ~0u;
+
+static bool has(unsigned mask, unsigned lane) { return mask >> lane & 1; }
+
+void warp_sync(unsigned mask) {
+  gather(mask, "__syncwarp", nullptr, [](Warp& warp, unsigned mask, Arguments) {
+    ++machine.clock;
+    for (Thread* lane : warp.lanes) {
+      for (unsigned other = 0; other < kWarp && has(mask, lane->lane); ++other) {
+        if (has(mask, other)) lane->met[other] = machine.clock;
+      }
+    }
+  });
+}
+
+// --- Shuffles and votes: they order no memory accesses, so clock and `met` stay as they are
+
+struct ShuffleArguments {
+  Shuffle mode;
+  void* value;
+  int bytes, argument, width;
+};
+
+static unsigned source_lane(const ShuffleArguments& a, unsigned lane) {
+  const int first = lane & ~(a.width - 1), last = first + a.width - 1, me = lane;
+  int from = me;
+  switch (a.mode) {
+    case Shuffle::kIndex: from = first + (a.argument & (a.width - 1)); break;
+    case Shuffle::kUp: from = me - a.argument < first ? me : me - a.argument; break;
+    case Shuffle::kDown: from = me + a.argument > last ? me : me + a.argument; break;
+    case Shuffle::kXor: from = (me ^ a.argument) > last ? me : me ^ a.argument; break;
+  }
+  return from;
+}
+
+void shuffle(unsigned mask, Shuffle mode, void* value, int bytes, int argument, int width) {
+  static const char* const names[] = {"__shfl_sync", "__shfl_up_sync", "__shfl_down_sync", "__shfl_xor_sync"};
+  ShuffleArguments mine = {mode, value, bytes, argument, width};
+  gather(mask, names[static_cast<int>(mode)], &mine, [](Warp&, unsigned mask, Arguments lanes) {
+    uint64_t values[kWarp];
+    for (unsigned lane = 0; lane < kWarp; ++lane) {
+      if (!has(mask, lane)) continue;
+      auto& a = *static_cast<ShuffleArguments*>(lanes[lane]);
+      std::memcpy(&values[lane], a.value, a.bytes);
+    }
+    for (unsigned lane = 0; lane < kWarp; ++lane) {
+      if (!has(mask, lane)) continue;
+      auto& a = *static_cast<ShuffleArguments*>(lanes[lane]);
+      const unsigned from = source_lane(a, lane);
+      if (!has(mask, from)) fail("shuffle: lane " + std::to_string(lane) + " reads lane " + std::to_string(from) + ", which takes no part");
+      std::memcpy(a.value, &values[from], a.bytes);
+    }
+  });
+}
+
+struct BallotArguments {
+  bool predicate;
+  unsigned result;
+};
+
+unsigned ballot(unsigned mask, bool predicate) {
+  BallotArguments mine = {predicate, 0};
+  gather(mask, "a vote", &mine, [](Warp&, unsigned mask, Arguments lanes) {
+    unsigned result = 0;
+    for (unsigned lane = 0; lane < kWarp; ++lane) {
+      if (has(mask, lane) && static_cast<BallotArguments*>(lanes[lane])->predicate) result |= 1u << lane;
+    }
+    for (unsigned lane = 0; lane < kWarp; ++lane) {
+      if (has(mask, lane)) static_cast<BallotArguments*>(lanes[lane])->result = result;
+    }
+  });
+  return mine.result;
+}
+
+// --- ldmatrix
+
+struct LdmatrixArguments {
+  uint32_t* registers;
+  int count;
+  bool transposed;
+  uint16_t row[8];
+};
+
+static void need_whole_warp(const char* what) {
+  if (machine.running->warp->lanes.size() < kWarp) fail(std::string(what) + " needs all 32 lanes of a warp");
+}
+
+void ldmatrix(uint32_t* registers, int count, bool transposed, unsigned row_address) {
+  static const char* const names[] = {"ldmatrix.x1", "ldmatrix.x2", "ldmatrix.x4"};
+  need_whole_warp("ldmatrix");
+  LdmatrixArguments mine = {registers, count, transposed, {}};
+  if (machine.running->lane < 8u * count) shared_read(row_address, mine.row, sizeof mine.row);
+  gather(kAll, names[count / 2], &mine, [](Warp&, unsigned, Arguments lanes) {
+    for (unsigned lane = 0; lane < kWarp; ++lane) {
+      auto& a = *static_cast<LdmatrixArguments*>(lanes[lane]);
+      for (int m = 0; m < a.count; ++m) {
+        auto at = [&](int row, int column) -> uint32_t { return static_cast<LdmatrixArguments*>(lanes[8 * m + row])->row[column]; };
+        const int i = lane / 4, j = lane % 4 * 2;
+        a.registers[m] = a.transposed ? at(j, i) | at(j + 1, i) << 16 : at(i, j) | at(i, j + 1) << 16;
+      }
+    }
+  });
+}
+
+// --- mma: fragments as the PTX ISA lays them out ("Matrix Fragments for mma.m16n8k16" and "... m16n8k8")
+
+struct MmaArguments {
+  float* d;
+  const uint32_t *a, *b;
+};
+
+// Value i of a lane's fragment, as float.
+static float half_value(const uint32_t* r, int i) { return __half2float({static_cast<unsigned short>(r[i / 2] >> i % 2 * 16)}); }
+static float bfloat_value(const uint32_t* r, int i) { return __bfloat162float({static_cast<unsigned short>(r[i / 2] >> i % 2 * 16)}); }
+static float tf32_value(const uint32_t* r, int i) { return __uint_as_float(r[i] & ~0x1fffu); }  // the rest of the bits is not used
+
+// Where value i of a lane lies: row or column.
+struct Layout {
+  int k, a_values, b_values;
+  int (*a_row)(int group, int i);
+  int (*a_column)(int member, int i);
+  int (*b_row)(int member, int i);
+};
+
+static const Layout k16 = {16, 8, 4,
+                           [](int group, int i) { return i / 2 % 2 ? group + 8 : group; },
+                           [](int member, int i) { return member * 2 + i % 2 + (i < 4 ? 0 : 8); },
+                           [](int member, int i) { return member * 2 + i % 2 + (i < 2 ? 0 : 8); }};
+static const Layout k8_tf32 = {8, 4, 2,
+                               [](int group, int i) { return i % 2 ? group + 8 : group; },
+                               [](int member, int i) { return i < 2 ? member : member + 4; },
+                               [](int member, int i) { return i < 1 ? member : member + 4; }};
+
+// Products are exact in double; the sum of a whole k-slice is rounded once. Hardware rounds the partial sums, in an order of
+// its own, so the last bits differ.
+template <float (*value)(const uint32_t*, int)>
+static void multiply(const Layout& layout, Arguments lanes) {
+  float a[16][16], b[16][8];
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    const auto& mine = *static_cast<const MmaArguments*>(lanes[lane]);
+    const int group = lane / 4, member = lane % 4;
+    for (int i = 0; i < layout.a_values; ++i) a[layout.a_row(group, i)][layout.a_column(member, i)] = value(mine.a, i);
+    for (int i = 0; i < layout.b_values; ++i) b[layout.b_row(member, i)][group] = value(mine.b, i);
+  }
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    float* d = static_cast<MmaArguments*>(lanes[lane])->d;
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + (i < 2 ? 0 : 8), column = lane % 4 * 2 + i % 2;
+      double sum = d[i];
+      for (int k = 0; k < layout.k; ++k) sum += double(a[row][k]) * b[k][column];
+      d[i] = static_cast<float>(sum);
+    }
+  }
+  ++machine.launches.back().counters.mma;
+}
+
+void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, bool is_half) {
+  need_whole_warp("mma");
+  MmaArguments mine = {d, a, b};
+  if (is_half) gather(kAll, "mma.m16n8k16 of halves", &mine, [](Warp&, unsigned, Arguments lanes) { multiply<half_value>(k16, lanes); });
+  else gather(kAll, "mma.m16n8k16 of bfloats", &mine, [](Warp&, unsigned, Arguments lanes) { multiply<bfloat_value>(k16, lanes); });
+}
+
+void mma_m16n8k8_tf32(float* d, const uint32_t* a, const uint32_t* b) {
+  need_whole_warp("mma");
+  MmaArguments mine = {d, a, b};
+  gather(kAll, "mma.m16n8k8 of tf32", &mine, [](Warp&, unsigned, Arguments lanes) { multiply<tf32_value>(k8_tf32, lanes); });
+}
+
+uint32_t to_tf32(float v) {
+  const uint32_t bits = __float_as_uint(v);
+  if (std::isnan(v)) return 0x7fffffff;
+  if (std::isinf(v)) return bits;
+  return (bits + 0x1000) & ~0x1fffu;
+}
+
+}  // namespace emu

@@ -1,0 +1,76 @@
+"""The process in which emulated kernels run: it has AddressSanitizer loaded, and dies alone when that finds an error.
+
+Reads pickled calls from standard input and answers each on standard output. Started by emulator.Library.
+"""
+
+import ctypes
+import json
+import os
+import pickle
+import struct
+import sys
+
+LETTERS = {"r": ctypes.c_void_p, "P": ctypes.c_void_p, "?": ctypes.c_bool, "i": ctypes.c_int32, "I": ctypes.c_uint32,
+           "q": ctypes.c_int64, "Q": ctypes.c_uint64, "f": ctypes.c_float, "d": ctypes.c_double}
+
+
+class Export(ctypes.Structure):
+    _fields_ = [("parameters", ctypes.c_char_p), ("types", ctypes.c_char_p), ("call", ctypes.c_void_p)]
+
+
+def run_once(library, call, seed):
+    """One run from fresh copies of the buffers. Returns (error, report, contents of the buffers)."""
+    library.emu_begin(seed, call["multiprocessors"])
+    addresses = [library.emu_buffer(name.encode(), data, len(data), offset, writable)
+                 for name, data, offset, writable in call["buffers"]]
+    export = Export.in_dll(library, "emu_export_" + call["function"])
+    types = [LETTERS[letter] for letter in export.types.decode()]
+    # A pointer comes as None or (buffer, offset); anything else is a number.
+    values = [addresses[v[0]] + v[1] if isinstance(v, tuple) else v for v in call["values"]]
+    ctypes.CFUNCTYPE(None, *types)(export.call)(*values)
+    contents = []
+    for i, (_, data, _, _) in enumerate(call["buffers"]):
+        into = ctypes.create_string_buffer(len(data))
+        library.emu_read(i, into)
+        contents.append(into.raw)
+    return library.emu_error().decode(), json.loads(library.emu_report()), contents
+
+
+def run(library, call):
+    """Runs under every seed; results must be the same bits."""
+    first = None
+    for seed in call["seeds"]:
+        error, report, contents = run_once(library, call, seed)
+        if error:
+            return {"error": f"{error} (seed {seed})"}
+        if first is None:
+            first = report, contents
+        for (name, *_), was, now in zip(call["buffers"], first[1], contents):
+            if was != now:
+                return {"error": f"'{name}' depends on the order in which threads run: "
+                                 f"seeds {call['seeds'][0]} and {seed} differ"}
+    return {"report": first[0], "contents": first[1]}
+
+
+def main():
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a kernel prints must not end up among the answers
+    library = ctypes.CDLL(sys.argv[1])
+    library.emu_begin.argtypes = [ctypes.c_uint64, ctypes.c_int]
+    library.emu_buffer.restype = ctypes.c_void_p
+    library.emu_buffer.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
+    library.emu_error.restype = library.emu_report.restype = ctypes.c_char_p
+    while header := requests.read(8):
+        call = pickle.loads(requests.read(struct.unpack("q", header)[0]))
+        if "describe" in call:
+            export = Export.in_dll(library, "emu_export_" + call["describe"])
+            answer = {"parameters": export.parameters.decode(), "types": export.types.decode()}
+        else:
+            answer = run(library, call)
+        data = pickle.dumps(answer)
+        answers.write(struct.pack("q", len(data)) + data)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
