@@ -49,24 +49,30 @@ MOVQ_DEVICE void cluster_sync() {
 
 namespace detail {
 
+// In pieces as wide as V is aligned: a Vec is one.
 template <class V>
 MOVQ_DEVICE V cluster_read(unsigned address, unsigned rank) {
-  static_assert(sizeof(V) % 4 == 0 && sizeof(V) <= 16, "4, 8 or 16 bytes");
-  union { V value; unsigned words[sizeof(V) / 4]; } u = {};
+  constexpr int words = alignof(V) / 4;
+  static_assert(words == 1 || words == 2 || words == 4, "aligned to 4, 8 or 16 bytes");
+  union { V value; unsigned word[sizeof(V) / 4]; } u = {};
 #if defined(MOVQ_EMULATOR)
-  emu::cluster_read(address, rank, &u.value, sizeof(V));
+  for (unsigned k = 0; k < sizeof(V); k += alignof(V)) emu::cluster_read(address + k, rank, &u.word[k / 4], alignof(V));
 #elif defined(MOVQ_NO_CLUSTERS)
   __trap();
 #else
   unsigned from;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(from) : "r"(address), "r"(rank));
-  if constexpr (sizeof(V) == 4) {
-    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(u.words[0]) : "r"(from) : "memory");
-  } else if constexpr (sizeof(V) == 8) {
-    asm volatile("ld.shared::cluster.v2.u32 {%0,%1}, [%2];" : "=r"(u.words[0]), "=r"(u.words[1]) : "r"(from) : "memory");
-  } else {
-    asm volatile("ld.shared::cluster.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(u.words[0]), "=r"(u.words[1]), "=r"(u.words[2]), "=r"(u.words[3]) : "r"(from) : "memory");
+#pragma unroll
+  for (int k = 0; k < int(sizeof(V) / 4); k += words) {
+    unsigned* to = &u.word[k];
+    if constexpr (words == 1) {
+      asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(to[0]) : "r"(from + 4 * k) : "memory");
+    } else if constexpr (words == 2) {
+      asm volatile("ld.shared::cluster.v2.u32 {%0,%1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(from + 4 * k) : "memory");
+    } else {
+      asm volatile("ld.shared::cluster.v4.u32 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from + 4 * k) : "memory");
+    }
   }
 #endif
   return u.value;

@@ -45,7 +45,10 @@ class Shared {
   MOVQ_DEVICE V read(unsigned i) const {
 #ifdef MOVQ_EMULATOR
     V v;
-    emu::shared_read(address(i, sizeof(V) / sizeof(T)), &v, sizeof(V));
+    const unsigned from = address(i, sizeof(V) / sizeof(T));
+    for (unsigned k = 0; k < sizeof(V); k += alignof(V)) {  // a struct of floats is not one access, a Vec is
+      emu::shared_read(from + k, reinterpret_cast<char*>(&v) + k, alignof(V));
+    }
     return v;
 #else
     return *reinterpret_cast<const V*>(shared_memory + offset_ + i * sizeof(T));
@@ -55,7 +58,10 @@ class Shared {
   template <class V>
   MOVQ_DEVICE void write(unsigned i, const V& v) const {
 #ifdef MOVQ_EMULATOR
-    emu::shared_write(address(i, sizeof(V) / sizeof(T)), &v, sizeof(V));
+    const unsigned to = address(i, sizeof(V) / sizeof(T));
+    for (unsigned k = 0; k < sizeof(V); k += alignof(V)) {
+      emu::shared_write(to + k, reinterpret_cast<const char*>(&v) + k, alignof(V));
+    }
 #else
     *reinterpret_cast<V*>(shared_memory + offset_ + i * sizeof(T)) = v;
 #endif

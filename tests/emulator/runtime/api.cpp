@@ -24,7 +24,7 @@ extern "C" {
 
 void emu_begin(uint64_t seed, int multiprocessors) {
   for (Buffer& b : machine.buffers) {
-    ASAN_UNPOISON_MEMORY_REGION(b.allocation, b.allocated);
+    __asan_unpoison_memory_region(b.allocation, b.allocated);
     std::free(b.allocation);
   }
   machine.buffers.clear();
@@ -45,14 +45,14 @@ void* emu_buffer(const char* name, const void* data, size_t bytes, size_t offset
   b.data = static_cast<char*>(b.allocation) + offset;
   b.writable = writable;
   std::memcpy(b.data, data, bytes);
-  ASAN_POISON_MEMORY_REGION(b.allocation, b.allocated);
+  __asan_poison_memory_region(b.allocation, b.allocated);
   machine.buffers.push_back(b);
   return b.data;
 }
 
 void emu_read(int buffer, void* to) {
   const Buffer& b = machine.buffers[buffer];
-  ASAN_UNPOISON_MEMORY_REGION(b.allocation, b.allocated);
+  __asan_unpoison_memory_region(b.allocation, b.allocated);
   std::memcpy(to, b.data, b.bytes);
 }
 

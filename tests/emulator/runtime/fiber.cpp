@@ -101,6 +101,6 @@ void leave(Fiber& from, Fiber& to) {
 
 bool stack_is_whole(const Fiber& fiber) { return *static_cast<const uint64_t*>(fiber.stack) == kCanary; }
 
-void scrub(char* stacks, size_t bytes) { ASAN_UNPOISON_MEMORY_REGION(stacks, bytes); }
+void scrub(char* stacks, size_t bytes) { __asan_unpoison_memory_region(stacks, bytes); }
 
 }  // namespace emu

@@ -256,18 +256,18 @@ static void run_together(const Shape& shape, const std::vector<unsigned>& first_
   jump(machine.host, first->fiber);
 
   if (machine.failure.empty()) {
-    std::map<std::string, unsigned> waiting;
+    std::map<std::string, std::vector<const Thread*>> waiting;
     for (Block& block : on.blocks) {
       for (Thread& t : block.threads) {
-        if (!t.finished) ++waiting[place(t.waits_at, t.waits_line)];
+        if (!t.finished) waiting[place(t.waits_at, t.waits_line)].push_back(&t);
       }
       if (waiting.empty()) {
         for (Warp& warp : block.warps) count_accesses(warp);
       }
     }
     for (auto& [where, threads] : waiting) {
-      machine.failure += (machine.failure.empty() ? "deadlock at a divergent barrier: " : "; ") + std::to_string(threads) +
-                         " threads wait at " + where;
+      machine.failure += (machine.failure.empty() ? "deadlock at a divergent barrier: " : "; ") + std::to_string(threads.size()) +
+                         " threads wait at " + where + " [" + describe(*threads[0]) + "]";
     }
   }
   if (!machine.failure.empty()) {
