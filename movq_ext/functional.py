@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._extension import extension_reason
+
 ACTIVATIONS = (None, "silu")
 
 
@@ -111,6 +113,13 @@ def spatial_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = Non
     tokens = (tensor.flatten(2).transpose(1, 2).unsqueeze(1) for tensor in (q, k, v))
     out = F.scaled_dot_product_attention(*tokens, scale=scale)
     return out.squeeze(1).transpose(1, 2).unflatten(2, q.shape[2:])
+
+
+def explain(x: Tensor) -> str:
+    """Which path the operators take for a tensor like x, ``native`` or ``cuda``, and why."""
+    if not x.is_cuda:
+        return f"native: the CUDA kernels do not run on {x.device.type} tensors"
+    return f"native: {extension_reason() or 'this version has no CUDA kernel for the operators yet'}"
 
 
 def _check_map(name: str, x: Tensor) -> None:
