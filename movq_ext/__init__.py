@@ -3,7 +3,7 @@
 from .autoencoder import MOVQ
 from .decoder import MOVQDecoder
 from .encoder import Encoder
-from .functional import spatial_attention, spatial_norm
+from .functional import explain, spatial_attention, spatial_norm
 from .modules import AttnBlock, Downsample, GroupNorm, ResnetBlock, SpatialNorm, Upsample
 from .quantize import VectorQuantizer
 
@@ -18,6 +18,7 @@ __all__ = [
     "SpatialNorm",
     "Upsample",
     "VectorQuantizer",
+    "explain",
     "spatial_attention",
     "spatial_norm",
 ]

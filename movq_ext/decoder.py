@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .modules import AttnBlock, ResnetBlock, Upsample, check_batch, check_latent, make_norm
+from .modules import AttnBlock, ResnetBlock, Upsample, check_batch, check_latent, check_levels, check_positive, make_norm
 
 
 class MOVQDecoder(nn.Module):
@@ -52,13 +52,16 @@ class MOVQDecoder(nn.Module):
         **ignorekwargs: Any,
     ) -> None:
         super().__init__()
+        zq_ch = z_channels if zq_ch is None else zq_ch
+        check_levels(ch_mult, num_res_blocks)
+        check_positive(ch=ch, out_ch=out_ch, z_channels=z_channels, zq_ch=zq_ch)
         self.ch = ch
         self.num_resolutions = len(ch_mult)
         self.num_res_blocks = num_res_blocks
         self.in_channels = in_channels
         self.resolution = resolution
         self.z_channels = z_channels
-        self.zq_ch = zq_ch = z_channels if zq_ch is None else zq_ch
+        self.zq_ch = zq_ch
         self.give_pre_end = give_pre_end
         norm = {"zq_ch": zq_ch, "add_conv": add_conv}
 

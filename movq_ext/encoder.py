@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .modules import AttnBlock, Downsample, ResnetBlock, check_latent, make_norm
+from .modules import AttnBlock, Downsample, ResnetBlock, check_latent, check_levels, check_positive, make_norm
 
 
 class Encoder(nn.Module):
@@ -33,6 +33,8 @@ class Encoder(nn.Module):
         **ignorekwargs: Any,
     ) -> None:
         super().__init__()
+        check_levels(ch_mult, num_res_blocks)
+        check_positive(ch=ch, in_channels=in_channels, z_channels=z_channels)
         self.in_channels = in_channels
         self.num_resolutions = len(ch_mult)
         self.conv_in = nn.Conv2d(in_channels, ch, kernel_size=3, padding=1)
