@@ -1,5 +1,7 @@
 """MoVQ latents to images: SpatialNorm, attention and decoder with hand-written CUDA kernels and a native path."""
 
+from ._extension import build_info
+from ._version import __version__
 from .autoencoder import MOVQ
 from .decoder import MOVQDecoder
 from .encoder import Encoder
@@ -18,6 +20,8 @@ __all__ = [
     "SpatialNorm",
     "Upsample",
     "VectorQuantizer",
+    "__version__",
+    "build_info",
     "explain",
     "spatial_attention",
     "spatial_norm",
