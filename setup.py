@@ -35,10 +35,15 @@ def import_torch():
     return None
 
 
-def find_nvcc():
-    folders = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    candidates = [Path(folder, "bin", "nvcc") for folder in folders if folder]
-    return next((str(nvcc) for nvcc in candidates if nvcc.is_file()), None) or shutil.which("nvcc")
+def find_cuda():
+    """The folder of the CUDA toolkit, or None."""
+    on_path = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), on_path and Path(on_path).parents[1], "/usr/local/cuda"]
+    for home in (Path(home) for home in homes if home):
+        # An nvcc alone is no toolkit: /usr/local/bin may hold a wrapper of one that lives elsewhere.
+        if (home / "bin/nvcc").is_file() and [*home.glob("include/cuda_runtime.h"), *home.glob("targets/*/include/cuda_runtime.h")]:
+            return home
+    return None
 
 
 def plan():
@@ -48,8 +53,8 @@ def plan():
         raise SetupError(f"MOVQ_EXT_CUDA must be 0 or 1 or unset, got {wish!r}")
     if wish == "0":
         return None, "MOVQ_EXT_CUDA=0", []
-    if not find_nvcc():
-        reason = "nvcc was not found (looked in CUDA_HOME, CUDA_PATH, /usr/local/cuda and PATH)"
+    if not find_cuda():
+        reason = "nvcc was not found (looked for a CUDA toolkit in CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda)"
     elif not (torch := import_torch()):
         return None, "torch is not installed", ["torch>=2.11"]
     elif not torch.version.cuda:
@@ -61,11 +66,11 @@ def plan():
     return None, reason, []
 
 
-def extension(torch):
+def extension():
+    os.environ["CUDA_HOME"] = str(find_cuda())  # read when cpp_extension is imported
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCH_LIST)
     from torch.utils.cpp_extension import CUDAExtension
 
-    os.environ.setdefault("CUDA_HOME", str(Path(find_nvcc()).parent.parent))
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCH_LIST)
     return CUDAExtension(
         "movq_ext._C",
         sources=sorted(glob("csrc/*.cpp") + glob("csrc/kernels/*.cu")),
@@ -95,13 +100,15 @@ class BuildPy(build_py):
 
 
 commands = {"build_py": BuildPy}
+extensions = []
 if torch is not None:
+    extensions.append(extension())
     from torch.utils.cpp_extension import BuildExtension
 
     commands["build_ext"] = BuildExtension
 
 setup(
-    ext_modules=[extension(torch)] if torch is not None else [],
+    ext_modules=extensions,
     cmdclass=commands,
     setup_requires=requires,  # what pip adds to its build environment
 )
