@@ -3,6 +3,7 @@
 from ._extension import build_info
 from ._version import __version__
 from .autoencoder import MOVQ
+from .checkpoint import CheckpointError, from_pretrained, save_pretrained
 from .decoder import MOVQDecoder
 from .encoder import Encoder
 from .functional import explain, spatial_attention, spatial_norm
@@ -12,6 +13,7 @@ from .quantize import VectorQuantizer
 __all__ = [
     "MOVQ",
     "AttnBlock",
+    "CheckpointError",
     "Downsample",
     "Encoder",
     "GroupNorm",
@@ -23,6 +25,8 @@ __all__ = [
     "__version__",
     "build_info",
     "explain",
+    "from_pretrained",
+    "save_pretrained",
     "spatial_attention",
     "spatial_norm",
 ]

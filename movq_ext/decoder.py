@@ -30,6 +30,7 @@ class MOVQDecoder(nn.Module):
         give_pre_end: return the features before norm_out.
         zq_ch: channels of zq; z_channels if None.
         add_conv: see SpatialNorm.
+        mid_attn: attend in the middle; False for diffusers models with ``mid_block_add_attention=False``.
         **ignorekwargs: ignored (published configs hold keys of other classes).
     """
 
@@ -49,6 +50,7 @@ class MOVQDecoder(nn.Module):
         give_pre_end: bool = False,
         zq_ch: int | None = None,
         add_conv: bool = False,
+        mid_attn: bool = True,
         **ignorekwargs: Any,
     ) -> None:
         super().__init__()
@@ -69,7 +71,7 @@ class MOVQDecoder(nn.Module):
         self.conv_in = nn.Conv2d(z_channels, channels, kernel_size=3, padding=1)
         self.mid = nn.Module()
         self.mid.block_1 = ResnetBlock(in_channels=channels, dropout=dropout, **norm)
-        self.mid.attn_1 = AttnBlock(channels, **norm)
+        self.mid.attn_1 = AttnBlock(channels, **norm) if mid_attn else None
         self.mid.block_2 = ResnetBlock(in_channels=channels, dropout=dropout, **norm)
 
         self.up = nn.ModuleList()  # up[level] is level's stage; the highest level (smallest map) runs first
@@ -126,7 +128,8 @@ class MOVQDecoder(nn.Module):
         """Every step before norm_out: its name and its output."""
         yield "conv_in", (h := self.conv_in(z))
         yield "mid_block_1", (h := self.mid.block_1(h, zq=zq))
-        yield "mid_attn_1", (h := self.mid.attn_1(h, zq))
+        if self.mid.attn_1 is not None:
+            yield "mid_attn_1", (h := self.mid.attn_1(h, zq))
         yield "mid_block_2", (h := self.mid.block_2(h, zq=zq))
         for level in reversed(range(self.num_resolutions)):
             stage = self.up[level]

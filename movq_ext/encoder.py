@@ -30,6 +30,7 @@ class Encoder(nn.Module):
         resolution: int,
         z_channels: int,
         double_z: bool = False,
+        mid_attn: bool = True,
         **ignorekwargs: Any,
     ) -> None:
         super().__init__()
@@ -54,7 +55,7 @@ class Encoder(nn.Module):
             self.down.append(stage)
         self.mid = nn.Module()
         self.mid.block_1 = ResnetBlock(in_channels=channels, dropout=dropout)
-        self.mid.attn_1 = AttnBlock(channels)
+        self.mid.attn_1 = AttnBlock(channels) if mid_attn else None
         self.mid.block_2 = ResnetBlock(in_channels=channels, dropout=dropout)
         self.norm_out = make_norm(channels, None, False)
         self.conv_out = nn.Conv2d(channels, 2 * z_channels if double_z else z_channels, kernel_size=3, padding=1)
@@ -76,5 +77,8 @@ class Encoder(nn.Module):
                     h = stage.attn[i](h)
             if hasattr(stage, "downsample"):
                 h = stage.downsample(h)
-        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+        h = self.mid.block_1(h)
+        if self.mid.attn_1 is not None:
+            h = self.mid.attn_1(h)
+        h = self.mid.block_2(h)
         return self.conv_out(self.norm_out(h, activation="silu"))
