@@ -126,6 +126,8 @@ def train(args: argparse.Namespace) -> int:
         config = TrainingConfig(**{field.name: getattr(args, field.name) for field in fields(TrainingConfig)})
         torch.manual_seed(config.seed)  # every process starts from the same weights
         model_config = json.loads(args.config.read_text()) if args.config else SMALL_MODEL_CONFIG
+        if not isinstance(model_config, dict) or not {"ddconfig", "n_embed", "embed_dim"} <= model_config.keys():
+            raise ValueError(f"{args.config} must hold MOVQ's keywords ddconfig, n_embed and embed_dim")
         trainer = Trainer(MOVQ(**model_config), args.folder, args.out, config, torch.device(args.device))
         if trainer.checkpoint.exists():
             trainer.resume()
@@ -151,6 +153,14 @@ def info(args: argparse.Namespace) -> int:
     return 0
 
 
+def usable_device(name: str) -> str:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch's ways to say no such device, or a build without it
+        raise argparse.ArgumentTypeError(f"cannot use {name!r}: {str(error).splitlines()[0]}") from error
+    return name
+
+
 def load_model(args: argparse.Namespace) -> MOVQ:
     return from_pretrained(args.model, device=args.device, dtype=DTYPES[args.dtype])
 
@@ -171,7 +181,7 @@ def parser() -> argparse.ArgumentParser:
     def command(run: Callable[[argparse.Namespace], int], summary: str, model: bool = True) -> argparse.ArgumentParser:
         sub = commands.add_parser(run.__name__, help=summary, description=summary)
         sub.set_defaults(run=run)
-        sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device (%(default)s)")
+        sub.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device (%(default)s)")
         if model:
             sub.add_argument("--model", type=Path, default=SMALL_MODEL, help="weights, see from_pretrained (the shipped model)")
             sub.add_argument("--dtype", choices=DTYPES, default="float32")
@@ -209,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         return args.run(args)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

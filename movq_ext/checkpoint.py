@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .autoencoder import MOVQ
+from .files import replacing
 from .modules import NORM_GROUPS
 
 CONFIG_KEY = "movq_ext.config"  # of the safetensors metadata
@@ -38,15 +38,10 @@ def save_pretrained(model: MOVQ, folder: str | Path, dtype: torch.dtype | None =
     folder.mkdir(parents=True, exist_ok=True)
     config = json.dumps(model.config, indent=2)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
-    weights, readable = folder / "model.safetensors", folder / "config.json"
-    partial = folder / f".partial.{os.getpid()}"
-    try:
+    with replacing(folder / "model.safetensors") as partial:
         save_file(tensors, partial, metadata={CONFIG_KEY: config})
-        _replace(partial, weights)
+    with replacing(folder / "config.json") as partial:
         partial.write_text(config + "\n")
-        _replace(partial, readable)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def from_pretrained(
@@ -99,12 +94,6 @@ def from_pretrained(
     state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
     model.load_state_dict(state, assign=True)
     return model.eval()
-
-
-def _replace(partial: Path, target: Path) -> None:
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())  # else a crash of the machine could leave a name without contents
-    os.replace(partial, target)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

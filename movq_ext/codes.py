@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .autoencoder import MOVQ
+from .files import replacing
 from .images import pad_to_multiple, to_image, to_tensor
 
 FORMAT = "movq_ext.codes.1"
@@ -48,13 +48,9 @@ class CodeFile:
         """Write the file; an interrupted write leaves the old one whole."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            metadata = {"format": FORMAT, "codebook": self.codebook, "sizes": json.dumps(self.sizes)}
+        metadata = {"format": FORMAT, "codebook": self.codebook, "sizes": json.dumps(self.sizes)}
+        with replacing(path) as partial:
             save_file(self.codes, partial, metadata=metadata)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> CodeFile:

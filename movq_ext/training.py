@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from .autoencoder import MOVQ
 from .checkpoint import save_pretrained
+from .files import replacing
 from .images import find_images, load_image, to_tensor
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,16 @@ class TrainingConfig:
     amp: bool = False  # bfloat16 autocast
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "crop", "restart_every", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("warmup_steps", "continuous_steps", "codebook_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+
 
 class Photographs:
     """Random crops of a folder's pictures, a pure function of (seed, index), so that a resumed run sees the same ones."""
@@ -71,6 +82,7 @@ class Photographs:
         self.crop = crop
         self._cache: dict[Path, Image.Image] = {}
         self._cached_bytes = 0
+        self._unreadable: set[Path] = set()
 
     def batch(self, size: int, generator: torch.Generator) -> Tensor:
         """``(size, 3, crop, crop)`` in [-1, 1]."""
@@ -78,7 +90,7 @@ class Photographs:
 
     def _crop(self, generator: torch.Generator) -> Tensor:
         pick, zoom, across, down, flip = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
-        image = self._load(self.files[int(pick * len(self.files))])
+        image = self._readable(int(pick * len(self.files)))
         # The crop's footprint in the photograph: from one pixel a pixel to half the picture's shorter side, so that the
         # model sees both fine texture and whole photographs made small.
         widest = max(self.crop, min(image.size) / 2)
@@ -87,6 +99,17 @@ class Photographs:
         box = (left, top, left + side, top + side)
         x = to_tensor(image.resize((self.crop, self.crop), Image.Resampling.LANCZOS, box=box, reducing_gap=2.0))
         return x.flip(2) if flip < 0.5 else x
+
+    def _readable(self, index: int) -> Image.Image:
+        """The picture at index, or the next one that can be read."""
+        for file in self.files[index:] + self.files[:index]:
+            if file not in self._unreadable:
+                try:
+                    return self._load(file)
+                except OSError as error:
+                    self._unreadable.add(file)
+                    log.warning("left out: %s", error)
+        raise ValueError(f"none of the {len(self.files)} pictures can be read")
 
     def _load(self, file: Path) -> Image.Image:
         if file not in self._cache:
@@ -204,16 +227,18 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "usage": self.usage,
             }
-            partial = self.checkpoint.with_suffix(".partial")
-            torch.save(state, partial)
-            os.replace(partial, self.checkpoint)
+            with replacing(self.checkpoint) as partial:
+                torch.save(state, partial)
             save_pretrained(self.average, self.out / "model")
         if self.world_size > 1:
             dist.barrier()
 
     def resume(self) -> None:
-        """Continue from the checkpoint in ``out``. Raises ValueError if it was made with another config."""
-        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        """Continue from the checkpoint in ``out``. Raises ValueError if it is damaged or was made with another config."""
+        try:
+            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{self.checkpoint} is damaged: {error}") from error
         ours = asdict(self.config)
         changed = [f"{key}={state['config'].get(key)!r}, now {ours[key]!r}"
                    for key in ours if key != "steps" and state["config"].get(key) != ours[key]]  # fmt: skip
