@@ -17,6 +17,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield partial
         with open(partial, "rb") as file:
             os.fsync(file.fileno())  # else a crash of the machine could leave the name without its contents
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)  # some writers make files that only their owner can read
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
