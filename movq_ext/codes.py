@@ -60,12 +60,15 @@ class CodeFile:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"{path} is no file of codes: its format is {metadata.get('format')!r}, not {FORMAT!r}")
                 codes = {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} is no file of codes: its format is {metadata.get('format')!r}, not {FORMAT!r}")
+        try:
             sizes = {name: (int(height), int(width)) for name, (height, width) in json.loads(metadata["sizes"]).items()}
             result = cls(metadata["codebook"], codes, sizes)
-        except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         for name in result.codes:
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name or not name:

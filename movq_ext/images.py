@@ -36,7 +36,10 @@ def load_image(path: str | Path) -> Image.Image:
     """The picture as RGB, upright (EXIF orientation applied). Raises OSError for a file that is no whole picture."""
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip to 8 instead of scaling
+                upright = Image.fromarray((np.asarray(upright) / 257).round().clip(0, 255).astype(np.uint8))
+            return upright.convert("RGB")
     except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's other words for a bad file
         raise OSError(f"cannot read {path}: {error}") from error
 
