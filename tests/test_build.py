@@ -36,14 +36,16 @@ def toolkit(tmp_path):
     (tmp_path / "cuda/bin").mkdir(parents=True)
     (tmp_path / "cuda/include").mkdir()
     (tmp_path / "cuda/include/cuda_runtime.h").touch()
-    (tmp_path / "cuda/bin/nvcc").write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
+    answers = "compute_80 compute_90 compute_100 Cuda compilation tools, release 13.0, V13.0.88"
+    (tmp_path / "cuda/bin/nvcc").write_text(f"#!/bin/sh\necho '{answers}'\n")
     (tmp_path / "cuda/bin/nvcc").chmod(0o755)
     return tmp_path / "cuda"
 
 
 def stand_in_for_torch(folder, version, cuda):
-    (folder / "torch").mkdir(parents=True)
+    (folder / "torch/utils").mkdir(parents=True)
     (folder / "torch/__init__.py").write_text(f"__version__ = {version!r}\nclass version: cuda = {cuda!r}\n")
+    (folder / "torch/utils/cpp_extension.py").write_text("class BuildExtension: pass\ndef CUDAExtension(name, **args): return args\n")
     return {"PYTHONPATH": str(folder)}
 
 
@@ -101,13 +103,19 @@ def test_sdist_can_be_built_from(source, tmp_path):
     assert package_files(source) <= set(zipfile.ZipFile(wheel).namelist())
 
 
+def test_an_editable_install_has_a_record_too(source, tmp_path):
+    elsewhere = shutil.copytree(source, tmp_path / "source")
+    build("editable", elsewhere, tmp_path / "out", MOVQ_EXT_CUDA="0")
+    assert json.loads((elsewhere / "movq_ext/_build_record.json").read_text())["reason"] == "MOVQ_EXT_CUDA=0"
+
+
 def test_other_wishes_are_errors(source, tmp_path):
     status, log, _ = backend("build_wheel", source, tmp_path, MOVQ_EXT_CUDA="banana")
     assert status != 0 and "MOVQ_EXT_CUDA must be 0 or 1 or unset, got 'banana'" in log
 
 
 def insist(source, out, **environment):
-    """The error of a build that insists on the extension, and what it does where nobody insists."""
+    """The reason in the error of a build that insists on the extension."""
     status, log, _ = backend("build_wheel", source, out, MOVQ_EXT_CUDA="1", **environment)
     assert status != 0 and not [*out.glob("*.whl")]
     (error,) = [line for line in log.splitlines() if "MOVQ_EXT_CUDA=1 asks for the CUDA extension, but " in line]
@@ -132,6 +140,26 @@ def test_insisting_with_a_torch_that_does_not_fit_is_an_error(source, tmp_path, 
         assert insist(source, tmp_path, CUDA_HOME=str(toolkit), **other) == reason
         log, _ = build("wheel", source, tmp_path / f"{version}-out", CUDA_HOME=str(toolkit), **other)  # nobody insists
         assert log.count(f"movq_ext is built without its CUDA kernels: {reason}") == 1
+
+
+@pytest.mark.parametrize(
+    ("wanted", "built"),
+    [(None, "8.0 9.0 10.0+PTX"), ("", "8.0 9.0 10.0+PTX"), ("7.5;8.6", "7.5;8.6")],  # by default as far as the nvcc goes
+)
+def test_what_is_compiled(source, tmp_path, toolkit, wanted, built):
+    script = (
+        "import json, runpy, setuptools; setuptools.setup = lambda **arguments: None; setup = runpy.run_path('setup.py');"
+        "print(json.dumps([setup['record'], setup['extension']()['ext_modules'][0]['sources']]))"
+    )
+    clean = {key: value for key, value in os.environ.items() if key not in ("MOVQ_EXT_CUDA", "TORCH_CUDA_ARCH_LIST")}
+    environment = {**clean, "CUDA_HOME": str(toolkit), **stand_in_for_torch(tmp_path, "2.14.1+cu130", "13.0")}
+    if wanted is not None:
+        environment["TORCH_CUDA_ARCH_LIST"] = wanted
+    run = subprocess.run([sys.executable, "-c", script], cwd=source, env=environment, capture_output=True, text=True, check=True)
+    record, sources = json.loads(run.stdout)
+    assert record == {"torch": "2.14.1+cu130", "nvcc": "13.0", "arch_list": built}
+    compiled = [*source.glob("csrc/*.cpp"), *source.glob("csrc/kernels/*.cu")]
+    assert sources == sorted(path.relative_to(source).as_posix() for path in compiled) and len(sources) >= 2
 
 
 def test_torch_is_asked_for_only_where_it_is_missing_and_something_can_be_compiled(source, tmp_path, toolkit):
