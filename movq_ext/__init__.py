@@ -1,0 +1,32 @@
+"""MoVQ latents to images: SpatialNorm, attention and decoder with hand-written CUDA kernels and a native path."""
+
+from ._extension import build_info
+from ._version import __version__
+from .autoencoder import MOVQ
+from .checkpoint import CheckpointError, from_pretrained, save_pretrained
+from .decoder import MOVQDecoder
+from .encoder import Encoder
+from .functional import explain, spatial_attention, spatial_norm
+from .modules import AttnBlock, Downsample, GroupNorm, ResnetBlock, SpatialNorm, Upsample
+from .quantize import VectorQuantizer
+
+__all__ = [
+    "MOVQ",
+    "AttnBlock",
+    "CheckpointError",
+    "Downsample",
+    "Encoder",
+    "GroupNorm",
+    "MOVQDecoder",
+    "ResnetBlock",
+    "SpatialNorm",
+    "Upsample",
+    "VectorQuantizer",
+    "__version__",
+    "build_info",
+    "explain",
+    "from_pretrained",
+    "save_pretrained",
+    "spatial_attention",
+    "spatial_norm",
+]

@@ -1,0 +1,84 @@
+"""The whole MoVQ model: encoder, codebook and decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from .decoder import MOVQDecoder
+from .encoder import Encoder
+from .modules import check_latent
+from .quantize import VectorQuantizer
+
+
+class MOVQ(nn.Module):
+    """MoVQ autoencoder (Zheng et al., arXiv:2209.09002), with the module names of the released checkpoints.
+
+    Args:
+        ddconfig: keywords of MOVQDecoder and Encoder, as in the released configs.
+        n_embed: number of codes.
+        embed_dim: channels of a code, and so of the decoder's zq.
+        beta, remap, sane_index_shape, legacy: see VectorQuantizer.
+    """
+
+    def __init__(
+        self,
+        ddconfig: Mapping[str, Any],
+        n_embed: int,
+        embed_dim: int,
+        beta: float = 0.25,
+        remap: str | PathLike[str] | np.ndarray | None = None,
+        sane_index_shape: bool = False,
+        legacy: bool = True,
+    ) -> None:
+        super().__init__()
+        ddconfig = dict(ddconfig)
+        self.config = {
+            "ddconfig": ddconfig, "n_embed": n_embed, "embed_dim": embed_dim,
+            "beta": beta, "sane_index_shape": sane_index_shape, "legacy": legacy,
+        }  # fmt: skip
+        self.encoder = Encoder(**ddconfig)
+        self.decoder = MOVQDecoder(**{**ddconfig, "zq_ch": embed_dim})
+        self.quantize = VectorQuantizer(n_embed, embed_dim, beta, remap, sane_index_shape=sane_index_shape, legacy=legacy)
+        self.quant_conv = nn.Conv2d(ddconfig["z_channels"], embed_dim, kernel_size=1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], kernel_size=1)
+
+    @property
+    def downsampling(self) -> int:
+        """Image pixels per latent cell along one side."""
+        return 2 ** (self.decoder.num_resolutions - 1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Images ``(B, in_channels, H, W)`` in [-1, 1] to latents ``(B, embed_dim, h, w)`` before quantisation."""
+        return self.quant_conv(self.encoder(x))
+
+    def encode_code(self, x: Tensor) -> Tensor:
+        """Images to code indices ``(B, h, w)`` int64."""
+        h = self.encode(x)
+        return self.quantize(h)[2][2].view(h.shape[0], *h.shape[2:])
+
+    def decode(self, quant: Tensor) -> Tensor:
+        """Quantised latents ``(B, embed_dim, h, w)`` to images in about [-1, 1], ``h * downsampling`` high.
+
+        Raises ValueError (rank, channels, device, empty) or TypeError (dtype) naming the argument.
+        """
+        check_latent("quant", quant, self.post_quant_conv.in_channels, self.post_quant_conv.weight)
+        return self.decoder(self.post_quant_conv(quant), quant)
+
+    def decode_code(self, indices: Tensor) -> Tensor:
+        """Code indices ``(B, h, w)``, any grid, to images.
+
+        Raises ValueError for another rank or an index outside the codebook, TypeError for indices that are not integers.
+        """
+        if indices.dim() != 3 or 0 in indices.shape:
+            raise ValueError(f"indices must have shape (batch, height, width) and not be empty, got {tuple(indices.shape)}")
+        return self.decode(self.quantize.get_codebook_entry(indices, (*indices.shape, self.quantize.e_dim)))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Reconstruct images; returns (images, the codebook's loss)."""
+        quant, loss, _ = self.quantize(self.encode(x))
+        return self.decode(quant), loss

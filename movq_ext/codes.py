@@ -1,0 +1,105 @@
+"""Files of codes: what ``python -m movq_ext encode`` writes and ``decode`` reads.
+
+A safetensors file with one int32 tensor ``(h, w)`` of code indices per picture, under the picture's name. Its metadata
+say which codebook the indices refer to and how large every picture was before padding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .autoencoder import MOVQ
+from .files import replacing
+from .images import pad_to_multiple, to_image, to_tensor
+
+FORMAT = "movq_ext.codes.1"
+
+
+def codebook_id(model: MOVQ) -> str:
+    """A fingerprint of the codebook: indices mean nothing to a model with another one."""
+    # To half precision, so that a model keeps its fingerprint whatever dtype it was loaded in.
+    weight = model.quantize.embedding.weight.detach().cpu().half().contiguous()
+    return hashlib.sha256(weight.numpy().tobytes()).hexdigest()[:16]
+
+
+@dataclass
+class CodeFile:
+    """Codes of many pictures: by name, the indices ``(h, w)`` int32 and the picture's (height, width) in pixels."""
+
+    codebook: str
+    codes: dict[str, Tensor] = field(default_factory=dict)
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, name: str, codes: Tensor, size: tuple[int, int]) -> None:
+        self.codes[name] = codes.to(torch.int32).cpu().contiguous()
+        self.sizes[name] = size
+
+    def save(self, path: str | Path) -> None:
+        """Write the file; an interrupted write leaves the old one whole."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"format": FORMAT, "codebook": self.codebook, "sizes": json.dumps(self.sizes)}
+        with replacing(path) as partial:
+            save_file(self.codes, partial, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> CodeFile:
+        """Read a file. Raises FileNotFoundError, or ValueError if it is damaged or no file of codes."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no such file: {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                codes = {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} is no file of codes: its format is {metadata.get('format')!r}, not {FORMAT!r}")
+        try:
+            sizes = {name: (int(height), int(width)) for name, (height, width) in json.loads(metadata["sizes"]).items()}
+            result = cls(metadata["codebook"], codes, sizes)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        for name in result.codes:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name or not name:
+                raise ValueError(f"{path} names a picture outside the output folder: {name!r}")
+            if name not in result.sizes:
+                raise ValueError(f"{path} is damaged: it has no size for {name!r}")
+        return result
+
+    def png_names(self) -> dict[str, str]:
+        """The file each picture is decoded to: its name with the suffix .png, added where two would share one."""
+        names = {name: str(PurePosixPath(name).with_suffix(".png")) for name in self.codes}
+        shared = Counter(names.values())
+        return {name: png if shared[png] == 1 else f"{name}.png" for name, png in names.items()}
+
+
+@torch.inference_mode()
+def encode_image(model: MOVQ, image: Image.Image) -> Tensor:
+    """Code indices ``(h, w)`` of an RGB picture of any size (padded to whole cells by repeating its border)."""
+    weight = model.quant_conv.weight
+    x = pad_to_multiple(to_tensor(image)[None], model.downsampling)
+    return model.encode_code(x.to(weight.device, weight.dtype))[0]
+
+
+@torch.inference_mode()
+def decode_image(model: MOVQ, codes: Tensor, size: tuple[int, int]) -> Image.Image:
+    """The picture of code indices ``(h, w)``, cut to size (height, width).
+
+    Raises ValueError where the size does not belong to the grid, or an index is outside the codebook.
+    """
+    cell = model.downsampling
+    if codes.dim() != 2 or tuple(codes.shape) != tuple(-(-side // cell) for side in size):
+        raise ValueError(f"a picture of {size[0]} x {size[1]} (height x width) has not codes of shape {tuple(codes.shape)}")
+    x = model.decode_code(codes[None].to(model.quant_conv.weight.device, torch.long))
+    return to_image(x[0, :, : size[0], : size[1]])

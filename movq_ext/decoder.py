@@ -1,0 +1,146 @@
+"""The MoVQ decoder: latents to images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .modules import AttnBlock, ResnetBlock, Upsample, check_batch, check_latent, check_levels, check_positive, make_norm
+
+
+class MOVQDecoder(nn.Module):
+    """Decoder of MoVQ (Zheng et al., arXiv:2209.09002) as released with Kandinsky 2.x and CogVideo.
+
+    The image is ``2 ** (len(ch_mult) - 1)`` times the latent in height and width.
+
+    Args:
+        ch: channels at full resolution; ``ch * m`` must be a multiple of 32 for every m in ch_mult.
+        out_ch: channels of the image.
+        ch_mult: channel multiplier of each level, from full resolution to the latent's.
+        num_res_blocks: each level has ``num_res_blocks + 1`` ResNet blocks.
+        attn_resolutions: levels with one of these sizes (for an image of ``resolution``) attend after every block.
+        dropout: probability inside the ResNet blocks.
+        resamp_with_conv: convolve after every 2x upsampling.
+        in_channels: channels of the encoder's image; kept for the published configs, not used here.
+        resolution: image size that attn_resolutions refers to; any latent size can be decoded.
+        z_channels: channels of z.
+        give_pre_end: return the features before norm_out.
+        zq_ch: channels of zq; z_channels if None.
+        add_conv: see SpatialNorm.
+        mid_attn: attend in the middle; False for diffusers models with ``mid_block_add_attention=False``.
+        **ignorekwargs: ignored (published configs hold keys of other classes).
+    """
+
+    def __init__(
+        self,
+        *,
+        ch: int,
+        out_ch: int,
+        ch_mult: Sequence[int] = (1, 2, 4, 8),
+        num_res_blocks: int,
+        attn_resolutions: Sequence[int],
+        dropout: float = 0.0,
+        resamp_with_conv: bool = True,
+        in_channels: int,
+        resolution: int,
+        z_channels: int,
+        give_pre_end: bool = False,
+        zq_ch: int | None = None,
+        add_conv: bool = False,
+        mid_attn: bool = True,
+        **ignorekwargs: Any,
+    ) -> None:
+        super().__init__()
+        zq_ch = z_channels if zq_ch is None else zq_ch
+        check_levels(ch_mult, num_res_blocks)
+        check_positive(ch=ch, out_ch=out_ch, z_channels=z_channels, zq_ch=zq_ch)
+        self.ch = ch
+        self.num_resolutions = len(ch_mult)
+        self.num_res_blocks = num_res_blocks
+        self.in_channels = in_channels
+        self.resolution = resolution
+        self.z_channels = z_channels
+        self.zq_ch = zq_ch
+        self.give_pre_end = give_pre_end
+        norm = {"zq_ch": zq_ch, "add_conv": add_conv}
+
+        channels = ch * ch_mult[-1]
+        self.conv_in = nn.Conv2d(z_channels, channels, kernel_size=3, padding=1)
+        self.mid = nn.Module()
+        self.mid.block_1 = ResnetBlock(in_channels=channels, dropout=dropout, **norm)
+        self.mid.attn_1 = AttnBlock(channels, **norm) if mid_attn else None
+        self.mid.block_2 = ResnetBlock(in_channels=channels, dropout=dropout, **norm)
+
+        self.up = nn.ModuleList()  # up[level] is level's stage; the highest level (smallest map) runs first
+        for level in reversed(range(self.num_resolutions)):
+            attends = resolution // 2**level in attn_resolutions
+            stage = nn.Module()
+            stage.block, stage.attn = nn.ModuleList(), nn.ModuleList()
+            for _ in range(num_res_blocks + 1):
+                out_channels = ch * ch_mult[level]
+                stage.block.append(ResnetBlock(in_channels=channels, out_channels=out_channels, dropout=dropout, **norm))
+                channels = out_channels
+                if attends:
+                    stage.attn.append(AttnBlock(channels, **norm))
+            if level > 0:
+                stage.upsample = Upsample(channels, resamp_with_conv)
+            self.up.insert(0, stage)
+
+        self.norm_out = make_norm(channels, **norm)
+        self.conv_out = nn.Conv2d(channels, out_ch, kernel_size=3, padding=1)
+
+    def forward(self, z: Tensor, zq: Tensor) -> Tensor:
+        """Decode z ``(B, z_channels, h, w)``, conditioned on zq ``(B, zq_ch, any height, any width)``.
+
+        Returns:
+            ``(B, out_ch, H, W)`` with ``H = h * 2 ** (len(ch_mult) - 1)`` (with give_pre_end: the features before norm_out).
+
+        Raises:
+            ValueError: wrong rank, channels or device, empty, or batch sizes that differ.
+            TypeError: z or zq has another dtype than the model, outside autocast.
+        """
+        self._check(z, zq)
+        for _, h in self._stages(z, zq):
+            pass
+        if self.give_pre_end:
+            return h
+        return self.conv_out(self.norm_out(h, zq, activation="silu"))
+
+    def forward_with_features_output(self, z: Tensor, zq: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """As forward, and every intermediate map by name, in execution order.
+
+        The names: conv_in, mid_block_1, mid_attn_1, mid_block_2, up_{level}_block_{i}, up_{level}_attn_{i},
+        up_{level}_upsample and, unless give_pre_end, norm_out, nonlinearity, conv_out.
+        """
+        self._check(z, zq)
+        features = dict(self._stages(z, zq))
+        h = next(reversed(features.values()))
+        if not self.give_pre_end:
+            features["norm_out"] = self.norm_out(h, zq)
+            features["nonlinearity"] = F.silu(features["norm_out"])
+            h = features["conv_out"] = self.conv_out(features["nonlinearity"])
+        return h, features
+
+    def _stages(self, z: Tensor, zq: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Every step before norm_out: its name and its output."""
+        yield "conv_in", (h := self.conv_in(z))
+        yield "mid_block_1", (h := self.mid.block_1(h, zq=zq))
+        if self.mid.attn_1 is not None:
+            yield "mid_attn_1", (h := self.mid.attn_1(h, zq))
+        yield "mid_block_2", (h := self.mid.block_2(h, zq=zq))
+        for level in reversed(range(self.num_resolutions)):
+            stage = self.up[level]
+            for i, block in enumerate(stage.block):
+                yield f"up_{level}_block_{i}", (h := block(h, zq=zq))
+                if len(stage.attn):
+                    yield f"up_{level}_attn_{i}", (h := stage.attn[i](h, zq))
+            if level > 0:
+                yield f"up_{level}_upsample", (h := stage.upsample(h))
+
+    def _check(self, z: Tensor, zq: Tensor) -> None:
+        check_latent("z", z, self.z_channels, self.conv_in.weight)
+        check_latent("zq", zq, self.zq_ch, self.conv_in.weight)
+        check_batch(z=z, zq=zq)

@@ -1,0 +1,84 @@
+"""The VQGAN encoder that MoVQ keeps: images to latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .modules import AttnBlock, Downsample, ResnetBlock, check_latent, check_levels, check_positive, make_norm
+
+
+class Encoder(nn.Module):
+    """Encoder of VQGAN (Esser et al., arXiv:2012.09841): GroupNorm + SiLU ResNet blocks, stride-2 downsampling.
+
+    The arguments are those of MOVQDecoder; ``double_z`` doubles the output's channels (mean and log-variance of a KL
+    model). ``out_ch`` and other keys of the published configs are ignored.
+    """
+
+    def __init__(
+        self,
+        *,
+        ch: int,
+        ch_mult: Sequence[int] = (1, 2, 4, 8),
+        num_res_blocks: int,
+        attn_resolutions: Sequence[int],
+        dropout: float = 0.0,
+        resamp_with_conv: bool = True,
+        in_channels: int,
+        resolution: int,
+        z_channels: int,
+        double_z: bool = False,
+        mid_attn: bool = True,
+        **ignorekwargs: Any,
+    ) -> None:
+        super().__init__()
+        check_levels(ch_mult, num_res_blocks)
+        check_positive(ch=ch, in_channels=in_channels, z_channels=z_channels)
+        self.in_channels = in_channels
+        self.num_resolutions = len(ch_mult)
+        self.conv_in = nn.Conv2d(in_channels, ch, kernel_size=3, padding=1)
+        channels = ch
+        self.down = nn.ModuleList()
+        for level, multiplier in enumerate(ch_mult):
+            attends = resolution // 2**level in attn_resolutions
+            stage = nn.Module()
+            stage.block, stage.attn = nn.ModuleList(), nn.ModuleList()
+            for _ in range(num_res_blocks):
+                stage.block.append(ResnetBlock(in_channels=channels, out_channels=ch * multiplier, dropout=dropout))
+                channels = ch * multiplier
+                if attends:
+                    stage.attn.append(AttnBlock(channels))
+            if level < self.num_resolutions - 1:
+                stage.downsample = Downsample(channels, resamp_with_conv)
+            self.down.append(stage)
+        self.mid = nn.Module()
+        self.mid.block_1 = ResnetBlock(in_channels=channels, dropout=dropout)
+        self.mid.attn_1 = AttnBlock(channels) if mid_attn else None
+        self.mid.block_2 = ResnetBlock(in_channels=channels, dropout=dropout)
+        self.norm_out = make_norm(channels, None, False)
+        self.conv_out = nn.Conv2d(channels, 2 * z_channels if double_z else z_channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``(B, in_channels, H, W)`` in [-1, 1] to latents ``(B, z_channels, h, w)``, h = H halved (floor) per level.
+
+        Raises ValueError (rank, channels, device, image smaller than one latent cell) or TypeError (dtype).
+        """
+        check_latent("x", x, self.in_channels, self.conv_in.weight)
+        cell = 2 ** (self.num_resolutions - 1)
+        if min(x.shape[-2:]) < cell:
+            raise ValueError(f"x must be at least {cell} x {cell} (height x width), got {x.shape[-2]} x {x.shape[-1]}")
+        h = self.conv_in(x)
+        for stage in self.down:
+            for i, block in enumerate(stage.block):
+                h = block(h)
+                if len(stage.attn):
+                    h = stage.attn[i](h)
+            if hasattr(stage, "downsample"):
+                h = stage.downsample(h)
+        h = self.mid.block_1(h)
+        if self.mid.attn_1 is not None:
+            h = self.mid.attn_1(h)
+        h = self.mid.block_2(h)
+        return self.conv_out(self.norm_out(h, activation="silu"))

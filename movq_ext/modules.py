@@ -1,0 +1,238 @@
+"""The layers of the MoVQ autoencoder. Attribute names are those of the published checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .functional import spatial_attention, spatial_norm
+
+NORM_GROUPS = 32
+NORM_EPS = 1e-6
+
+
+class GroupNorm(nn.GroupNorm):
+    """``nn.GroupNorm`` with SpatialNorm's signature, for blocks that are not conditioned on a latent (zq is ignored)."""
+
+    def forward(self, f: Tensor, zq: Tensor | None = None, activation: str | None = None) -> Tensor:
+        return spatial_norm(f, None, None, self.weight, self.bias, self.num_groups, self.eps, activation)
+
+
+class SpatialNorm(nn.Module):
+    """Normalisation whose scale and offset depend on the quantised latent (MoVQ, arXiv:2209.09002, equation 4).
+
+    ``out = norm_layer(f) * conv_y(zq) + conv_b(zq)``, with zq resized (nearest) to f's height and width.
+
+    Args:
+        f_channels: channels of the features f.
+        zq_channels: channels of the latent zq.
+        norm_layer: class of the normalisation, called as ``norm_layer(num_channels=f_channels, **norm_layer_params)``.
+        freeze_norm_layer: keep the norm layer's parameters and running statistics as they are in training.
+        add_conv: apply a 3x3 convolution to the resized zq first.
+        **norm_layer_params: e.g. ``num_groups=32, eps=1e-6, affine=True``.
+    """
+
+    def __init__(
+        self,
+        f_channels: int,
+        zq_channels: int,
+        norm_layer: type[nn.Module] = nn.GroupNorm,
+        freeze_norm_layer: bool = False,
+        add_conv: bool = False,
+        **norm_layer_params: Any,
+    ) -> None:
+        super().__init__()
+        if norm_layer is nn.GroupNorm:
+            _check_groups(f_channels, norm_layer_params.get("num_groups"))
+        self.norm_layer = norm_layer(num_channels=f_channels, **norm_layer_params)
+        self.freeze_norm_layer = freeze_norm_layer
+        if freeze_norm_layer:
+            self.norm_layer.requires_grad_(False).eval()
+        self.add_conv = add_conv
+        if add_conv:
+            self.conv = nn.Conv2d(zq_channels, zq_channels, kernel_size=3, padding=1)
+        self.conv_y = nn.Conv2d(zq_channels, f_channels, kernel_size=1)
+        self.conv_b = nn.Conv2d(zq_channels, f_channels, kernel_size=1)
+
+    def train(self, mode: bool = True) -> SpatialNorm:
+        super().train(mode)
+        if self.freeze_norm_layer:  # a frozen BatchNorm must not update its running statistics either
+            self.norm_layer.eval()
+        return self
+
+    def forward(self, f: Tensor, zq: Tensor, activation: str | None = None) -> Tensor:
+        """Normalise f ``(B, f_channels, H, W)`` conditioned on zq ``(B, zq_channels, h, w)``; returns f's shape.
+
+        Raises ValueError (rank, channels, batch, device) or TypeError (dtype) naming the argument.
+        """
+        check_latent("f", f, self.conv_y.out_channels, self.conv_y.weight)
+        check_latent("zq", zq, self.conv_y.in_channels, self.conv_y.weight)
+        check_batch(f=f, zq=zq)
+        if self.add_conv:  # a 3x3 convolution does not commute with the resize
+            zq = self.conv(F.interpolate(zq, size=f.shape[-2:], mode="nearest"))
+        y, b = self.conv_y(zq), self.conv_b(zq)
+        norm = self.norm_layer
+        if isinstance(norm, nn.GroupNorm):
+            return spatial_norm(f, y, b, norm.weight, norm.bias, norm.num_groups, norm.eps, activation)
+        y, b = (F.interpolate(x, size=f.shape[-2:], mode="nearest") for x in (y, b))
+        out = cast(Tensor, norm(f) * y + b)
+        return F.silu(out) if activation == "silu" else out
+
+
+def make_norm(channels: int, zq_ch: int | None, add_conv: bool) -> GroupNorm | SpatialNorm:
+    """The norm of every block: SpatialNorm where there is a latent to condition on, else GroupNorm; 32 groups."""
+    _check_groups(channels, NORM_GROUPS)
+    if zq_ch is None:
+        return GroupNorm(NORM_GROUPS, channels, NORM_EPS)
+    return SpatialNorm(channels, zq_ch, add_conv=add_conv, num_groups=NORM_GROUPS, eps=NORM_EPS, affine=True)
+
+
+class Upsample(nn.Module):
+    """Nearest 2x upsampling, then a 3x3 convolution if ``with_conv``."""
+
+    def __init__(self, in_channels: int, with_conv: bool) -> None:
+        super().__init__()
+        self.with_conv = with_conv
+        if with_conv:
+            self.conv = nn.Conv2d(in_channels, in_channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W) -> (B, C, 2H, 2W)``."""
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv(x) if self.with_conv else x
+
+
+class Downsample(nn.Module):
+    """Halve height and width: a stride-2 3x3 convolution padded at the bottom and right, or a 2x2 mean."""
+
+    def __init__(self, in_channels: int, with_conv: bool) -> None:
+        super().__init__()
+        self.with_conv = with_conv
+        if with_conv:
+            self.conv = nn.Conv2d(in_channels, in_channels, kernel_size=3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W) -> (B, C, H // 2, W // 2)``."""
+        return self.conv(F.pad(x, (0, 1, 0, 1))) if self.with_conv else F.avg_pool2d(x, 2)
+
+
+class ResnetBlock(nn.Module):
+    """``shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1(x))) + temb_proj(silu(temb))))))``.
+
+    Args:
+        in_channels, out_channels: multiples of 32; out_channels defaults to in_channels.
+        conv_shortcut: where the channels differ, shortcut by a 3x3 (``conv_shortcut``) instead of a 1x1 (``nin_shortcut``).
+        dropout: probability.
+        temb_channels: channels of the optional timestep embedding; 0 for none.
+        zq_ch: channels of the latent the norms are conditioned on; None for plain GroupNorm.
+        add_conv: see SpatialNorm.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        out_channels: int | None = None,
+        conv_shortcut: bool = False,
+        dropout: float = 0.0,
+        temb_channels: int = 0,
+        zq_ch: int | None = None,
+        add_conv: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels = in_channels if out_channels is None else out_channels
+        self.norm1 = make_norm(in_channels, zq_ch, add_conv)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        if temb_channels > 0:
+            self.temb_proj = nn.Linear(temb_channels, out_channels)
+        self.norm2 = make_norm(out_channels, zq_ch, add_conv)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
+        if in_channels != out_channels:
+            if conv_shortcut:
+                self.conv_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+            else:
+                self.nin_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor, temb: Tensor | None = None, zq: Tensor | None = None) -> Tensor:
+        """``(B, in_channels, H, W) -> (B, out_channels, H, W)``; temb ``(B, temb_channels)``, zq ``(B, zq_ch, h, w)``.
+
+        Raises ValueError if temb is given to a block without ``temb_channels``, or is missing from one with them.
+        """
+        if (temb is not None) != hasattr(self, "temb_proj"):
+            raise ValueError("temb must be given exactly when the block was made with temb_channels > 0")
+        h = self.conv1(self.norm1(x, zq, activation="silu"))
+        if temb is not None:
+            h = h + self.temb_proj(F.silu(temb))[:, :, None, None]
+        h = self.conv2(self.dropout(self.norm2(h, zq, activation="silu")))
+        if hasattr(self, "conv_shortcut"):
+            x = self.conv_shortcut(x)
+        elif hasattr(self, "nin_shortcut"):
+            x = self.nin_shortcut(x)
+        return x + h
+
+
+class AttnBlock(nn.Module):
+    """``x + proj_out(attention(q(n), k(n), v(n)))`` with ``n = norm(x)``: one head of size in_channels over all positions."""
+
+    def __init__(self, in_channels: int, zq_ch: int | None = None, add_conv: bool = False) -> None:
+        super().__init__()
+        self.norm = make_norm(in_channels, zq_ch, add_conv)
+        self.q = nn.Conv2d(in_channels, in_channels, kernel_size=1)
+        self.k = nn.Conv2d(in_channels, in_channels, kernel_size=1)
+        self.v = nn.Conv2d(in_channels, in_channels, kernel_size=1)
+        self.proj_out = nn.Conv2d(in_channels, in_channels, kernel_size=1)
+
+    def forward(self, x: Tensor, zq: Tensor | None = None) -> Tensor:
+        """``(B, C, H, W) -> (B, C, H, W)``; zq ``(B, zq_ch, h, w)`` where the norm is conditioned."""
+        h = self.norm(x, zq)
+        return x + self.proj_out(spatial_attention(self.q(h), self.k(h), self.v(h)))
+
+
+def _check_groups(channels: int, groups: int | None) -> None:
+    if groups is None or groups < 1:
+        raise ValueError(f"num_groups must be a positive number, got {groups}")
+    if channels % groups:
+        raise ValueError(f"channels must be divisible by the {groups} groups of the norm, got {channels} channels")
+
+
+def check_levels(ch_mult: Sequence[int], num_res_blocks: int) -> None:
+    """A stack of levels needs at least one, each with channels, and a number of blocks."""
+    if not ch_mult or min(ch_mult) < 1:
+        raise ValueError(f"ch_mult must hold one positive multiplier a level, got {ch_mult!r}")
+    if num_res_blocks < 0:
+        raise ValueError(f"num_res_blocks must not be negative, got {num_res_blocks}")
+
+
+def check_positive(**sizes: int) -> None:
+    """Every size must be an integer of at least 1."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be a positive integer, got {size!r}")
+
+
+def check_latent(name: str, x: Tensor | None, channels: int, weight: Tensor) -> None:
+    """x must be a non-empty ``(B, channels, h, w)`` on weight's device and, outside autocast, of its dtype."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise ValueError(f"{name} must have shape (batch, {channels}, height, width), got {tuple(x.shape)}")
+    if 0 in x.shape:
+        raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
+    if x.device != weight.device:
+        raise ValueError(f"{name} must be on the model's device {weight.device}, got {x.device}")
+    if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+        raise TypeError(f"{name} must have the model's dtype {weight.dtype}, got {x.dtype}")
+
+
+def check_batch(**tensors: Tensor) -> None:
+    """All tensors must have one batch size."""
+    first, *others = (x.shape[0] for x in tensors.values())
+    if any(batch != first for batch in others):
+        sizes = ", ".join(f"{name} has {x.shape[0]}" for name, x in tensors.items())
+        raise ValueError(f"{' and '.join(tensors)} must have the same batch size: {sizes}")

@@ -1,0 +1,134 @@
+"""Vector quantisation: latents to the indices of their nearest codes, and back."""
+
+from __future__ import annotations
+
+from os import PathLike
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+SEARCH_BYTES = 64 << 20  # distances held at once in the nearest-code search
+
+
+@torch.library.custom_op("movq_ext::nearest_code", mutates_args=())
+def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the codebook row nearest (Euclidean) to each row of vectors: ``(n, d), (codes, d) -> (n,)`` int64.
+
+    The distances are made in chunks of at most 64 MiB, in float32 or better; of equally near codes the first wins.
+    """
+    precision = torch.promote_types(torch.promote_types(vectors.dtype, codebook.dtype), torch.float32)
+    codebook = codebook.detach().to(precision)
+    half_norms = codebook.square().sum(1) / 2  # argmin |v - e|^2 = argmin |e|^2 / 2 - v.e
+    indices = vectors.new_empty(vectors.shape[0], dtype=torch.long)
+    rows = max(1, SEARCH_BYTES // (codebook.shape[0] * codebook.element_size()))
+    for start in range(0, vectors.shape[0], rows):
+        chunk = vectors[start : start + rows].detach().to(precision)
+        indices[start : start + rows] = torch.addmm(half_norms, chunk, codebook.t(), alpha=-1).argmin(1)
+    return indices
+
+
+@nearest_code.register_fake
+def _(vectors: Tensor, codebook: Tensor) -> Tensor:
+    return vectors.new_empty(vectors.shape[0], dtype=torch.long)
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest-code quantiser with straight-through gradients (VQ-VAE, arXiv:1711.00937; VQGAN's second version).
+
+    Args:
+        n_e: number of codes.
+        e_dim: channels of a code.
+        beta: weight of the commitment term.
+        remap: path of a ``.npy`` file (or an integer array) with the codes in use: indices are then positions in it.
+        unknown_index: index of a code that remap lacks: ``"random"``, ``"extra"`` (one index more) or a number.
+        sane_index_shape: return indices as ``(B, h, w)`` rather than flat (with remap: ``(B, h * w)``).
+        legacy: as released, weight the codebook's term by beta instead of the encoder's.
+    """
+
+    def __init__(
+        self,
+        n_e: int,
+        e_dim: int,
+        beta: float,
+        remap: str | PathLike[str] | np.ndarray | None = None,
+        unknown_index: str | int = "random",
+        sane_index_shape: bool = False,
+        legacy: bool = True,
+    ) -> None:
+        super().__init__()
+        self.n_e, self.e_dim, self.beta = n_e, e_dim, beta
+        self.legacy = legacy
+        self.sane_index_shape = sane_index_shape
+        self.embedding = nn.Embedding(n_e, e_dim)
+        nn.init.uniform_(self.embedding.weight, -1.0 / n_e, 1.0 / n_e)
+        self.remap = remap
+        self.re_embed = n_e
+        if remap is not None:
+            used = remap if isinstance(remap, np.ndarray) else np.load(remap, allow_pickle=False)
+            self.register_buffer("used", torch.as_tensor(used).long())
+            self.re_embed = len(used)
+            if unknown_index == "extra":
+                unknown_index, self.re_embed = self.re_embed, self.re_embed + 1
+        self.unknown_index = unknown_index
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
+        """Quantise z ``(B, e_dim, h, w)``.
+
+        Returns:
+            ``(z_q, loss, (perplexity, min_encodings, indices))``: z_q has z's shape and passes its gradient to z unchanged;
+            loss is a scalar; perplexity and min_encodings are None (the released code's placeholders); indices are
+            ``(B * h * w,)`` int64, or shaped as sane_index_shape says.
+
+        Raises:
+            ValueError: z has not the shape ``(B, e_dim, h, w)``.
+        """
+        if z.dim() != 4 or z.shape[1] != self.e_dim:
+            raise ValueError(f"z must have shape (batch, {self.e_dim}, height, width), got {tuple(z.shape)}")
+        batch, _, height, width = z.shape
+        vectors = z.permute(0, 2, 3, 1)
+        flat = vectors.reshape(-1, self.e_dim)
+        indices = nearest_code(flat.detach(), self.embedding.weight.detach())
+        quantized = self.embedding(indices).view(vectors.shape)
+        to_code, to_encoder = (quantized.detach() - vectors).square().mean(), (quantized - vectors.detach()).square().mean()
+        loss = to_code + self.beta * to_encoder if self.legacy else self.beta * to_code + to_encoder
+        z_q = vectors + (quantized - vectors).detach()
+        if self.remap is not None:
+            indices = self.remap_to_used(indices.view(batch, -1)).flatten()
+            if not self.sane_index_shape:
+                indices = indices.view(batch, -1)
+        if self.sane_index_shape:
+            indices = indices.view(batch, height, width)
+        return z_q.permute(0, 3, 1, 2), loss, (None, None, indices)
+
+    def remap_to_used(self, indices: Tensor) -> Tensor:
+        """Positions in ``used`` of the given codes; unknown ones become unknown_index."""
+        order = self.used.argsort()
+        position = torch.searchsorted(self.used[order], indices).clamp(max=len(order) - 1)
+        remapped = order[position]
+        known = self.used[remapped] == indices
+        if self.unknown_index == "random":
+            unknown = torch.randint(0, len(self.used), indices.shape, device=indices.device)
+        else:
+            unknown = torch.full_like(indices, int(self.unknown_index))
+        return torch.where(known, remapped, unknown)
+
+    def unmap_to_all(self, indices: Tensor) -> Tensor:
+        """The codes at the given positions of ``used``; positions past its end give the first."""
+        return self.used[torch.where(indices >= len(self.used), 0, indices)]
+
+    def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None = None) -> Tensor:
+        """Codes of indices (any shape, int64): ``(..., e_dim)``, or ``(B, e_dim, h, w)`` for ``shape=(B, h, w, e_dim)``.
+
+        Raises ValueError for an index outside the codebook and TypeError for indices that are not integers.
+        """
+        if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+            raise TypeError(f"indices must be integers, got {indices.dtype}")
+        if indices.numel() and not indices.is_meta and not torch.compiler.is_compiling():
+            low, high = (int(bound) for bound in indices.aminmax())
+            if low < 0 or high >= self.re_embed:
+                raise ValueError(f"indices must be in [0, {self.re_embed}), got values from {low} to {high}")
+        if self.remap is not None:
+            indices = self.unmap_to_all(indices)
+        codes = self.embedding(indices)
+        return codes if shape is None else codes.view(shape).permute(0, 3, 1, 2).contiguous()

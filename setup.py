@@ -1,0 +1,142 @@
+"""Builds movq_ext, with the CUDA extension movq_ext._C where a CUDA toolkit and a CUDA build of torch are found.
+
+MOVQ_EXT_CUDA=1 insists on the extension, MOVQ_EXT_CUDA=0 leaves it out. CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS mean
+what they mean to torch.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from glob import glob
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+from setuptools.errors import SetupError
+
+ARCH_LIST = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
+
+
+class NoExtensionError(Exception):
+    """Why nothing can be compiled."""
+
+
+def find_toolkit():
+    """The folder of the CUDA toolkit."""
+    if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        homes, looked = [Path(home)], home
+    else:
+        on_path = [Path(nvcc) for nvcc in [shutil.which("nvcc")] if nvcc]
+        homes = [nvcc.parents[1] for nvcc in [*on_path, *(nvcc.resolve() for nvcc in on_path)]] + [Path("/usr/local/cuda")]
+        looked = "PATH and /usr/local/cuda; CUDA_HOME and CUDA_PATH are not set"
+    for home in homes:
+        # An nvcc alone is no toolkit: the one on PATH may be a wrapper of one that lives elsewhere.
+        headers = [*home.glob("include/cuda_runtime.h"), *home.glob("targets/*/include/cuda_runtime.h")]
+        if (home / "bin/nvcc").is_file() and headers:
+            return home
+    raise NoExtensionError(f"no CUDA toolkit (bin/nvcc and include/cuda_runtime.h) was found: looked in {looked}")
+
+
+def ask_nvcc(toolkit, option):
+    try:
+        return subprocess.run([toolkit / "bin/nvcc", option], check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise NoExtensionError(f"{toolkit / 'bin/nvcc'} does not run: {error}") from error
+
+
+def find_torch():
+    """The torch that the package will run with, or None where none is installed yet.
+
+    pip builds in an environment of its own that hides the packages beside this interpreter, but an extension works only with
+    the very torch it was compiled against. So the interpreter is asked where it looks for packages outside that environment.
+    """
+    outside = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+    script = "import json, sys; print(json.dumps(sys.path))"
+    paths = subprocess.run([sys.executable, "-P", "-c", script], env=outside, check=True, capture_output=True, text=True).stdout
+    sys.path += [path for path in json.loads(paths) if path not in sys.path]
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name == "torch":
+            return None
+        raise NoExtensionError(f"torch cannot be imported: {error}") from error
+    except (ImportError, OSError) as error:
+        raise NoExtensionError(f"torch cannot be imported: {error}") from error
+    return torch
+
+
+def plan():
+    """What the extension is compiled with as a build record, or a record of why there is none; what the build lacks for one."""
+    wish = os.environ.get("MOVQ_EXT_CUDA", "")
+    if wish not in ("", "0", "1"):
+        raise SetupError(f"MOVQ_EXT_CUDA must be 0 or 1 or unset, got {wish!r}")
+    if wish == "0":
+        return {"torch": None, "reason": "MOVQ_EXT_CUDA=0"}, []
+    try:
+        toolkit = find_toolkit()
+        release = re.search(r"release (\d+)\.(\d+)", ask_nvcc(toolkit, "--version"))
+        nvcc = ".".join(release.groups()) if release else "of unknown version"
+        torch = find_torch()
+        if torch is None:
+            # pip reads this answer before it builds, and again in a build environment that has what is asked for here.
+            return {"torch": None, "reason": "torch is not installed"}, ["torch>=2.11"]
+        if not torch.version.cuda:
+            raise NoExtensionError(f"torch {torch.__version__} is a build without CUDA")
+        if torch.version.cuda.split(".")[0] != nvcc.split(".")[0]:
+            raise NoExtensionError(f"nvcc is {nvcc} but torch {torch.__version__} needs one of CUDA {torch.version.cuda}")
+    except NoExtensionError as reason:
+        return {"torch": None, "reason": str(reason)}, []
+    os.environ["CUDA_HOME"] = str(toolkit)  # torch reads it when cpp_extension is imported
+    os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_arch_list(toolkit)
+    return {"torch": torch.__version__, "nvcc": nvcc, "arch_list": os.environ["TORCH_CUDA_ARCH_LIST"]}, []
+
+
+def default_arch_list(toolkit):
+    """ARCH_LIST as far as this nvcc goes, with PTX of its last for GPUs to come."""
+    known = ask_nvcc(toolkit, "--list-gpu-arch").split()
+    return " ".join(arch for arch in ARCH_LIST if f"compute_{arch.replace('.', '')}" in known) + "+PTX"
+
+
+record, requires = plan()
+
+
+class BuildPy(build_py):
+    """Says once what is built, and leaves a record of it that can be read without loading the extension."""
+
+    def run(self):
+        super().run()
+        if record["torch"] is None:
+            if os.environ.get("MOVQ_EXT_CUDA") == "1":
+                raise SetupError(f"MOVQ_EXT_CUDA=1 asks for the CUDA extension, but {record['reason']}")
+            self.warn(f"movq_ext is built without its CUDA kernels: {record['reason']}")
+        else:
+            self.warn("movq_ext is built with its CUDA kernels: torch {torch}, nvcc {nvcc}, for {arch_list}".format_map(record))
+        root = Path("." if self.editable_mode else self.build_lib)
+        (root / "movq_ext" / "_build_record.json").write_text(json.dumps(record))
+
+
+def extension():
+    """The arguments of setup() that compile movq_ext._C."""
+    from torch.utils.cpp_extension import BuildExtension, CUDAExtension
+
+    class BuildExt(BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            # setuptools would keep a library that is newer than our sources even where torch has changed since. ninja knows
+            # what is out of date, and objects of another torch are none of its business.
+            self.force = True
+            self.build_temp = str(Path(self.build_temp) / f"torch-{record['torch']}")
+
+    module = CUDAExtension(
+        "movq_ext._C",
+        sources=sorted(glob("csrc/*.cpp") + glob("csrc/kernels/*.cu")),
+        include_dirs=[str(Path("csrc").resolve())],
+        extra_compile_args={"cxx": ["-O3", "-std=c++20"], "nvcc": ["-O3", "-std=c++20", "-lineinfo", "-Xptxas=-warn-spills"]},
+    )
+    return {"ext_modules": [module], "cmdclass": {"build_py": BuildPy, "build_ext": BuildExt}}
+
+
+setup(setup_requires=requires, **(extension() if record["torch"] else {"cmdclass": {"build_py": BuildPy}}))

@@ -1,0 +1,39 @@
+"""The tests are of the installed package: the source folder beside them has neither movq_ext._C nor a build record."""
+
+import json
+import os
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[1]
+
+
+def editable():
+    """Whether `pip install -e` installed this very folder."""
+    urls = (json.loads(found.read_text("direct_url.json") or "{}") for found in metadata.distributions(name="movq_ext"))
+    return any(url.get("dir_info", {}).get("editable") and url["url"] == SOURCE.as_uri() for url in urls)
+
+
+def hide_source():
+    """`python -m pytest`, and every `python -c` that a test starts, would put the current folder first on sys.path."""
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != SOURCE]
+    os.environ["PYTHONSAFEPATH"] = "1"
+    if (found := sys.modules.get("movq_ext")) and Path(found.__file__).is_relative_to(SOURCE):
+        pytest.exit("movq_ext was imported from its source folder before the tests began", returncode=4)
+
+
+if not editable():
+    hide_source()
+
+try:
+    import movq_ext
+except ModuleNotFoundError as error:
+    if error.name != "movq_ext":
+        raise
+    pytest.exit("movq_ext is not installed here; run: pip install '.[test]'", returncode=4)
+
+if Path(movq_ext.__file__).resolve().is_relative_to(SOURCE / "movq_ext") and not editable():
+    pytest.exit("the source folder hides the installed movq_ext: is it on PYTHONPATH?", returncode=4)

@@ -1,0 +1,297 @@
+"""Building, and what the package knows of its own build."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import warnings
+import zipfile
+from pathlib import Path
+
+import pytest
+import setuptools
+import torch
+
+import movq_ext
+from movq_ext import _extension, build_info
+
+SOURCE = Path(__file__).resolve().parents[1]
+COMPILED = build_info()["extension"] == "loaded"
+NOWHERE = {"CUDA_HOME": "/nowhere"}  # as on a machine without nvcc
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """What a clone holds, away from the checkout, which a build would litter."""
+    folder = tmp_path_factory.mktemp("source")
+    ignore = shutil.ignore_patterns(".[!c]*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "_build_record.json")
+    return Path(shutil.copytree(SOURCE, folder / "movq_ext", ignore=ignore))
+
+
+@pytest.fixture
+def toolkit(tmp_path):
+    """A stand-in for CUDA 13.0: enough to be found, not to compile."""
+    (tmp_path / "cuda/bin").mkdir(parents=True)
+    (tmp_path / "cuda/include").mkdir()
+    (tmp_path / "cuda/include/cuda_runtime.h").touch()
+    answers = "compute_80 compute_90 compute_100 Cuda compilation tools, release 13.0, V13.0.88"
+    (tmp_path / "cuda/bin/nvcc").write_text(f"#!/bin/sh\necho '{answers}'\n")
+    (tmp_path / "cuda/bin/nvcc").chmod(0o755)
+    return tmp_path / "cuda"
+
+
+def stand_in_for_torch(folder, version, cuda):
+    (folder / "torch/utils").mkdir(parents=True)
+    (folder / "torch/__init__.py").write_text(f"__version__ = {version!r}\nclass version: cuda = {cuda!r}\n")
+    (folder / "torch/utils/cpp_extension.py").write_text("class BuildExtension: pass\ndef CUDAExtension(name, **args): return args\n")
+    return {"PYTHONPATH": str(folder)}
+
+
+def backend(hook, source, *args, **environment):
+    """Call a hook of setuptools' backend as pip does without isolation; returns (exit status, log, what the hook returned)."""
+    script = f"import json, sys, setuptools.build_meta as backend; print(json.dumps(backend.{hook}(*sys.argv[1:])))"
+    clean = {key: value for key, value in os.environ.items() if key not in ("MOVQ_EXT_CUDA", "CUDA_HOME", "CUDA_PATH")}
+    run = subprocess.run([sys.executable, "-c", script, *map(str, args)], cwd=source, env={**clean, **environment},
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    return run.returncode, run.stdout, None if run.returncode else json.loads(run.stdout.splitlines()[-1])
+
+
+def build(what, source, out, **environment):
+    """As backend(), with the path of the file that was built."""
+    out.mkdir()
+    status, log, name = backend(f"build_{what}", source, out, **environment)
+    assert status == 0, log
+    return log, out / name
+
+
+@pytest.fixture(scope="module")
+def native_wheel(source, tmp_path_factory):
+    log, wheel = build("wheel", source, tmp_path_factory.mktemp("wheel") / "out", **NOWHERE)
+    return log, zipfile.ZipFile(wheel)
+
+
+def package_files(source):
+    return {path.relative_to(source).as_posix() for path in (source / "movq_ext").rglob("*") if path.is_file()}
+
+
+def test_wheel_holds_the_whole_package(source, native_wheel):
+    _, wheel = native_wheel
+    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert names == package_files(source) | {"movq_ext/_build_record.json"}
+    assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())
+
+
+def test_wheel_without_kernels_says_so_once_and_remembers(native_wheel):
+    log, wheel = native_wheel
+    reason = "no CUDA toolkit (bin/nvcc and include/cuda_runtime.h) was found: looked in /nowhere"
+    assert log.count("movq_ext is built without its CUDA kernels") == log.count(reason) == 1
+    assert json.loads(wheel.read("movq_ext/_build_record.json")) == {"torch": None, "reason": reason}
+
+
+def test_sdist_can_be_built_from(source, tmp_path):
+    _, sdist = build("sdist", source, tmp_path / "sdist", **NOWHERE)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    for folder in (".ci", "csrc", "movq_ext", "tests"):
+        for path in (source / folder).rglob("*"):
+            assert (unpacked / path.relative_to(source)).exists(), path
+    log, wheel = build("wheel", unpacked, tmp_path / "wheel", MOVQ_EXT_CUDA="0")
+    assert log.count("movq_ext is built without its CUDA kernels: MOVQ_EXT_CUDA=0") == 1
+    assert package_files(source) <= set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_an_editable_install_has_a_record_too(source, tmp_path):
+    elsewhere = shutil.copytree(source, tmp_path / "source")
+    build("editable", elsewhere, tmp_path / "out", MOVQ_EXT_CUDA="0")
+    assert json.loads((elsewhere / "movq_ext/_build_record.json").read_text())["reason"] == "MOVQ_EXT_CUDA=0"
+
+
+def test_other_wishes_are_errors(source, tmp_path):
+    status, log, _ = backend("build_wheel", source, tmp_path, MOVQ_EXT_CUDA="banana")
+    assert status != 0 and "MOVQ_EXT_CUDA must be 0 or 1 or unset, got 'banana'" in log
+
+
+def insist(source, out, **environment):
+    """The reason in the error of a build that insists on the extension."""
+    status, log, _ = backend("build_wheel", source, out, MOVQ_EXT_CUDA="1", **environment)
+    assert status != 0 and not [*out.glob("*.whl")]
+    (error,) = [line for line in log.splitlines() if "MOVQ_EXT_CUDA=1 asks for the CUDA extension, but " in line]
+    return error.split("extension, but ")[1]
+
+
+def test_insisting_without_nvcc_is_an_error(source, tmp_path):
+    looked = "no CUDA toolkit (bin/nvcc and include/cuda_runtime.h) was found: looked in "
+    assert insist(source, tmp_path, **NOWHERE) == looked + "/nowhere"
+    if not Path("/usr/local/cuda").exists():
+        everywhere = "PATH and /usr/local/cuda; CUDA_HOME and CUDA_PATH are not set"
+        assert insist(source, tmp_path, PATH="/usr/bin:/bin") == looked + everywhere
+
+
+def test_insisting_with_a_torch_that_does_not_fit_is_an_error(source, tmp_path, toolkit):
+    cases = {
+        "torch 2.14.1+cpu is a build without CUDA": ("2.14.1+cpu", None),
+        "nvcc is 13.0 but torch 2.11.0+cu126 needs one of CUDA 12.6": ("2.11.0+cu126", "12.6"),
+    }
+    for reason, (version, cuda) in cases.items():
+        other = stand_in_for_torch(tmp_path / version, version, cuda)
+        assert insist(source, tmp_path, CUDA_HOME=str(toolkit), **other) == reason
+        log, _ = build("wheel", source, tmp_path / f"{version}-out", CUDA_HOME=str(toolkit), **other)  # nobody insists
+        assert log.count(f"movq_ext is built without its CUDA kernels: {reason}") == 1
+
+
+@pytest.mark.parametrize(
+    ("wanted", "built"),
+    [(None, "8.0 9.0 10.0+PTX"), ("", "8.0 9.0 10.0+PTX"), ("7.5;8.6", "7.5;8.6")],  # by default as far as the nvcc goes
+)
+def test_what_is_compiled(source, tmp_path, toolkit, wanted, built):
+    script = (
+        "import json, runpy, setuptools; setuptools.setup = lambda **arguments: None; setup = runpy.run_path('setup.py');"
+        "print(json.dumps([setup['record'], setup['extension']()['ext_modules'][0]['sources']]))"
+    )
+    clean = {key: value for key, value in os.environ.items() if key not in ("MOVQ_EXT_CUDA", "TORCH_CUDA_ARCH_LIST")}
+    environment = {**clean, "CUDA_HOME": str(toolkit), **stand_in_for_torch(tmp_path, "2.14.1+cu130", "13.0")}
+    if wanted is not None:
+        environment["TORCH_CUDA_ARCH_LIST"] = wanted
+    run = subprocess.run([sys.executable, "-c", script], cwd=source, env=environment, capture_output=True, text=True, check=True)
+    record, sources = json.loads(run.stdout)
+    assert record == {"torch": "2.14.1+cu130", "nvcc": "13.0", "arch_list": built}
+    compiled = [*source.glob("csrc/*.cpp"), *source.glob("csrc/kernels/*.cu")]
+    assert sources == sorted(path.relative_to(source).as_posix() for path in compiled) and len(sources) >= 2
+
+
+def test_torch_is_asked_for_only_where_it_is_missing_and_something_can_be_compiled(source, tmp_path, toolkit):
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('hidden', name='torch')")
+    hidden = {"PYTHONPATH": str(tmp_path)}
+    for expected, environment in [
+        (["torch>=2.11"], {"CUDA_HOME": str(toolkit), **hidden}),
+        (["torch>=2.11"], {"CUDA_HOME": str(toolkit), **hidden, "MOVQ_EXT_CUDA": "1"}),
+        ([], {**NOWHERE, **hidden}),
+        ([], {"CUDA_HOME": str(toolkit), **hidden, "MOVQ_EXT_CUDA": "0"}),
+        ([], {"CUDA_HOME": str(toolkit), "MOVQ_EXT_CUDA": ""}),
+    ]:
+        status, log, requires = backend("get_requires_for_build_wheel", source, **environment)
+        assert status == 0, log
+        assert requires == expected, environment
+    assert insist(source, tmp_path, CUDA_HOME=str(toolkit), **hidden) == "torch is not installed"
+
+
+def test_an_isolated_build_finds_the_torch_beside_the_interpreter(source, tmp_path, toolkit):
+    """pip hides the installed packages with a sitecustomize.py; a build that asks for torch gets another than the user's."""
+    hide = "import sys\nsys.path[:] = [path for path in sys.path if 'site-packages' not in path]\n"
+    (tmp_path / "sitecustomize.py").write_text(hide)
+    for package in [*Path(setuptools.__file__).parents[1].glob("setuptools*")]:
+        (tmp_path / package.name).symlink_to(package)
+    isolated = {"PYTHONPATH": str(tmp_path), "PYTHONNOUSERSITE": "1", "CUDA_HOME": str(toolkit)}
+    hidden = subprocess.run([sys.executable, "-c", "import torch"], env={**os.environ, **isolated}, capture_output=True, text=True)
+    assert "No module named 'torch'" in hidden.stderr
+    status, log, requires = backend("get_requires_for_build_wheel", source, **isolated)
+    assert (status, requires) == (0, []), log
+
+
+def load_quietly(record):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        extension, reason = _extension.load(record)
+    return extension, reason, [str(warning.message) for warning in caught]
+
+
+def test_another_torch_gives_one_warning_with_both_versions(monkeypatch):
+    def never(name):
+        raise AssertionError("a library of another torch was loaded")
+
+    monkeypatch.setattr(_extension, "import_module", never)
+    for other in ("2.9.0+cu130", torch.__version__ + "x"):
+        extension, reason, messages = load_quietly({"torch": other})
+        assert extension is None and messages == [f"{reason}. The native path is used instead."]
+        assert reason == (
+            f"movq_ext._C was compiled against torch {other}, but torch {torch.__version__} is running; "
+            "reinstall movq_ext to compile it against the running torch"
+        )
+
+
+def test_a_build_without_kernels_does_not_warn():
+    reason = "movq_ext was built without its CUDA kernels: MOVQ_EXT_CUDA=0"
+    assert load_quietly({"torch": None, "reason": "MOVQ_EXT_CUDA=0"}) == (None, reason, [])
+
+
+def test_a_damaged_extension_gives_one_warning_and_the_native_path(native_wheel, tmp_path):
+    """Garbage in place of the library, in a process of its own."""
+    _, wheel = native_wheel
+    wheel.extractall(tmp_path)
+    (tmp_path / "movq_ext/_build_record.json").write_text(json.dumps({"torch": torch.__version__}))
+    (tmp_path / "movq_ext/_C.abi3.so").write_bytes(b"no library")
+    script = "import movq_ext, torch; print(movq_ext.build_info()['extension']); print(movq_ext.GroupNorm(2, 4)(torch.zeros(1, 4, 2, 2)).shape)"
+    run = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(tmp_path)},
+                         capture_output=True, text=True, check=True)  # fmt: skip
+    assert run.stdout.startswith("movq_ext._C cannot be loaded: ") and "torch.Size([1, 4, 2, 2])" in run.stdout
+    assert run.stderr.count("RuntimeWarning: movq_ext._C cannot be loaded: ") == 1
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\x00"])
+def test_a_damaged_record_is_a_reason(tmp_path, content):
+    (tmp_path / "record.json").write_text(content)
+    record = _extension.read_record(tmp_path / "record.json")
+    assert record["torch"] is None and str(tmp_path) in record["reason"]
+
+
+def test_no_record_is_a_reason(tmp_path):
+    assert "imported from its source folder" in _extension.read_record(tmp_path / "none.json")["reason"]
+
+
+def test_build_info():
+    info = build_info()
+    assert info["version"] == movq_ext.__version__
+    assert (info["torch"], info["torch_cuda"]) == (torch.__version__, torch.version.cuda)
+    assert len(info["devices"]) == torch.cuda.device_count()
+    assert (info["built_with_torch"] == torch.__version__) == COMPILED == _extension.extension_available()
+    assert (_extension.extension_reason() is None) == COMPILED
+    json.dumps(info)
+
+
+def test_a_device_without_code_is_named_with_what_there_is(monkeypatch):
+    class Extension:
+        def device_support(self, index):
+            if index == 1:
+                raise RuntimeError("busy")
+            return {"device_capability": 75 + 15 * index, "binary_version": 80 if index else 0, "ptx_version": 0}
+
+    _extension.device_reason.cache_clear()
+    monkeypatch.setattr(_extension, "extension", Extension())
+    monkeypatch.setattr(_extension, "_record", {"arch_list": "8.0 9.0"})
+    reason = "movq_ext._C was compiled for compute capability 8.0 9.0, device 0 has 7.5; reinstall movq_ext with TORCH_CUDA_ARCH_LIST=7.5"
+    assert _extension.device_reason(0) == reason
+    assert _extension.device_reason(1) == "device 1 cannot be asked: busy"
+    assert _extension.device_reason(2) is None
+    _extension.device_reason.cache_clear()
+
+
+def test_the_extension_is_there_where_it_was_insisted_on():
+    if os.environ.get("MOVQ_EXT_CUDA") != "1":
+        pytest.skip("MOVQ_EXT_CUDA is not 1")
+    assert build_info()["extension"] == "loaded"
+
+
+@pytest.mark.skipif(not COMPILED, reason="no compiled extension")
+def test_the_extension_is_what_the_record_says():
+    from movq_ext import _C
+
+    compiled, info = _C.build_info(), build_info()
+    assert compiled["torch"] == info["built_with_torch"].split("+")[0]
+    assert f"{compiled['cuda'] // 1000}.{compiled['cuda'] % 1000 // 10}" == info["built_with_nvcc"]
+    assert info["arch_list"]
+
+
+@pytest.mark.skipif(not COMPILED, reason="no compiled extension")
+def test_device_support():
+    from movq_ext import _C
+
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        support = _C.device_support(index)
+        assert support["device_capability"] == 10 * major + minor
+        assert 0 < support["binary_version"] <= 10 * major + minor
+    with pytest.raises(RuntimeError, match="probe_device: cuda.*: "):
+        _C.device_support(torch.cuda.device_count())

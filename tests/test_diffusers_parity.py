@@ -1,0 +1,132 @@
+"""diffusers' VQModel is the independent implementation: its folders are loaded and must decode alike."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tolerances import relative_error
+
+from movq_ext import CheckpointError, from_pretrained
+
+diffusers = pytest.importorskip("diffusers")
+
+LIMIT = 1e-5
+
+
+def vq_model(widths=(32, 64), attention=(False, True), layers=1, **changes):
+    torch.manual_seed(0)
+    model = diffusers.VQModel(**{
+        "in_channels": 3, "out_channels": 3, "latent_channels": 4, "num_vq_embeddings": 64, "vq_embed_dim": 4,
+        "block_out_channels": widths, "layers_per_block": layers, "norm_type": "spatial", "norm_num_groups": 32,
+        "down_block_types": [("Attn" if attends else "") + "DownEncoderBlock2D" for attends in attention],
+        "up_block_types": [("Attn" if attends else "") + "UpDecoderBlock2D" for attends in reversed(attention)],
+        **changes,
+    })  # fmt: skip
+    for name, parameter in model.named_parameters():  # the norms start at one and zero, which would hide mistakes
+        if "norm" in name and parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, 1.0 if name.endswith("weight") else 0.0, 0.3)
+    torch.nn.init.normal_(model.quantize.embedding.weight)
+    return model.eval()
+
+
+CONFIGS = {
+    "one level": dict(widths=(32,), attention=(False,)),
+    "attention on the last level": dict(),
+    "no attention but the middle's": dict(attention=(False, False)),
+    "attention everywhere": dict(attention=(True, True), layers=2),
+    "no attention in the middle": dict(mid_block_add_attention=False),
+    "no attention at all": dict(attention=(False, False), mid_block_add_attention=False),
+    "Kandinsky's, small": dict(widths=(32, 64, 64, 128), attention=(False, False, False, True), layers=2),
+    "six latent channels": dict(latent_channels=6, vq_embed_dim=6),
+    "one picture channel": dict(in_channels=1, out_channels=1),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.inference_mode()
+def test_decode_and_encode_match(name, tmp_path):
+    theirs = vq_model(**CONFIGS[name])
+    theirs.save_pretrained(tmp_path)
+    ours = from_pretrained(tmp_path)
+    generator = torch.Generator().manual_seed(1)
+    for grid in [(4, 4), (8, 5), (1, 3)]:
+        h = torch.randn(2, theirs.config.vq_embed_dim, *grid, generator=generator)
+        assert relative_error(ours.decode(h), theirs.decode(h, force_not_quantize=True).sample) < LIMIT, grid
+        quantized, loss, _ = ours.quantize(h)
+        assert relative_error(ours.decode(quantized), theirs.decode(h).sample) < LIMIT, grid
+        assert relative_error(loss, theirs.quantize(h)[1]) < LIMIT
+    x = torch.randn(2, theirs.config.in_channels, 24, 16, generator=generator)
+    assert relative_error(ours.encode(x), theirs.encode(x).latents) < LIMIT
+
+
+@pytest.mark.parametrize("as_bin", [False, True])
+@torch.inference_mode()
+def test_old_attention_names(tmp_path, as_bin):
+    theirs = vq_model()
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    renamed = {}
+    for name, tensor in state.items():
+        for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+            name = name.replace(f".{new}.", f".{old}.")
+        renamed[name] = tensor.clone()
+    assert renamed.keys() != state.keys()
+    file.unlink()
+    if as_bin:
+        torch.save(renamed, tmp_path / "diffusion_pytorch_model.bin")
+    else:
+        save_file(renamed, file)
+    h = torch.randn(1, 4, 3, 5)
+    assert relative_error(from_pretrained(tmp_path).decode(h), theirs.decode(h, force_not_quantize=True).sample) < LIMIT
+
+
+@torch.inference_mode()
+def test_half_precision_weights_are_loaded_as_float32(tmp_path):
+    theirs = vq_model().half()
+    theirs.save_pretrained(tmp_path)
+    ours = from_pretrained(tmp_path)
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}
+    h = torch.randn(1, 4, 3, 5)
+    assert relative_error(ours.decode(h), theirs.float().decode(h, force_not_quantize=True).sample) < LIMIT
+
+
+def test_gradients_match(tmp_path):
+    theirs = vq_model()
+    theirs.save_pretrained(tmp_path)
+    ours = from_pretrained(tmp_path)
+    h = torch.randn(1, 4, 3, 5)
+    gradients = []
+    for decode in (ours.decode, lambda h: theirs.decode(h, force_not_quantize=True).sample):
+        leaf = h.clone().requires_grad_()
+        decode(leaf).square().sum().backward()
+        gradients.append(leaf.grad)
+    assert relative_error(*gradients) < 10 * LIMIT
+    assert relative_error(ours.decoder.conv_in.weight.grad, theirs.decoder.conv_in.weight.grad) < 10 * LIMIT
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"norm_type": "group"}, "norm_type must be 'spatial', got 'group'"),
+    ({"_class_name": "AutoencoderKL"}, "_class_name must be 'VQModel', got 'AutoencoderKL'"),
+    ({"norm_num_groups": 16}, "norm_num_groups must be 32, got 16"),
+    ({"act_fn": "relu"}, "act_fn must be 'silu', got 'relu'"),
+    ({"up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D"]}, "must have the same levels"),
+    ({"down_block_types": ["DownBlock2D", "DownEncoderBlock2D"]}, "got DownBlock2D"),
+    ({"block_out_channels": [32, 48]}, "block_out_channels must be multiples of the first"),
+    ({"block_out_channels": None}, "is damaged or no config"),
+    ({"num_vq_embeddings": 32}, "1 misshapen: quantize.embedding.weight"),
+])  # fmt: skip
+def test_configs_that_cannot_be_served_are_refused(tmp_path, change, message):
+    vq_model().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=message):
+        from_pretrained(tmp_path)
+
+
+def test_missing_weights(tmp_path):
+    vq_model().save_pretrained(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"diffusion_pytorch_model.safetensors \(or .bin\)"):
+        from_pretrained(tmp_path)

@@ -1,0 +1,168 @@
+import published
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import assert_close
+
+from movq_ext import explain, spatial_attention, spatial_norm
+
+GRIDS = [((8, 8), (8, 8)), ((8, 8), (1, 1)), ((16, 8), (4, 4)), ((7, 9), (3, 4)), ((5, 5), (7, 11)), ((1, 1), (1, 1)), ((1, 13), (2, 5)), ((41, 49), (1, 1)), ((9, 27), (3, 9))]  # fmt: skip
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def norm_arguments(channels=6, groups=3, f_grid=(8, 8), zq_grid=(4, 4), batch=2, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    maps = draw(batch, channels, *f_grid) * 3 + 5, draw(batch, channels, *zq_grid), draw(batch, channels, *zq_grid)
+    return *maps, draw(channels), draw(channels), groups
+
+
+def in_double(arguments):
+    return [x.double() if isinstance(x, torch.Tensor) else x for x in arguments]
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("f_grid", "zq_grid"), GRIDS)
+def test_spatial_norm_is_the_formula(f_grid, zq_grid, dtype, activation):
+    arguments = norm_arguments(f_grid=f_grid, zq_grid=zq_grid, dtype=dtype)
+    expected = published.spatial_norm(*in_double(arguments), activation=activation)
+    out = spatial_norm(*arguments, activation=activation)
+    assert out.dtype == dtype
+    assert_close(out, expected, slack=2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 3), groups=st.integers(1, 4), per_group=st.integers(1, 4),
+    f_grid=st.tuples(st.integers(1, 20), st.integers(1, 20)), zq_grid=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    channels_last=st.booleans(), seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_spatial_norm_on_any_shape(batch, groups, per_group, f_grid, zq_grid, channels_last, seed):
+    arguments = list(norm_arguments(groups * per_group, groups, f_grid, zq_grid, batch, seed=seed))
+    expected = published.spatial_norm(*arguments)
+    if channels_last:
+        arguments[0] = arguments[0].to(memory_format=torch.channels_last)
+    assert_close(spatial_norm(*arguments), expected)
+
+
+@pytest.mark.parametrize("factor", range(1, 70))
+def test_whole_ratios_follow_torch_nearest(factor):
+    """floor(dst * (1 / factor)) in float32 is not dst // factor for every factor (41 and 47, say)."""
+    f, y, b, weight, bias, groups = norm_arguments(3, 1, (3 * factor, 2 * factor), (3, 2), 1)
+    up = [F.interpolate(x, size=f.shape[2:], mode="nearest") for x in (y, b)]
+    assert torch.equal(spatial_norm(f, y, b, weight, bias, groups), spatial_norm(f, *up, weight, bias, groups))
+
+
+def test_without_a_latent_it_is_group_norm():
+    f, _, _, weight, bias, groups = norm_arguments()
+    assert_close(spatial_norm(f, None, None, weight, bias, groups, 1e-5), F.group_norm(f, groups, weight, bias, 1e-5))
+    assert_close(spatial_norm(f, None, None, None, None, groups), published.group_norm(f, groups, None, None, 1e-6))
+
+
+def test_one_value_a_group_is_the_bias():
+    f, _, _, weight, bias, _ = norm_arguments(channels=3, groups=3, f_grid=(1, 1), batch=1)
+    assert_close(spatial_norm(f, None, None, weight, bias, 3), bias.view(1, 3, 1, 1))
+
+
+def test_statistics_survive_a_large_mean():
+    """E[x^2] - E[x]^2 would lose every digit here."""
+    f, y, b, weight, bias, groups = norm_arguments(dtype=torch.float32)
+    f = f - f.mean() + 4096
+    expected = published.spatial_norm(*in_double((f, y, b, weight, bias, groups)))
+    assert_close(spatial_norm(f, y, b, weight, bias, groups), expected, slack=1000)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("zq_grid", [(2, 2), (3, 2), (4, 6)])
+def test_spatial_norm_gradients(zq_grid, activation):
+    arguments = [x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in norm_arguments(f_grid=(4, 6), zq_grid=zq_grid)]
+    assert torch.autograd.gradcheck(lambda *a: spatial_norm(*a, activation=activation), arguments)
+    assert torch.autograd.gradgradcheck(lambda *a: spatial_norm(*a, activation=activation), arguments)
+
+
+def attention_arguments(batch=2, channels=8, grid=(3, 5), dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(batch, channels, *grid, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3)]
+
+
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("grid", [(1, 1), (3, 5), (16, 16)])
+@pytest.mark.parametrize("channels", [1, 32, 512])
+def test_attention_is_the_formula(channels, grid, dtype, scale):
+    arguments = attention_arguments(1, channels, grid, dtype)
+    out = spatial_attention(*arguments, scale=scale)
+    assert out.dtype == dtype
+    assert_close(out, published.attention(*in_double(arguments), scale), slack=50 if scale else 3)
+
+
+def test_attention_takes_channels_last():
+    arguments = attention_arguments()
+    out = spatial_attention(*(x.to(memory_format=torch.channels_last) for x in arguments))
+    assert_close(out, published.attention(*arguments))
+
+
+def test_attention_gradients():
+    assert torch.autograd.gradcheck(spatial_attention, [x.requires_grad_() for x in attention_arguments(1, 3, (2, 2))])
+
+
+def test_nan_passes_through():
+    f, *rest = norm_arguments()
+    f[0, 0, 0, 0] = float("nan")
+    out = spatial_norm(f, *rest)
+    assert out[0, :2].isnan().all() and not out[0, 2:].isnan().any() and not out[1].isnan().any()
+
+
+F_, Y, B, WEIGHT, BIAS, GROUPS = norm_arguments()
+BAD_NORM = {
+    "rank": (ValueError, r"f must have 4 dimensions .* got shape \(6, 8, 8\)", dict(f=F_[0])),
+    "empty": (ValueError, r"f must not be empty, got shape \(0, 6, 8, 8\)", dict(f=F_[:0])),
+    "integer": (TypeError, r"f must be floating point, got torch.int64", dict(f=F_.long())),
+    "zero groups": (ValueError, r"groups must be a positive divisor of f's channels, got groups=0 for 6 channels", dict(groups=0)),
+    "groups": (ValueError, r"groups must be .*, got groups=4 for 6 channels", dict(groups=4)),
+    "activation": (ValueError, r"activation must be one of .*, got 'relu'", dict(activation="relu")),
+    "half a latent": (ValueError, r"zq_y and zq_b must be given together", dict(zq_b=None)),
+    "zq rank": (ValueError, r"zq_y must have 4 dimensions", dict(zq_y=Y[0])),
+    "zq batch": (ValueError, r"zq_y must have f's batch and channels \(2, 6\), got \(1, 6, 4, 4\)", dict(zq_y=Y[:1])),
+    "zq channels": (ValueError, r"zq_b must have f's batch and channels \(2, 6\), got \(2, 5, 4, 4\)", dict(zq_b=B[:, :5])),
+    "zq grids": (ValueError, r"zq_y and zq_b must have one shape", dict(zq_b=B[..., :3])),
+    "dtypes": (TypeError, r"zq_y must have f's dtype torch.float64, got torch.float32", dict(zq_y=Y.float())),
+    "devices": (ValueError, r"zq_b must be on f's device cpu, got meta", dict(zq_b=B.to("meta"))),
+    "weight": (ValueError, r"weight must have shape \(6,\), got \(5,\)", dict(weight=WEIGHT[:5])),
+    "bias": (ValueError, r"bias must have shape \(6,\), got \(6, 1\)", dict(bias=BIAS[:, None])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_NORM)
+def test_spatial_norm_refuses(case):
+    error, message, change = BAD_NORM[case]
+    arguments = dict(f=F_, zq_y=Y, zq_b=B, weight=WEIGHT, bias=BIAS, groups=GROUPS)
+    with pytest.raises(error, match=message):
+        spatial_norm(**{**arguments, **change})
+
+
+Q = torch.randn(2, 4, 3, 3)
+BAD_ATTENTION = {
+    "rank": (ValueError, r"q must have 4 dimensions", (Q[0], Q, Q)),
+    "shape": (ValueError, r"k must have q's shape \(2, 4, 3, 3\), got \(1, 4, 3, 3\)", (Q, Q[:1], Q)),
+    "empty": (ValueError, r"q must not be empty", (Q[:0], Q, Q)),
+    "dtype": (TypeError, r"v must have q's dtype torch.float32, got torch.float64", (Q, Q, Q.double())),
+    "device": (ValueError, r"k must be on q's device cpu, got meta", (Q, Q.to("meta"), Q)),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ATTENTION)
+def test_attention_refuses(case):
+    error, message, arguments = BAD_ATTENTION[case]
+    with pytest.raises(error, match=message):
+        spatial_attention(*arguments)
+
+
+def test_explain_names_path_and_reason():
+    assert explain(torch.zeros(1)) == "native: the CUDA kernels do not run on cpu tensors"

@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from movq_ext.files import replacing
+from movq_ext.images import find_images, load_image, pad_to_multiple, save_image, to_image, to_tensor
+
+
+def pixels(height=5, width=7, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_pixels_survive_the_round_trip():
+    every = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    x = to_tensor(Image.fromarray(every))
+    assert x.shape == (3, 16, 16) and x.min() == -1 and x.max() == 1
+    assert np.array_equal(np.asarray(to_image(x)), every)
+
+
+def test_what_is_out_of_range_is_clamped_and_nan_is_refused():
+    assert np.asarray(to_image(torch.full((3, 1, 1), 7.0))).max() == 255
+    with pytest.raises(ValueError, match="the picture has NaN or infinite values"):
+        to_image(torch.full((3, 1, 1), float("nan")))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    suffix = "tif" if mode in ("CMYK", "I;16") else "png"
+    image = Image.fromarray(pixels()[..., 0].astype(np.uint16)) if mode == "I;16" else Image.fromarray(pixels()).convert(mode)
+    image.save(tmp_path / f"a.{suffix}")
+    loaded = load_image(tmp_path / f"a.{suffix}")
+    assert (loaded.mode, loaded.size) == ("RGB", (7, 5))
+
+
+def test_sixteen_bits_are_scaled_not_cut(tmp_path):
+    Image.fromarray(np.array([[0, 32768, 65535]], dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert np.asarray(load_image(tmp_path / "deep.png"))[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_orientation_is_applied(tmp_path):
+    image = Image.fromarray(pixels())
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    image.save(tmp_path / "turned.png", exif=exif)
+    assert load_image(tmp_path / "turned.png").size == (5, 7)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 20, 0.5, 0.9])
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_damaged_pictures_are_refused(tmp_path, kept, suffix):
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(pixels(64, 64)).save(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: kept if isinstance(kept, int) else int(kept * len(data))])
+    with pytest.raises(OSError):
+        load_image(path)
+
+
+def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
+    Image.fromarray(pixels(100, 100)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(OSError, match="cannot read .*bomb.png"):
+        load_image(tmp_path / "bomb.png")
+
+
+def test_find_images(tmp_path):
+    for name in ("b.PNG", "a.jpg", "deep/er/c.webp", "notes.txt", "odd"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = [name.as_posix() for _, name in find_images([tmp_path, tmp_path / "odd"])]
+    assert found == ["a.jpg", "b.PNG", "deep/er/c.webp", "odd"]
+    with pytest.raises(FileNotFoundError, match="no such file or folder: .*missing"):
+        list(find_images([tmp_path / "missing"]))
+
+
+@pytest.mark.parametrize(("size", "padded"), [((1, 1), (8, 8)), ((8, 16), (8, 16)), ((9, 7), (16, 8))])
+def test_padding_repeats_the_border(size, padded):
+    x = torch.randn(1, 3, *size)
+    out = pad_to_multiple(x, 8)
+    assert out.shape[2:] == padded
+    assert torch.equal(out[:, :, : size[0], : size[1]], x)
+    assert torch.equal(out[:, :, -1, -1], x[:, :, -1, -1])
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.png"
+    save_image(Image.fromarray(pixels()), path)
+    before = path.read_bytes()
+    with pytest.raises(RuntimeError), replacing(path) as partial:
+        partial.write_bytes(b"half")
+        raise RuntimeError
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    assert path.stat().st_mode & 0o400

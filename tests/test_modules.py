@@ -1,0 +1,170 @@
+import published
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tolerances import assert_close
+
+from movq_ext import AttnBlock, Downsample, GroupNorm, ResnetBlock, SpatialNorm, Upsample
+
+
+def randomize(module):
+    """Published inits leave norm weights at one and biases near zero, which hides mistakes."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in module.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.3
+    return module
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("zq_grid", [(2, 2), (3, 5), (8, 6)])
+def test_spatial_norm_is_the_published_layer(zq_grid):
+    layer = randomize(SpatialNorm(64, 4, num_groups=32, eps=1e-6).double())
+    f, zq = draw(2, 64, 8, 6), draw(2, 4, *zq_grid, seed=1)
+    assert_close(layer(f, zq), published.spatial_norm_layer(layer.state_dict(), f, zq))
+    assert_close(layer(f, zq, activation="silu"), published.silu(published.spatial_norm_layer(layer.state_dict(), f, zq)))
+
+
+def test_add_conv_runs_on_the_resized_latent():
+    layer = randomize(SpatialNorm(64, 4, add_conv=True, num_groups=32, eps=1e-6).double())
+    f, zq = draw(2, 64, 8, 6), draw(2, 4, 4, 3, seed=1)
+    convolved = F.conv2d(published.resize(zq, 8, 6), layer.conv.weight, layer.conv.bias, padding=1)
+    assert_close(layer(f, zq), published.spatial_norm_layer(layer.state_dict(), f, convolved))
+    assert set(layer.state_dict()) == {f"{name}.{kind}" for name in ("norm_layer", "conv", "conv_y", "conv_b") for kind in ("weight", "bias")}
+
+
+def test_norm_layer_parameters_reach_the_norm():
+    layer = randomize(SpatialNorm(6, 3, num_groups=2, eps=0.5, affine=False).double())
+    assert layer.norm_layer.weight is None
+    f, zq = draw(1, 6, 4, 4), draw(1, 3, 2, 2)
+    y, b = layer.conv_y(zq), layer.conv_b(zq)
+    assert_close(layer(f, zq), published.spatial_norm(f, y, b, None, None, 2, 0.5))
+
+
+class BatchNorm(nn.BatchNorm2d):
+    def __init__(self, num_channels, **parameters):
+        super().__init__(num_channels, **parameters)
+
+
+def test_any_norm_layer():
+    layer = randomize(SpatialNorm(6, 3, norm_layer=BatchNorm, momentum=1.0).double())
+    f, zq = draw(2, 6, 4, 4), draw(2, 3, 2, 2)
+    up = F.interpolate(zq, size=(4, 4), mode="nearest")
+    expected = F.batch_norm(f, None, None, layer.norm_layer.weight, layer.norm_layer.bias, training=True) * layer.conv_y(up) + layer.conv_b(up)
+    assert_close(layer(f, zq), expected)
+    assert_close(layer(f, zq, activation="silu"), F.silu(expected))
+
+
+def test_frozen_norm_layer_does_not_train():
+    layer = SpatialNorm(6, 3, norm_layer=BatchNorm, freeze_norm_layer=True).train()
+    before = {name: value.clone() for name, value in layer.norm_layer.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=1.0)
+    layer(torch.randn(2, 6, 4, 4), torch.randn(2, 3, 2, 2)).square().sum().backward()
+    optimizer.step()
+    assert all(p.grad is None for p in layer.norm_layer.parameters())
+    assert all(p.grad is not None for p in (layer.conv_y.weight, layer.conv_b.weight))
+    assert all(torch.equal(value, before[name]) for name, value in layer.norm_layer.state_dict().items())
+
+
+def test_group_norm_is_torchs():
+    ours, theirs = randomize(GroupNorm(4, 8, 1e-6).double()), nn.GroupNorm(4, 8, 1e-6).double()
+    theirs.load_state_dict(ours.state_dict())
+    x = draw(2, 8, 5, 3)
+    assert_close(ours(x), theirs(x))
+    assert_close(ours(x, activation="silu"), F.silu(theirs(x)))
+
+
+@pytest.mark.parametrize("zq_ch", [None, 4])
+@pytest.mark.parametrize(("out_channels", "conv_shortcut", "shortcut"), [(None, False, None), (64, False, "nin_shortcut"), (64, True, "conv_shortcut")])
+@pytest.mark.parametrize("temb_channels", [0, 16])
+def test_resnet_block(zq_ch, out_channels, conv_shortcut, shortcut, temb_channels):
+    block = randomize(ResnetBlock(in_channels=32, out_channels=out_channels, conv_shortcut=conv_shortcut, temb_channels=temb_channels, zq_ch=zq_ch).double())
+    assert [name for name in ("nin_shortcut", "conv_shortcut") if hasattr(block, name)] == ([shortcut] if shortcut else [])
+    x, zq, temb = draw(2, 32, 6, 4), draw(2, 4, 3, 2), draw(2, 16) if temb_channels else None
+
+    def norm(layer, h):
+        if zq_ch is None:
+            return published.group_norm(h, 32, layer.weight, layer.bias, 1e-6)
+        return published.spatial_norm_layer(layer.state_dict(), h, zq)
+
+    h = F.conv2d(published.silu(norm(block.norm1, x)), block.conv1.weight, block.conv1.bias, padding=1)
+    if temb_channels:
+        h = h + (published.silu(temb) @ block.temb_proj.weight.T + block.temb_proj.bias)[:, :, None, None]
+    h = F.conv2d(published.silu(norm(block.norm2, h)), block.conv2.weight, block.conv2.bias, padding=1)
+    if shortcut:
+        layer = getattr(block, shortcut)
+        x_ = F.conv2d(x, layer.weight, layer.bias, padding=layer.kernel_size[0] // 2)
+    else:
+        x_ = x
+    assert_close(block(x, temb, zq), x_ + h)
+
+
+def test_resnet_block_wants_its_temb():
+    x = torch.zeros(1, 32, 2, 2)
+    with pytest.raises(ValueError, match="temb must be given exactly when"):
+        ResnetBlock(in_channels=32, temb_channels=8)(x)
+    with pytest.raises(ValueError, match="temb must be given exactly when"):
+        ResnetBlock(in_channels=32)(x, torch.zeros(1, 8))
+
+
+def test_dropout_acts_in_training_only():
+    block = ResnetBlock(in_channels=32, dropout=0.9)
+    x = torch.randn(1, 32, 4, 4)
+    assert not torch.equal(block.train()(x), block(x))
+    assert torch.equal(block.eval()(x), block(x))
+
+
+@pytest.mark.parametrize("zq_ch", [None, 4])
+def test_attn_block(zq_ch):
+    block = randomize(AttnBlock(32, zq_ch).double())
+    x, zq = draw(2, 32, 5, 3), draw(2, 4, 2, 3)
+    n = published.group_norm(x, 32, block.norm.weight, block.norm.bias, 1e-6) if zq_ch is None else published.spatial_norm_layer(block.norm.state_dict(), x, zq)
+    q, k, v = (published.conv1x1(n, layer.weight, layer.bias) for layer in (block.q, block.k, block.v))
+    out = published.conv1x1(published.attention(q, k, v), block.proj_out.weight, block.proj_out.bias)
+    assert_close(block(x, zq), x + out)
+
+
+def test_upsample_and_downsample():
+    x = draw(1, 3, 5, 7)
+    assert torch.equal(Upsample(3, with_conv=False)(x), published.resize(x, 10, 14))
+    up, down = randomize(Upsample(3, True).double()), randomize(Downsample(3, True).double())
+    assert_close(up(x), F.conv2d(published.resize(x, 10, 14), up.conv.weight, up.conv.bias, padding=1))
+    padded = torch.zeros(1, 3, 6, 8, dtype=x.dtype)
+    padded[:, :, :5, :7] = x
+    assert_close(down(x), F.conv2d(padded, down.conv.weight, down.conv.bias, stride=2))
+    assert torch.equal(Downsample(3, with_conv=False)(x), F.avg_pool2d(x, 2))
+    assert not list(Downsample(3, with_conv=False).parameters()) and not list(Upsample(3, with_conv=False).parameters())
+
+
+def test_modules_refuse_channels_that_the_groups_do_not_divide():
+    for make in (lambda: ResnetBlock(in_channels=48), lambda: AttnBlock(20, 4), lambda: SpatialNorm(6, 3, num_groups=4)):
+        with pytest.raises(ValueError, match=r"channels must be divisible by the \d+ groups of the norm, got \d+ channels"):
+            make()
+    for groups in (0, None):
+        with pytest.raises(ValueError, match="num_groups must be a positive number"):
+            SpatialNorm(6, 3, num_groups=groups)
+    with pytest.raises(ValueError, match="num_groups must be a positive number, got None"):
+        SpatialNorm(6, 3)
+
+
+LAYER = SpatialNorm(64, 4, num_groups=32)
+F_, ZQ = torch.randn(2, 64, 4, 4), torch.randn(2, 4, 2, 2)
+BAD = {
+    "no latent": (TypeError, "zq must be a tensor, got NoneType", (F_, None)),
+    "rank": (ValueError, r"f must have shape \(batch, 64, height, width\), got \(64, 4, 4\)", (F_[0], ZQ)),
+    "channels": (ValueError, r"zq must have shape \(batch, 4, height, width\), got \(2, 3, 2, 2\)", (F_, ZQ[:, :3])),
+    "batch": (ValueError, "f and zq must have the same batch size: f has 2, zq has 1", (F_, ZQ[:1])),
+    "empty": (ValueError, "zq must not be empty", (F_, ZQ[..., :0])),
+    "dtype": (TypeError, "zq must have the model's dtype torch.float32, got torch.float64", (F_, ZQ.double())),
+    "device": (ValueError, "f must be on the model's device cpu, got meta", (F_.to("meta"), ZQ)),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_spatial_norm_refuses(case):
+    error, message, arguments = BAD[case]
+    with pytest.raises(error, match=message):
+        LAYER(*arguments)

@@ -1,0 +1,139 @@
+import resource
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import movq_ext.quantize
+from movq_ext import VectorQuantizer
+from movq_ext.quantize import nearest_code
+
+
+def make(n_e=50, e_dim=4, beta=0.25, **keywords):
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(n_e, e_dim, beta, **keywords)
+    torch.nn.init.normal_(quantizer.embedding.weight)
+    return quantizer
+
+
+def brute_force(vectors, codebook):
+    return (vectors.double()[:, None] - codebook.double()[None]).square().sum(2).argmin(1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(1, 200), codes=st.integers(1, 70), dim=st.integers(1, 6), rows=st.integers(1, 300), seed=st.integers(0, 99))
+def test_nearest_code_in_chunks(n, codes, dim, rows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(n, dim, generator=generator, dtype=torch.float64)
+    codebook = torch.randn(codes, dim, generator=generator, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(movq_ext.quantize, "SEARCH_BYTES", 8 * codes * rows)
+        assert torch.equal(nearest_code(vectors, codebook), brute_force(vectors, codebook))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_searched_in_float32(dtype):
+    vectors, codebook = torch.randn(500, 4).to(dtype), torch.randn(300, 4).to(dtype)
+    expected = brute_force(vectors, codebook)
+    assert (nearest_code(vectors, codebook) == expected).float().mean() > 0.99
+
+
+def test_of_equal_codes_the_first_wins():
+    assert nearest_code(torch.zeros(3, 2), torch.ones(5, 2)).tolist() == [0, 0, 0]
+
+
+def test_search_of_16384_codes_at_128x128_stays_under_1_gib():
+    script = """
+        import resource, torch
+        from movq_ext import VectorQuantizer
+        quantizer, z = VectorQuantizer(16384, 4, 0.25), torch.randn(1, 4, 128, 128)
+        quantizer(z[:, :, :2])
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        quantizer(z)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    peak = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, capture_output=True, text=True).stdout
+    assert int(peak) * 1024 < 300 << 20  # all distances at once would be 1 GiB
+    assert resource  # ru_maxrss is in KiB on Linux
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_forward(legacy):
+    quantizer = make(legacy=legacy)
+    z = torch.randn(2, 4, 3, 5, requires_grad=True)
+    z_q, loss, (perplexity, encodings, indices) = quantizer(z)
+    assert perplexity is None and encodings is None
+    expected = brute_force(z.permute(0, 2, 3, 1).reshape(-1, 4), quantizer.embedding.weight)
+    assert torch.equal(indices, expected)
+    codes = quantizer.embedding.weight[expected].view(2, 3, 5, 4).permute(0, 3, 1, 2)
+    torch.testing.assert_close(z_q, codes)
+    torch.testing.assert_close(loss, 1.25 * (z - codes).square().mean())
+
+    gradient = torch.randn_like(z)
+    torch.testing.assert_close(torch.autograd.grad(z_q, z, gradient, retain_graph=True)[0], gradient)  # straight through
+    to_z, to_codes = torch.autograd.grad(loss, (z, quantizer.embedding.weight))
+    per_element = 2 * (z - codes).detach() / z.numel()
+    torch.testing.assert_close(to_z, per_element * (1 if legacy else 0.25))
+    scattered = torch.zeros_like(to_codes).index_add_(0, expected, -per_element.permute(0, 2, 3, 1).reshape(-1, 4))
+    torch.testing.assert_close(to_codes, scattered * (0.25 if legacy else 1))
+
+
+def test_sane_index_shape():
+    assert make(sane_index_shape=True)(torch.randn(2, 4, 3, 5))[2][2].shape == (2, 3, 5)
+
+
+USED = np.array([7, 3, 40, 11])
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+@pytest.mark.parametrize("sane_index_shape", [False, True])
+@pytest.mark.parametrize("unknown_index", ["random", "extra", 2])
+def test_remap(tmp_path, as_file, sane_index_shape, unknown_index):
+    np.save(tmp_path / "used.npy", USED)
+    quantizer = make(remap=tmp_path / "used.npy" if as_file else USED, unknown_index=unknown_index, sane_index_shape=sane_index_shape)
+    wanted = torch.tensor([[[40, 7], [3, 25]]])  # 25 is not in use
+    z = quantizer.embedding(wanted).permute(0, 3, 1, 2)
+    indices = quantizer(z)[2][2]
+    assert indices.shape == ((1, 2, 2) if sane_index_shape else (1, 4))
+    *known, unknown = indices.flatten().tolist()
+    assert known == [2, 0, 1]
+    assert unknown in {"random": range(4), "extra": [4], 2: [2]}[unknown_index]
+    assert quantizer.re_embed == (5 if unknown_index == "extra" else 4)
+    codes = quantizer.get_codebook_entry(indices.view(1, 2, 2), (1, 2, 2, 4))
+    torch.testing.assert_close(codes[..., 0, :], z[..., 0, :])
+    torch.testing.assert_close(codes[:, :, 1, 0], z[:, :, 1, 0])
+    if unknown_index == "extra":
+        torch.testing.assert_close(codes[0, :, 1, 1], quantizer.embedding.weight[7])
+
+
+def test_codebook_entry():
+    quantizer = make()
+    indices = torch.randint(0, 50, (2, 3, 5), dtype=torch.int32)
+    assert torch.equal(quantizer.get_codebook_entry(indices), quantizer.embedding.weight[indices])
+    assert torch.equal(quantizer.get_codebook_entry(indices, (2, 3, 5, 4)), quantizer.embedding.weight[indices].permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize(("indices", "error", "message"), [
+    (torch.tensor([50]), ValueError, r"indices must be in \[0, 50\), got values from 50 to 50"),
+    (torch.tensor([3, -1]), ValueError, r"indices must be in \[0, 50\), got values from -1 to 3"),
+    (torch.tensor([1.0]), TypeError, "indices must be integers, got torch.float32"),
+    (torch.tensor([True]), TypeError, "indices must be integers, got torch.bool"),
+])  # fmt: skip
+def test_codebook_entry_refuses(indices, error, message):
+    with pytest.raises(error, match=message):
+        make().get_codebook_entry(indices)
+
+
+@pytest.mark.parametrize("z", [torch.zeros(4, 3, 5), torch.zeros(2, 3, 3, 5)])
+def test_forward_refuses(z):
+    with pytest.raises(ValueError, match=r"z must have shape \(batch, 4, height, width\), got"):
+        make()(z)
+
+
+def test_search_is_a_registered_operator():
+    torch.library.opcheck(nearest_code, (torch.randn(7, 4), torch.randn(5, 4)))

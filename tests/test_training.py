@@ -1,0 +1,179 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from movq_ext import MOVQ, from_pretrained
+from movq_ext.training import Photographs, Trainer, TrainingConfig
+
+CPU = torch.device("cpu")
+MODEL = dict(ddconfig=dict(ch=32, out_ch=3, ch_mult=[1, 1], num_res_blocks=0, attn_resolutions=[], in_channels=3, resolution=32, z_channels=4, dropout=0.1), n_embed=32, embed_dim=4)  # fmt: skip
+CONFIG = TrainingConfig(steps=12, batch_size=2, crop=8, warmup_steps=2, continuous_steps=4, restart_every=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photographs")
+    ramp = np.linspace(0, 255, 40, dtype=np.uint8)
+    for i, size in enumerate([(40, 40), (30, 20), (5, 6)]):  # the last is smaller than a crop
+        Image.fromarray(np.stack([np.roll(np.resize(ramp, size), i + c) for c in range(3)], 2)).save(folder / f"{i}.png")
+    return folder
+
+
+def trainer(folder, out, **changes):
+    torch.manual_seed(0)
+    return Trainer(MOVQ(**MODEL), folder, out, dataclasses.replace(CONFIG, **changes), CPU)
+
+
+def test_the_loss_falls(folder, tmp_path):
+    run = trainer(folder, tmp_path, steps=80)
+    losses = [run.train_step()[1].item() for _ in range(80)]
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:5])
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("stop", [3, 4, 7])
+def test_a_resumed_run_is_the_uninterrupted_one(folder, tmp_path, amp, stop):
+    whole = trainer(folder, tmp_path / "whole", amp=amp)
+    whole.run(save_every=100)
+    first = trainer(folder, tmp_path / "parts", amp=amp)
+    first.out.mkdir()
+    for _ in range(stop):
+        first.train_step()
+    first.save()
+    first.train_step()  # lost
+    second = trainer(folder, tmp_path / "parts", amp=amp)
+    second.resume()
+    torch.manual_seed(123)
+    second.run(save_every=100)
+    a, b = (torch.load(run.checkpoint, weights_only=True) for run in (whole, second))
+    assert a["step"] == b["step"] == 12
+    for part in ("model", "average"):
+        assert all(torch.equal(a[part][name], b[part][name]) for name in a[part]), part
+    torch.testing.assert_close(a["optimizer"], b["optimizer"], rtol=0, atol=0)
+    assert not torch.equal(a["model"]["quant_conv.weight"], a["average"]["quant_conv.weight"])
+    loaded = from_pretrained(tmp_path / "parts/model")
+    assert all(torch.equal(loaded.state_dict()[name], b["average"][name]) for name in b["average"])
+
+
+def cli(folder, out, config, *more):
+    return [sys.executable, "-m", "movq_ext", "train", str(folder), "-o", str(out), "--config", str(config), "--steps", "60", "--batch-size", "2",
+            "--crop", "8", "--continuous-steps", "4", "--restart-every", "5", "--save-every", "5", "--device", "cpu", *more]  # fmt: skip
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    (tmp_path / "model.json").write_text(json.dumps(MODEL))
+    return tmp_path / "model.json"
+
+
+def test_a_killed_run_goes_on(folder, tmp_path, config_file):
+    subprocess.run(cli(folder, tmp_path / "whole", config_file), check=True, capture_output=True)
+    process = subprocess.Popen(cli(folder, tmp_path / "killed", config_file), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed/training.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    again = subprocess.run(cli(folder, tmp_path / "killed", config_file), check=True, capture_output=True, text=True)
+    assert "resumed" in again.stderr and "PSNR" in again.stderr.upper()
+    a, b = (torch.load(tmp_path / name / "training.pt", weights_only=True) for name in ("whole", "killed"))
+    assert all(torch.equal(a["average"][name], b["average"][name]) for name in a["average"])
+
+
+def test_two_processes_hold_one_model(folder, tmp_path, config_file):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(20000 + os.getpid() % 20000)]
+    command = cli(folder, tmp_path / "out", config_file)
+    subprocess.run(torchrun + command[1:], check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    state = torch.load(tmp_path / "out/training.pt", weights_only=True)
+    assert state["step"] == 60 and all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+def _rank(rank, folder, out):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=2)
+    run = trainer(folder, out)
+    for _ in range(12):
+        run.train_step()
+    torch.save((run.model.state_dict(), run.average.state_dict()), f"{out}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_agree_to_the_bit(folder, tmp_path):
+    torch.multiprocessing.spawn(_rank, (str(folder), str(tmp_path)), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for ours, theirs in zip(*ranks, strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_unused_codes_are_moved_to_latents(folder, tmp_path):
+    run = trainer(folder, tmp_path)
+    run.usage[:30] = 1
+    latents = torch.randn(2, 4, 4, 4)
+    before = run.model.quantize.embedding.weight.detach().clone()
+    run._restart_unused_codes(latents)
+    for model in (run.model, run.average):
+        codes = model.quantize.embedding.weight
+        assert torch.equal(codes[:30], before[:30])
+        rows = latents.permute(0, 2, 3, 1).reshape(-1, 4)
+        assert all((row == rows).all(1).any() for row in codes[30:])
+    assert run.usage.sum() == 0
+
+
+def test_crops_follow_from_the_seed(folder):
+    photographs = Photographs(folder, 8)
+    a, b, c = (photographs.batch(20, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert a.shape == (20, 3, 8, 8) and a.min() >= -1 and a.max() <= 1
+
+
+def test_unreadable_pictures_are_left_out(folder, tmp_path, caplog):
+    (tmp_path / "0.png").write_bytes(b"nothing")
+    photographs = Photographs(tmp_path, 8)
+    with pytest.raises(ValueError, match="none of the 1 pictures can be read"):
+        photographs.batch(1, torch.Generator())
+    (tmp_path / "1.png").write_bytes((folder / "0.png").read_bytes())
+    photographs = Photographs(tmp_path, 8)
+    caplog.clear()
+    assert photographs.batch(9, torch.Generator()).isfinite().all()
+    assert sum("left out" in record.message for record in caplog.records) == 1
+
+
+def test_refusals(folder, tmp_path):
+    with pytest.raises(ValueError, match="holds no pictures"):
+        trainer(tmp_path, tmp_path)
+    with pytest.raises(ValueError, match="crop must be a multiple of the model's downsampling 2, got 9"):
+        trainer(folder, tmp_path, crop=9)
+    for name, value, message in [("steps", 0, "must be positive, got 0"), ("batch_size", -1, "must be positive"), ("learning_rate", float("nan"), "must be positive"),
+                                 ("warmup_steps", -1, "must not be negative"), ("ema_decay", 1.0, r"must be in \[0, 1\)")]:  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name} {message}"):
+            dataclasses.replace(CONFIG, **{name: value})
+
+
+def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(folder, tmp_path):
+    run = trainer(folder, tmp_path)
+    run.save()
+    with pytest.raises(ValueError, match="was made with learning_rate=0.001, now 0.5; seed=0, now 3"):
+        trainer(folder, tmp_path, learning_rate=0.5, seed=3).resume()
+    trainer(folder, tmp_path, steps=20).resume()
+    run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="training.pt is damaged"):
+        run.resume()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
+    run = trainer(folder, tmp_path)
+    run.save()
+    with torch.no_grad():
+        run.model.quant_conv.bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 0; the last checkpoint is intact"):
+        run.train_step()
+    run.resume()
+    assert run.train_step()[0].isfinite()
