@@ -1,0 +1,127 @@
+"""SpatialNorm's kernels as functions of tensors, on the emulator and on the GPU."""
+
+import functools
+from types import SimpleNamespace
+
+import emulator
+import torch
+
+GLUE = """
+#include "spatial_norm.h"
+
+static movq::SpatialNormProblem problem(const int64_t* n, float eps) {
+  return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], movq::DType(n[7]), movq::DType(n[8]), n[9] != 0, n[10] != 0, eps};
+}
+
+// `workspace` is null in a first call, which only asks for its size.
+EXPORT(forward, const int64_t* numbers, float eps, const void* f, const void* zq_y, const void* zq_b, const void* weight,
+       const void* bias, void* out, float* mean, float* rstd, void* workspace, int64_t* size) {
+  const movq::SpatialNormProblem p = problem(numbers, eps);
+  const movq::SpatialNormForward a = {f, zq_y, zq_b, weight, bias, out, mean, rstd, workspace};
+  if (workspace) movq::spatial_norm_forward(p, a, nullptr);
+  else *size = int64_t(movq::spatial_norm_forward_workspace(p, a));
+}
+
+EXPORT(backward, const int64_t* numbers, const void* dout, const void* f, const void* zq_y, const void* zq_b, const void* weight,
+       const void* bias, const float* mean, const float* rstd, void* df, void* dzq_y, void* dzq_b, void* dweight, void* dbias,
+       void* workspace, int64_t* size) {
+  const movq::SpatialNormProblem p = problem(numbers, 0);
+  const movq::SpatialNormBackward a = {dout, f, zq_y, zq_b, weight, bias, mean, rstd, df, dzq_y, dzq_b, dweight, dbias, workspace};
+  if (workspace) movq::spatial_norm_backward(p, a, nullptr);
+  else *size = int64_t(movq::spatial_norm_backward_workspace(p, a));
+}
+"""
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def library():
+    return emulator.build(*(emulator.KERNELS / f"spatial_norm_{name}.cu" for name in ("forward", "backward")), glue=GLUE)
+
+
+def poisoned(like, shape=None, dtype=None):
+    """A tensor of NaN in like's memory format: what a kernel leaves out shows."""
+    if shape is None:
+        return torch.full_like(like, float("nan"), dtype=dtype)
+    return torch.full(shape, float("nan"), dtype=dtype or like.dtype)
+
+
+def is_channels_last(f):
+    return f.is_contiguous(memory_format=torch.channels_last) and not f.is_contiguous()
+
+
+def numbers(f, zq_y, parameter, groups, silu):
+    zq_size = (0, 0) if zq_y is None else tuple(zq_y.shape[2:])
+    parameter_dtype = torch.float32 if parameter is None else parameter.dtype
+    return torch.tensor([*f.shape, groups, *zq_size, DTYPES.index(f.dtype), DTYPES.index(parameter_dtype), is_channels_last(f), silu])
+
+
+def call(function, **arguments):
+    """Asks for the workspace, then runs the kernels; returns what they cost."""
+    size = torch.zeros(1, dtype=torch.int64)
+    library().call(function, **arguments, workspace=None, size=size, seeds=(0,))
+    workspace = torch.full((max(1, int(size)),), 0xFF, dtype=torch.uint8)
+    return library().call(function, **arguments, workspace=workspace, size=size)
+
+
+class Emulator:
+    """Runs the kernels' own source on the CPU, under several schedules that must give the same bits."""
+
+    device = "cpu"
+
+    def forward(self, f, zq_y, zq_b, weight, bias, groups, eps, silu):
+        statistics = [poisoned(f, (f.shape[0], groups), torch.float32) for _ in range(2)]
+        out = poisoned(f)
+        self.cost = call("forward", numbers=numbers(f, zq_y, weight if weight is not None else bias, groups, silu), eps=eps, f=f,
+                         zq_y=zq_y, zq_b=zq_b, weight=weight, bias=bias, out=out, mean=statistics[0], rstd=statistics[1])
+        return out, *statistics
+
+    def backward(self, dout, f, zq_y, zq_b, weight, bias, mean, rstd, groups, silu):
+        grads = [None if x is None else poisoned(x) for x in (f, zq_y, zq_b, weight, bias)]
+        names = ("df", "dzq_y", "dzq_b", "dweight", "dbias")
+        self.cost = call("backward", numbers=numbers(f, zq_y, weight if weight is not None else bias, groups, silu), dout=dout, f=f,
+                         zq_y=zq_y, zq_b=zq_b, weight=weight, bias=bias, mean=mean, rstd=rstd, **dict(zip(names, grads)))
+        return grads
+
+
+class Gpu:
+    """Runs the operators that the extension registers, several times, which must give the same bits."""
+
+    device = "cuda"
+
+    def forward(self, f, zq_y, zq_b, weight, bias, groups, eps, silu):
+        return self._repeat(torch.ops.movq_ext.spatial_norm_forward, f, zq_y, zq_b, weight, bias, groups, eps, silu)
+
+    def backward(self, dout, f, zq_y, zq_b, weight, bias, mean, rstd, groups, silu):
+        grads = self._repeat(torch.ops.movq_ext.spatial_norm_backward, dout, f, zq_y, zq_b, weight, bias, mean, rstd, groups, silu)
+        given = (f, zq_y, zq_b, weight, bias)
+        return [None if x is None else grad for x, grad in zip(given, grads)]
+
+    @staticmethod
+    def _repeat(op, *arguments):
+        arguments = [x.cuda() if isinstance(x, torch.Tensor) else x for x in arguments]
+        first, *others = ([x.cpu() for x in op(*arguments)] for _ in range(3))
+        for other in others:
+            assert all(torch.equal(a, b) or (a.isnan() == b.isnan()).all() for a, b in zip(first, other)), "not deterministic"
+        return first
+
+
+def case(shape, zq_size, dtype, layout, *, affine=torch.float32, offset=0, seed=0):
+    """Inputs for one call. `offset`: elements by which the big tensors miss a 16-byte boundary."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensor(*size, scale=1.0, shift=0.0):
+        values = torch.randn(size, generator=generator) * scale + shift
+        if layout == "channels_last":
+            values = values.permute(0, 2, 3, 1)
+        store = torch.empty(values.numel() + offset, dtype=dtype)[offset:]
+        store.copy_(values.flatten())
+        view = store.view(values.shape)
+        return view.permute(0, 3, 1, 2) if layout == "channels_last" else view
+
+    channels = shape[1]
+    weight, bias = (None, None) if affine is None else (
+        (torch.randn(channels, generator=generator) * 0.3 + 1).to(affine), (torch.randn(channels, generator=generator) * 0.3).to(affine))
+    zq_shape = None if zq_size is None else (shape[0], channels, *zq_size)
+    return SimpleNamespace(f=tensor(*shape, shift=0.5), zq_y=zq_shape and tensor(*zq_shape, scale=0.3, shift=1.0),
+                           zq_b=zq_shape and tensor(*zq_shape), weight=weight, bias=bias, dout=tensor(*shape))
