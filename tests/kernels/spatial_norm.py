@@ -6,31 +6,37 @@ from types import SimpleNamespace
 import emulator
 import torch
 
+PROBLEM = """int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t groups, int64_t zq_height, int64_t zq_width,
+    int dtype, int param_dtype, bool channels_last, bool silu, float eps"""
+# `workspace` is null in a first call, which only asks for its size.
 GLUE = """
 #include "spatial_norm.h"
 
-static movq::SpatialNormProblem problem(const int64_t* n, float eps) {
-  return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], movq::DType(n[7]), movq::DType(n[8]), n[9] != 0, n[10] != 0, eps};
+#define THE_PROBLEM {batch, channels, height, width, groups, zq_height, zq_width, movq::DType(dtype), movq::DType(param_dtype), \
+                     channels_last, silu, eps}
+
+static void tell(int64_t* size, size_t bytes) {
+  const int64_t value = bytes;
+  emu::copy_to_device(size, &value, sizeof value);
 }
 
-// `workspace` is null in a first call, which only asks for its size.
-EXPORT(forward, const int64_t* numbers, float eps, const void* f, const void* zq_y, const void* zq_b, const void* weight,
-       const void* bias, void* out, float* mean, float* rstd, void* workspace, int64_t* size) {
-  const movq::SpatialNormProblem p = problem(numbers, eps);
+EXPORT(forward, PROBLEM, const void* f, const void* zq_y, const void* zq_b, const void* weight, const void* bias, void* out, float* mean,
+       float* rstd, void* workspace, int64_t* size) {
+  const movq::SpatialNormProblem p = THE_PROBLEM;
   const movq::SpatialNormForward a = {f, zq_y, zq_b, weight, bias, out, mean, rstd, workspace};
   if (workspace) movq::spatial_norm_forward(p, a, nullptr);
-  else *size = int64_t(movq::spatial_norm_forward_workspace(p, a));
+  else tell(size, movq::spatial_norm_forward_workspace(p, a));
 }
 
-EXPORT(backward, const int64_t* numbers, const void* dout, const void* f, const void* zq_y, const void* zq_b, const void* weight,
-       const void* bias, const float* mean, const float* rstd, void* df, void* dzq_y, void* dzq_b, void* dweight, void* dbias,
-       void* workspace, int64_t* size) {
-  const movq::SpatialNormProblem p = problem(numbers, 0);
+EXPORT(backward, PROBLEM, const void* dout, const void* f, const void* zq_y, const void* zq_b, const void* weight, const void* bias,
+       const float* mean, const float* rstd, void* df, void* dzq_y, void* dzq_b, void* dweight, void* dbias, void* workspace,
+       int64_t* size) {
+  const movq::SpatialNormProblem p = THE_PROBLEM;
   const movq::SpatialNormBackward a = {dout, f, zq_y, zq_b, weight, bias, mean, rstd, df, dzq_y, dzq_b, dweight, dbias, workspace};
   if (workspace) movq::spatial_norm_backward(p, a, nullptr);
-  else *size = int64_t(movq::spatial_norm_backward_workspace(p, a));
+  else tell(size, movq::spatial_norm_backward_workspace(p, a));
 }
-"""
+""".replace("PROBLEM, ", PROBLEM + ", ")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -50,10 +56,12 @@ def is_channels_last(f):
     return f.is_contiguous(memory_format=torch.channels_last) and not f.is_contiguous()
 
 
-def numbers(f, zq_y, parameter, groups, silu):
-    zq_size = (0, 0) if zq_y is None else tuple(zq_y.shape[2:])
-    parameter_dtype = torch.float32 if parameter is None else parameter.dtype
-    return torch.tensor([*f.shape, groups, *zq_size, DTYPES.index(f.dtype), DTYPES.index(parameter_dtype), is_channels_last(f), silu])
+def problem(f, zq_y, parameter, groups, silu, eps=0.0):
+    batch, channels, height, width = f.shape
+    zq_height, zq_width = (0, 0) if zq_y is None else zq_y.shape[2:]
+    return {"batch": batch, "channels": channels, "height": height, "width": width, "groups": groups, "zq_height": zq_height,
+            "zq_width": zq_width, "dtype": DTYPES.index(f.dtype), "silu": silu, "eps": eps, "channels_last": is_channels_last(f),
+            "param_dtype": DTYPES.index(torch.float32 if parameter is None else parameter.dtype)}
 
 
 def call(function, **arguments):
@@ -72,14 +80,14 @@ class Emulator:
     def forward(self, f, zq_y, zq_b, weight, bias, groups, eps, silu):
         statistics = [poisoned(f, (f.shape[0], groups), torch.float32) for _ in range(2)]
         out = poisoned(f)
-        self.cost = call("forward", numbers=numbers(f, zq_y, weight if weight is not None else bias, groups, silu), eps=eps, f=f,
+        self.cost = call("forward", **problem(f, zq_y, weight if weight is not None else bias, groups, silu, eps), f=f,
                          zq_y=zq_y, zq_b=zq_b, weight=weight, bias=bias, out=out, mean=statistics[0], rstd=statistics[1])
         return out, *statistics
 
     def backward(self, dout, f, zq_y, zq_b, weight, bias, mean, rstd, groups, silu):
         grads = [None if x is None else poisoned(x) for x in (f, zq_y, zq_b, weight, bias)]
         names = ("df", "dzq_y", "dzq_b", "dweight", "dbias")
-        self.cost = call("backward", numbers=numbers(f, zq_y, weight if weight is not None else bias, groups, silu), dout=dout, f=f,
+        self.cost = call("backward", **problem(f, zq_y, weight if weight is not None else bias, groups, silu), dout=dout, f=f,
                          zq_y=zq_y, zq_b=zq_b, weight=weight, bias=bias, mean=mean, rstd=rstd, **dict(zip(names, grads)))
         return grads
 

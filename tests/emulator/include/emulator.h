@@ -47,6 +47,7 @@ unsigned cluster_size();
 void global_read(const void* from, void* to, int bytes);
 void global_write(void* to, const void* from, int bytes);
 unsigned global_atomic_add(unsigned* p, unsigned value);
+void copy_to_device(void* to, const void* from, size_t bytes);  // for the host's side, which must not touch device memory itself
 void check_view(unsigned first, unsigned elements, unsigned count);
 void shared_read(unsigned address, void* to, int bytes);
 void shared_write(unsigned address, const void* from, int bytes);

@@ -91,6 +91,8 @@ unsigned global_atomic_add(unsigned* p, unsigned value) {
   return old;
 }
 
+void copy_to_device(void* to, const void* from, size_t bytes) { move(to, from, bytes); }
+
 // --- Shared memory: which accesses are ordered
 
 // Did `thread` do what it did at `time` before what the running thread does now, on every schedule?
