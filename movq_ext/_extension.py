@@ -66,6 +66,7 @@ def extension_reason() -> str | None:
     return _reason
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @functools.cache  # the answer cannot change, and asking makes the device's CUDA context
 def device_reason(index: int) -> str | None:
     """Why the extension has nothing to run on the CUDA device of this index, or None if it has."""
@@ -82,6 +83,13 @@ def device_reason(index: int) -> str | None:
         f"movq_ext._C was compiled for compute capability {_record.get('arch_list')}, device {index} has {major}.{minor}; "
         f"reinstall movq_ext with TORCH_CUDA_ARCH_LIST={major}.{minor}"
     )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@functools.cache
+def warn_once(reason: str) -> None:
+    """Says that the native path runs on a GPU, and why: once for each reason."""
+    warnings.warn(f"movq_ext runs on PyTorch's own operators: {reason}", RuntimeWarning, stacklevel=4)
 
 
 def build_info() -> dict[str, Any]:

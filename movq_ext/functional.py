@@ -1,13 +1,14 @@
-"""The operators of a MoVQ decoder as functions of tensors: each checks its arguments, then runs the native path."""
+"""The operators of a MoVQ decoder as functions of tensors: each checks its arguments and chooses a path."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ._extension import extension_reason
+from . import kernels, native
+from ._extension import device_reason, warn_once
 
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = (None, "silu")
 
 
@@ -37,7 +38,8 @@ def spatial_norm(
         activation: None or ``"silu"``, applied last.
 
     Returns:
-        ``(B, C, H, W)``. The dtype is torch's promotion of the arguments': under autocast float32, otherwise f's.
+        ``(B, C, H, W)`` in f's dtype and, from the CUDA kernels, in f's memory format. Under autocast f keeps its dtype, zq_y
+        and zq_b may have another, and statistics are float32 as everywhere.
 
     Raises:
         ValueError: an argument has the wrong rank, size, device or value.
@@ -62,30 +64,15 @@ def spatial_norm(
         if parameter is not None and parameter.shape != (f.shape[1],):
             raise ValueError(f"{name} must have shape ({f.shape[1]},), got {tuple(parameter.shape)}")
 
-    # torch.group_norm rather than F.group_norm: the latter refuses a single value per group, which has an answer.
-    out = torch.group_norm(f, groups, weight, bias, eps, torch.backends.cudnn.enabled)
+    if not f.is_cuda:
+        return native.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation)
+    reason = _reason(f) or _parameter_reason(f, weight=weight, bias=bias)
+    if reason:
+        warn_once(reason)
+        return native.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation)
     if zq_y is not None and zq_b is not None:
-        out = _modulate(out, zq_y, zq_b)
-    return F.silu(out) if activation == "silu" else out
-
-
-def _modulate(x: Tensor, y: Tensor, b: Tensor) -> Tensor:
-    """``x * up(y) + up(b)`` with y and b resized to x's grid by torch's nearest rule."""
-    height, width = x.shape[-2:]
-    if not torch.compiler.is_compiling():
-        (rows, rest_rows), (columns, rest_columns) = divmod(height, y.shape[2]), divmod(width, y.shape[3])
-        if not rest_rows and not rest_columns and _is_power_of_two(rows) and _is_power_of_two(columns):
-            # Every source cell covers a rows x columns block exactly: broadcast instead of writing the resized maps.
-            # Only for powers of two, where torch's float32 index rule is exact.
-            blocks = x.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
-            y, b = y[:, :, :, None, :, None], b[:, :, :, None, :, None]
-            return (blocks * y + b).flatten(4, 5).flatten(2, 3)
-    y, b = (F.interpolate(map_, size=(height, width), mode="nearest") for map_ in (y, b))
-    return x * y + b
-
-
-def _is_power_of_two(n: int) -> bool:
-    return n > 0 and n & (n - 1) == 0
+        zq_y, zq_b = zq_y.to(f.dtype), zq_b.to(f.dtype)  # they differ under autocast only
+    return kernels.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation == "silu")
 
 
 def spatial_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -110,16 +97,37 @@ def spatial_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = Non
         if tensor.shape != q.shape:
             raise ValueError(f"{name} must have q's shape {tuple(q.shape)}, got {tuple(tensor.shape)}")
     _check_same("q", q, k=k, v=v)
-    tokens = (tensor.flatten(2).transpose(1, 2).unsqueeze(1) for tensor in (q, k, v))
-    out = F.scaled_dot_product_attention(*tokens, scale=scale)
-    return out.squeeze(1).transpose(1, 2).unflatten(2, q.shape[2:])
+    return native.spatial_attention(q, k, v, scale)
 
 
 def explain(x: Tensor) -> str:
-    """Which path the operators take for a tensor like x, ``native`` or ``cuda``, and why."""
+    """Which path `spatial_norm` takes for features like x, ``native`` or ``cuda``, and why.
+
+    `spatial_attention` has no CUDA kernel yet.
+    """
     if not x.is_cuda:
         return f"native: the CUDA kernels do not run on {x.device.type} tensors"
-    return f"native: {extension_reason() or 'this version has no CUDA kernel for the operators yet'}"
+    reason = _reason(x)
+    return f"native: {reason}" if reason else f"cuda: compiled for {torch.cuda.get_device_name(x.device)}"
+
+
+def _reason(x: Tensor) -> str | None:
+    """Why the kernels cannot take x, which is on a CUDA device, or None if they can."""
+    if x.dtype not in KERNEL_DTYPES:
+        return f"the CUDA kernels take {', '.join(str(dtype)[6:] for dtype in KERNEL_DTYPES)}, got {str(x.dtype)[6:]}"
+    if x.dim() == 4 and x.shape[2] * x.shape[3] >= 2**31:
+        return f"the CUDA kernels take fewer than 2**31 pixels, got shape {tuple(x.shape)}"
+    return device_reason(x.device.index)
+
+
+def _parameter_reason(f: Tensor, **parameters: Tensor | None) -> str | None:
+    given = {name: p for name, p in parameters.items() if p is not None}
+    for name, parameter in given.items():
+        if parameter.dtype not in (torch.float32, f.dtype):
+            return f"the CUDA kernels take {name} in float32 or f's {f.dtype}, got {parameter.dtype}"
+    if len({parameter.dtype for parameter in given.values()}) > 1:
+        return "the CUDA kernels take weight and bias of one dtype"
+    return None
 
 
 def _check_map(name: str, x: Tensor) -> None:

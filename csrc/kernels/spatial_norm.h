@@ -8,7 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "device/launch.cuh"
+#include <cuda_runtime.h>
 
 namespace movq {
 

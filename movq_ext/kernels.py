@@ -1,0 +1,131 @@
+"""The compiled operators as differentiable functions, with what PyTorch needs to know of them: shapes, and a CPU version.
+
+The CPU version is the native path. It lets a program that was exported with these operators run anywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import native
+from ._extension import extension_available
+
+Optionals = tuple[Tensor | None, ...]
+
+
+def spatial_norm(
+    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
+) -> Tensor:
+    """functional.spatial_norm by kernels: the arguments are checked, and zq_y and zq_b have f's dtype."""
+    out: Tensor = SpatialNormFunction.apply(f, zq_y, zq_b, weight, bias, groups, eps, silu)[0]
+    return out
+
+
+class SpatialNormFunction(torch.autograd.Function):
+    """Saves f, the small inputs and the statistics; what lies between f and the output is computed again."""
+
+    @staticmethod
+    def forward(
+        f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.movq_ext.spatial_norm_forward(f, zq_y, zq_b, weight, bias, groups, eps, silu)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        *tensors, ctx.groups, ctx.eps, ctx.silu = inputs
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.save_for_backward(*tensors, mean, rstd)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        *inputs, mean, rstd = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:5]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True: the gradient's own gradient is native
+            grads = _native_gradients(dout, inputs, wanted, ctx.groups, ctx.eps, ctx.silu)
+        else:
+            f = inputs[0]
+            grads = torch.ops.movq_ext.spatial_norm_backward(dout.to(f.dtype), *inputs, mean, rstd, ctx.groups, ctx.silu)
+        return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None, None
+
+
+def _native_gradients(dout: Tensor, inputs: list[Tensor | None], wanted: tuple[bool, ...], groups: int, eps: float, silu: bool) -> Optionals:
+    out = native.spatial_norm(*inputs, groups, eps, "silu" if silu else None)  # type: ignore[arg-type]
+    sources = [x for x, want in zip(inputs, wanted, strict=True) if want and x is not None]
+    grads = iter(torch.autograd.grad(out, sources, dout, create_graph=True))
+    return tuple(next(grads) if want else None for want in wanted)
+
+
+def _statistics(f: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    grouped = f.float().reshape(f.shape[0], groups, -1)
+    variance, mean = torch.var_mean(grouped, dim=2, correction=0)
+    return mean, (variance + eps).rsqrt()
+
+
+def _forward_cpu(
+    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = torch.empty_like(_like(f, f))
+    return out.copy_(native.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, "silu" if silu else None)), *_statistics(f, groups, eps)
+
+
+def _backward_cpu(
+    dout: Tensor, f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    mean: Tensor, rstd: Tensor, groups: int, silu: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    size = f.shape
+    mean, rstd = (x.repeat_interleave(size[1] // groups, dim=1)[:, :, None, None] for x in (mean, rstd))
+    n = (f.float() - mean) * rstd
+    w, c = (None if x is None else x.float()[None, :, None, None] for x in (weight, bias))
+    v = n if w is None else n * w
+    v = v if c is None else v + c
+    h, y = dout.float(), None
+    dy, db = f.new_empty(0), f.new_empty(0)
+    if zq_y is not None and zq_b is not None:
+        y, b = (F.interpolate(x.float(), size=size[2:], mode="nearest") for x in (zq_y, zq_b))
+    if silu:
+        slope = torch.sigmoid(u := v if y is None else v * y + b)
+        h = h * slope * (1 + u * (1 - slope))
+    if zq_y is not None:
+        shrink = lambda x: torch.ops.aten.upsample_nearest2d_backward(x.contiguous(), size[2:], zq_y.shape)
+        dy, db = (torch.empty_like(_like(f, zq_y)).copy_(shrink(x)) for x in (h * v, h))
+    dv = h if y is None else h * y
+    dweight = f.new_empty(0) if weight is None else (dv * n).sum((0, 2, 3)).to(weight.dtype)
+    dbias = f.new_empty(0) if bias is None else dv.sum((0, 2, 3)).to(bias.dtype)
+    dn = dv if w is None else dv * w
+    means = (x.reshape(size[0], groups, -1).mean(2).repeat_interleave(size[1] // groups, dim=1)[:, :, None, None] for x in (dn, dn * n))
+    df = rstd * (dn - next(means) - n * next(means))
+    return torch.empty_like(_like(f, f)).copy_(df), dy, db, dweight, dbias
+
+
+def _like(f: Tensor, x: Tensor) -> Tensor:
+    """x in the layout that the kernels use for f and what goes with it: f's own where that is dense NCHW or NHWC."""
+    if f.is_contiguous():
+        return x.contiguous()
+    return x.contiguous(memory_format=torch._prims_common.suggest_memory_format(f))
+
+
+def _forward_fake(
+    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = [f.new_empty(f.shape[0], groups, dtype=torch.float32) for _ in range(2)]
+    return torch.empty_like(_like(f, f)), statistics[0], statistics[1]
+
+
+def _backward_fake(
+    dout: Tensor, f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    mean: Tensor, rstd: Tensor, groups: int, silu: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    maps = [None if x is None else _like(f, x) for x in (f, zq_y, zq_b)]
+    return tuple(f.new_empty(0) if x is None else torch.empty_like(x) for x in (*maps, weight, bias))
+
+
+if extension_available():
+    torch.library.register_fake("movq_ext::spatial_norm_forward", _forward_fake)
+    torch.library.register_fake("movq_ext::spatial_norm_backward", _backward_fake)
+    torch.library.register_kernel("movq_ext::spatial_norm_forward", "cpu", _forward_cpu)
+    torch.library.register_kernel("movq_ext::spatial_norm_backward", "cpu", _backward_cpu)

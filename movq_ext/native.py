@@ -1,0 +1,50 @@
+"""The operators on PyTorch's own: on every device and in every dtype, differentiable any number of times."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def spatial_norm(
+    f: Tensor,
+    zq_y: Tensor | None,
+    zq_b: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    activation: str | None,
+) -> Tensor:
+    # torch.group_norm rather than F.group_norm: the latter refuses a single value per group, which has an answer.
+    out = torch.group_norm(f, groups, weight, bias, eps, torch.backends.cudnn.enabled)
+    if zq_y is not None and zq_b is not None:
+        out = _modulate(out, zq_y, zq_b)
+    out = F.silu(out) if activation == "silu" else out
+    return out.to(f.dtype)  # under autocast it was computed in float32
+
+
+def _modulate(x: Tensor, y: Tensor, b: Tensor) -> Tensor:
+    """``x * up(y) + up(b)`` with y and b resized to x's grid by torch's nearest rule."""
+    height, width = x.shape[-2:]
+    if not torch.compiler.is_compiling():
+        (rows, rest_rows), (columns, rest_columns) = divmod(height, y.shape[2]), divmod(width, y.shape[3])
+        if not rest_rows and not rest_columns and _is_power_of_two(rows) and _is_power_of_two(columns):
+            # Every source cell covers a rows x columns block exactly: broadcast instead of writing the resized maps.
+            # Only for powers of two, where torch's float32 index rule is exact.
+            blocks = x.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
+            y, b = y[:, :, :, None, :, None], b[:, :, :, None, :, None]
+            return (blocks * y + b).flatten(4, 5).flatten(2, 3)
+    y, b = (F.interpolate(map_, size=(height, width), mode="nearest") for map_ in (y, b))
+    return x * y + b
+
+
+def _is_power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
+
+
+def spatial_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    tokens = (tensor.flatten(2).transpose(1, 2).unsqueeze(1) for tensor in (q, k, v))
+    out = F.scaled_dot_product_attention(*tokens, scale=scale)
+    return out.squeeze(1).transpose(1, 2).unflatten(2, q.shape[2:])

@@ -1,0 +1,162 @@
+"""The compiled operators as PyTorch sees them: schemas, fake kernels, autograd, compilation. Their CPU version stands in for a GPU's."""
+
+import pytest
+import torch
+from kernels.spatial_norm import case
+from tolerances import assert_close
+
+import movq_ext
+from movq_ext import kernels, native
+
+pytestmark = pytest.mark.skipif(movq_ext.build_info()["extension"] != "loaded", reason="needs the compiled extension")
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+LAYOUTS = ("nchw", "channels_last")
+GROUPS = 8
+
+
+def arguments(dtype=torch.float32, layout="nchw", zq_size=(2, 4), affine=torch.float32, device="cpu", **options):
+    c = case((2, 32, 8, 12), zq_size, dtype, layout, affine=affine, **options)
+    return [None if x is None else x.to(device).requires_grad_() for x in (c.f, c.zq_y, c.zq_b, c.weight, c.bias)], c.dout.to(device)
+
+
+def plain(tensors):
+    return [None if x is None else x.detach() for x in tensors]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype, affine", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, None)])
+@pytest.mark.parametrize("zq_size", [(2, 4), None])
+def test_opcheck(device, layout, dtype, affine, zq_size):
+    inputs, dout = arguments(dtype, layout, zq_size, affine, device)
+    inputs = plain(inputs)
+    forward, backward = torch.ops.movq_ext.spatial_norm_forward.default, torch.ops.movq_ext.spatial_norm_backward.default
+    torch.library.opcheck(forward, (*inputs, GROUPS, 1e-6, True))
+    _, mean, rstd = forward(*inputs, GROUPS, 1e-6, True)
+    torch.library.opcheck(backward, (dout, *inputs, mean, rstd, GROUPS, True))
+
+
+def gradients(function, inputs, dout, silu, create_graph=False):
+    out = function(*inputs, GROUPS, 1e-6, silu)
+    wanted = [x for x in inputs if x is not None]
+    return out, torch.autograd.grad(out, wanted, dout, create_graph=create_graph)
+
+
+def native_norm(*arguments):
+    return native.spatial_norm(*arguments[:-1], "silu" if arguments[-1] else None)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("zq_size, affine", [((2, 4), torch.float32), ((3, 5), None), (None, torch.float32)])
+def test_the_function_has_the_native_path_s_gradients(device, layout, silu, zq_size, affine):
+    inputs, dout = arguments(torch.float32, layout, zq_size, affine, device)
+    out, grads = gradients(kernels.spatial_norm, inputs, dout, silu)
+    expected, expected_grads = gradients(native_norm, inputs, dout, silu)
+    assert_close(out, expected)
+    for grad, want in zip(grads, expected_grads, strict=True):
+        assert_close(grad, want, slack=2.0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_double_backward(device):
+    inputs, dout = arguments(device=device)
+
+    def second(function):
+        _, grads = gradients(function, inputs, dout, True, create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), inputs)
+
+    for grad, want in zip(second(kernels.spatial_norm), second(native_norm), strict=True):
+        assert_close(grad, want, slack=5.0)
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    inputs, dout = arguments()
+    inputs[1].requires_grad_(False)
+    kernels.spatial_norm(*inputs, GROUPS, 1e-6, True).backward(dout)
+    assert [x.grad is not None for x in inputs] == [True, False, True, True, True]
+
+
+def test_little_is_saved_for_backward():
+    inputs, _ = arguments()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        kernels.spatial_norm(*inputs, GROUPS, 1e-6, True)
+    big = [x for x in saved if x.numel() >= inputs[0].numel()]
+    assert len(big) == 1 and big[0].data_ptr() == inputs[0].data_ptr()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiles_whole_with_the_operator_inside(device, layout):
+    inputs, dout = arguments(layout=layout, device=device)
+    seen = []
+
+    def backend(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(lambda *x: kernels.spatial_norm(*x, GROUPS, 1e-6, True), backend=backend, fullgraph=True)(*inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *x: kernels.spatial_norm(*x, GROUPS, 1e-6, True), fullgraph=True)
+    out = compiled(*inputs)
+    assert seen and out.stride() == inputs[0].stride()
+    expected, expected_grads = gradients(kernels.spatial_norm, inputs, dout, True)
+    assert_close(out, expected)
+    for grad, want in zip(torch.autograd.grad(out, inputs, dout), expected_grads, strict=True):
+        assert_close(grad, want, slack=2.0)
+
+
+def test_exports_with_the_operator_inside():
+    class Norm(torch.nn.Module):
+        def forward(self, *x):
+            return kernels.spatial_norm(*x, GROUPS, 1e-6, True)
+
+    inputs = tuple(plain(arguments()[0]))
+    program = torch.export.export(Norm(), inputs).run_decompositions()
+    assert any("movq_ext.spatial_norm_forward" in str(node.target) for node in program.graph.nodes)
+    assert_close(program.module()(*inputs), Norm()(*inputs))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+class TestOnGpu:
+    def test_the_public_function_runs_the_kernels(self):
+        inputs, _ = arguments(device="cuda")
+        assert movq_ext.explain(inputs[0]).startswith("cuda")
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            movq_ext.spatial_norm(*inputs, GROUPS, 1e-6, "silu")
+        assert any("movq::spatial_norm" in event.key for event in profile.key_averages())
+
+    def test_a_graph_captures_it(self):
+        inputs = plain(arguments(device="cuda")[0])
+        expected = movq_ext.spatial_norm(*inputs, GROUPS, 1e-6, "silu")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = movq_ext.spatial_norm(*inputs, GROUPS, 1e-6, "silu")
+        graph.replay()
+        assert torch.equal(out, expected)
+
+    def test_it_runs_on_the_current_stream(self):
+        inputs = plain(arguments(device="cuda")[0])
+        expected = movq_ext.spatial_norm(*inputs, GROUPS, 1e-6, "silu")
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10_000_000)
+            f = inputs[0].clone()
+            out = movq_ext.spatial_norm(f, *inputs[1:], GROUPS, 1e-6, "silu")
+        stream.synchronize()
+        assert torch.equal(out, expected)
+
+    def test_what_no_kernel_takes_runs_natively_and_says_so_once(self):
+        f = torch.randn(1, 32, 4, 4, device="cuda", dtype=torch.float64)
+        with pytest.warns(RuntimeWarning, match="the CUDA kernels take float32, float16, bfloat16, got float64"):
+            movq_ext.spatial_norm(f, None, None, None, None, GROUPS)
+        assert movq_ext.explain(f).startswith("native: the CUDA kernels take")
+
+    def test_autocast_keeps_f_s_dtype(self):
+        inputs = plain(arguments(torch.bfloat16, device="cuda")[0])
+        with torch.autocast("cuda", torch.float16):
+            assert movq_ext.spatial_norm(*inputs, GROUPS, 1e-6, "silu").dtype == torch.bfloat16
