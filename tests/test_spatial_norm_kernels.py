@@ -4,6 +4,8 @@ import emulator
 import published
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from kernels.spatial_norm import Emulator, Gpu, case, is_channels_last
 from tolerances import RELATIVE, relative_error
 
@@ -90,3 +92,123 @@ def test_forward_and_backward_are_the_published_formula(backend, shape, groups, 
                 assert_close(grad, expected, slack=2.0)
             except AssertionError as error:
                 raise AssertionError(f"gradient of {name}: {error}") from None
+
+
+# --- Hard values
+
+
+def test_nan_and_infinity_stay_in_their_group(backend):
+    c = case((2, 32, 4, 8), (2, 2), F32, "nchw")
+    c.f[0, 3, 1, 1] = float("nan")
+    c.f[1, 31, 0, 0] = float("inf")
+    out, mean, rstd = backend.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 8, 1e-6, True)
+    bad = out.isnan().flatten(2).any(2)
+    expected = torch.zeros(2, 32, dtype=torch.bool)
+    expected[0, 0:4] = expected[1, 28:32] = True
+    assert torch.equal(bad, expected)
+    df = backend.backward(c.dout, c.f, c.zq_y, c.zq_b, c.weight, c.bias, mean, rstd, 8, True)[0]
+    assert torch.equal(df.isnan().flatten(2).any(2), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_large_mean_costs_no_accuracy(backend, layout):
+    """E[x^2] - E[x]^2 in float32 would have no correct digit here. What is lost is half a unit in the last place of the mean."""
+    c = case((1, 32, 16, 16), None, F32, layout)
+    f = c.f + 4096.0
+    out, _, _ = backend.forward(f, None, None, None, None, 8, 1e-6, False)
+    assert relative_error(out, published.spatial_norm(f.double(), None, None, None, None, 8)) < 2**-12 * 1.5
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_a_constant_group_has_eps_for_its_variance(backend, value):
+    f = torch.full((1, 32, 4, 4), value)
+    out, mean, rstd = backend.forward(f, None, None, None, None, 8, 1e-4, False)
+    assert torch.equal(out, torch.zeros_like(f)) and torch.equal(mean, torch.full((1, 8), value))
+    torch.testing.assert_close(rstd, torch.full((1, 8), 100.0))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_shape(backend, data):
+    groups = data.draw(st.sampled_from([1, 2, 3, 8, 32]))
+    channels = groups * data.draw(st.integers(1, 9))
+    size = [data.draw(st.integers(1, 20)) for _ in range(2)]
+    zq_size = data.draw(st.none() | st.tuples(st.integers(1, 24), st.integers(1, 24)))
+    dtype, layout = data.draw(st.sampled_from([F32, BF16, F16])), data.draw(st.sampled_from(LAYOUTS))
+    silu = data.draw(st.booleans())
+    c = case((data.draw(st.integers(1, 2)), channels, *size), zq_size, dtype, layout, affine=data.draw(st.sampled_from([None, F32, dtype])),
+             offset=data.draw(st.integers(0, 1)))
+    eps = 1e-2  # groups of one value have no scale of their own: their gradients are all rounding
+    out, mean, rstd = backend.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, groups, eps, silu)
+    assert_close(out, expected_forward(c, groups, eps, silu), slack=2.0)
+    grads = backend.backward(c.dout, c.f, c.zq_y, c.zq_b, c.weight, c.bias, mean, rstd, groups, silu)
+    for grad, expected in zip(grads, expected_backward(c, groups, eps, silu)):
+        if grad is not None:
+            near(grad, expected)
+
+
+def near(actual, expected):
+    """Within a tolerance of the largest element: for gradients that cancel almost wholly."""
+    scale = max(float(expected.abs().max()), 1.0)
+    assert float((actual.double() - expected).abs().max()) <= 8 * RELATIVE[actual.dtype] * scale
+
+
+# --- Costs, which only the emulator can count
+
+
+@pytest.fixture
+def counted():
+    if not usable("emulator"):
+        pytest.skip("needs Linux and a host C++ compiler")
+    return Emulator()
+
+
+BUDGET_CASES = [pytest.param(layout, dtype, id=f"{layout}-{str(dtype)[6:]}") for layout in LAYOUTS for dtype in (F32, BF16)]
+
+
+@pytest.mark.parametrize("layout, dtype", [("nchw", F32), ("channels_last", BF16)])
+def test_forward_reads_f_twice_and_writes_it_once(counted, layout, dtype):
+    c = case((1, 128, 128, 128), (16, 16), dtype, layout)
+    counted.seeds = (0,)
+    counted.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 32, 1e-6, True)
+    size, cost = c.f.numel() * c.f.element_size(), counted.cost
+    assert cost.buffers["f"].read_bytes == 2 * size and cost.buffers["out"].written_bytes == size
+    # The small tensors are read again and again from the cache; memory sees them once, and the part statistics go out and back.
+    small = sum(t.numel() * t.element_size() for t in (c.zq_y, c.zq_b, c.weight, c.bias)) + 2 * 4 * 32 * 2
+    others = small + cost.buffers["workspace"].written_bytes + cost.buffers["workspace"].read_bytes
+    assert others <= 0.02 * 3 * size, f"{others / (3 * size):.2%} beside f and out"
+    # Whole sectors only: 32 bytes move for 32 bytes asked.
+    assert cost.buffers["f"].read_sectors * 32 == 2 * size and cost.buffers["out"].written_sectors * 32 == size
+    assert sum(launch.bank_conflicts for launch in cost.launches) == 0
+
+
+@pytest.mark.parametrize("layout, dtype", BUDGET_CASES)
+def test_backward_reads_f_and_dout_twice_and_writes_df_once(counted, layout, dtype):
+    c = case((1, 64, 64, 64), (8, 8), dtype, layout)
+    _, mean, rstd = counted.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 32, 1e-6, True)
+    counted.backward(c.dout, c.f, c.zq_y, c.zq_b, c.weight, c.bias, mean, rstd, 32, True)
+    size, cost = c.f.numel() * c.f.element_size(), counted.cost
+    for name in ("f", "dout"):
+        assert cost.buffers[name].read_bytes == 2 * size and cost.buffers[name].read_sectors * 32 == 2 * size
+    assert cost.buffers["df"].written_bytes == size and cost.buffers["df"].written_sectors * 32 == size
+    assert cost.buffers["dzq_y"].written_bytes == c.zq_y.numel() * c.zq_y.element_size()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_image_fills_a_gpu(counted, layout):
+    """The passes over f are cut into far more blocks than batch * groups = 32."""
+    c = case((1, 512, 16, 16), (4, 4), BF16, layout)
+    counted.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 32, 1e-6, True)
+    grids = {launch.kernel: launch.grid[0] for launch in counted.cost.launches}
+    assert min(grids["spatial_norm statistics"], grids["spatial_norm modulate"]) >= 64, grids
+
+
+@pytest.mark.skipif(not usable("gpu"), reason="needs a GPU and the extension")
+def test_beyond_two_to_the_31_elements():
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GiB of free GPU memory")
+    f = torch.randn(1, 64, 1024, 1024, device="cuda", dtype=BF16).expand(33, -1, -1, -1).contiguous()
+    y, b = (torch.randn(1, 64, 8, 8, device="cuda", dtype=BF16).expand(33, -1, -1, -1).contiguous() for _ in range(2))
+    assert f.numel() > 2**31
+    out = movq_ext.spatial_norm(f, y, b, None, None, 32)
+    assert torch.equal(out[0], out[-1]) and not out[-1].isnan().any()

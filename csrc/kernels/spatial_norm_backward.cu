@@ -15,8 +15,8 @@
 //           ratio; the columns of a cell are then added from shared memory (16 KB).
 //   walk    NHWC, cells up to 64 pixels: one thread takes a cell and V channels.
 //   share   all else: one block takes a cell.
-// Registers: at most 80 (bands), 128 (others): 3 and 2 blocks of 256 threads on a multiprocessor, each thread with 2 loads of f and 2
-// of dout in flight (df: 1 and 1, beside 2 of zq).
+// Registers: at most 128: 2 blocks of 256 threads on a multiprocessor, each thread with 2 loads of f and 2 of dout in flight (1 and 1
+// in the walk and share of 8 channels, and for df beside 2 of zq): 16 to 32 KB.
 #include "spatial_norm_plan.h"
 
 namespace movq {
@@ -105,7 +105,8 @@ struct Cells {
 
 template <class T, int V, bool Last>
 __global__ void __launch_bounds__(kThreads, 2) sum_cells(Geometry g, Cells cells, Arrays<T> a) {
-  constexpr int kChannels = Last ? V : 1, kAhead = 2;
+  constexpr int kChannels = Last ? V : 1;
+  constexpr int kAhead = kChannels == 8 ? 1 : 2;  // sums and parameters of 8 channels leave no registers for more
   const int64_t block = blockIdx.x;
   const int tile = block % cells.tiles, chunk = block / cells.tiles % cells.chunks;
   const int64_t image = block / cells.tiles / cells.chunks;
@@ -221,7 +222,7 @@ struct Bands {
 };
 
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads, 3) sum_bands(Geometry g, Bands bands, Arrays<T> a) {
+__global__ void __launch_bounds__(kThreads, 2) sum_bands(Geometry g, Bands bands, Arrays<T> a) {
   constexpr int kAhead = 2;
   const int64_t block = blockIdx.x;
   const int tile = block % bands.tiles, chunk = block / bands.tiles % bands.chunks;

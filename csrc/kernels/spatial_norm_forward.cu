@@ -1,10 +1,10 @@
 // SpatialNorm forward in three kernels: statistics of chunks of f, their merge per (image, group), and the output.
 //
 // Bytes: f is read twice and written once, which is the least for a group that does not stay on chip. A chunk leaves 16 bytes of
-// statistics behind (at most 1 part in 256 of what it read, 1 in 8000 once there are chunks enough to fill a GPU). The output's
+// statistics per group behind, under 2% of all bytes where there is work for 256 blocks of 4 rounds. The output's
 // blocks run backwards, so that they begin with what the statistics read last and the L2 cache still holds.
-// Blocks: both passes cut (image, group) and (image, channels) into up to 32 and 16 rounds of 256 accesses of 16 bytes, fewer where
-// that would leave fewer than 1024 blocks: 512x32x32 in bfloat16 makes 256 blocks per pass at batch 1, 128x1024x1024 makes
+// Blocks: the passes cut (image, group) and (image, channels) into up to 32 and 16 rounds of 256 accesses of 16 bytes, fewer where
+// that would leave fewer than 256 and 1024 blocks: 512x32x32 in bfloat16 makes 256 blocks per pass at batch 1, 128x1024x1024
 // thousands, against 32 groups.
 // Registers: at most 80 (__launch_bounds__) keep 3 blocks of 256 threads on a multiprocessor, each thread with 4 (statistics) or 2
 // (output) loads of 16 bytes in flight: 24 to 48 KB, above the latency of memory times the bandwidth (about 20 KB a
@@ -14,6 +14,9 @@
 namespace movq {
 namespace spatial_norm {
 namespace {
+
+// Two blocks a multiprocessor keep 32 KB of loads in flight; more blocks would only leave more part results behind.
+constexpr int64_t kStatisticsBlocks = 256;
 
 // A tile (one group in NCHW, whole groups side by side in NHWC) of one image as a matrix of accesses: `columns` wide, `pitch`
 // elements from row to row, its elements inside [0, extent). In NCHW a group is one run of memory, and the matrix is that run
@@ -56,7 +59,7 @@ Statistics plan_statistics(const Geometry& g, int lanes, bool channels_last) {
   s.outer = channels_last ? int(std::min<int64_t>(kThreads / s.inner, rows)) : 1;
   s.lanes_merge = s.tile_groups == 1 || g.depth % lanes == 0;
   s.span = s.lanes_merge ? g.depth / lanes : g.depth;
-  const int64_t steps = ceil_div<int64_t>(rows, s.outer), taken = rounds(steps * s.tiles * g.batch, 32);
+  const int64_t steps = ceil_div<int64_t>(rows, s.outer), taken = rounds(steps * s.tiles * g.batch, 32, kStatisticsBlocks);
   s.chunk = taken * s.outer * s.pitch;
   s.chunks = int(ceil_div(steps, taken));
   s.threads = ceil_div(s.inner * s.outer, kWarp) * kWarp;

@@ -68,8 +68,8 @@ inline int access(const SpatialNormProblem& p, const Geometry& g, std::initializ
 }
 
 // Rounds of work per block: enough to pay for its start, unless that leaves the GPU idle.
-inline int64_t rounds(int64_t blocks_of_one_round, int64_t most) {
-  return std::clamp<int64_t>(blocks_of_one_round / kBlocksWanted, 1, most);
+inline int64_t rounds(int64_t blocks_of_one_round, int64_t most, int64_t blocks_wanted = kBlocksWanted) {
+  return std::clamp<int64_t>(blocks_of_one_round / blocks_wanted, 1, most);
 }
 
 // Threads side by side along the channels of NHWC: 128 bytes of one pixel, or 32 single channels. Narrow tiles leave more
