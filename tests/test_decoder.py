@@ -93,6 +93,8 @@ def test_the_released_model_has_300_entries_and_its_names():
                                      {"ch_mult": (1,)}, {"ch_mult": (2, 1, 1)}, {"num_res_blocks": 0}, {"out_ch": 1}], ids=str)  # fmt: skip
 def test_decoder_is_the_published_one(changes):
     decoder = make(**changes).double()
+    upsamples = decoder.num_resolutions - 1 if changes.get("resamp_with_conv", True) else 0
+    assert sum("upsample.conv.weight" in name for name in decoder.state_dict()) == upsamples
     z, zq = latents(dtype=torch.float64)
     out = decoder(z, zq)
     assert_close(out, published_decode(decoder, z, zq), slack=10)
@@ -136,6 +138,7 @@ def test_autocast():
 
 def test_dropout_and_ignored_keywords():
     decoder = make(dropout=0.5, double_z=False, attn_type="vanilla")
+    assert {module.p for module in decoder.modules() if isinstance(module, nn.Dropout)} == {0.5}
     z, zq = latents()
     assert torch.equal(decoder(z, zq), decoder(z, zq))
     decoder.train()
