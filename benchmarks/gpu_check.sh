@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in under 9 minutes: build, GPU tests, compute-sanitizer, benchmarks.
+#   benchmarks/gpu_check.sh [OUT]             on a machine with a GPU, an nvcc and a CUDA torch; needs no network where torch is installed
+#   benchmarks/gpu_check.sh --rehearse [OUT]  what can run without a GPU: the emulator's tests, benchmarks at tiny sizes
+# OUT (benchmarks/results/gpu) gets a log of every step and what the benchmarks wrote. PYTHON names the interpreter (python3).
+# A step that fails does not stop the next; the exit status is that of all.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+rehearse=0
+if [ "${1:-}" = --rehearse ]; then rehearse=1; shift; fi
+out=$(realpath -m "${1:-benchmarks/results/gpu}")
+mkdir -p "$out"
+: > "$out/summary.md"
+echo "| step | result | seconds |" >> "$out/summary.md"
+echo "|---|---|---:|" >> "$out/summary.md"
+failed=0
+
+# step NAME SECONDS COMMAND...
+step() {
+  local name=$1 limit=$2 begin=$SECONDS result=passed
+  shift 2
+  timeout "$limit" "$@" > "$out/$name.log" 2>&1
+  case $? in 0) ;; 124) result="timed out" ;; *) result=failed ;; esac
+  if [ "$result" != passed ]; then failed=1; echo "--- $name $result:"; tail -n 30 "$out/$name.log"; fi
+  echo "| $name | $result | $((SECONDS - begin)) |" >> "$out/summary.md"
+}
+missing() { echo "| $1 | missing: $2 | 0 |" >> "$out/summary.md"; }
+
+# A virtual environment of its own, in which the torch that is installed can be seen.
+environment=$(mktemp -d)
+trap 'rm -rf "$environment"' EXIT
+"${PYTHON:-python3}" -m venv --without-pip --system-site-packages "$environment"
+# venv's "system" is what PYTHON's own environment was made from: where PYTHON is itself a virtual environment, add that too.
+"${PYTHON:-python3}" -c 'import site; print("\n".join(site.getsitepackages()))' > "$("$environment/bin/python" -c 'import site; print(site.getsitepackages()[0])')/outer.pth"
+python="$environment/bin/python"
+architecture=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2> /dev/null)
+
+install() {
+  "$python" -c 'import torch, ninja, pybind11, setuptools' || return 1
+  # Pure Python packages that are not there and cannot be had only skip the tests that need them.
+  "$python" -m pip install --quiet numpy pillow safetensors scikit-image tqdm pytest hypothesis || echo "some packages are missing"
+  "$python" -m pip install --no-build-isolation --no-deps --force-reinstall .
+}
+export -f install
+export python PIP_DEFAULT_TIMEOUT=5 PIP_RETRIES=0
+
+if [ $rehearse = 1 ]; then
+  MOVQ_EXT_CUDA=0 step build 200 bash -c install
+  step tests 300 "$python" -m pytest -q -k "emulator and small" tests/test_spatial_norm_kernels.py
+  missing sanitizers "no GPU"
+  step spatial_norm 120 "$python" benchmarks/spatial_norm.py --quick --device cpu --out "$out"
+else
+  MOVQ_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST="$architecture" step build 200 bash -c install
+  step tests 150 "$python" -m pytest -q -k "not emulator" tests/test_kernels.py tests/test_spatial_norm_kernels.py
+  sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
+  for tool in memcheck racecheck synccheck initcheck; do
+    if [ -x "$sanitizer" ]; then
+      # Only our kernels, and not the allocator's cache, which would hide an access past the end of a tensor.
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 60 "$sanitizer" --tool "$tool" --kernel-name-exclude kernel_substring=at:: \
+        --error-exitcode 1 "$python" -m pytest -q -k "gpu and small and silu and nchw" tests/test_spatial_norm_kernels.py
+    else
+      missing "$tool" "no compute-sanitizer"
+    fi
+  done
+  step spatial_norm 270 "$python" benchmarks/spatial_norm.py --out "$out"
+fi
+cat "$out/summary.md"
+exit $failed

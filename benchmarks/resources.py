@@ -1,0 +1,136 @@
+"""What the compiler made of every kernel for every target: registers, spills, shared memory, occupancy, widths of loads and stores.
+
+    python benchmarks/resources.py --out benchmarks/results/resources.md
+
+Needs nvcc and cuobjdump (of a CUDA toolkit, or of the triton that torch installs), and no GPU. Exits with 1 if a kernel spills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = ROOT / "csrc" / "kernels"
+# Warps, blocks and KiB of shared memory a multiprocessor holds (CUDA C++ Programming Guide, "Technical Specifications per Compute
+# Capability"); all have 65536 registers, given out 256 to a warp at a time.
+LIMITS = {"80": (64, 32, 164), "86": (48, 16, 100), "89": (48, 24, 100), "90": (64, 32, 228), "100": (64, 32, 228), "120": (48, 24, 100)}
+ACCESS = re.compile(r"\b(LDGSTS|LDG|STG|LDSM|LDS|STS|LDL|STL)((?:\.\w+)*)")
+
+
+class Kernel(NamedTuple):
+    source: str
+    name: str
+    target: str
+    registers: int
+    spills: int
+    shared: int
+    threads: int
+    accesses: Counter[str]
+
+    def warps(self) -> int:
+        """Warps that fit a multiprocessor by registers and threads; shared memory that is asked for at launch is not known here."""
+        most, blocks, _ = LIMITS[self.target]
+        a_block = -(-self.threads // 32)
+        by_registers = 65536 // (-(-self.registers * 32 // 256) * 256) // a_block
+        return min(blocks, most // a_block, by_registers) * a_block
+
+
+def find_tool(name: str) -> str:
+    folders = [Path(home) / "bin" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    if (triton := importlib.util.find_spec("triton")) and triton.origin:  # it brings cuobjdump, which a bare nvcc lacks
+        folders.append(Path(triton.origin).parent / "backends/nvidia/bin")
+    if found := shutil.which(name, path=os.pathsep.join(map(str, folders))) or shutil.which(name):
+        return found
+    sys.exit(f"{name} was not found: looked in {', '.join(map(str, folders))} and PATH; set CUDA_HOME")
+
+
+def short(name: str) -> str:
+    """`void movq::spatial_norm::(anonymous namespace)::f<float, 4>(args)` -> `f<float, 4>`."""
+    name = name.replace("(anonymous namespace)::", "").replace("__nv_", "").replace("__half", "half")
+    name = re.sub(r"\(bool\)([01])|\(int\)(\d+)", lambda m: m[2] or ("false", "true")[int(m[1])], name)
+    return name.split("(")[0].removeprefix("void ").split("::")[-1] if "<" not in name else re.sub(
+        r".*?(\w+<)", r"\1", re.sub(r"\w+::", "", name.split(">(")[0] + ">").removeprefix("void "), count=1)
+
+
+def compile_one(source: Path, target: str) -> list[Kernel]:
+    nvcc, cuobjdump = find_tool("nvcc"), find_tool("cuobjdump")
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        command = [nvcc, "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", f"-arch=sm_{target}", "-Xptxas=-v", "-cubin", "-o", cubin, source]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{source.name} does not compile for sm_{target}:\n{done.stderr}")
+        sass = subprocess.run([cuobjdump, "-sass", cubin], check=True, capture_output=True, text=True).stdout
+    bounds = dict(re.findall(r"\.entry (\w+).*?\.maxntid (\d+)", ptx(source, target), re.S))
+    accesses: dict[str, Counter[str]] = {}
+    for part in re.split(r"Function : ", sass)[1:]:
+        widths = (f"{m[1]}{''.join(re.findall(r'[.](?:128|64|U16|S16|U8|S8)', m[2]))}" for m in ACCESS.finditer(part))
+        accesses[part.split()[0]] = Counter(widths)
+    report = re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers(.*)",
+                        done.stderr.replace("\n", " ").replace("ptxas info    : Compiling", "\nptxas info    : Compiling"))
+    names = subprocess.run(["c++filt"], input="\n".join(row[0] for row in report), check=True, capture_output=True, text=True).stdout
+    return [
+        Kernel(source.stem, short(name), target, int(registers), int(stores) + int(loads),
+               int(found[1]) if (found := re.search(r"(\d+) bytes smem", rest)) else 0, int(bounds.get(mangled, 1024)), accesses[mangled])
+        for (mangled, stores, loads, registers, rest), name in zip(report, names.splitlines(), strict=True)
+    ]  # fmt: skip
+
+
+def ptx(source: Path, target: str) -> str:
+    command = [find_tool("nvcc"), "-std=c++20", f"-I{ROOT / 'csrc'}", f"-arch=compute_{target}", "-ptx", "-o", "-", source]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def table(kernels: list[Kernel]) -> str:
+    lines = []
+    for source in sorted({k.source for k in kernels}):
+        lines += [f"\n## {source}.cu\n", "| kernel | registers | warps resident | spilled bytes | global loads, stores on sm_90 | shared on sm_90 |",
+                  "|---|---|---|---:|---|---|"]
+        for name in sorted({k.name for k in kernels if k.source == source}):
+            rows = [k for k in kernels if (k.source, k.name) == (source, name)]
+            widths = next((k for k in rows if k.target == "90"), rows[0]).accesses
+            listed = [" ".join(f"{w} x{n}" for w, n in sorted(widths.items()) if w.startswith(kinds)) for kinds in
+                      (("LDG", "STG"), ("LDS", "STS"))]  # fmt: skip
+            lines.append(f"| `{name}` | {' '.join(str(k.registers) for k in rows)} | {' '.join(str(k.warps()) for k in rows)} | "
+                         f"{max(k.spills for k in rows)} | {listed[0]} | {listed[1]} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the table here")
+    parser.add_argument("--targets", nargs="+", choices=LIMITS, default=list(LIMITS), metavar="SM", help="compute capabilities, as 90")
+    options = parser.parse_args()
+    jobs = [(source, target) for source in sorted(KERNELS.glob("*.cu")) for target in options.targets]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        kernels = [kernel for found in pool.map(lambda job: compile_one(*job), jobs) for kernel in found]
+    version = subprocess.run([find_tool("nvcc"), "--version"], check=True, capture_output=True, text=True).stdout
+    release = re.search(r"release ([\d.]+)", version)
+    text = (
+        f"# Resources of the kernels, by `benchmarks/resources.py`, nvcc {release[1] if release else '?'}\n\n"
+        f"Registers and resident warps (of {', '.join(str(LIMITS[t][0]) for t in options.targets)}; by registers and threads alone) are for "
+        f"sm_{', sm_'.join(options.targets)}, in this order. An access is `.128` for 16 bytes, `.64` for 8, none for 4; "
+        f"x counts instructions in the code, not executions.\n{table(kernels)}\n"
+    )
+    if options.out:
+        options.out.write_text(text)
+    else:
+        print(text)
+    bad = [f"{k.name} for sm_{k.target}" for k in kernels if k.spills or any(w.startswith(("LDL", "STL")) for w in k.accesses)]
+    if bad:
+        sys.exit("local memory is used by: " + "; ".join(bad))
+
+
+if __name__ == "__main__":
+    main()

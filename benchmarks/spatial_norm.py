@@ -1,0 +1,138 @@
+"""SpatialNorm + SiLU: our layer against the published formula in eager mode, torch.compile of it, and diffusers' layer.
+
+    python benchmarks/spatial_norm.py --out benchmarks/results/spatial_norm
+
+Every result is compared with the published formula before it is timed. GB/s count 2 reads of f and 1 write forward, and with
+backward 2 reads of f and of dout and 1 write of its gradient more: the least for maps that do not stay on chip.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timing import copy_bandwidth, environment, milliseconds, write
+from torch import Tensor, nn
+
+import movq_ext
+
+SIZES = [(512, 32), (512, 64), (512, 128), (256, 256), (128, 512), (128, 1024)]  # channels, height = width
+QUICK = [(64, 16), (32, 32)]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+Layer = Callable[[Tensor, Tensor], Tensor]
+
+
+def peers(norm: movq_ext.SpatialNorm, channels: int, compiled: bool) -> dict[str, Layer | None]:
+    """Layers with the same weights; None for one that is not installed."""
+
+    def published(f: Tensor, zq: Tensor) -> Tensor:
+        zq = F.interpolate(zq, size=f.shape[2:], mode="nearest")
+        layer = norm.norm_layer
+        normalised = F.group_norm(f, layer.num_groups, layer.weight, layer.bias, layer.eps)
+        return F.silu(normalised * norm.conv_y(zq) + norm.conv_b(zq))
+
+    found: dict[str, Layer | None] = {"ours": lambda f, zq: norm(f, zq, "silu"), "eager": published}
+    found["compile"] = torch.compile(published, dynamic=False) if compiled else None
+    try:
+        from diffusers.models.attention_processor import SpatialNorm
+
+        theirs = SpatialNorm(channels, norm.conv_y.in_channels).to(norm.conv_y.weight)
+        theirs.load_state_dict(norm.state_dict())
+        found["diffusers"] = lambda f, zq: F.silu(theirs(f, zq))
+    except ImportError:
+        found["diffusers"] = None
+    return found
+
+
+def measure(layer: Layer, expected: Layer, f: Tensor, zq: Tensor, backward: bool) -> float | str:
+    """Milliseconds, or why there are none."""
+    try:
+        out = layer(f, zq)
+        reference = expected(f.float(), zq.float()) if f.dtype == torch.float32 else expected(f, zq).float()
+        error = float((out.float() - reference).norm() / reference.norm())
+        if not error < TOLERANCE[f.dtype]:
+            return f"wrong: {error:.1e}"
+        if not backward:
+            with torch.no_grad():
+                return milliseconds(lambda: layer(f, zq), f.device)
+        dout = torch.randn_like(f)
+        return milliseconds(lambda: torch.autograd.grad(layer(f, zq), (f, zq), dout), f.device)
+    except torch.OutOfMemoryError:
+        return "out of memory"
+    finally:
+        if f.is_cuda:
+            torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/spatial_norm"), help="folder for the results")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and no torch.compile, to rehearse")
+    parser.add_argument("--minutes", type=float, default=4.0, help="start no measurement after this long")
+    options = parser.parse_args()
+    device, start = torch.device(options.device), time.monotonic()
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    bandwidth = copy_bandwidth(device)
+    rows: list[dict[str, Any]] = []
+    for backward in (False, True):
+        for dtype in (torch.bfloat16, torch.float32):
+            for channels, size in QUICK if options.quick else SIZES:
+                for batch in (1,) if options.quick else (1, 8):
+                    for layout in (torch.contiguous_format, torch.channels_last):
+                        torch.manual_seed(0)
+                        norm = movq_ext.SpatialNorm(channels, 4, num_groups=32, eps=1e-6).to(device, dtype)
+                        f = torch.randn(batch, channels, size, size, device=device, dtype=dtype).to(memory_format=layout).requires_grad_()
+                        zq = torch.randn(batch, 4, max(size // 8, min(32, size)), max(size // 8, min(32, size)), device=device, dtype=dtype)
+                        zq.requires_grad_()
+                        row: dict[str, Any] = {"pass": "forward+backward" if backward else "forward", "dtype": str(dtype)[6:], "C": channels,
+                                               "H=W": size, "batch": batch, "layout": "nhwc" if layout == torch.channels_last else "nchw"}
+                        layers = peers(norm, channels, not options.quick)
+                        for name, layer in layers.items():
+                            late = time.monotonic() - start > 60 * options.minutes
+                            row[f"{name} ms"] = "missing" if layer is None else "no time" if late else measure(layer, layers["eager"], f, zq, backward)
+                        torch._dynamo.reset()
+                        ours = row["ours ms"]
+                        passes = 8 if backward else 3
+                        if isinstance(ours, float):
+                            row["GB/s"] = passes * f.numel() * f.element_size() / ours / 1e6
+                            row["of copy"] = row["GB/s"] * 1e9 / bandwidth
+                            row |= {f"x {n}": row[f"{n} ms"] / ours if isinstance(row[f"{n} ms"], float) else "-" for n in layers if n != "ours"}
+                        else:
+                            row |= dict.fromkeys(("GB/s", "of copy", *(f"x {n}" for n in layers if n != "ours")), "-")
+                        rows.append(row)
+    head = {**environment(device), "copy bandwidth, GB/s": bandwidth / 1e9, "path": movq_ext.explain(f)}
+    write(options.out, "spatial_norm", "SpatialNorm + SiLU", head, rows)
+    plot(options.out / "spatial_norm.png", rows, head["device"])
+
+
+def plot(path: Path, rows: list[dict[str, Any]], device: str) -> None:
+    """Share of the copy bandwidth by size, a line for every pass, dtype and layout at batch 1. Needs matplotlib."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return
+    figure, axes = plt.subplots(figsize=(9, 5))
+    lines: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["batch"] == 1 and row["of copy"] != "-":
+            lines.setdefault((row["pass"], row["dtype"], row["layout"]), []).append(row)
+    for name, points in lines.items():
+        axes.plot([f"{p['C']}x{p['H=W']}x{p['H=W']}" for p in points], [p["of copy"] for p in points], marker="o", label=", ".join(name))
+    axes.set(title=f"SpatialNorm + SiLU on {device}, batch 1", xlabel="C x H x W", ylabel="share of copy bandwidth", ylim=0)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

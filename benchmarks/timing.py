@@ -1,0 +1,77 @@
+"""What benchmarks share: what they ran on, how they time, the rates they measure against, and how they write what they found."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import movq_ext
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Device, driver, versions and commit: what a number is worth nothing without."""
+    info: dict[str, Any] = {"date": str(date.today()), "torch": torch.__version__, "movq_ext": movq_ext.build_info(), "device": "cpu"}
+    info["commit"] = _output("git", "rev-parse", "--short", "HEAD") + ("+" if _output("git", "status", "--porcelain", "-uno") else "")
+    if device.type == "cuda":
+        info["device"] = torch.cuda.get_device_name(device)
+        info["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return info
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
+def milliseconds(run: Callable[[], object], device: torch.device, seconds: float = 0.3) -> float:
+    """Median time of a call, with a cold second-level cache on a GPU."""
+    run()
+    if device.type != "cuda":
+        times, end = [], time.perf_counter() + seconds
+        while len(times) < 3 or time.perf_counter() < end:
+            start = time.perf_counter()
+            run()
+            times.append(1e3 * (time.perf_counter() - start))
+        return median(times)
+    flush = torch.empty(128 << 20, dtype=torch.int8, device=device)
+    run()
+    pairs, end = [], time.perf_counter() + seconds
+    while len(pairs) < 5 or (time.perf_counter() < end and len(pairs) < 100):
+        begin, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()  # also hides the host's time to launch what is measured
+        begin.record()
+        run()
+        done.record()
+        pairs.append((begin, done))
+        if len(pairs) % 10 == 0:
+            torch.cuda.synchronize()
+    torch.cuda.synchronize()
+    return median(begin.elapsed_time(done) for begin, done in pairs)
+
+
+def copy_bandwidth(device: torch.device, size: int = 1 << 30) -> float:
+    """Bytes per second of a large copy, read and written counted."""
+    size = size if device.type == "cuda" else size // 16
+    source, target = (torch.empty(size, dtype=torch.int8, device=device) for _ in range(2))
+    return 2 * size / (milliseconds(lambda: target.copy_(source), device) * 1e-3)
+
+
+def write(folder: Path, name: str, title: str, head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """name.json and name.md: one row a measurement, every row with the same keys."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({**head, "rows": rows}, indent=1, default=str))
+    keys = list(rows[0]) if rows else []
+    lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in head.items() if key != "movq_ext"), ""]
+    lines += [f"| {' | '.join(keys)} |", "|" + "---|" * len(keys)]
+    lines += ["| " + " | ".join(f"{row[k]:.4g}" if isinstance(row[k], float) else str(row[k]) for k in keys) + " |" for row in rows]
+    (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
