@@ -166,7 +166,7 @@ def counted():
 BUDGET_CASES = [pytest.param(layout, dtype, id=f"{layout}-{str(dtype)[6:]}") for layout in LAYOUTS for dtype in (F32, BF16)]
 
 
-@pytest.mark.parametrize("layout, dtype", [("nchw", F32), ("channels_last", BF16)])
+@pytest.mark.parametrize("layout, dtype", BUDGET_CASES)
 def test_forward_reads_f_twice_and_writes_it_once(counted, layout, dtype):
     c = case((1, 128, 128, 128), (8, 8), dtype, layout)
     counted.seeds = (0,)
@@ -179,7 +179,9 @@ def test_forward_reads_f_twice_and_writes_it_once(counted, layout, dtype):
     assert others <= 0.02 * 3 * size, f"{others / (3 * size):.2%} beside f and out"
     # Whole sectors only: 32 bytes move for 32 bytes asked.
     assert cost.buffers["f"].read_sectors * 32 == 2 * size and cost.buffers["out"].written_sectors * 32 == size
-    assert sum(launch.bank_conflicts for launch in cost.launches) == 0
+    assert {launch.kernel: launch.bank_conflicts for launch in cost.launches if launch.bank_conflicts} == {}
+    # Three blocks of the launch bounds fit beside each other in the 100 KiB of the smallest multiprocessor.
+    assert 3 * max(launch.shared_bytes + 1024 for launch in cost.launches) <= 100 << 10
 
 
 @pytest.mark.parametrize("layout, dtype", BUDGET_CASES)

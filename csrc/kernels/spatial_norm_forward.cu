@@ -27,7 +27,8 @@ struct Statistics {
   int columns, last_columns;   // of a tile, and of the last tile, which may be smaller
   int inner, outer;            // threads along the columns, and rows at once
   int groups, tile_groups;
-  int span;                    // entries of one group side by side in shared memory
+  int span;                    // moments of one group in one row
+  int column_pitch;            // of the moments in shared memory, words from column to column
   int depth;
   bool lanes_merge;            // the channels of one access belong to one group
   int threads, shared_bytes;
@@ -59,12 +60,13 @@ Statistics plan_statistics(const Geometry& g, int lanes, bool channels_last) {
   s.outer = channels_last ? int(std::min<int64_t>(kThreads / s.inner, rows)) : 1;
   s.lanes_merge = s.tile_groups == 1 || g.depth % lanes == 0;
   s.span = s.lanes_merge ? g.depth / lanes : g.depth;
+  s.column_pitch = s.outer + (ceil_div(kWarp, s.inner) - s.outer % kWarp + kWarp) % kWarp;
   const int64_t steps = ceil_div<int64_t>(rows, s.outer), taken = rounds(steps * s.tiles * g.batch, 32, kStatisticsBlocks);
   s.chunk = taken * s.outer * s.pitch;
   s.chunks = int(ceil_div(steps, taken));
   s.threads = ceil_div(s.inner * s.outer, kWarp) * kWarp;
   s.shared_bytes = s.tile_groups == 1 ? s.threads / kWarp * int(sizeof(Moments))
-                                      : s.threads * int(sizeof(float)) * (1 + 2 * (s.lanes_merge ? 1 : lanes));
+                                      : s.inner * s.column_pitch * int(sizeof(float)) * (1 + 2 * (s.lanes_merge ? 1 : lanes));
   return s;
 }
 
@@ -120,17 +122,21 @@ __global__ void __launch_bounds__(kThreads, 3) statistics(const T* f, Statistics
     return;
   }
 
-  // Several groups: a warp gathers each from the threads (and of their V elements those) that saw it.
-  const unsigned size = s.lanes_merge ? blockDim.x : V * blockDim.x;
-  const Shared<float> means(0, size), m2s(means.end(), size), counts(m2s.end(), blockDim.x);
-  counts.store(threadIdx.x, mine.count);
-  means.store(threadIdx.x, mine.mean);
-  m2s.store(threadIdx.x, mine.m2);
-  if (!s.lanes_merge) {
+  // Several groups: a warp gathers each from the threads (and of their V elements those) that saw it. A column's rows lie side by
+  // side, for the lanes that read them, and columns so far apart that a warp's rows of all of them are in banks of their own.
+  const int plane = s.inner * s.column_pitch, place = column * s.column_pitch + row;
+  const unsigned size = s.lanes_merge ? plane : V * plane;
+  const Shared<float> means(0, size), m2s(means.end(), size), counts(m2s.end(), plane);
+  if (row < s.outer) {
+    counts.store(place, mine.count);
+    means.store(place, mine.mean);
+    m2s.store(place, mine.m2);
+    if (!s.lanes_merge) {
 #pragma unroll
-    for (int i = 1; i < V; ++i) {
-      means.store(i * blockDim.x + threadIdx.x, mean[i]);
-      m2s.store(i * blockDim.x + threadIdx.x, m2[i]);
+      for (int i = 1; i < V; ++i) {
+        means.store(i * plane + place, mean[i]);
+        m2s.store(i * plane + place, m2[i]);
+      }
     }
   }
   __syncthreads();
@@ -138,10 +144,10 @@ __global__ void __launch_bounds__(kThreads, 3) statistics(const T* f, Statistics
   for (int group = warp_id(); group < groups; group += warps) {
     Moments m = {};
     for (int e = lane_id(); e < s.outer * s.span; e += kWarp) {
-      const int from = group * s.span + e % s.span;  // which column, or which channel where those of a column are apart
-      const int thread = e / s.span * s.inner + (s.lanes_merge ? from : from / V);
-      const int slot = thread + (s.lanes_merge ? 0 : from % V * blockDim.x);
-      m = merge(m, {means.load(slot), m2s.load(slot), counts.load(thread)});
+      const int from = group * s.span + e / s.outer;  // which column, or which channel where those of a column are apart
+      const int seen = (s.lanes_merge ? from : from / V) * s.column_pitch + e % s.outer;
+      const int slot = seen + (s.lanes_merge ? 0 : from % V * plane);
+      m = merge(m, {means.load(slot), m2s.load(slot), counts.load(seen)});
     }
     m = warp_reduce(m, Merge());
     if (lane_id() == 0) store_moments(partial, (first_group + group) * s.chunks + chunk, m);
