@@ -10,9 +10,9 @@
 
 #include <cuda_runtime.h>
 
-namespace movq {
+#include "dtype.h"
 
-enum class DType { float32, float16, bfloat16 };
+namespace movq {
 
 struct SpatialNormProblem {
   int64_t batch = 0, channels = 0, height = 0, width = 0;  // height * width < 2^31; the whole tensor may exceed it

@@ -6,13 +6,9 @@
 #include <cstdint>
 #include <initializer_list>
 #include <numeric>
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "device/launch.cuh"
 #include "spatial_norm.cuh"
 #include "spatial_norm.h"
 
@@ -48,8 +44,6 @@ inline Geometry geometry(const SpatialNormProblem& p) {
 }
 
 inline bool same_grid(const Geometry& g) { return g.height == 1 && g.zq_pixels == g.pixels; }
-
-inline int bytes(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
 // Groups whose channels together are whole accesses, so that a tile of them is.
 inline int group_unit(const Geometry& g, int lanes) { return lanes / std::gcd(g.depth, lanes); }
@@ -96,28 +90,14 @@ inline Tiling tiling(const Geometry& g, int lanes, bool channels_last) {
   return t;
 }
 
-inline unsigned grid(const char* kernel, int64_t blocks) {
-  if (blocks > INT32_MAX) {
-    throw std::runtime_error(std::string(kernel) + ": " + std::to_string(blocks) + " blocks exceed CUDA's limit of 2^31 - 1");
-  }
-  return unsigned(blocks);
-}
-
-template <class T> struct Type { using type = T; };
-
 // Calls f(Type<T>, integral_constant<int, V>, bool_constant<Last>).
 template <class F>
 void dispatch(const SpatialNormProblem& p, int lanes, F&& f) {
-  auto with_type = [&](auto type) {
+  with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     auto with_lanes = [&](auto v) { p.channels_last ? f(type, v, std::true_type()) : f(type, v, std::false_type()); };
     lanes == 1 ? with_lanes(std::integral_constant<int, 1>()) : with_lanes(std::integral_constant<int, 16 / sizeof(T)>());
-  };
-  switch (p.dtype) {
-    case DType::float32: return with_type(Type<float>());
-    case DType::float16: return with_type(Type<__half>());
-    case DType::bfloat16: return with_type(Type<__nv_bfloat16>());
-  }
+  });
 }
 
 }  // namespace spatial_norm

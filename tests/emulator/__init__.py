@@ -145,10 +145,11 @@ class Library:
         self.process = None
         self.signatures = {}
 
-    def call(self, function, *, seeds=SEEDS, multiprocessors=4, timeout=300, **arguments):
+    def call(self, function, *, seeds=SEEDS, multiprocessors=4, shared_limit=227 << 10, timeout=300, **arguments):
         """Calls an exported function, once per seed from the same state; results that differ are an error.
 
-        A stream, or any pointer that is to be null, is None. Returns the counters of the first run: `.launches`, a list, and
+        The device has so many multiprocessors, and this many bytes of shared memory for a block. A stream, or any pointer
+        that is to be null, is None. Returns the counters of the first run: `.launches`, a list, and
         `.buffers`, by argument name.
         """
         names, types = self._signature(function)
@@ -157,7 +158,7 @@ class Library:
         pointers = {n: (arguments[n], t == "P") for n, t in zip(names, types) if t in "rP" and arguments[n] is not None}
         buffers, where = _buffers(pointers)
         answer = self._ask({
-            "function": function, "seeds": tuple(seeds), "multiprocessors": multiprocessors,
+            "function": function, "seeds": tuple(seeds), "multiprocessors": multiprocessors, "shared_limit": shared_limit,
             "values": [where.get(name, arguments[name]) for name in names],
             "buffers": [("+".join(b.names), ctypes.string_at(b.address, b.size), b.offset % 256, b.writable) for b in buffers],
         }, timeout)

@@ -20,7 +20,7 @@ class Export(ctypes.Structure):
 
 def run_once(library, call, seed):
     """One run from fresh copies of the buffers. Returns (error, report, contents of the buffers)."""
-    library.emu_begin(seed, call["multiprocessors"])
+    library.emu_begin(seed, call["multiprocessors"], call["shared_limit"])
     addresses = [library.emu_buffer(name.encode(), data, len(data), offset, writable)
                  for name, data, offset, writable in call["buffers"]]
     export = Export.in_dll(library, "emu_export_" + call["function"])
@@ -56,7 +56,7 @@ def main():
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a kernel prints must not end up among the answers
     library = ctypes.CDLL(sys.argv[1])
-    library.emu_begin.argtypes = [ctypes.c_uint64, ctypes.c_int]
+    library.emu_begin.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_size_t]
     library.emu_buffer.restype = ctypes.c_void_p
     library.emu_buffer.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
     library.emu_error.restype = library.emu_report.restype = ctypes.c_char_p

@@ -16,6 +16,14 @@ struct Launch {
   bool cooperative = false;  // all blocks resident at once, as grid_sync() needs
 };
 
+// A grid of this many blocks along x.
+inline unsigned grid(const char* kernel, int64_t blocks) {
+  if (blocks > INT32_MAX) {
+    throw std::runtime_error(std::string(kernel) + ": " + std::to_string(blocks) + " blocks exceed CUDA's limit of 2^31 - 1");
+  }
+  return unsigned(blocks);
+}
+
 #ifdef MOVQ_EMULATOR
 
 template <class... Params, class... Args>
@@ -29,6 +37,7 @@ int resident_blocks(void (*)(Params...), const char*, int threads, size_t shared
 }
 
 inline int multiprocessors() { return emu::multiprocessors(); }
+inline int shared_memory_limit() { return emu::shared_memory_limit(); }
 
 #else
 
@@ -80,6 +89,9 @@ inline int device_attribute(cudaDeviceAttr attribute, const char* name) {
 }
 
 inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount, "multiprocessors"); }
+
+// Bytes of shared memory that a block can ask for.
+inline int shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, "shared_memory_limit"); }
 
 // How many blocks of this kernel the whole device holds at once: the largest cooperative grid.
 template <class... Params>

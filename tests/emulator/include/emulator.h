@@ -33,6 +33,7 @@ struct Shape {
 void launch(const char* kernel, const Shape& shape, const std::function<void()>& body);
 int resident_blocks(int threads, size_t shared_bytes);
 int multiprocessors();
+int shared_memory_limit();
 
 // Barriers. `line` is the caller's, to tell one barrier from another.
 void block_sync(int line);

@@ -22,7 +22,7 @@ static void put(std::ostream& out, const dim3& d) { out << "[" << d.x << "," << 
 
 extern "C" {
 
-void emu_begin(uint64_t seed, int multiprocessors) {
+void emu_begin(uint64_t seed, int multiprocessors, size_t shared_limit) {
   for (Buffer& b : machine.buffers) {
     __asan_unpoison_memory_region(b.allocation, b.allocated);
     std::free(b.allocation);
@@ -33,6 +33,7 @@ void emu_begin(uint64_t seed, int multiprocessors) {
   machine.seed = seed;
   machine.random.seed(seed);
   machine.multiprocessors = multiprocessors;
+  machine.shared_limit = shared_limit;
 }
 
 // Device memory that begins `offset` bytes behind a multiple of 256, as the device's allocator aligns.

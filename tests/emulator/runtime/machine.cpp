@@ -285,7 +285,7 @@ static void check(const Shape& s) {
   if (s.block.z > 64) refuse("a block deeper than 64");
   if (!s.grid.x || !s.grid.y || !s.grid.z) refuse("an empty grid");
   if (s.grid.x > 0x7fffffffu || s.grid.y > 65535 || s.grid.z > 65535) refuse("a grid over the limit of its dimension");
-  if (s.shared_bytes > kMaxSharedBytes) refuse(std::to_string(s.shared_bytes) + " bytes of shared memory in a block");
+  if (s.shared_bytes > machine.shared_limit) refuse(std::to_string(s.shared_bytes) + " bytes of shared memory in a block");
   if (s.cluster == 0 || s.cluster > 16 || s.grid.x % s.cluster) refuse("the grid is not whole clusters of at most 16 blocks");
   const uint64_t blocks = uint64_t(s.grid.x) * s.grid.y * s.grid.z;
   if (s.cooperative && blocks > uint64_t(resident_blocks(threads, s.shared_bytes))) {
@@ -306,10 +306,12 @@ void launch(const char* kernel, const Shape& shape, const std::function<void()>&
 }
 
 int multiprocessors() { return machine.multiprocessors; }
+int shared_memory_limit() { return static_cast<int>(machine.shared_limit); }
 
-// As an sm_90 multiprocessor fits them: 2048 threads, 32 blocks, 228 KB of which each block takes one more than it asks for.
+// As a multiprocessor fits them: 2048 threads, 32 blocks, shared memory for the largest block, of which each takes 1 KB more than it
+// asks for.
 int resident_blocks(int threads, size_t shared_bytes) {
-  const size_t by_memory = 228 * 1024 / (shared_bytes + 1024);
+  const size_t by_memory = (machine.shared_limit + 1024) / (shared_bytes + 1024);
   return machine.multiprocessors * static_cast<int>(std::min<size_t>({by_memory, size_t(2048 / threads), 32}));
 }
 

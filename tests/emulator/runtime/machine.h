@@ -14,7 +14,6 @@
 namespace emu {
 
 constexpr unsigned kWarp = 32;
-constexpr size_t kMaxSharedBytes = 227 * 1024;  // per block, on sm_90; sm_80 has 163 KB and sm_86 99 KB
 constexpr unsigned kMaxThreads = 1024;
 
 struct Block;
@@ -144,6 +143,7 @@ struct Machine {
   uint64_t seed = 0;
   std::mt19937_64 random;
   int multiprocessors = 4;
+  size_t shared_limit = 227 * 1024;  // of a block, on sm_90; sm_80 has 163 KB and sm_86 99 KB
   std::vector<Buffer> buffers;
   std::vector<LaunchRecord> launches;
   std::string error;

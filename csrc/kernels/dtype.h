@@ -1,0 +1,25 @@
+// The element types of tensors that kernels take.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace movq {
+
+enum class DType { float32, float16, bfloat16 };
+
+inline int bytes(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+template <class T> struct Type { using type = T; };
+
+// Calls f(Type<T>).
+template <class F>
+void with_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::float32: return f(Type<float>());
+    case DType::float16: return f(Type<__half>());
+    case DType::bfloat16: return f(Type<__nv_bfloat16>());
+  }
+}
+
+}  // namespace movq

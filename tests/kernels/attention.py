@@ -1,0 +1,97 @@
+"""Attention's kernels as functions of tensors (batch, heads, tokens, size), on the emulator and on the GPU."""
+
+import functools
+
+import emulator
+import torch
+
+from .spatial_norm import DTYPES, poisoned
+
+PROBLEM = "int64_t batch, int64_t heads, int64_t queries, int64_t keys, int64_t size, int dtype, float scale"
+SIDES = {"forward": ("q", "k", "v", "out"), "backward": ("dout", "q", "k", "v", "out", "dq", "dk", "dv")}
+WRITTEN = {"forward": ("out",), "backward": ("dq", "dk", "dv")}
+
+
+def _export(name):
+    def parameter(t):
+        const = "" if t in WRITTEN[name] else "const "
+        return f"{const}void* {t}, int64_t {t}_batch, int64_t {t}_head, int64_t {t}_token"
+
+    def tokens(t):
+        return f"{{const_cast<void*>({t}), {t}_batch, {t}_head, {t}_token}}"
+
+    sides = [tokens(t) for t in SIDES[name]]
+    sides.insert({"forward": 4, "backward": 5}[name], "lse")
+    return f"""
+EXPORT({name}, {PROBLEM}, {", ".join(map(parameter, SIDES[name]))}, {"" if name == "forward" else "const "}float* lse, void* workspace,
+       int64_t* bytes) {{
+  const movq::AttentionProblem p = {{batch, heads, queries, keys, size, movq::DType(dtype), scale}};
+  if (workspace) {{
+    movq::attention_{name}(p, {{{", ".join(sides)}, workspace}}, nullptr);
+  }} else {{
+    const int64_t value = movq::attention_{name}_workspace(p);
+    emu::copy_to_device(bytes, &value, sizeof value);
+  }}
+}}"""
+
+
+@functools.cache
+def library():
+    return emulator.build(*(emulator.KERNELS / f"attention_{name}.cu" for name in SIDES),
+                          glue='#include "attention.h"\n' + "".join(map(_export, SIDES)))
+
+
+def _arguments(tensors):
+    strides = {f"{name}_{side}": x.stride(i) for name, x in tensors.items() for i, side in enumerate(("batch", "head", "token"))}
+    return {**tensors, **strides}
+
+
+class Emulator:
+    """Runs the kernels' own source on the CPU, under several schedules that must give the same bits."""
+
+    def __init__(self, seeds=emulator.SEEDS, **device):
+        self.seeds, self.device = seeds, device
+
+    def forward(self, q, k, v, scale):
+        out, lse = poisoned(q, q.shape), poisoned(q, q.shape[:3], torch.float32)
+        self._call("forward", scale, lse, q=q, k=k, v=v, out=out)
+        return out, lse
+
+    def backward(self, dout, q, k, v, out, lse, scale):
+        grads = [poisoned(x, x.shape) for x in (q, k, v)]
+        self._call("backward", scale, lse, dout=dout, q=q, k=k, v=v, out=out, dq=grads[0], dk=grads[1], dv=grads[2])
+        return grads
+
+    def _call(self, function, scale, lse, **tensors):
+        batch, heads, queries, size = tensors["q"].shape
+        given = dict(_arguments(tensors), batch=batch, heads=heads, queries=queries, keys=tensors["k"].shape[2], size=size,
+                     dtype=DTYPES.index(tensors["q"].dtype), scale=scale, lse=lse, bytes=torch.zeros(1, dtype=torch.int64))
+        library().call(function, **given, workspace=None, seeds=(0,), **self.device)
+        self.workspace = int(given["bytes"])
+        workspace = torch.full((max(1, self.workspace),), 0xFF, dtype=torch.uint8)
+        self.cost = library().call(function, **given, workspace=workspace, seeds=self.seeds, **self.device)
+
+
+class Gpu:
+    """Runs the operators that the extension registers, several times, which must give the same bits."""
+
+    def forward(self, q, k, v, scale):
+        return self._repeat(torch.ops.movq_ext.attention_forward, q, k, v, scale)
+
+    def backward(self, dout, q, k, v, out, lse, scale):
+        return self._repeat(torch.ops.movq_ext.attention_backward, dout, q, k, v, out, lse, scale)
+
+    @staticmethod
+    def _repeat(op, *arguments):
+        arguments = [x.cuda() if isinstance(x, torch.Tensor) else x for x in arguments]
+        first, *others = ([x.cpu() for x in op(*arguments)] for _ in range(3))
+        for other in others:
+            assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, other)), "not deterministic"
+        return first
+
+
+def case(batch, heads, queries, keys, size, dtype, seed=0):
+    """q, k, v and dout of normal numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (queries, keys, keys, queries)
+    return [torch.randn(batch, heads, tokens, size, generator=generator).to(dtype) for tokens in sizes]
