@@ -16,6 +16,10 @@ TORCH_LIBRARY(movq_ext, m) {
   m.def(
       "spatial_norm_backward(Tensor dout, Tensor f, Tensor? zq_y, Tensor? zq_b, Tensor? weight, Tensor? bias, Tensor mean,"
       " Tensor rstd, int groups, bool silu) -> (Tensor df, Tensor dzq_y, Tensor dzq_b, Tensor dweight, Tensor dbias)");
+  m.def("attention_forward(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale)"
+      " -> (Tensor dq, Tensor dk, Tensor dv)");
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -11,19 +11,12 @@
 #include <optional>
 #include <tuple>
 
+#include "tensors.h"
+
 namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-movq::DType dtype_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case at::kFloat: return movq::DType::float32;
-    case at::kHalf: return movq::DType::float16;
-    case at::kBFloat16: return movq::DType::bfloat16;
-    default: TORCH_CHECK_TYPE(false, name, " must be float32, float16 or bfloat16, got ", t.scalar_type());
-  }
-}
 
 // What the kernels work in: f as it is where it is dense in NCHW or NHWC, and the others in the same layout.
 at::MemoryFormat layout_of(const Tensor& f) { return f.is_contiguous() ? at::MemoryFormat::Contiguous : f.suggest_memory_format(); }
@@ -49,7 +42,7 @@ struct Inputs {
     TORCH_CHECK_VALUE(zq_y_.has_value() == zq_b_.has_value(), "zq_y and zq_b must be given together or not at all");
     layout = layout_of(f_);
     f = f_.contiguous(layout);
-    problem.dtype = dtype_of(f, "f");
+    problem.dtype = movq::dtype_of(f, "f");
     problem.batch = f.size(0);
     problem.channels = f.size(1);
     problem.height = f.size(2);
@@ -69,7 +62,7 @@ struct Inputs {
     bias = parameter("bias", bias_);
     TORCH_CHECK_TYPE(!weight.defined() || !bias.defined() || weight.scalar_type() == bias.scalar_type(),
                      "weight and bias must have one dtype");
-    problem.param_dtype = weight.defined() ? dtype_of(weight, "weight") : bias.defined() ? dtype_of(bias, "bias") : problem.dtype;
+    problem.param_dtype = weight.defined() ? movq::dtype_of(weight, "weight") : bias.defined() ? movq::dtype_of(bias, "bias") : problem.dtype;
   }
 
   Tensor map(const char* name, const Tensor& t) const {
@@ -92,8 +85,6 @@ struct Inputs {
 const void* in(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
 void* out(const Tensor& t) { return t.defined() && t.numel() ? t.mutable_data_ptr() : nullptr; }
 
-Tensor workspace(size_t bytes, const Tensor& f) { return at::empty({static_cast<int64_t>(bytes)}, f.options().dtype(at::kByte)); }
-
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& f, const OptionalTensor& zq_y, const OptionalTensor& zq_b,
                                            const OptionalTensor& weight, const OptionalTensor& bias, int64_t groups, double eps,
                                            bool silu) {
@@ -103,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& f, const OptionalTensor
   Tensor mean = at::empty({f.size(0), groups}, f.options().dtype(at::kFloat)), rstd = at::empty_like(mean);
   movq::SpatialNormForward a = {in(i.f), in(i.zq_y), in(i.zq_b), in(i.weight), in(i.bias), out(result),
                                 mean.mutable_data_ptr<float>(), rstd.mutable_data_ptr<float>(), nullptr};
-  const Tensor scratch = workspace(movq::spatial_norm_forward_workspace(i.problem, a), i.f);
+  const Tensor scratch = movq::workspace(movq::spatial_norm_forward_workspace(i.problem, a), i.f);
   a.workspace = scratch.mutable_data_ptr();
   movq::spatial_norm_forward(i.problem, a, c10::cuda::getCurrentCUDAStream());
   return {result, mean, rstd};
@@ -127,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout, 
   Tensor df = at::empty_like(i.f, i.layout), dy = grad(i.zq_y), db = grad(i.zq_b), dweight = grad(i.weight), dbias = grad(i.bias);
   movq::SpatialNormBackward a = {in(d), in(i.f), in(i.zq_y), in(i.zq_b), in(i.weight), in(i.bias), mean.const_data_ptr<float>(),
                                  rstd.const_data_ptr<float>(), out(df), out(dy), out(db), out(dweight), out(dbias), nullptr};
-  const Tensor scratch = workspace(movq::spatial_norm_backward_workspace(i.problem, a), i.f);
+  const Tensor scratch = movq::workspace(movq::spatial_norm_backward_workspace(i.problem, a), i.f);
   a.workspace = scratch.mutable_data_ptr();
   movq::spatial_norm_backward(i.problem, a, c10::cuda::getCurrentCUDAStream());
   return {df, dy, db, dweight, dbias};

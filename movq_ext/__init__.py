@@ -6,7 +6,7 @@ from .autoencoder import MOVQ
 from .checkpoint import CheckpointError, from_pretrained, save_pretrained
 from .decoder import MOVQDecoder
 from .encoder import Encoder
-from .functional import explain, spatial_attention, spatial_norm
+from .functional import attention, explain, spatial_attention, spatial_norm
 from .modules import AttnBlock, Downsample, GroupNorm, ResnetBlock, SpatialNorm, Upsample
 from .quantize import VectorQuantizer
 
@@ -23,6 +23,7 @@ __all__ = [
     "Upsample",
     "VectorQuantizer",
     "__version__",
+    "attention",
     "build_info",
     "explain",
     "from_pretrained",

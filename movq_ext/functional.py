@@ -75,18 +75,53 @@ def spatial_norm(
     return kernels.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation == "silu")
 
 
-def spatial_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """Single-head scaled dot-product attention over all positions of a feature map, with head size C.
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """Scaled dot-product attention for heads of up to 512, in memory that grows with the tokens and not with their square.
 
-    ``out[:, :, i] = sum_j softmax_j(scale * q[:, :, i] . k[:, :, j]) v[:, :, j]`` (Vaswani et al., arXiv:1706.03762,
-    equation 1), i and j running over the H*W positions.
+    ``out = softmax(scale * q @ k^T) @ v`` per image and head (Vaswani et al., arXiv:1706.03762, equation 1).
 
     Args:
-        q, k, v: ``(B, C, H, W)``, one shape, dtype and device, any memory format.
+        q: ``(B, heads, queries, C)``, floating point, any strides; no copy is made where the elements of a token are adjacent, C is
+            a multiple of 8 and addresses are of 16 bytes.
+        k, v: ``(B, heads, keys, C)`` of q's dtype and device.
         scale: factor on the scores; ``C ** -0.5`` if None.
 
     Returns:
-        ``(B, C, H, W)`` in q's dtype.
+        ``(B, heads, queries, C)`` in q's dtype; under autocast, which casts all three, in its dtype. On a GPU, float32 is as exact
+        as the native path (products of three TF32 terms), whatever ``torch.backends.cuda.matmul.allow_tf32`` says, but an infinite
+        element makes NaN of all it meets.
+
+    Raises:
+        ValueError: an argument has the wrong rank, size or device.
+        TypeError: dtypes differ outside autocast, or q is not floating point.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _check_rank(name, tensor, "(batch, heads, tokens, head size)")
+        _check_values(name, tensor)
+        if tensor.shape[:2] != q.shape[:2] or tensor.shape[3] != q.shape[3]:
+            raise ValueError(f"{name} must have q's batch, heads and head size {tuple(q.shape)}, got {tuple(tensor.shape)}")
+    if k.shape[2] != v.shape[2]:
+        raise ValueError(f"k and v must have the same tokens, got {k.shape[2]} and {v.shape[2]}")
+    _check_same("q", q, k=k, v=v)
+    if not q.is_cuda:
+        return native.attention(q, k, v, scale)
+    if torch.is_autocast_enabled("cuda"):
+        q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
+    if reason := _reason(q) or _attention_reason(q):
+        warn_once(reason)
+        return native.attention(q, k, v, scale)
+    return kernels.attention(q, k, v, q.shape[3] ** -0.5 if scale is None else scale)
+
+
+def spatial_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """Single-head `attention` over all positions of a feature map, with head size C.
+
+    Args:
+        q, k, v: ``(B, C, H, W)``, one shape, dtype and device, any memory format. channels_last needs no copies.
+        scale: factor on the scores; ``C ** -0.5`` if None.
+
+    Returns:
+        ``(B, C, H, W)`` in the dtype that `attention` says and, from the CUDA kernels, in q's memory format.
 
     Raises:
         ValueError: an argument has the wrong rank, size or device.
@@ -96,18 +131,29 @@ def spatial_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = Non
         _check_map(name, tensor)
         if tensor.shape != q.shape:
             raise ValueError(f"{name} must have q's shape {tuple(q.shape)}, got {tuple(tensor.shape)}")
-    _check_same("q", q, k=k, v=v)
-    return native.spatial_attention(q, k, v, scale)
+    out = attention(*(tensor.flatten(2).transpose(1, 2).unsqueeze(1) for tensor in (q, k, v)), scale)
+    out = out.squeeze(1).transpose(1, 2).unflatten(2, q.shape[2:])
+    return out.contiguous() if q.is_cuda and q.is_contiguous() else out
 
 
-def explain(x: Tensor) -> str:
-    """Which path `spatial_norm` takes for features like x, ``native`` or ``cuda``, and why.
+def explain(x: Tensor, operator: str = "spatial_norm") -> str:
+    """Which path an operator takes for x on its device, ``native`` or ``cuda``, and why.
 
-    `spatial_attention` has no CUDA kernel yet.
+    Args:
+        x: features for ``"spatial_norm"`` and ``"spatial_attention"``; ``(B, heads, tokens, C)`` for ``"attention"``.
+        operator: the name of the operator.
+
+    Raises:
+        ValueError: there is no such operator.
     """
+    size = {"spatial_norm": None, "spatial_attention": 1, "attention": 3}
+    if operator not in size:
+        raise ValueError(f"operator must be one of {', '.join(size)}, got {operator!r}")
     if not x.is_cuda:
         return f"native: the CUDA kernels do not run on {x.device.type} tensors"
     reason = _reason(x)
+    if (dim := size[operator]) is not None:
+        reason = reason or _attention_reason(x.movedim(dim, -1))
     return f"native: {reason}" if reason else f"cuda: compiled for {torch.cuda.get_device_name(x.device)}"
 
 
@@ -118,6 +164,12 @@ def _reason(x: Tensor) -> str | None:
     if x.dim() == 4 and x.shape[2] * x.shape[3] >= 2**31:
         return f"the CUDA kernels take fewer than 2**31 pixels, got shape {tuple(x.shape)}"
     return device_reason(x.device.index)
+
+
+def _attention_reason(q: Tensor) -> str | None:
+    if q.shape[-1] > kernels.MAX_HEAD_SIZE:
+        return f"the CUDA kernels of attention take heads of up to {kernels.MAX_HEAD_SIZE}, got {q.shape[-1]}"
+    return None
 
 
 def _parameter_reason(f: Tensor, **parameters: Tensor | None) -> str | None:
@@ -131,8 +183,16 @@ def _parameter_reason(f: Tensor, **parameters: Tensor | None) -> str | None:
 
 
 def _check_map(name: str, x: Tensor) -> None:
+    _check_rank(name, x, "(batch, channels, height, width)")
+    _check_values(name, x)
+
+
+def _check_rank(name: str, x: Tensor, dimensions: str) -> None:
     if x.dim() != 4:
-        raise ValueError(f"{name} must have 4 dimensions (batch, channels, height, width), got shape {tuple(x.shape)}")
+        raise ValueError(f"{name} must have 4 dimensions {dimensions}, got shape {tuple(x.shape)}")
+
+
+def _check_values(name: str, x: Tensor) -> None:
     if 0 in x.shape:
         raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
     if not x.is_floating_point():

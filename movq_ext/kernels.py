@@ -10,11 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import native
 from ._extension import extension_available
 
 Optionals = tuple[Tensor | None, ...]
+MAX_HEAD_SIZE = 512
 
 
 def spatial_norm(
@@ -57,6 +59,44 @@ def _native_gradients(dout: Tensor, inputs: list[Tensor | None], wanted: tuple[b
     out = native.spatial_norm(*inputs, groups, eps, "silu" if silu else None)  # type: ignore[arg-type]
     sources = [x for x, want in zip(inputs, wanted, strict=True) if want and x is not None]
     grads = iter(torch.autograd.grad(out, sources, dout, create_graph=True))
+    return tuple(next(grads) if want else None for want in wanted)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """functional.attention by kernels: the arguments are checked, and heads are no larger than MAX_HEAD_SIZE."""
+    out: Tensor = AttentionFunction.apply(q, k, v, scale)[0]
+    return out
+
+
+class AttentionFunction(torch.autograd.Function):
+    """Saves q, k, v, the output and the log-sum-exp of each row of scores; the scores are computed again, a tile at a time."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return torch.ops.movq_ext.attention_forward(q, k, v, scale)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, ctx.scale = inputs
+        out, lse = output
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(q, k, v, out, lse)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True: the gradient's own gradient is native
+            grads = _native_attention_gradients(dout, (q, k, v), ctx.needs_input_grad[:3], ctx.scale)
+        else:
+            grads = torch.ops.movq_ext.attention_backward(dout.to(q.dtype), q, k, v, out, lse, ctx.scale)
+        return *(grad if want else None for grad, want in zip(grads, ctx.needs_input_grad[:3], strict=True)), None
+
+
+def _native_attention_gradients(dout: Tensor, inputs: tuple[Tensor, ...], wanted: tuple[bool, ...], scale: float) -> Optionals:
+    with sdpa_kernel(SDPBackend.MATH):  # the others cannot be differentiated twice
+        out = native.attention(*inputs, scale)
+        sources = [x for x, want in zip(inputs, wanted, strict=True) if want]
+        grads = iter(torch.autograd.grad(out, sources, dout, create_graph=True))
     return tuple(next(grads) if want else None for want in wanted)
 
 
@@ -124,7 +164,37 @@ def _backward_fake(
     return tuple(f.new_empty(0) if x is None else torch.empty_like(x) for x in (*maps, weight, bias))
 
 
+def _attention_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    scores = q.float() @ k.float().mT * scale
+    lse = scores.logsumexp(3)
+    return ((scores - lse[..., None]).exp() @ v.float()).to(q.dtype), lse
+
+
+def _attention_backward_cpu(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = q.dtype
+    dout, q, k, v, out = (x.float() for x in (dout, q, k, v, out))
+    p = (q @ k.mT * scale - lse[..., None]).exp()
+    ds = p * (dout @ v.mT - (dout * out).sum(3, keepdim=True)) * scale
+    return (ds @ k).to(dtype), (ds.mT @ q).to(dtype), (p.mT @ dout).to(dtype)
+
+
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _attention_backward_fake(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
 if extension_available():
+    torch.library.register_fake("movq_ext::attention_forward", _attention_fake)
+    torch.library.register_fake("movq_ext::attention_backward", _attention_backward_fake)
+    torch.library.register_kernel("movq_ext::attention_forward", "cpu", _attention_cpu)
+    torch.library.register_kernel("movq_ext::attention_backward", "cpu", _attention_backward_cpu)
     torch.library.register_fake("movq_ext::spatial_norm_forward", _forward_fake)
     torch.library.register_fake("movq_ext::spatial_norm_backward", _backward_fake)
     torch.library.register_kernel("movq_ext::spatial_norm_forward", "cpu", _forward_cpu)

@@ -178,7 +178,10 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """``x + proj_out(attention(q(n), k(n), v(n)))`` with ``n = norm(x)``: one head of size in_channels over all positions."""
+    """``x + proj_out(attention(q(n), k(n), v(n)))`` with ``n = norm(x)``: one head of size in_channels over all positions.
+
+    q, k and v are one convolution when they run, and three in the state dict.
+    """
 
     def __init__(self, in_channels: int, zq_ch: int | None = None, add_conv: bool = False) -> None:
         super().__init__()
@@ -190,8 +193,14 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor, zq: Tensor | None = None) -> Tensor:
         """``(B, C, H, W) -> (B, C, H, W)``; zq ``(B, zq_ch, h, w)`` where the norm is conditioned."""
-        h = self.norm(x, zq)
-        return x + self.proj_out(spatial_attention(self.q(h), self.k(h), self.v(h)))
+        return x + self.proj_out(spatial_attention(*self._project(self.norm(x, zq))))
+
+    def _project(self, h: Tensor) -> Sequence[Tensor]:
+        layers = (self.q, self.k, self.v)
+        if any(type(layer) is not nn.Conv2d or layer.bias is None for layer in layers):  # somebody put in his own: LoRA, quantised ones
+            return [layer(h) for layer in layers]
+        weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+        return F.conv2d(h, weight, bias).chunk(3, dim=1)
 
 
 def _check_groups(channels: int, groups: int | None) -> None:

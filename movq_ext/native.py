@@ -44,7 +44,13 @@ def _is_power_of_two(n: int) -> bool:
     return n > 0 and n & (n - 1) == 0
 
 
-def spatial_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    tokens = (tensor.flatten(2).transpose(1, 2).unsqueeze(1) for tensor in (q, k, v))
-    out = F.scaled_dot_product_attention(*tokens, scale=scale)
-    return out.squeeze(1).transpose(1, 2).unflatten(2, q.shape[2:])
+# Where scaled_dot_product_attention has no fused kernel it makes all scores of its queries at once: ask for no more than these.
+MOST_SCORES = 4096**2
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """``(B, heads, tokens, size)`` each."""
+    queries = max(1, MOST_SCORES // max(1, k.shape[2]))
+    if torch.compiler.is_compiling() or q.shape[2] <= queries:  # a compiled program may have a symbol for the number of tokens
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return torch.cat([F.scaled_dot_product_attention(part, k, v, scale=scale) for part in q.split(queries, dim=2)], dim=2)

@@ -5,8 +5,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_close
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from movq_ext import explain, spatial_attention, spatial_norm
+from movq_ext import attention, explain, native, spatial_attention, spatial_norm
 
 GRIDS = [((8, 8), (8, 8)), ((8, 8), (1, 1)), ((16, 8), (4, 4)), ((7, 9), (3, 4)), ((5, 5), (7, 11)), ((1, 1), (1, 1)), ((1, 13), (2, 5)), ((41, 49), (1, 1)), ((9, 27), (3, 9))]  # fmt: skip
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -113,6 +116,35 @@ def test_attention_gradients():
     assert torch.autograd.gradcheck(spatial_attention, [x.requires_grad_() for x in attention_arguments(1, 3, (2, 2))])
 
 
+def test_attention_of_heads_and_other_keys():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, tokens, 8, generator=generator, dtype=torch.float64) for tokens in (5, 7, 7))
+    assert_close(attention(q, k, v, 0.3), (q @ k.mT * 0.3).softmax(3) @ v)
+    assert torch.autograd.gradcheck(attention, [x.requires_grad_() for x in (q, k, v)])
+
+
+class Sizes(TorchDispatchMode):
+    """Notes the largest tensor that any operator makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.largest = max(self.largest, *made, 0)
+        return out
+
+
+def test_no_backend_makes_all_scores_at_once():
+    q = torch.randn(1, 1, 5000, 4)
+    with sdpa_kernel(SDPBackend.MATH):
+        whole = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        with Sizes() as sizes:
+            out = native.attention(q, q, q, None)
+    assert 5000 * 4 < sizes.largest <= 4096**2
+    assert_close(out, whole.double())
+
+
 def test_nan_passes_through():
     f, *rest = norm_arguments()
     f[0, 0, 0, 0] = float("nan")
@@ -165,5 +197,27 @@ def test_attention_refuses(case):
         spatial_attention(*arguments)
 
 
+T = torch.randn(2, 3, 4, 8)
+BAD_HEADS = {
+    "rank": (ValueError, r"q must have 4 dimensions \(batch, heads, tokens, head size\), got shape \(3, 4, 8\)", (T[0], T, T)),
+    "heads": (ValueError, r"k must have q's batch, heads and head size \(2, 3, 4, 8\), got \(2, 2, 4, 8\)", (T, T[:, :2], T)),
+    "size": (ValueError, r"v must have q's batch, heads and head size", (T, T, T[..., :4])),
+    "tokens": (ValueError, r"k and v must have the same tokens, got 4 and 2", (T, T, T[:, :, :2])),
+    "empty": (ValueError, r"k must not be empty", (T, T[:, :, :0], T[:, :, :0])),
+    "integer": (TypeError, r"q must be floating point, got torch.int64", (T.long(), T, T)),
+    "dtype": (TypeError, r"k must have q's dtype torch.float32, got torch.float64", (T, T.double(), T)),
+}
+
+
+@pytest.mark.parametrize("case", BAD_HEADS)
+def test_attention_of_heads_refuses(case):
+    error, message, arguments = BAD_HEADS[case]
+    with pytest.raises(error, match=message):
+        attention(*arguments)
+
+
 def test_explain_names_path_and_reason():
+    assert explain(Q, "attention") == explain(Q, "spatial_attention") == explain(Q)
+    with pytest.raises(ValueError, match="operator must be one of spatial_norm, spatial_attention, attention, got 'conv'"):
+        explain(Q, "conv")
     assert explain(torch.zeros(1)) == "native: the CUDA kernels do not run on cpu tensors"

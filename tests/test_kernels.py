@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from kernels import attention as attention_cases
 from kernels.spatial_norm import case
 from tolerances import assert_close
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import movq_ext
 from movq_ext import kernels, native
@@ -121,6 +123,82 @@ def test_exports_with_the_operator_inside():
     assert_close(program.module()(*inputs), Norm()(*inputs))
 
 
+# --- Attention
+
+
+def attention_arguments(dtype=torch.float32, size=32, device="cpu"):
+    *inputs, dout = attention_cases.case(2, 3, 10, 14, size, dtype)
+    return [x.to(device).requires_grad_() for x in inputs], dout.to(device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [32, 20])
+def test_opcheck_of_attention(device, dtype, size):
+    inputs, dout = attention_arguments(dtype, size, device)
+    inputs = plain(inputs)
+    forward, backward = torch.ops.movq_ext.attention_forward.default, torch.ops.movq_ext.attention_backward.default
+    torch.library.opcheck(forward, (*inputs, 0.2))
+    out, lse = forward(*inputs, 0.2)
+    torch.library.opcheck(backward, (dout, *inputs, out, lse, 0.2))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_attention_has_the_native_path_s_gradients(device):
+    inputs, dout = attention_arguments(device=device)
+    out, expected = kernels.attention(*inputs, 0.2), native.attention(*inputs, 0.2)
+    assert_close(out, expected)
+    for grad, want in zip(torch.autograd.grad(out, inputs, dout), torch.autograd.grad(expected, inputs, dout), strict=True):
+        assert_close(grad, want, slack=2.0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_double_backward_of_attention(device):
+    inputs, dout = attention_arguments(device=device)
+
+    def second(function):
+        with sdpa_kernel(SDPBackend.MATH):
+            grads = torch.autograd.grad(function(*inputs, 0.2), inputs, dout, create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), inputs)
+
+    for grad, want in zip(second(kernels.attention), second(native.attention), strict=True):
+        assert_close(grad, want, slack=5.0)
+
+
+def test_only_what_needs_a_gradient_gets_one_of_attention():
+    inputs, dout = attention_arguments()
+    inputs[1].requires_grad_(False)
+    kernels.attention(*inputs, 0.2).backward(dout)
+    assert [x.grad is not None for x in inputs] == [True, False, True]
+
+
+def test_nothing_of_the_scores_is_saved_for_backward():
+    inputs, _ = attention_arguments()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        out = kernels.attention(*inputs, 0.2)
+    assert sorted(x.numel() for x in saved) == sorted([*(x.numel() for x in inputs), out.numel(), out.numel() // 32])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_attention_compiles_whole_with_the_operator_inside(device):
+    inputs, dout = attention_arguments(device=device)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *x: kernels.attention(*x, 0.2), fullgraph=True)
+    out = compiled(*inputs)
+    assert_close(out, kernels.attention(*inputs, 0.2))
+    expected = torch.autograd.grad(kernels.attention(*inputs, 0.2), inputs, dout)
+    for grad, want in zip(torch.autograd.grad(out, inputs, dout), expected, strict=True):
+        assert_close(grad, want, slack=2.0)
+    program = torch.export.export(AttentionModule(), tuple(plain(inputs))).run_decompositions()
+    assert any("movq_ext.attention_forward" in str(node.target) for node in program.graph.nodes)
+
+
+class AttentionModule(torch.nn.Module):
+    def forward(self, *x):
+        return kernels.attention(*x, 0.2)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 class TestOnGpu:
     def test_the_public_function_runs_the_kernels(self):
@@ -160,3 +238,48 @@ class TestOnGpu:
         inputs = plain(arguments(torch.bfloat16, device="cuda")[0])
         with torch.autocast("cuda", torch.float16):
             assert movq_ext.spatial_norm(*inputs, GROUPS, 1e-6, "silu").dtype == torch.bfloat16
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_the_public_functions_run_attention_s_kernels(self, layout):
+        q = torch.randn(2, 64, 8, 12, device="cuda", dtype=torch.bfloat16)
+        q = q.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else q
+        assert movq_ext.explain(q, "spatial_attention").startswith("cuda")
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            out = movq_ext.spatial_attention(q, q, q)
+        names = [event.key for event in profile.key_averages()]
+        assert any("movq::attention" in name for name in names) and out.stride() == q.stride()
+        if layout == "channels_last":
+            assert not any("copy" in name for name in names), names
+        assert_close(out, native_map(q.double()))
+
+    def test_attention_of_unaligned_and_strided_tensors(self):
+        wanted = torch.randn(1, 1, 50, 40, device="cuda")
+        store = torch.empty(wanted.numel() + 1, device="cuda")[1:].view(wanted.shape)
+        tensors = [store.copy_(wanted), wanted.mT.contiguous().mT, torch.cat([wanted, wanted], 3)[..., :40], wanted.expand(2, 3, -1, -1)]
+        for x in tensors:
+            assert_close(movq_ext.attention(x, x, x), native.attention(*[x.double()] * 3, None))
+
+    def test_a_graph_captures_attention(self):
+        inputs = plain(attention_arguments(torch.bfloat16, device="cuda")[0])
+        expected = movq_ext.attention(*inputs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = movq_ext.attention(*inputs)
+        graph.replay()
+        assert torch.equal(out, expected)
+
+    def test_attention_of_larger_heads_is_native_and_says_so(self):
+        q = torch.randn(1, 1, 4, 640, device="cuda")
+        with pytest.warns(RuntimeWarning, match="heads of up to 512, got 640"):
+            movq_ext.attention(q, q, q)
+        assert movq_ext.explain(q, "attention").startswith("native: the CUDA kernels of attention take heads of up to 512")
+
+    def test_attention_casts_under_autocast(self):
+        q = torch.randn(1, 1, 40, 64, device="cuda")
+        with torch.autocast("cuda", torch.bfloat16):
+            assert movq_ext.attention(q, q, q).dtype == torch.bfloat16
+
+
+def native_map(q):
+    tokens = q.flatten(2).transpose(1, 2).unsqueeze(1)
+    return native.attention(tokens, tokens, tokens, None).squeeze(1).transpose(1, 2).unflatten(2, q.shape[2:])

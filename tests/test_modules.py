@@ -127,6 +127,33 @@ def test_attn_block(zq_ch):
     assert_close(block(x, zq), x + out)
 
 
+def test_attn_block_projects_with_one_convolution_and_saves_three():
+    block = AttnBlock(32)
+    with torch.profiler.profile() as profile:
+        block(draw(1, 32, 4, 4).float())
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["aten::conv2d"] == 2  # q, k and v; proj_out
+    assert sorted(name for name in block.state_dict() if "norm" not in name) == sorted(
+        f"{layer}.{kind}" for layer in ("q", "k", "v", "proj_out") for kind in ("weight", "bias"))
+
+
+@pytest.mark.parametrize("replace", ["a subclass", "no bias"])
+def test_attn_block_calls_layers_that_are_not_plain(replace):
+    class Doubled(torch.nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    block, x = randomize(AttnBlock(32).double()), draw(1, 32, 3, 5)
+    v = (Doubled if replace == "a subclass" else torch.nn.Conv2d)(32, 32, 1, bias=replace == "a subclass").double()
+    block.v, plain = v, block.v
+    n = published.group_norm(x, 32, block.norm.weight, block.norm.bias, 1e-6)
+    q, k = (published.conv1x1(n, layer.weight, layer.bias) for layer in (block.q, block.k))
+    out = published.conv1x1(published.attention(q, k, v(n)), block.proj_out.weight, block.proj_out.bias)
+    assert plain is not v
+    assert_close(block(x), x + out)
+
+
+
 def test_upsample_and_downsample():
     x = draw(1, 3, 5, 7)
     assert torch.equal(Upsample(3, with_conv=False)(x), published.resize(x, 10, 14))

@@ -1,6 +1,6 @@
 // Operands of a warp's tensor-core products in 32 bytes of k at a time, whatever the type: 16 values of 16 bits, or 8 floats.
 // Floats are multiplied as three tf32 products (3xTF32: the high parts, and each high part with the other's rest), which leaves
-// out no more than 2^-21 of a product: as exact as float32 multiplication and addition.
+// out no more than 2^-21 of a product: as exact as float32 multiplication and addition. Infinity has no rest: it gives NaN.
 #pragma once
 
 #include "mma.cuh"

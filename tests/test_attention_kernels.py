@@ -1,0 +1,277 @@
+"""Attention's kernels: one list of cases, on the emulator everywhere and on the GPU where one is present."""
+
+import emulator
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kernels.attention import Emulator, Gpu, case
+from tolerances import RELATIVE, relative_error
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import movq_ext
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+DTYPES = (F32, F16, BF16)
+BACKENDS = {"emulator": Emulator, "gpu": Gpu}
+MIB = 1 << 20
+
+
+def usable(name):
+    if name == "emulator":
+        return emulator.available()
+    return torch.cuda.is_available() and movq_ext.build_info()["extension"] == "loaded"
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    if not usable(request.param):
+        pytest.skip("needs Linux and a host C++ compiler" if request.param == "emulator" else "needs a GPU and the extension")
+    return BACKENDS[request.param]()
+
+
+@pytest.fixture
+def counted():
+    if not usable("emulator"):
+        pytest.skip("needs Linux and a host C++ compiler")
+    return Emulator(seeds=(0,))
+
+
+def expected(q, k, v, dout, scale):
+    """(out, lse, gradients) by the formula, in float64."""
+    q, k, v = (x.double().requires_grad_() for x in (q, k, v))
+    scores = q @ k.mT * scale
+    out = scores.softmax(3) @ v
+    return out.detach(), scores.logsumexp(3).detach(), torch.autograd.grad(out, (q, k, v), dout.double())
+
+
+def assert_close(name, actual, wanted, slack=1.0):
+    error, allowed = relative_error(actual, wanted), slack * RELATIVE[actual.dtype]
+    assert error <= allowed, f"{name}: relative error {error:.2e} > {allowed:.2e} ({actual.dtype})"
+
+
+def assert_right(backend, q, k, v, dout, scale=None, slack=1.0):
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    wanted_out, wanted_lse, wanted_grads = expected(q, k, v, dout, scale)
+    out, lse = backend.forward(q, k, v, scale)
+    assert_close("out", out, wanted_out, slack)
+    torch.testing.assert_close(lse, wanted_lse.float(), rtol=1e-5, atol=1e-5)
+    for name, grad, wanted in zip("qkv", backend.backward(dout, q, k, v, out, lse, scale), wanted_grads, strict=True):
+        if float(wanted.abs().max()) < 1e-12:  # one key: its weight is 1 whatever q and k
+            assert float(grad.abs().max()) < RELATIVE[grad.dtype]
+        else:
+            assert_close(f"gradient of {name}", grad, wanted, 2 * slack)
+
+
+# (batch, heads, queries, keys, head size). `small` is what a sanitizer has time for.
+SHAPES = {
+    "small-whole-tiles": (1, 1, 64, 128, 64),
+    "small-ragged": (1, 2, 70, 140, 48),
+    "one-token": (2, 1, 1, 1, 32),
+    "one-query": (1, 1, 1, 300, 80),
+    "one-key": (1, 1, 50, 1, 64),
+    "primes": (1, 1, 37, 131, 512),
+    "shared-row-tiles": (1, 1, 33, 700, 64),
+    "images-and-heads": (2, 3, 20, 40, 96),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_forward_and_backward_are_the_formula(backend, shape, dtype):
+    assert_right(backend, *case(*shape, dtype))
+
+
+@pytest.mark.parametrize("size", range(32, 513, 16))
+def test_every_head_size(backend, size):
+    assert_right(backend, *case(1, 1, 34, 66, size, DTYPES[size // 16 % 3]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_sdpa_agrees(backend, dtype):
+    q, k, v, _ = case(1, 1, 100, 200, 512, dtype)
+    with sdpa_kernel(SDPBackend.MATH):
+        wanted = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    assert_close("out", backend.forward(q, k, v, 512**-0.5)[0], wanted)
+
+
+def test_parts_of_one_projection_are_read_where_they_lie(backend):
+    """(batch, tokens, 3 * C), as AttnBlock's convolution writes it in channels_last; and heads that lie between the tokens."""
+    fused = torch.randn(2, 70, 3 * 2 * 64).to(BF16)
+    q, k, v = (x.unflatten(2, (2, 64)).transpose(1, 2) for x in fused.chunk(3, dim=2))
+    assert not q.is_contiguous()
+    assert_right(backend, q, k, v, torch.randn(2, 70, 2, 64).to(BF16).transpose(1, 2))
+
+
+@pytest.mark.parametrize("multiprocessors, shared", [(1, 227), (3, 163), (3, 99), (132, 99)])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=lambda dtype: str(dtype)[6:])
+def test_every_device_gets_a_plan_that_fits(counted, multiprocessors, shared, dtype):
+    """What a block of an sm_86, sm_80 and sm_90 can have: the rows stay in shared memory or stream through it."""
+    counted.device = {"multiprocessors": multiprocessors, "shared_limit": shared << 10}
+    assert_right(counted, *case(1, 1, 70, 260, 512, dtype))
+
+
+# --- What attention does not depend on
+
+
+def test_the_order_of_the_keys_does_not_matter(backend):
+    q, k, v, _ = case(1, 1, 40, 300, 64, F32)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
+    out, lse = backend.forward(q, k, v, 0.125)
+    other, other_lse = backend.forward(q, k[:, :, order].contiguous(), v[:, :, order].contiguous(), 0.125)
+    assert_close("out", other, out.double())
+    torch.testing.assert_close(other_lse, lse)
+
+
+def test_a_constant_on_all_scores_changes_only_the_log_sum_exp(backend):
+    q, k, v, _ = case(1, 1, 40, 200, 64, F32)
+    shift = torch.randn(64, generator=torch.Generator().manual_seed(1))
+    out, lse = backend.forward(q, k, v, 0.125)
+    other, other_lse = backend.forward(q, k + shift, v, 0.125)
+    assert_close("out", other, out.double(), slack=2.0)
+    torch.testing.assert_close(other_lse - lse, q @ shift * 0.125, rtol=1e-4, atol=1e-4)
+
+
+def test_one_hot_values_show_the_weights(backend):
+    q, k, _, _ = case(1, 1, 50, 64, 64, F32)
+    out, _ = backend.forward(q, k, torch.eye(64)[None, None], 0.125)
+    torch.testing.assert_close(out.sum(3), torch.ones(1, 1, 50))
+    torch.testing.assert_close(out, (q @ k.mT * 0.125).softmax(3), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 2.0])
+def test_any_scale(backend, scale):
+    assert_right(backend, *case(1, 1, 40, 150, 32, F32), scale=scale, slack=3.0)
+
+
+# --- Hard values
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_scores_of_ten_thousand(backend, dtype):
+    q, k, v, dout = case(1, 1, 70, 300, 64, dtype)
+    q, k = q * 36, k * 36
+    assert (q.double() @ k.double().mT * 0.25).abs().max() > 1e4
+    out, lse = backend.forward(q, k, v, 0.25)
+    wanted, wanted_lse, _ = expected(q, k, v, dout, 0.25)
+    assert out.isfinite().all() and lse.isfinite().all()
+    torch.testing.assert_close(lse, wanted_lse.float(), rtol=1e-5, atol=0.02)
+    assert_close("out", out, wanted, slack=2000.0 if dtype == F32 else 2.0)  # a score of 10^4 has an error of 10^-3 in float32
+    grads = backend.backward(dout, q, k, v, out, lse, 0.25)
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_scores_that_rise_with_every_tile(backend):
+    """Every tile of keys has a new maximum; and scores that fall, so that later weights vanish."""
+    q, k, v, dout = case(1, 1, 20, 640, 32, F32)
+    rising = torch.linspace(-60, 60, 640)[None, None, :, None]
+    q = q.abs()
+    for order in (rising, rising.flip(2)):
+        assert_right(backend, q, 0.1 * k + order / 32, v, dout, scale=1.0, slack=20.0)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=lambda dtype: str(dtype)[6:])
+def test_nan_stays_in_its_image_and_in_its_query(backend, dtype):
+    q, k, v, _ = case(3, 1, 40, 150, 32, dtype)
+    q[0, 0, 3, 5] = float("nan")
+    k[1, 0, 7, 2] = float("nan")
+    v[2, 0, 9, 1] = float("nan")
+    bad = backend.forward(q, k, v, 0.2)[0].isnan()[:, 0]
+    wanted = torch.zeros_like(bad)
+    wanted[0, 3] = wanted[1] = wanted[2, :, 1] = True
+    assert torch.equal(bad, wanted)
+
+
+def test_an_infinite_score_is_what_sdpa_makes_of_it(backend):
+    q, k, v, _ = case(1, 1, 40, 150, 32, BF16)
+    k[0, 0, 7, 2] = float("inf")
+    with sdpa_kernel(SDPBackend.MATH):
+        wanted = F.scaled_dot_product_attention(q, k, v, scale=0.2).isnan()
+    assert wanted.any() and not wanted.all()
+    assert torch.equal(backend.forward(q, k, v, 0.2)[0].isnan(), wanted)
+
+
+def test_many_keys(backend):
+    assert_right(backend, *case(1, 1, 16, 9000, 32, BF16))
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_shape(backend, data):
+    shape = [data.draw(st.integers(1, most)) for most in (2, 3, 150, 300)]
+    dtype = data.draw(st.sampled_from(DTYPES))
+    size = data.draw(st.integers(1, 40)) * (16 // dtype.itemsize)
+    if isinstance(backend, Emulator):
+        backend.device = {"multiprocessors": data.draw(st.integers(1, 8)), "shared_limit": data.draw(st.sampled_from([99, 163, 227])) << 10}
+    assert_right(backend, *case(*shape, min(size, 512), dtype), slack=2.0)
+
+
+# --- Costs, which only the emulator can count
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_forward_moves_the_keys_once_for_every_row_tile(counted, dtype):
+    counted.device = {"multiprocessors": 2}
+    q, k, v, _ = case(1, 1, 256, 256, 512, dtype)
+    out, _ = counted.forward(q, k, v, 0.1)
+    rows = 128 // dtype.itemsize
+    tiles, size = 256 // rows, q.numel() * q.element_size()
+    assert counted.workspace == 0
+    buffers = counted.cost.buffers
+    assert buffers["q"].read_bytes == size and buffers["out"].written_bytes == size
+    assert buffers["k"].read_bytes == buffers["v"].read_bytes == tiles * size
+    for name in "qkv":
+        assert buffers[name].read_sectors * 32 == buffers[name].read_bytes
+    launch, = counted.cost.launches
+    products = 2 * 256 * 256 * 512 / (16 * 8 * (32 / dtype.itemsize))
+    assert launch.mma == products * (3 if dtype == F32 else 1)
+    if dtype != F32:
+        assert launch.bank_conflicts == 0
+        # The budget of attention_tile.cuh: 1.5 cycles of shared memory an mma, and the weights' stores and copies.
+        assert launch.shared_wavefronts <= 1.9 * launch.mma, launch.shared_wavefronts / launch.mma
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=lambda dtype: str(dtype)[6:])
+def test_backward_is_eight_products_without_bank_conflicts(counted, dtype):
+    counted.device = {"multiprocessors": 2}
+    q, k, v, dout = case(1, 1, 128, 128, 512, dtype)
+    out, lse = counted.forward(q, k, v, 0.1)
+    counted.backward(dout, q, k, v, out, lse, 0.1)
+    launches = counted.cost.launches
+    assert sum(launch.mma for launch in launches) == 8 * 128 * 128 * 512 / (16 * 8 * 16)
+    assert sum(launch.bank_conflicts for launch in launches) == 0
+
+
+@pytest.mark.parametrize("tokens", [64, 1000, 3000])
+def test_one_image_fills_a_gpu(counted, tokens):
+    """Row tiles alone would be 1, 16 and 47 blocks of work for 132 multiprocessors."""
+    counted.device = {"multiprocessors": 132}
+    q, k, v, _ = case(1, 1, tokens, tokens, 32, BF16)
+    counted.forward(q, k, v, 0.1)
+    units = -(-tokens // 64) * -(-tokens // 128)
+    first = counted.cost.launches[0]
+    assert first.grid[0] >= min(units, 132) and counted.workspace <= 2 * first.grid[0] * 64 * (32 + 1) * 4
+
+
+def test_a_head_that_is_too_large_for_the_device_is_an_error_with_the_kernel_s_name(counted):
+    counted.device = {"shared_limit": 48 << 10}
+    q, k, v, _ = case(1, 1, 8, 8, 64, BF16)
+    with pytest.raises(emulator.EmulatorError, match="attention forward: needs .* bytes of shared memory a block, the device has 49152"):
+        counted.forward(q, k, v, 0.1)
+
+
+# --- What only a GPU has the time or the memory for
+
+
+@pytest.mark.skipif(not usable("gpu"), reason="needs a GPU and the extension")
+@pytest.mark.parametrize("tokens", [4096, 65536])
+def test_long_sequences_in_little_memory(tokens):
+    q, k, v = (torch.randn(1, 1, tokens, 512, device="cuda", dtype=BF16) for _ in range(3))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = movq_ext.attention(q, k, v)
+    assert torch.cuda.max_memory_allocated() - before <= out.numel() * 2 + 40 * MIB
+    rows = torch.randint(tokens, (64,), device="cuda")
+    wanted = (q[:, :, rows].double() @ k.double().mT * 512**-0.5).softmax(3) @ v.double()
+    assert relative_error(out[:, :, rows], wanted) < RELATIVE[BF16]
