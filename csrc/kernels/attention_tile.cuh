@@ -11,13 +11,16 @@
 //
 // The tile, for a head of 512 and 16-bit types: 64 rows, 8 warps. What 64 x 512 sums need, 128 registers of every thread, decides all
 // else. Values: warp w owns columns 64 w .. 64 w + 63 of all 64 rows, so that no value is read from shared memory twice: 8 ldmatrix.x4
-// (16 keys) for 32 mma. Scores: a warp computes 32 x 32, 4 ldmatrix.x4 for 8 mma. On average 0.375 ldmatrix.x4 of 4 cycles an mma: 1.5
-// cycles of shared memory for an mma that takes a multiprocessor 2 cycles on sm_80 and 1 on sm_90 (at wgmma's rate; mma.sync
-// reaches some 60% of that). float: 32 rows, half of everything per row.
+// (16 keys) for 32 mma. Scores: a warp computes 32 x 32, 4 ldmatrix.x4 for 8 mma. float: 32 rows, half of everything per row.
+// Registers: 128 for the sums, 32 for each of s and t, 24 for operands: at most 255, one block of 256 threads a multiprocessor.
 // Shared memory: the rows (66 KB an operand) stay where there is room for them; columns and values stream through a ring of stages of
 // 18 KB (128 tokens x 128 bytes of scores, or 16 tokens x 512 values); the weights take 17 KB.
-// Bytes: a tile of 64 x 128 moves 256 KB from L2 (64 flop a byte): on an H100, whose L2 gives 5.5 TB/s, that is the first limit, at
-// about 360 TFLOP/s; on an A100, shared memory is, at about 70% of its tensor-core peak.
+// Limits, for a tile of 64 x 128, which is 4096 mma of 16 x 8 x 16:
+//   tensor cores    2 cycles an mma on sm_80; on sm_90 about 1.6 by mma.sync (1 at wgmma's rate)
+//   shared memory   2.2 cycles an mma, counted by the emulator: 1.5 for ldmatrix, 0.5 for the copies from L2, the rest for weights
+//   L2              256 KB, 64 flop a byte: 360 TFLOP/s on an H100 that reads 5.5 TB/s
+// So some 90% of an A100's tensor-core peak and 36% of an H100's are what this tile can reach at best. More takes wgmma, whose operands
+// are read from shared memory once for 4 warps, and columns that a cluster loads once for 2 blocks.
 // Blocks: (row tile, column tile) pairs are units of work in one line, of which every block takes an equal, contiguous share, so the GPU
 // is full whatever the number of tokens. A row tile that two or more blocks share is combined, in order, by a second kernel.
 #pragma once

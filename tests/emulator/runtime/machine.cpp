@@ -93,6 +93,9 @@ static void thread_main() {
   Thread* self = machine.running;
   if (!stack_is_whole(self->fiber)) fail("stack overflow: the emulator's threads have 256 KB");
   self->finished = true;
+  for (const Gathering& g : self->warp->gatherings) {
+    if (g.mask >> self->lane & 1) fail(std::string("divergent warp: ") + g.what + " names a lane that has returned");
+  }
   if (self->block->read_from_afar && self->block->read_from_afar >= self->block->cluster_synced) {
     fail("this block ends while another block of its cluster may still read its shared memory: cluster_sync() first");
   }
@@ -112,7 +115,7 @@ static bool arrive(Barrier& barrier, const char* what, int line, bool wide) {
   if (barrier.waiting.empty()) {
     barrier.what = what;
     barrier.line = line;
-  } else if (barrier.line != line || std::strcmp(barrier.what, what)) {
+  } else if (barrier.line != line || (barrier.what != what && std::strcmp(barrier.what, what))) {
     divergent(barrier, "it is at " + place(what, line));
   }
   barrier.waiting.push_back(machine.running);
@@ -179,15 +182,15 @@ void gather(unsigned mask, const char* what, void* argument, void (*together)(Wa
   const unsigned mine = 1u << self->lane;
   if (!(mask & mine)) fail(std::string(what) + ": the calling lane is not in its own mask");
   mask &= warp.mask();
-  for (Thread* lane : warp.lanes) {
-    if (mask >> lane->lane & 1 && lane->finished) fail(std::string("divergent warp: ") + what + " names a lane that has returned");
-  }
   auto it = std::find_if(warp.gatherings.begin(), warp.gatherings.end(), [&](auto& g) { return (g.mask & mask) != 0; });
   if (it == warp.gatherings.end()) {
+    for (Thread* lane : warp.lanes) {
+      if (mask >> lane->lane & 1 && lane->finished) fail(std::string("divergent warp: ") + what + " names a lane that has returned");
+    }
     it = warp.gatherings.insert(it, Gathering());
     it->mask = mask;
     it->what = what;
-  } else if (it->mask != mask || std::strcmp(it->what, what)) {
+  } else if (it->mask != mask || (it->what != what && std::strcmp(it->what, what))) {
     fail("divergent warp: this lane is at " + std::string(what) + ", others of its mask are at " + it->what);
   }
   it->arrived |= mine;

@@ -126,56 +126,57 @@ static float bfloat_value(const uint32_t* r, int i) { return __bfloat162float({s
 static float tf32_value(const uint32_t* r, int i) { return __uint_as_float(r[i] & ~0x1fffu); }  // the rest of the bits is not used
 
 // Where value i of a lane lies: row or column.
-struct Layout {
-  int k, a_values, b_values;
-  int (*a_row)(int group, int i);
-  int (*a_column)(int member, int i);
-  int (*b_row)(int member, int i);
+struct K16 {
+  static constexpr int k = 16, a_values = 8, b_values = 4;
+  static int a_row(int group, int i) { return i / 2 % 2 ? group + 8 : group; }
+  static int a_column(int member, int i) { return member * 2 + i % 2 + (i < 4 ? 0 : 8); }
+  static int b_row(int member, int i) { return member * 2 + i % 2 + (i < 2 ? 0 : 8); }
 };
-
-static const Layout k16 = {16, 8, 4,
-                           [](int group, int i) { return i / 2 % 2 ? group + 8 : group; },
-                           [](int member, int i) { return member * 2 + i % 2 + (i < 4 ? 0 : 8); },
-                           [](int member, int i) { return member * 2 + i % 2 + (i < 2 ? 0 : 8); }};
-static const Layout k8_tf32 = {8, 4, 2,
-                               [](int group, int i) { return i % 2 ? group + 8 : group; },
-                               [](int member, int i) { return i < 2 ? member : member + 4; },
-                               [](int member, int i) { return i < 1 ? member : member + 4; }};
+struct K8Tf32 {
+  static constexpr int k = 8, a_values = 4, b_values = 2;
+  static int a_row(int group, int i) { return i % 2 ? group + 8 : group; }
+  static int a_column(int member, int i) { return i < 2 ? member : member + 4; }
+  static int b_row(int member, int i) { return i < 1 ? member : member + 4; }
+};
 
 // Products are exact in double; the sum of a whole k-slice is rounded once. Hardware rounds the partial sums, in an order of
 // its own, so the last bits differ.
-template <float (*value)(const uint32_t*, int)>
-static void multiply(const Layout& layout, Arguments lanes) {
-  float a[16][16], b[16][8];
+template <class Layout, float (*value)(const uint32_t*, int)>
+static void multiply(Arguments lanes) {
+  double a[16][Layout::k], b[Layout::k][8], sums[16][8];
+  auto each_sum = [&](auto&& f) {
+    for (unsigned lane = 0; lane < kWarp; ++lane) {
+      float* d = static_cast<MmaArguments*>(lanes[lane])->d;
+      for (int i = 0; i < 4; ++i) f(d[i], sums[lane / 4 + (i < 2 ? 0 : 8)][lane % 4 * 2 + i % 2]);
+    }
+  };
   for (unsigned lane = 0; lane < kWarp; ++lane) {
     const auto& mine = *static_cast<const MmaArguments*>(lanes[lane]);
     const int group = lane / 4, member = lane % 4;
-    for (int i = 0; i < layout.a_values; ++i) a[layout.a_row(group, i)][layout.a_column(member, i)] = value(mine.a, i);
-    for (int i = 0; i < layout.b_values; ++i) b[layout.b_row(member, i)][group] = value(mine.b, i);
+    for (int i = 0; i < Layout::a_values; ++i) a[Layout::a_row(group, i)][Layout::a_column(member, i)] = value(mine.a, i);
+    for (int i = 0; i < Layout::b_values; ++i) b[Layout::b_row(member, i)][group] = value(mine.b, i);
   }
-  for (unsigned lane = 0; lane < kWarp; ++lane) {
-    float* d = static_cast<MmaArguments*>(lanes[lane])->d;
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 4 + (i < 2 ? 0 : 8), column = lane % 4 * 2 + i % 2;
-      double sum = d[i];
-      for (int k = 0; k < layout.k; ++k) sum += double(a[row][k]) * b[k][column];
-      d[i] = static_cast<float>(sum);
+  each_sum([](float d, double& sum) { sum = d; });
+  for (int row = 0; row < 16; ++row) {
+    for (int k = 0; k < Layout::k; ++k) {
+      for (int column = 0; column < 8; ++column) sums[row][column] += a[row][k] * b[k][column];
     }
   }
+  each_sum([](float& d, double sum) { d = static_cast<float>(sum); });
   ++machine.launches.back().counters.mma;
 }
 
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, bool is_half) {
   need_whole_warp("mma");
   MmaArguments mine = {d, a, b};
-  if (is_half) gather(kAll, "mma.m16n8k16 of halves", &mine, [](Warp&, unsigned, Arguments lanes) { multiply<half_value>(k16, lanes); });
-  else gather(kAll, "mma.m16n8k16 of bfloats", &mine, [](Warp&, unsigned, Arguments lanes) { multiply<bfloat_value>(k16, lanes); });
+  if (is_half) gather(kAll, "mma.m16n8k16 of halves", &mine, [](Warp&, unsigned, Arguments lanes) { multiply<K16, half_value>(lanes); });
+  else gather(kAll, "mma.m16n8k16 of bfloats", &mine, [](Warp&, unsigned, Arguments lanes) { multiply<K16, bfloat_value>(lanes); });
 }
 
 void mma_m16n8k8_tf32(float* d, const uint32_t* a, const uint32_t* b) {
   need_whole_warp("mma");
   MmaArguments mine = {d, a, b};
-  gather(kAll, "mma.m16n8k8 of tf32", &mine, [](Warp&, unsigned, Arguments lanes) { multiply<tf32_value>(k8_tf32, lanes); });
+  gather(kAll, "mma.m16n8k8 of tf32", &mine, [](Warp&, unsigned, Arguments lanes) { multiply<K8Tf32, tf32_value>(lanes); });
 }
 
 uint32_t to_tf32(float v) {
