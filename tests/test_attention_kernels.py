@@ -31,7 +31,7 @@ def backend(request):
     return BACKENDS[request.param]()
 
 
-@pytest.fixture
+@pytest.fixture(params=["emulator"])
 def counted():
     if not usable("emulator"):
         pytest.skip("needs Linux and a host C++ compiler")

@@ -156,7 +156,7 @@ def near(actual, expected):
 # --- Costs, which only the emulator can count
 
 
-@pytest.fixture
+@pytest.fixture(params=["emulator"])
 def counted():
     if not usable("emulator"):
         pytest.skip("needs Linux and a host C++ compiler")

@@ -1,0 +1,173 @@
+"""Attention of one head of 512: our kernels against every way PyTorch has.
+
+    python benchmarks/attention.py --out benchmarks/results/attention
+
+Every result is compared with the formula in float64, on 64 of its rows, before it is timed. TFLOP/s count 4 N^2 C operations forward and
+10 N^2 C more backward, whatever is computed again; "of matmul" is their share of an 8192^3 bfloat16 product's. "MB" is the peak
+of memory beyond the inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timing import environment, matmul_rate, milliseconds, write
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import movq_ext
+
+SIZE = 512
+TOKENS = (1024, 4096, 9216, 16384, 36864)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+MOST_SCORES = 6 << 30  # what the peers that hold all scores are asked for: some 40 GB in bfloat16 with gradients
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT * SIZE**-0.5).softmax(3) @ v
+
+
+def by(backend: SDPBackend) -> Attention:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    return attention
+
+
+def peers(quick: bool) -> dict[str, Attention | None]:
+    """None for what is not installed. Those whose name ends in N^2 hold all scores."""
+    found: dict[str, Attention | None] = {"ours": movq_ext.attention, "math N^2": by(SDPBackend.MATH), "bmm N^2": formula}
+    found |= {"efficient": by(SDPBackend.EFFICIENT_ATTENTION), "cudnn": by(SDPBackend.CUDNN_ATTENTION), "flash": by(SDPBackend.FLASH_ATTENTION)}
+    if quick:
+        return found
+    found["compile N^2"] = torch.compile(formula, dynamic=False)
+    from torch.nn.attention.flex_attention import flex_attention
+
+    found["flex"] = torch.compile(flex_attention, dynamic=False)
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        found["xformers"] = lambda q, k, v: memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    except ImportError:
+        found["xformers"] = None
+    return found
+
+
+def measure(attention: Attention, inputs: list[Tensor], dout: Tensor, backward: bool) -> dict[str, float] | str:
+    """ms and MB, or why there are none."""
+    q, k, v = inputs
+    cuda = q.is_cuda
+    try:
+        if cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        out = attention(q, k, v)
+        rows = torch.arange(0, q.shape[2], max(1, q.shape[2] // 64), device=q.device)
+        wanted = formula(q[:1, :, rows].double(), k[:1].double(), v[:1].double())
+        error = float((out[:1, :, rows] - wanted).norm() / wanted.norm())
+        if not error < TOLERANCE[q.dtype]:
+            return f"wrong: {error:.1e}"
+        del out, wanted
+        run = (lambda: torch.autograd.grad(attention(q, k, v), inputs, dout)) if backward else (lambda: attention(q, k, v))
+        megabytes = float("nan")
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            run()
+            torch.cuda.synchronize()
+            megabytes = (torch.cuda.max_memory_allocated() - before) / 1e6
+        return {"ms": milliseconds(run, q.device, 0.15), "MB": megabytes}
+    except torch.OutOfMemoryError:
+        return "out of memory"
+    except Exception as error:  # a backend that does not take heads of 512 says so in its own way
+        return f"refused ({type(error).__name__})"
+    finally:
+        if cuda:
+            torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/attention"), help="folder for the results")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and nothing compiled, to rehearse")
+    parser.add_argument("--minutes", type=float, default=3.0, help="start no measurement after this long")
+    options = parser.parse_args()
+    device, start = torch.device(options.device), time.monotonic()
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    rate = matmul_rate(device, 256 if options.quick else 8192)
+    rows: list[dict[str, Any]] = []
+    found = peers(options.quick)
+    cases = [(dtype, batch, tokens, backward) for dtype in (torch.bfloat16, torch.float32) for backward in (False, True) for batch in (1, 8)
+             for tokens in TOKENS if dtype == torch.bfloat16 or tokens <= 4096]  # fmt: skip
+    if options.quick:
+        cases = [(torch.float32, 1, 100, False), (torch.float32, 1, 100, True)]
+    for dtype, batch, tokens, backward in cases:
+        torch.manual_seed(0)
+        *inputs, dout = (torch.randn(batch, 1, tokens, SIZE, device=device, dtype=dtype) for _ in range(4))
+        inputs = [x.requires_grad_(backward) for x in inputs]
+        row: dict[str, Any] = {"pass": "forward+backward" if backward else "forward", "dtype": str(dtype)[6:], "N": tokens, "batch": batch}
+        took: dict[str, float] = {}
+        for name, attention in found.items():
+            if attention is None:
+                result: dict[str, float] | str = "missing"
+            elif time.monotonic() - start > 60 * options.minutes:
+                result = "no time"
+            elif name.endswith("N^2") and batch * tokens**2 > MOST_SCORES:
+                result = "too large"
+            else:
+                result = measure(attention, inputs, dout, backward)
+            row[f"{name} ms"] = result if isinstance(result, str) else result["ms"]
+            row[f"{name} MB"] = "-" if isinstance(result, str) else result["MB"]
+            if not isinstance(result, str):
+                took[name] = result["ms"]
+        torch._dynamo.reset()
+        operations = (14 if backward else 4) * batch * tokens**2 * SIZE
+        row["TFLOP/s"] = operations / took["ours"] / 1e9 if "ours" in took else "-"
+        row["of matmul"] = row["TFLOP/s"] * 1e12 / rate if "ours" in took else "-"
+        best = min((ms, name) for name, ms in {"-": float("inf"), **took}.items() if name != "ours")
+        row["best peer"] = best[1]
+        row["x best peer"] = best[0] / took["ours"] if "ours" in took and best[1] != "-" else "-"
+        rows.append(row)
+    head = {**environment(device), "matmul, TFLOP/s": rate / 1e12, "path": movq_ext.explain(inputs[0], "attention")}
+    write(options.out, "attention", f"Attention, one head of {SIZE}", head, rows)
+    plot(options.out / "attention.png", rows, list(found), head["device"])
+
+
+def plot(path: Path, rows: list[dict[str, Any]], names: list[str], device: str) -> None:
+    """TFLOP/s by tokens, forward and with backward, at batch 1. Needs matplotlib."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return
+    figure, pair = plt.subplots(1, 2, figsize=(13, 5), sharey=True)
+    for axes, kind, factor in zip(pair, ("forward", "forward+backward"), (4, 14), strict=True):
+        for name in names:
+            points = [(row["N"], factor * row["N"] ** 2 * SIZE / row[f"{name} ms"] / 1e9) for row in rows
+                      if row["pass"] == kind and row["batch"] == 1 and row["dtype"] == rows[0]["dtype"] and isinstance(row[f"{name} ms"], float)]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=3 if name == "ours" else 1)
+        axes.set(title=f"{kind}, {rows[0]['dtype']}, batch 1", xlabel="tokens", xscale="log", ylim=0)
+        axes.legend(fontsize=8)
+    pair[0].set_ylabel("TFLOP/s")
+    figure.suptitle(f"Attention, one head of {SIZE}, on {device}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
