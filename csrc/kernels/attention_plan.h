@@ -27,6 +27,7 @@ void lay_out(Plan& p, const char* name) {
   const int score_stage = kColumns * kScorePitch;
   p.value_chunk = kColumns;
   while (p.value_chunk * p.value_pitch > score_stage) p.value_chunk /= 2;
+  p.token_step = kThreads / (p.stripes * kStripe / Sizes::kPer16);
   p.weights = kStatistics * int(sizeof(float) / sizeof(Unit));
   p.rows_at = p.weights + Sizes::kRows * Sizes::kWeightPitch;
   const int room = shared_memory_limit() / int(sizeof(Unit)), kept = Sizes::kRows * p.resident_pitch;

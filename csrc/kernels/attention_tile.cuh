@@ -79,6 +79,7 @@ struct Plan {
   int products;               // scores of one tile: 1 or 2
   int score_chunks;           // of one product
   int value_chunk;            // tokens of one
+  int token_step;             // whole tokens of values that the block's threads copy at once
   int stripes;                // in the head size, rounded up to an even number
   int residents;              // row operands that stay in shared memory
   int resident_pitch, value_pitch;
@@ -127,8 +128,12 @@ class Stream {
   MOVQ_DEVICE Stream(const Plan& p, const Operands<T>& operands, const Segment& s)
       : p_(p), operands_(operands), segment_(s), memory_(0, p.shared_bytes / sizeof(Unit)), tile_(s.begin) {
     // The rows belong to the first group of copies.
-    if (p.residents > 0) load_rows(operands.row[0], p.rows_at);
-    if (p.residents > 1) load_rows(operands.row[1], p.rows_at + Sizes::kRows * p.resident_pitch);
+    for (int chunk = 0; chunk < p.score_chunks; ++chunk) {
+      const int first = s.first_row * Sizes::kRows, to = p.rows_at + chunk * 64, next = Sizes::kRows * p.resident_pitch;
+      if (p.residents > 0) load_block<Sizes::kRows>(operands.row[0], first, p.rows, chunk, to, p.resident_pitch);
+      if (p.residents > 1) load_block<Sizes::kRows>(operands.row[1], first, p.rows, chunk, to + next, p.resident_pitch);
+    }
+#pragma unroll 1  // it is not worth its size
     for (int i = 0; i < p.stages - 1; ++i) request();
   }
 
@@ -140,7 +145,8 @@ class Stream {
       default: cp_async_wait<2>(); break;
     }
     __syncthreads();
-    ready_ = place(++taken_);
+    if (++from_ == p_.stages) from_ = 0;
+    ready_ = p_.stage_at + from_ * p_.stage;
     request();
   }
 
@@ -210,8 +216,6 @@ class Stream {
   }
 
  private:
-  MOVQ_DEVICE int place(int chunk) const { return p_.stage_at + chunk % p_.stages * p_.stage; }
-
   // Two b operands side by side: the chunk's values from token `t` and `column` on.
   MOVQ_DEVICE void load_values(uint32_t (&b)[4], int t, int column) const {
     const int lane = lane_id();
@@ -229,51 +233,65 @@ class Stream {
   // Asks for the next chunk, if there is one; a group of copies either way.
   MOVQ_DEVICE void request() {
     if (tile_ < segment_.end) {
-      const int to = place(requested_++), scores = p_.products * p_.score_chunks;
+      const int to = p_.stage_at + into_ * p_.stage, scores = p_.products * p_.score_chunks;
       if (step_ < p_.score_chunks) {
         load_scores(operands_.row[0], operands_.column[0], to, step_, p_.residents > 0);
       } else if (step_ < scores) {
         load_scores(operands_.row[1], operands_.column[1], to, step_ - p_.score_chunks, p_.residents > 1);
       } else {
-        const int first = tile_ * kColumns + (step_ - scores) * p_.value_chunk;
-        load(operands_.value, first, p_.columns, p_.value_chunk, 0, p_.stripes * kStripe / Sizes::kPer16, to, p_.value_pitch);
+        load_tokens(operands_.value, tile_ * kColumns + (step_ - scores) * p_.value_chunk, p_.value_chunk, to);
       }
       if (++step_ == scores + kColumns / p_.value_chunk) {
         step_ = 0;
         ++tile_;
       }
+      if (++into_ == p_.stages) into_ = 0;
     }
     cp_async_commit();
   }
 
-  MOVQ_DEVICE void load_rows(const Source<T>& row, int to) const {
-    load(row, segment_.first_row * Sizes::kRows, p_.rows, Sizes::kRows, 0, p_.score_chunks * 8, to, p_.resident_pitch);
-  }
-
   MOVQ_DEVICE void load_scores(const Source<T>& row, const Source<T>& column, int to, int chunk, bool resident) const {
-    load(column, tile_ * kColumns, p_.columns, kColumns, chunk * 8, 8, to, kScorePitch);
-    if (!resident) {
-      load(row, segment_.first_row * Sizes::kRows, p_.rows, Sizes::kRows, chunk * 8, 8, to + kColumns * kScorePitch, kScorePitch);
+    load_block<kColumns>(column, tile_ * kColumns, p_.columns, chunk, to, kScorePitch);
+    if (!resident) load_block<Sizes::kRows>(row, segment_.first_row * Sizes::kRows, p_.rows, chunk, to + kColumns * kScorePitch, kScorePitch);
+  }
+
+  // Copies 128 bytes of each of `Count` tokens from `first` on; zeros beyond either end. A thread keeps to its 16 bytes of the 128.
+  template <int Count>
+  MOVQ_DEVICE void load_block(const Source<T>& source, int first, int limit, int chunk, int to, int pitch) const {
+    const int token = threadIdx.x / 8, piece = threadIdx.x % 8, element = (chunk * 8 + piece) * Sizes::kPer16;
+    const T* from = source.head(segment_.image, segment_.head) + (first + token) * source.token_stride + element;
+    const int tokens = element < p_.size ? limit - first - token : 0;
+    to += token * pitch + piece * 8;
+#pragma unroll
+    for (int i = 0; i < Count; i += kThreads / 8) copy(to + i * pitch, from + i * source.token_stride, i < tokens);
+  }
+
+  // Copies `count` whole tokens from `first` on; zeros beyond either end.
+  MOVQ_DEVICE void load_tokens(const Source<T>& source, int first, int count, int to) const {
+    const T* from = source.head(segment_.image, segment_.head) + first * source.token_stride;
+    const int width = p_.stripes * kStripe / Sizes::kPer16;
+    int token = threadIdx.x / width, piece = threadIdx.x - token * width;
+    while (token < count) {
+      const int element = piece * Sizes::kPer16;
+      copy(to + token * p_.value_pitch + piece * 8, from + token * source.token_stride + element,
+           first + token < p_.columns && element < p_.size);
+      token += p_.token_step;
+      piece += kThreads - p_.token_step * width;
+      if (piece >= width) {
+        piece -= width;
+        ++token;
+      }
     }
   }
 
-  // Copies `tokens` tokens from `first` on, `width` pieces of 16 bytes of each from piece `from` on; zeros beyond either end.
-  MOVQ_DEVICE void load(const Source<T>& source, int first, int limit, int tokens, int from, int width, int to, int pitch) const {
-    const T* data = source.head(segment_.image, segment_.head);
-    for (int i = threadIdx.x; i < tokens * width; i += kThreads) {
-      const int token = i / width, piece = i - token * width, element = (from + piece) * Sizes::kPer16;
-      const bool valid = first + token < limit && element < p_.size;
-      const T* at = valid ? data + (first + token) * source.token_stride + element : data;
-      cp_async<8>(memory_, to + token * pitch + piece * 8, reinterpret_cast<const Unit*>(at), valid);
-    }
-  }
+  MOVQ_DEVICE void copy(int to, const T* from, bool valid) const { cp_async<8>(memory_, to, reinterpret_cast<const Unit*>(from), valid); }
 
   const Plan& p_;
   const Operands<T>& operands_;
   const Segment& segment_;
   const Shared<Unit> memory_;
-  int tile_, step_ = 0, requested_ = 0;  // what is asked for next
-  int taken_ = -1, ready_ = 0;           // what was made ready last, and where it is
+  int tile_, step_ = 0, into_ = 0;  // what is asked for next, and the stage it goes to
+  int from_ = -1, ready_ = 0;       // the stage that was made ready last, and where it is
 };
 
 // Which element of a tile of scores or sums a thread's registers hold: register e of mma tile (m, n).
