@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timing import copy_bandwidth, environment, milliseconds, write
-from torch import Tensor, nn
+from torch import Tensor
 
 import movq_ext
 

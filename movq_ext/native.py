@@ -19,13 +19,22 @@ def spatial_norm(
 ) -> Tensor:
     # torch.group_norm rather than F.group_norm: the latter refuses a single value per group, which has an answer.
     out = torch.group_norm(f, groups, weight, bias, eps, torch.backends.cudnn.enabled)
+    inputs = [x for x in (f, zq_y, zq_b, weight, bias) if x is not None]
+    in_place = is_inference(*inputs) and all(x.dtype == out.dtype for x in (out, *inputs[: 3 if zq_y is not None else 1]))
     if zq_y is not None and zq_b is not None:
-        out = _modulate(out, zq_y, zq_b)
-    out = F.silu(out) if activation == "silu" else out
+        out = _modulate(out, zq_y, zq_b, in_place)
+    out = F.silu(out, inplace=in_place) if activation == "silu" else out
     return out.to(f.dtype)  # under autocast it was computed in float32
 
 
-def _modulate(x: Tensor, y: Tensor, b: Tensor) -> Tensor:
+def is_inference(*tensors: Tensor) -> bool:
+    """Whether what was just computed from these plain tensors may be overwritten: nothing records it, eager operators run."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    return all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors) and not torch._C._are_functorch_transforms_active()
+
+
+def _modulate(x: Tensor, y: Tensor, b: Tensor, in_place: bool) -> Tensor:
     """``x * up(y) + up(b)`` with y and b resized to x's grid by torch's nearest rule."""
     height, width = x.shape[-2:]
     if not torch.compiler.is_compiling():
@@ -35,9 +44,9 @@ def _modulate(x: Tensor, y: Tensor, b: Tensor) -> Tensor:
             # Only for powers of two, where torch's float32 index rule is exact.
             blocks = x.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
             y, b = y[:, :, :, None, :, None], b[:, :, :, None, :, None]
-            return (blocks * y + b).flatten(4, 5).flatten(2, 3)
+            return (torch.addcmul(b, blocks, y, out=blocks) if in_place else blocks * y + b).flatten(4, 5).flatten(2, 3)
     y, b = (F.interpolate(map_, size=(height, width), mode="nearest") for map_ in (y, b))
-    return x * y + b
+    return torch.addcmul(b, x, y, out=x) if in_place else x * y + b
 
 
 def _is_power_of_two(n: int) -> bool:

@@ -1,9 +1,13 @@
+import copy
+import pickle
+
 import published
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tolerances import assert_close
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from movq_ext import AttnBlock, Downsample, GroupNorm, ResnetBlock, SpatialNorm, Upsample
 
@@ -153,7 +157,6 @@ def test_attn_block_calls_layers_that_are_not_plain(replace):
     assert_close(block(x), x + out)
 
 
-
 def test_upsample_and_downsample():
     x = draw(1, 3, 5, 7)
     assert torch.equal(Upsample(3, with_conv=False)(x), published.resize(x, 10, 14))
@@ -164,6 +167,62 @@ def test_upsample_and_downsample():
     assert_close(down(x), F.conv2d(padded, down.conv.weight, down.conv.bias, stride=2))
     assert torch.equal(Downsample(3, with_conv=False)(x), F.avg_pool2d(x, 2))
     assert not list(Downsample(3, with_conv=False).parameters()) and not list(Upsample(3, with_conv=False).parameters())
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 5), (4, 3)])
+def test_upsample_is_four_convolutions_of_the_small_map(grid):
+    """16 multiplications where the published 3x3 convolution of the large map takes 36; borders and gradients are its own."""
+    up, x = randomize(Upsample(4, True).double()), draw(2, 4, *grid)
+    with FlopCounterMode(display=False) as flops:
+        up(x)
+    pixels = 2 * grid[0] * grid[1]
+    assert flops.get_total_flops() == 2 * 16 * 4 * 4 * pixels
+    inputs = [x.requires_grad_(), *up.conv.parameters()]
+    published_out = F.conv2d(published.resize(x, 2 * grid[0], 2 * grid[1]), up.conv.weight, up.conv.bias, padding=1)
+    dout = draw(*published_out.shape)
+    assert_close(up(x), published_out)
+    for grad, want in zip(torch.autograd.grad(up(x), inputs, dout), torch.autograd.grad(published_out, inputs, dout), strict=True):
+        assert_close(grad, want)
+
+
+def test_upsample_sees_a_new_weight_at_once_and_saves_only_the_published_one():
+    up, x = randomize(Upsample(4, True).double()), draw(1, 4, 3, 3)
+    assert set(up.state_dict()) == {"conv.weight", "conv.bias"}
+    with torch.no_grad():
+        for training in (False, True):
+            up.train(training)
+            before = up(x)
+            up.conv.weight.mul_(2)
+            up.conv.bias.mul_(2)
+            assert_close(up(x), 2 * before)
+            up.load_state_dict({name: value / 2 for name, value in up.state_dict().items()})
+            assert_close(up(x), before)
+    assert torch.equal(copy.deepcopy(up)(x), up(x)) and torch.equal(pickle.loads(pickle.dumps(up))(x), up(x))
+
+
+def test_upsample_calls_a_convolution_that_is_not_plain():
+    class Doubled(torch.nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    up, x = Upsample(4, True).double(), draw(1, 4, 3, 3)
+    up.conv = Doubled(4, 4, 3, padding=1).double()
+    assert_close(up(x), up.conv(published.resize(x, 6, 6)))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("make", [lambda: ResnetBlock(in_channels=32, zq_ch=4), lambda: ResnetBlock(in_channels=32, out_channels=64),
+                                  lambda: AttnBlock(32, 4), lambda: GroupNorm(32, 32, 1e-6)])  # fmt: skip
+def test_without_gradients_results_are_the_same_and_inputs_are_left_alone(make, layout):
+    """Where nothing is recorded, modules write over what they have just computed: never over what they were given."""
+    module, x, zq = randomize(make().double()), draw(2, 32, 4, 6).contiguous(memory_format=layout), draw(2, 4, 2, 3)
+    call = (lambda: module(x, zq=zq)) if not isinstance(module, GroupNorm) else (lambda: module(x, activation="silu"))
+    wanted, kept, kept_zq = call(), x.clone(), zq.clone()
+    with torch.no_grad():
+        assert_close(call(), wanted)
+    with torch.inference_mode():
+        assert_close(call(), wanted)
+    assert torch.equal(x, kept) and torch.equal(zq, kept_zq)
 
 
 def test_modules_refuse_channels_that_the_groups_do_not_divide():
