@@ -9,6 +9,7 @@ from .encoder import Encoder
 from .functional import attention, explain, spatial_attention, spatial_norm
 from .modules import AttnBlock, Downsample, GroupNorm, ResnetBlock, SpatialNorm, Upsample
 from .quantize import VectorQuantizer
+from .tiled import decode_tiled
 
 __all__ = [
     "MOVQ",
@@ -25,6 +26,7 @@ __all__ = [
     "__version__",
     "attention",
     "build_info",
+    "decode_tiled",
     "explain",
     "from_pretrained",
     "save_pretrained",

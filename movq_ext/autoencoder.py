@@ -13,6 +13,7 @@ from .decoder import MOVQDecoder
 from .encoder import Encoder
 from .modules import check_latent
 from .quantize import VectorQuantizer
+from .tiled import decode_tiled
 
 
 class MOVQ(nn.Module):
@@ -61,13 +62,16 @@ class MOVQ(nn.Module):
         h = self.encode(x)
         return self.quantize(h)[2][2].view(h.shape[0], *h.shape[2:])
 
-    def decode(self, quant: Tensor) -> Tensor:
+    def decode(self, quant: Tensor, max_memory: int | None = None) -> Tensor:
         """Quantised latents ``(B, embed_dim, h, w)`` to images in about [-1, 1], ``h * downsampling`` high.
 
-        Raises ValueError (rank, channels, device, empty) or TypeError (dtype) naming the argument.
+        With ``max_memory``, in so many bytes, strip by strip and without gradients: see `decode_tiled`.
+
+        Raises ValueError (rank, channels, device, empty, a max_memory that is too small) or TypeError (dtype) naming the argument.
         """
         check_latent("quant", quant, self.post_quant_conv.in_channels, self.post_quant_conv.weight)
-        return self.decoder(self.post_quant_conv(quant), quant)
+        z = self.post_quant_conv(quant)
+        return self.decoder(z, quant) if max_memory is None else decode_tiled(self.decoder, z, quant, max_memory=max_memory)
 
     def decode_code(self, indices: Tensor) -> Tensor:
         """Code indices ``(B, h, w)``, any grid, to images.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -102,20 +103,19 @@ class MOVQDecoder(nn.Module):
             ValueError: wrong rank, channels or device, empty, or batch sizes that differ.
             TypeError: z or zq has another dtype than the model, outside autocast.
         """
-        self._check(z, zq)
+        z, zq = self._latents(z, zq)
         for _, h in self._stages(z, zq):
             pass
-        if self.give_pre_end:
-            return h
-        return self.conv_out(self.norm_out(h, zq, activation="silu"))
+        out = h if self.give_pre_end else self.conv_out(self.norm_out(h, zq, activation="silu"))
+        return out.contiguous()
 
     def forward_with_features_output(self, z: Tensor, zq: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """As forward, and every intermediate map by name, in execution order.
 
         The names: conv_in, mid_block_1, mid_attn_1, mid_block_2, up_{level}_block_{i}, up_{level}_attn_{i},
-        up_{level}_upsample and, unless give_pre_end, norm_out, nonlinearity, conv_out.
+        up_{level}_upsample and, unless give_pre_end, norm_out, nonlinearity, conv_out. Maps are in channels_last.
         """
-        self._check(z, zq)
+        z, zq = self._latents(z, zq)
         features = dict(self._stages(z, zq))
         h = next(reversed(features.values()))
         if not self.give_pre_end:
@@ -139,6 +139,11 @@ class MOVQDecoder(nn.Module):
                     yield f"up_{level}_attn_{i}", (h := stage.attn[i](h, zq))
             if level > 0:
                 yield f"up_{level}_upsample", (h := stage.upsample(h))
+
+    def _latents(self, z: Tensor, zq: Tensor) -> tuple[Tensor, Tensor]:
+        """Checked, and in the layout in which convolutions and norms are fastest: all maps that follow have it too."""
+        self._check(z, zq)
+        return z.contiguous(memory_format=torch.channels_last), zq.contiguous(memory_format=torch.channels_last)
 
     def _check(self, z: Tensor, zq: Tensor) -> None:
         check_latent("z", z, self.z_channels, self.conv_in.weight)

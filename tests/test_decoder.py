@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_close, relative_error
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from movq_ext import AttnBlock, MOVQDecoder, SpatialNorm
 
@@ -326,3 +327,34 @@ def test_decoder_refuses_config(case):
     message, change = BAD_CONFIG[case]
     with pytest.raises(ValueError, match=message):
         MOVQDecoder(**{**TINY, **change})
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies of maps from one layout to another."""
+
+    def __init__(self, batch, least):
+        super().__init__()
+        self.batch, self.least, self.seen = batch, least, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default) and out.shape[0] == self.batch and out.numel() >= self.least:
+            self.seen.append((str(func), tuple(out.shape)))
+        return out
+
+
+def test_maps_stay_in_channels_last():
+    """From the latent to the image no map changes its layout, whatever the caller's; the image comes in the ordinary one."""
+    decoder, (z, zq) = make(), latents((8, 8))
+    names, layouts = [], []
+
+    def note(name):
+        return lambda _, x: (names.append(name), layouts.append(x[0].is_contiguous(memory_format=torch.channels_last)))[2:] or None
+
+    for name, module in decoder.named_modules():
+        if isinstance(module, nn.Conv2d) and module.in_channels >= 32:
+            module.register_forward_pre_hook(note(name))
+    with torch.no_grad(), Copies(2, 2 * 32 * 8 * 8) as copies:
+        out = decoder(z, zq)
+    assert len(names) > 8 and all(layouts), [name for name, fits in zip(names, layouts, strict=True) if not fits]
+    assert copies.seen == [] and out.is_contiguous()
