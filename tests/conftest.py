@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 SOURCE = Path(__file__).resolve().parents[1]
 
@@ -24,6 +25,10 @@ def hide_source():
     if (found := sys.modules.get("movq_ext")) and Path(found.__file__).is_relative_to(SOURCE):
         pytest.exit("movq_ext was imported from its source folder before the tests began", returncode=4)
 
+
+settings.register_profile("ci", derandomize=True)  # a run's failure is then that of its change
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 if not editable():
     hide_source()

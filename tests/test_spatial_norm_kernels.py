@@ -97,6 +97,12 @@ def test_forward_and_backward_are_the_published_formula(backend, shape, groups, 
 # --- Hard values
 
 
+def test_one_pixel_of_f_and_a_row_of_zq_in_channels_last(backend):
+    c = case((1, 2, 1, 1), (1, 2), F32, "channels_last", affine=None)
+    out, _, _ = backend.forward(c.f, c.zq_y, c.zq_b, None, None, 1, 1e-2, False)
+    assert_close(out, expected_forward(c, 1, 1e-2, False))
+
+
 def test_nan_and_infinity_stay_in_their_group(backend):
     c = case((2, 32, 4, 8), (2, 2), F32, "nchw")
     c.f[0, 3, 1, 1] = float("nan")

@@ -56,6 +56,11 @@ def is_channels_last(f):
     return f.is_contiguous(memory_format=torch.channels_last) and not f.is_contiguous()
 
 
+def in_layout_of(f, x):
+    """x where it is so laid out, else a copy: an f of one pixel is NCHW and NHWC at once, its zq need not be."""
+    return x if x is None else x.contiguous(memory_format=torch.channels_last if is_channels_last(f) else torch.contiguous_format)
+
+
 def problem(f, zq_y, parameter, groups, silu, eps=0.0):
     batch, channels, height, width = f.shape
     zq_height, zq_width = (0, 0) if zq_y is None else zq_y.shape[2:]
@@ -78,6 +83,7 @@ class Emulator:
     seeds = emulator.SEEDS
 
     def forward(self, f, zq_y, zq_b, weight, bias, groups, eps, silu):
+        zq_y, zq_b = in_layout_of(f, zq_y), in_layout_of(f, zq_b)
         statistics = [poisoned(f, (f.shape[0], groups), torch.float32) for _ in range(2)]
         out = poisoned(f)
         self.cost = call("forward", self.seeds, **problem(f, zq_y, weight if weight is not None else bias, groups, silu, eps), f=f,
@@ -85,6 +91,7 @@ class Emulator:
         return out, *statistics
 
     def backward(self, dout, f, zq_y, zq_b, weight, bias, mean, rstd, groups, silu):
+        zq_y, zq_b = in_layout_of(f, zq_y), in_layout_of(f, zq_b)
         grads = [None if x is None else poisoned(x) for x in (f, zq_y, zq_b, weight, bias)]
         names = ("df", "dzq_y", "dzq_b", "dweight", "dbias")
         self.cost = call("backward", self.seeds, **problem(f, zq_y, weight if weight is not None else bias, groups, silu), dout=dout, f=f,
