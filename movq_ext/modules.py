@@ -85,9 +85,15 @@ class SpatialNorm(nn.Module):
         return F.silu(out) if activation == "silu" else out
 
 
-def add_to_new(h: Tensor, x: Tensor) -> Tensor:
-    """``x + h``, into h where nothing else holds that: h comes from a convolution, whose gradient does not read it."""
-    return h.add_(x) if is_inference(h, x) and h.dtype == x.dtype else x + h
+def is_plain(layer: nn.Module) -> bool:
+    """Whether the layer does no more than an ``nn.Conv2d``: nobody put in his own (LoRA, quantised ones) or hooked on to it."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer) is nn.Conv2d and not any(hooks)
+
+
+def add_to_new(h: Tensor, x: Tensor, made_by: nn.Module) -> Tensor:
+    """``x + h``, into h where nothing else holds that."""
+    return h.add_(x) if is_plain(made_by) and is_inference(h, x) and h.dtype == x.dtype else x + h
 
 
 def make_norm(channels: int, zq_ch: int | None, add_conv: bool) -> GroupNorm | SpatialNorm:
@@ -123,7 +129,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W) -> (B, C, 2H, 2W)``."""
-        if self.with_conv and type(self.conv) is nn.Conv2d:
+        if self.with_conv and is_plain(self.conv):
             return F.conv_transpose2d(x, self._folded(self.conv.weight, keep=not self.training), self.conv.bias, stride=2, padding=1)
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         return self.conv(x) if self.with_conv else x
@@ -198,7 +204,7 @@ class ResnetBlock(nn.Module):
             x = self.conv_shortcut(x)
         elif hasattr(self, "nin_shortcut"):
             x = self.nin_shortcut(x)
-        return add_to_new(h, x)
+        return add_to_new(h, x, self.conv2)
 
 
 class AttnBlock(nn.Module):
@@ -217,11 +223,11 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor, zq: Tensor | None = None) -> Tensor:
         """``(B, C, H, W) -> (B, C, H, W)``; zq ``(B, zq_ch, h, w)`` where the norm is conditioned."""
-        return add_to_new(self.proj_out(spatial_attention(*self._project(self.norm(x, zq)))), x)
+        return add_to_new(self.proj_out(spatial_attention(*self._project(self.norm(x, zq)))), x, self.proj_out)
 
     def _project(self, h: Tensor) -> Sequence[Tensor]:
         layers = (self.q, self.k, self.v)
-        if any(type(layer) is not nn.Conv2d or layer.bias is None for layer in layers):  # somebody put in his own: LoRA, quantised ones
+        if not all(is_plain(layer) and layer.bias is not None for layer in layers):
             return [layer(h) for layer in layers]
         weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
         return F.conv2d(h, weight, bias).chunk(3, dim=1)

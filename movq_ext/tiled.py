@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .decoder import MOVQDecoder
 from .functional import attention
-from .modules import AttnBlock, GroupNorm, ResnetBlock, SpatialNorm, Upsample, fold_upsampling
+from .modules import AttnBlock, GroupNorm, ResnetBlock, SpatialNorm, Upsample, fold_upsampling, is_plain
 
 MIB = 1 << 20
 HALO = 2  # rows that a strip has beyond those it makes
@@ -53,7 +53,7 @@ class FeatureMap:
     def write(self, first: int, strip: Tensor) -> None:
         """Rows from first on; their part of the moments is added."""
         self.moments.add(strip)
-        rows = strip.permute(0, 2, 3, 1)
+        rows = strip.permute(0, 2, 3, 1).to(self.store.dtype)  # under autocast it may have another
         if self._rows is not None:
             self._rows[:, first : first + rows.shape[1]] = rows
             return
@@ -206,7 +206,7 @@ class Strips:
     def upsample(self, layer: Upsample, x: FeatureMap) -> FeatureMap:
         batch, channels, height, width = x.shape
         out = self.store.new(batch, channels, 2 * height, 2 * width)
-        kernel = fold_upsampling(layer.conv.weight) if layer.with_conv and type(layer.conv) is nn.Conv2d else None
+        kernel = fold_upsampling(layer.conv.weight) if layer.with_conv and is_plain(layer.conv) else None
         for first, last in self.spans(x, 10 * channels):
             above, below = int(first > 0), int(last < height)
             strip = x.read(first - above, last + below)

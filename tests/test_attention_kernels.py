@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kernels import backends, usable
 from kernels.attention import Emulator, Gpu, case
 from tolerances import RELATIVE, relative_error
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,28 +15,9 @@ import movq_ext
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = (F32, F16, BF16)
-BACKENDS = {"emulator": Emulator, "gpu": Gpu}
 MIB = 1 << 20
-
-
-def usable(name):
-    if name == "emulator":
-        return emulator.available()
-    return torch.cuda.is_available() and movq_ext.build_info()["extension"] == "loaded"
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    if not usable(request.param):
-        pytest.skip("needs Linux and a host C++ compiler" if request.param == "emulator" else "needs a GPU and the extension")
-    return BACKENDS[request.param]()
-
-
-@pytest.fixture(params=["emulator"])
-def counted():
-    if not usable("emulator"):
-        pytest.skip("needs Linux and a host C++ compiler")
-    return Emulator(seeds=(0,))
+backend = backends(emulator=Emulator, gpu=Gpu)
+counted = backends(emulator=lambda: Emulator(seeds=(0,)))
 
 
 def expected(q, k, v, dout, scale):

@@ -210,6 +210,21 @@ def test_upsample_calls_a_convolution_that_is_not_plain():
     assert_close(up(x), up.conv(published.resize(x, 6, 6)))
 
 
+@pytest.mark.parametrize("make, names", [(lambda: ResnetBlock(in_channels=32), ("conv1", "conv2")),
+                                         (lambda: AttnBlock(32), ("q", "k", "v", "proj_out")), (lambda: Upsample(32, True), ("conv",))])  # fmt: skip
+def test_hooks_on_layers_see_what_the_layers_made(make, names):
+    module, x, seen = randomize(make().double()), draw(1, 32, 4, 6), {}
+    with torch.no_grad():
+        wanted = module(x)
+        for name in names:
+            layer = getattr(module, name)
+            layer.register_forward_hook(lambda layer, inputs, out, name=name: seen.update({name: (layer, inputs[0], out)}))
+        assert_close(module(x), wanted)
+        assert set(seen) == set(names)
+        for layer, x, out in seen.values():
+            assert_close(out, F.conv2d(x, layer.weight, layer.bias, padding=layer.padding))
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("make", [lambda: ResnetBlock(in_channels=32, zq_ch=4), lambda: ResnetBlock(in_channels=32, out_channels=64),
                                   lambda: AttnBlock(32, 4), lambda: GroupNorm(32, 32, 1e-6)])  # fmt: skip

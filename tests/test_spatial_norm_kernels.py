@@ -1,31 +1,18 @@
 """SpatialNorm's kernels: one list of cases, on the emulator everywhere and on the GPU where one is present."""
 
-import emulator
 import published
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kernels import backends, usable
 from kernels.spatial_norm import Emulator, Gpu, case, is_channels_last
 from tolerances import RELATIVE, relative_error
 
 import movq_ext
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-BACKENDS = {"emulator": Emulator, "gpu": Gpu}
-
-
-def usable(name):
-    if name == "emulator":
-        return emulator.available()
-    return torch.cuda.is_available() and movq_ext.build_info()["extension"] == "loaded"
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    if not usable(request.param):
-        pytest.skip("needs Linux and a host C++ compiler" if request.param == "emulator" else "needs a GPU and the extension")
-    return BACKENDS[request.param]()
+backend = backends(emulator=Emulator, gpu=Gpu)
 
 
 # (shape of f, groups, zq's height and width). `small` is what a sanitizer has time for.
@@ -162,11 +149,7 @@ def near(actual, expected):
 # --- Costs, which only the emulator can count
 
 
-@pytest.fixture(params=["emulator"])
-def counted():
-    if not usable("emulator"):
-        pytest.skip("needs Linux and a host C++ compiler")
-    return Emulator()
+counted = backends(emulator=Emulator)
 
 
 BUDGET_CASES = [pytest.param(layout, dtype, id=f"{layout}-{str(dtype)[6:]}") for layout in LAYOUTS for dtype in (F32, BF16)]

@@ -69,6 +69,14 @@ def test_other_dtypes(dtype, limit):
     assert relative_error(out, exact) < limit
 
 
+@pytest.mark.parametrize("max_memory", [LITTLE, PLENTY])
+def test_autocast(max_memory):
+    decoder, (z, zq) = make(), latents((40, 4))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wanted, out = decoder(z, zq), decode_tiled(decoder, z, zq, max_memory=max_memory)
+    assert relative_error(out, wanted) < 5e-2
+
+
 def test_statistics_of_strips_with_a_large_mean():
     x = torch.randn(2, 8, 40, 30) + 4096
     moments = tiled.Moments(x.device)

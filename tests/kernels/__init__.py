@@ -1,1 +1,27 @@
-"""One way to call the kernels on two backends: the emulator, which is there on every Linux, and a GPU where there is one."""
+"""Kernels as functions of tensors, one module for each operator: on the emulator everywhere, and on the GPU where one is present."""
+
+import emulator
+import pytest
+import torch
+
+import movq_ext
+
+MISSING = {"emulator": "needs Linux and a host C++ compiler", "gpu": "needs a GPU and the extension"}
+
+
+def usable(name):
+    if name == "emulator":
+        return emulator.available()
+    return torch.cuda.is_available() and movq_ext.build_info()["extension"] == "loaded"
+
+
+def backends(**classes):
+    """A fixture that is each of the classes in turn: emulator=..., gpu=..."""
+
+    @pytest.fixture(params=classes)
+    def backend(request):
+        if not usable(request.param):
+            pytest.skip(MISSING[request.param])
+        return classes[request.param]()
+
+    return backend
