@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from published_decoder import published
-from timing import copy_bandwidth, environment, milliseconds, write
+from timing import copy_bandwidth, environment, matmul_rate, milliseconds, write
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -126,11 +126,6 @@ def work(folder: Path, size: int) -> tuple[float, float]:
     return flops.get_total_flops(), moved
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / (milliseconds(lambda: a @ b, device) * 1e-3)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -163,7 +158,7 @@ def main() -> None:
         VQModel(**(SMALL if options.quick else VQ)).save_pretrained(folder)
         bandwidth = copy_bandwidth(device)
         for dtype in options.dtypes or (["bfloat16", "float16", "float32"] if cuda else ["float32"]):
-            rate = matmul_rate(device, getattr(torch, dtype), 8192 if cuda else 2048)
+            rate = matmul_rate(device, 8192 if cuda else 2048, getattr(torch, dtype))
             for size in sizes:
                 operations, moved = work(options.folder, size)
                 for batch in options.batches or ([1, 8] if cuda and not options.quick else [1]):

@@ -66,9 +66,9 @@ def copy_bandwidth(device: torch.device, size: int = 1 << 30) -> float:
     return 2 * size / (milliseconds(lambda: target.copy_(source), device) * 1e-3)
 
 
-def matmul_rate(device: torch.device, size: int = 8192) -> float:
-    """Operations per second of a bfloat16 product of square matrices."""
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+def matmul_rate(device: torch.device, size: int = 8192, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Operations per second of a product of square matrices."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / (milliseconds(lambda: a @ b, device) * 1e-3)
 
 

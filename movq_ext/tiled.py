@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .decoder import MOVQDecoder
 from .functional import attention
-from .modules import AttnBlock, GroupNorm, ResnetBlock, SpatialNorm, Upsample, fold_upsampling, is_plain
+from .modules import AttnBlock, GroupNorm, ResnetBlock, SpatialNorm, Upsample
 
 MIB = 1 << 20
 HALO = 2  # rows that a strip has beyond those it makes
@@ -206,14 +206,10 @@ class Strips:
     def upsample(self, layer: Upsample, x: FeatureMap) -> FeatureMap:
         batch, channels, height, width = x.shape
         out = self.store.new(batch, channels, 2 * height, 2 * width)
-        kernel = fold_upsampling(layer.conv.weight) if layer.with_conv and is_plain(layer.conv) else None
         for first, last in self.spans(x, 10 * channels):
             above, below = int(first > 0), int(last < height)
-            strip = x.read(first - above, last + below)
-            if kernel is not None:
-                strip = F.conv_transpose2d(strip, kernel, layer.conv.bias, stride=2, padding=1)
-            else:  # the rows at the ends of a haloed strip saw zeros in place of their neighbours: they are cut off
-                strip = layer(strip)
+            strip = layer(x.read(first - above, last + below))
+            # Rows at the ends of a haloed strip saw zeros in place of their neighbours: they are cut off.
             out.write(2 * first, strip[:, :, 2 * above : strip.shape[2] - 2 * below])
         self.store.drop(x)
         return out
