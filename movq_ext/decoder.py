@@ -9,7 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .modules import AttnBlock, ResnetBlock, Upsample, check_batch, check_latent, check_levels, check_positive, make_norm
+from .maps import MapStore
+from .modules import AttnBlock, ResnetBlock, Upsample, check_batch, check_latent, check_levels, check_positive, is_plain_network, make_norm
+from .native import is_inference
+from .strips import Strips
+
+STRIP_BYTES = 32 << 20  # of a strip's tensors together: what a strip of 32 rows of 256 pixels and 128 channels in float32 takes at the most
 
 
 class MOVQDecoder(nn.Module):
@@ -103,7 +108,10 @@ class MOVQDecoder(nn.Module):
             ValueError: wrong rank, channels or device, empty, or batch sizes that differ.
             TypeError: z or zq has another dtype than the model, outside autocast.
         """
-        z, zq = self._latents(z, zq)
+        self._check(z, zq)
+        if z.device.type == "cpu" and is_inference(z, zq, *self.parameters()) and not torch.is_autocast_enabled("cpu") and is_plain_network(self):
+            return self.in_strips(z, zq, STRIP_BYTES)
+        z, zq = _latents(z, zq)
         for _, h in self._stages(z, zq):
             pass
         out = h if self.give_pre_end else self.conv_out(self.norm_out(h, zq, activation="silu"))
@@ -115,7 +123,8 @@ class MOVQDecoder(nn.Module):
         The names: conv_in, mid_block_1, mid_attn_1, mid_block_2, up_{level}_block_{i}, up_{level}_attn_{i},
         up_{level}_upsample and, unless give_pre_end, norm_out, nonlinearity, conv_out. Maps are in channels_last.
         """
-        z, zq = self._latents(z, zq)
+        self._check(z, zq)
+        z, zq = _latents(z, zq)
         features = dict(self._stages(z, zq))
         h = next(reversed(features.values()))
         if not self.give_pre_end:
@@ -124,28 +133,50 @@ class MOVQDecoder(nn.Module):
             h = features["conv_out"] = self.conv_out(features["nonlinearity"])
         return h, features
 
+    def in_strips(self, z: Tensor, zq: Tensor, working: int, budget: int | None = None, folder: str | None = None) -> Tensor:
+        """What forward computes, without gradients and image by image, in strips of about ``working`` bytes; see Strips and MapStore."""
+        images = zip(z.split(1), zq.split(1), strict=True)
+        return torch.cat([self._one_in_strips(*image, working, budget, folder) for image in images])
+
+    def _one_in_strips(self, z: Tensor, zq: Tensor, working: int, budget: int | None, folder: str | None) -> Tensor:
+        with MapStore(z, budget, folder) as store:
+            strips = Strips(store, zq.contiguous(memory_format=torch.channels_last), working)
+            h = strips.first(self.conv_in, z)
+            for _, layer, _ in self._steps():
+                h = strips.then(layer, h)
+            if self.give_pre_end:
+                return h.read(0, h.height).contiguous()
+            out = z.new_empty(1, self.conv_out.out_channels, h.height, h.width)
+            strips.last(self.norm_out, self.conv_out, h, out)
+            return out
+
     def _stages(self, z: Tensor, zq: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Every step before norm_out: its name and its output."""
         yield "conv_in", (h := self.conv_in(z))
-        yield "mid_block_1", (h := self.mid.block_1(h, zq=zq))
+        for name, layer, conditioned in self._steps():
+            yield name, (h := layer(h, zq=zq) if conditioned else layer(h))
+
+    def _steps(self) -> Iterator[tuple[str, nn.Module, bool]]:
+        """What runs between conv_in and norm_out, in order: its name, and whether it takes zq."""
+        yield "mid_block_1", self.mid.block_1, True
         if self.mid.attn_1 is not None:
-            yield "mid_attn_1", (h := self.mid.attn_1(h, zq))
-        yield "mid_block_2", (h := self.mid.block_2(h, zq=zq))
+            yield "mid_attn_1", self.mid.attn_1, True
+        yield "mid_block_2", self.mid.block_2, True
         for level in reversed(range(self.num_resolutions)):
             stage = self.up[level]
             for i, block in enumerate(stage.block):
-                yield f"up_{level}_block_{i}", (h := block(h, zq=zq))
+                yield f"up_{level}_block_{i}", block, True
                 if len(stage.attn):
-                    yield f"up_{level}_attn_{i}", (h := stage.attn[i](h, zq))
+                    yield f"up_{level}_attn_{i}", stage.attn[i], True
             if level > 0:
-                yield f"up_{level}_upsample", (h := stage.upsample(h))
-
-    def _latents(self, z: Tensor, zq: Tensor) -> tuple[Tensor, Tensor]:
-        """Checked, and in the layout in which convolutions and norms are fastest: all maps that follow have it too."""
-        self._check(z, zq)
-        return z.contiguous(memory_format=torch.channels_last), zq.contiguous(memory_format=torch.channels_last)
+                yield f"up_{level}_upsample", stage.upsample, False
 
     def _check(self, z: Tensor, zq: Tensor) -> None:
         check_latent("z", z, self.z_channels, self.conv_in.weight)
         check_latent("zq", zq, self.zq_ch, self.conv_in.weight)
         check_batch(z=z, zq=zq)
+
+
+def _latents(z: Tensor, zq: Tensor) -> tuple[Tensor, Tensor]:
+    """In the layout in which convolutions and norms are fastest: all maps that follow have it too."""
+    return z.contiguous(memory_format=torch.channels_last), zq.contiguous(memory_format=torch.channels_last)

@@ -76,7 +76,7 @@ class SpatialNorm(nn.Module):
         check_batch(f=f, zq=zq)
         if self.add_conv:  # a 3x3 convolution does not commute with the resize
             zq = self.conv(F.interpolate(zq, size=f.shape[-2:], mode="nearest"))
-        y, b = self.conv_y(zq), self.conv_b(zq)
+        y, b = self.modulation(zq)
         norm = self.norm_layer
         if isinstance(norm, nn.GroupNorm):
             return spatial_norm(f, y, b, norm.weight, norm.bias, norm.num_groups, norm.eps, activation)
@@ -84,11 +84,45 @@ class SpatialNorm(nn.Module):
         out = cast(Tensor, norm(f) * y + b)
         return F.silu(out) if activation == "silu" else out
 
+    def modulation(self, zq: Tensor) -> tuple[Tensor, Tensor]:
+        """conv_y(zq) and conv_b(zq), ``(B, f_channels, h, w)`` each, as one product."""
+        layers = (self.conv_y, self.conv_b)
+        if not all(is_plain(layer) and layer.bias is not None for layer in layers):
+            return self.conv_y(zq), self.conv_b(zq)
+        weight, bias = torch.stack([layer.weight.flatten(1) for layer in layers]), torch.stack([layer.bias for layer in layers])
+        cells = zq.permute(0, 2, 3, 1).reshape(1, -1, zq.shape[1]).expand(2, -1, -1)
+        products = torch.baddbmm(bias.unsqueeze(1), cells, weight.mT).unflatten(1, (zq.shape[0], *zq.shape[2:]))
+        y, b = products.permute(0, 1, 4, 2, 3)
+        return y, b
+
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether the layer does no more than an ``nn.Conv2d``: nobody put in his own (LoRA, quantised ones) or hooked on to it."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer) is nn.Conv2d and not any(hooks)
+    """Whether the layer does no more than a dense ``nn.Conv2d``: nobody put in his own (LoRA, quantised ones), patched it or hooked on to it."""
+    if type(layer) is not nn.Conv2d or not is_untouched(layer):
+        return False
+    ones = (1, 1)
+    return layer.padding_mode == "zeros" and layer.stride == ones and layer.dilation == ones and layer.groups == 1
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether calling the module is calling its class's forward: no hooks (but those of `annotate`), no forward of its own."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return "forward" not in module.__dict__ and all(getattr(hook, "movq_range", False) for kind in hooks for hook in kind.values())
+
+
+def is_plain_network(network: nn.Module) -> bool:
+    """Whether all of the network are the layers of this file as they are, which may then be computed without calling them one by one."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return False
+    return all(is_untouched(module) and _is_known(module) for module in network.modules() if module is not network)
+
+
+def _is_known(module: nn.Module) -> bool:
+    if type(module) is nn.Conv2d:
+        return is_plain(module) and module.kernel_size in ((1, 1), (3, 3)) and module.padding == tuple(k // 2 for k in module.kernel_size)
+    if type(module) is nn.Dropout:
+        return module.p == 0 or not module.training
+    return type(module) in (nn.Module, nn.ModuleList, nn.GroupNorm, GroupNorm, SpatialNorm, ResnetBlock, AttnBlock, Upsample)
 
 
 def add_to_new(h: Tensor, x: Tensor, made_by: nn.Module) -> Tensor:

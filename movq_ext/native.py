@@ -36,21 +36,27 @@ def is_inference(*tensors: Tensor) -> bool:
 
 def _modulate(x: Tensor, y: Tensor, b: Tensor, in_place: bool) -> Tensor:
     """``x * up(y) + up(b)`` with y and b resized to x's grid by torch's nearest rule."""
-    height, width = x.shape[-2:]
-    if not torch.compiler.is_compiling():
-        (rows, rest_rows), (columns, rest_columns) = divmod(height, y.shape[2]), divmod(width, y.shape[3])
-        if not rest_rows and not rest_columns and _is_power_of_two(rows) and _is_power_of_two(columns):
-            # Every source cell covers a rows x columns block exactly: broadcast instead of writing the resized maps.
-            # Only for powers of two, where torch's float32 index rule is exact.
-            blocks = x.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
-            y, b = y[:, :, :, None, :, None], b[:, :, :, None, :, None]
-            return (torch.addcmul(b, blocks, y, out=blocks) if in_place else blocks * y + b).flatten(4, 5).flatten(2, 3)
-    y, b = (F.interpolate(map_, size=(height, width), mode="nearest") for map_ in (y, b))
+    if not torch.compiler.is_compiling() and all(is_whole_ratio(small, large) for small, large in zip(y.shape[2:], x.shape[2:], strict=True)):
+        return scale_by_cells(x, y, b, out=x if in_place else None)
+    y, b = (F.interpolate(map_, size=x.shape[2:], mode="nearest") for map_ in (y, b))
     return torch.addcmul(b, x, y, out=x) if in_place else x * y + b
 
 
-def _is_power_of_two(n: int) -> bool:
-    return n > 0 and n & (n - 1) == 0
+def is_whole_ratio(small: int, large: int) -> bool:
+    """Whether each of `small` cells covers as many of `large`, and torch's nearest rule, which multiplies in float32, says so too."""
+    ratio, rest = divmod(large, small)
+    return rest == 0 and ratio & (ratio - 1) == 0 and ratio > 0
+
+
+def scale_by_cells(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
+    """``x * up(scale) + up(shift)`` where every cell of scale and shift covers a block of x: broadcast, not written out."""
+    rows, columns = (large // small for small, large in zip(scale.shape[2:], x.shape[2:], strict=True))
+    blocks = x.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
+    scale, shift = (t[:, :, :, None, :, None] for t in (scale, shift))
+    if out is None:
+        return (blocks * scale + shift).flatten(4, 5).flatten(2, 3)
+    torch.addcmul(shift, blocks, scale, out=out.unflatten(3, (-1, columns)).unflatten(2, (-1, rows)))
+    return out
 
 
 # Where scaled_dot_product_attention has no fused kernel it makes all scores of its queries at once: ask for no more than these.

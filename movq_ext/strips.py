@@ -1,0 +1,228 @@
+"""The decoder's layers, strip by strip: the working memory is that of a strip, and nothing is computed otherwise than for the whole map.
+
+A convolution's strip takes one more row of its input on either side; group norm's mean and variance come from the moments that every map
+gathers while it is written; attention keeps the keys and values of all positions and walks over queries. So, unlike tiles that are decoded
+apart and blended, strips leave no seams: the result is that of decoding whole, up to rounding.
+
+On a CPU this is also the fast way: a strip is normalised, convolved, added to and measured while it is in the cache, and no map is written
+but the layers' results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .functional import attention
+from .maps import FeatureMap, MapStore, widened
+from .native import is_whole_ratio, scale_by_cells
+from .modules import AttnBlock, GroupNorm, ResnetBlock, SpatialNorm, Upsample, is_plain
+
+HALO = 2  # rows that a strip has beyond those it makes
+Normalise = Callable[[int, int, Tensor], object]  # rows first to last - 1 of a map, normalised, into a tensor of their shape
+Modulated = Callable[[int, int], Iterable[tuple[int, int, Tensor, Tensor]]]  # rows first to last - 1 in parts: each with its scale and shift
+
+
+class Strips:
+    """Runs layers on the maps of one image, in strips whose tensors take about ``working`` bytes together.
+
+    Args:
+        store: makes the maps.
+        zq: ``(1, zq_ch, h, w)``, what the norms are conditioned on.
+        working: bytes.
+    """
+
+    def __init__(self, store: MapStore, zq: Tensor, working: int) -> None:
+        self.store, self.zq, self.working = store, zq, working
+        self._memory = store.like.new_empty(0)
+
+    def first(self, conv: nn.Conv2d, z: Tensor) -> FeatureMap:
+        """conv(z)."""
+        source = self.store.new(*z.shape[1:])
+        source.write(0, z)
+        return self._convolve(source, None, conv, self.store.new(conv.out_channels, *z.shape[2:]))
+
+    def then(self, layer: nn.Module, x: FeatureMap) -> FeatureMap:
+        """layer(x), for which x is given up."""
+        if isinstance(layer, ResnetBlock):
+            return self._resnet_block(layer, x)
+        if isinstance(layer, AttnBlock):
+            return self._attn_block(layer, x)
+        if isinstance(layer, Upsample):
+            return self._upsample(layer, x)
+        raise TypeError(f"a decoder in strips takes ResnetBlock, AttnBlock and Upsample, got {type(layer).__name__}")
+
+    def last(self, norm: nn.Module, conv: nn.Conv2d, x: FeatureMap, out: Tensor) -> None:
+        """conv(silu(norm(x))) into out, ``(1, conv.out_channels, H, W)``."""
+        for first, strip in self._convolved(x, self._normalised(norm, x, "silu"), conv):
+            out[:, :, first : first + strip.shape[2]] = strip
+
+    # --- Layers
+
+    def _resnet_block(self, block: ResnetBlock, x: FeatureMap) -> FeatureMap:
+        h = self._convolve(x, self._normalised(block.norm1, x, "silu"), block.conv1, self.store.new(block.out_channels, x.height, x.width))
+        in_place = block.out_channels <= block.in_channels and not hasattr(block, "conv_shortcut")
+        out = x.successor(block.out_channels) if in_place else self.store.new(block.out_channels, x.height, x.width)
+        for first, strip in self._convolved(h, self._normalised(block.norm2, h, "silu"), block.conv2):
+            last = first + strip.shape[2]
+            if hasattr(block, "conv_shortcut"):
+                shortcut = self._convolved_rows(x, self._copied(x), block.conv_shortcut, first, last)
+            else:
+                shortcut = x.read(first, last)
+                shortcut = block.nin_shortcut(shortcut) if hasattr(block, "nin_shortcut") else shortcut
+            out.write(first, strip.add_(shortcut))
+        self.store.drop(h)
+        if not in_place:
+            self.store.drop(x)
+        return out
+
+    def _attn_block(self, block: AttnBlock, x: FeatureMap) -> FeatureMap:
+        normalise = self._normalised(block.norm, x, None)
+        k, v = (self.store.like.new_empty(1, 1, x.height * x.width, x.channels) for _ in range(2))
+
+        def projected(layer: nn.Module, n: Tensor) -> Tensor:
+            return cast(Tensor, layer(n).flatten(2).transpose(1, 2).unsqueeze(1))
+
+        for first, last in self._spans(x, 8 * x.channels):
+            n = self._strip(x, last - first)
+            normalise(first, last, n)
+            for layer, whole in ((block.k, k), (block.v, v)):
+                whole[:, :, first * x.width : last * x.width] = projected(layer, n)
+        out = x.successor(x.channels)
+        for first, last in self._spans(x, 8 * x.channels):
+            n = self._strip(x, last - first)
+            normalise(first, last, n)
+            attended = attention(projected(block.q, n), k, v).squeeze(1).transpose(1, 2).unflatten(2, (last - first, x.width))
+            out.write(first, block.proj_out(attended).add_(x.read(first, last)))
+        return out
+
+    def _upsample(self, layer: Upsample, x: FeatureMap) -> FeatureMap:
+        out = self.store.new(x.channels, 2 * x.height, 2 * x.width)
+        for first, last in self._spans(x, 10 * x.channels):
+            above, below = int(first > 0), int(last < x.height)
+            strip = layer(x.read(first - above, last + below))
+            # Rows at the ends of a haloed strip saw zeros in place of their neighbours: they are cut off.
+            out.write(2 * first, strip[:, :, 2 * above : strip.shape[2] - 2 * below])
+        self.store.drop(x)
+        return out
+
+    # --- Convolutions
+
+    def _convolve(self, x: FeatureMap, before: Normalise | None, conv: nn.Conv2d, out: FeatureMap) -> FeatureMap:
+        for first, strip in self._convolved(x, before or self._copied(x), conv):
+            out.write(first, strip)
+        return out
+
+    def _convolved(self, x: FeatureMap, before: Normalise, conv: nn.Conv2d) -> Iterator[tuple[int, Tensor]]:
+        """Strip after strip of conv(before(x)), each with its first row."""
+        for first, last in self._spans(x, convolution_values(x.channels, conv.out_channels)):
+            yield first, self._convolved_rows(x, before, conv, first, last)
+
+    def _convolved_rows(self, x: FeatureMap, before: Normalise, conv: nn.Conv2d, first: int, last: int) -> Tensor:
+        """Rows of conv(before(x)), in a tensor of their own."""
+        strip = self._strip(x, last - first + HALO)
+        above, below = int(first > 0), int(last < x.height)
+        inside = strip[:, :, 1 - above : strip.shape[2] - 1 + below]
+        before(first - above, last + below, inside)
+        if not is_plain(conv):  # it pads by itself, where strips meet too
+            return conv(inside)[:, :, above : inside.shape[2] - below]  # type: ignore[no-any-return]
+        if not above:
+            strip[:, :, 0] = 0
+        if not below:
+            strip[:, :, -1] = 0
+        return F.conv2d(strip, conv.weight, conv.bias, padding=(0, 1))
+
+    def _copied(self, x: FeatureMap) -> Normalise:
+        return lambda first, last, out: out.copy_(x.read(first, last))
+
+    def _strip(self, x: FeatureMap, rows: int) -> Tensor:
+        """So many rows of a map like x; every strip takes the memory of the one before, which is in the cache."""
+        count = rows * x.width * x.channels
+        if self._memory.numel() < count:
+            self._memory = self.store.like.new_empty(count)
+        return self._memory[:count].view(1, rows, x.width, x.channels).permute(0, 3, 1, 2)
+
+    def _spans(self, x: FeatureMap, values: int) -> Iterator[tuple[int, int]]:
+        """First and last row of each strip of x, for work that holds this many values for every pixel."""
+        rows = max(1, self.working // (values * x.width * self.store.like.itemsize) - HALO)
+        if rows < x.height:
+            rows = 1 << rows.bit_length() - 1  # whole cells of zq, mostly
+        for first in range(0, x.height, rows):
+            yield first, min(first + rows, x.height)
+
+    # --- Norms
+
+    def _normalised(self, norm: nn.Module, x: FeatureMap, activation: str | None) -> Normalise:
+        """GroupNorm or SpatialNorm of x as ``x * scale + shift``, with a scale and a shift for every channel and cell of zq."""
+        layer = norm.norm_layer if isinstance(norm, SpatialNorm) else norm
+        assert isinstance(layer, nn.GroupNorm)
+        mean, rstd = x.moments.of_groups(layer.num_groups, layer.eps)
+        scale = rstd if layer.weight is None else rstd * layer.weight
+        shift = -mean * scale if layer.bias is None else layer.bias - mean * scale
+        wide = torch.promote_types(self.store.like.dtype, torch.float32)
+        scale, shift = (t.to(wide)[None, :, None, None] for t in (scale, shift))
+        modulate = self._modulated(norm, x, scale, shift) if isinstance(norm, SpatialNorm) else lambda first, last: [(first, last, scale, shift)]
+
+        def normalise(first: int, last: int, out: Tensor) -> None:
+            values = widened(x.read(first, last))
+            result = out if out.dtype == wide else values  # which is a copy then
+            for begin, end, scale, shift in modulate(first, last):
+                rows = slice(begin - first, end - first)
+                scale_by_cells(values[:, :, rows], scale, shift, out=result[:, :, rows])
+            if activation == "silu":
+                F.silu(result, inplace=True)
+            if result is not out:
+                out.copy_(result)
+
+        return normalise
+
+    def _modulated(self, norm: SpatialNorm, x: FeatureMap, scale: Tensor, shift: Tensor) -> Modulated:
+        """``(v * scale + shift) * y + b`` as one scale and shift, for rows of x that lie in whole cells or within one."""
+
+        def combine(y: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+            y, b = widened(y), widened(b)
+            return y * scale, torch.addcmul(b, y, shift)
+
+        height, width = self.zq.shape[2:]
+        rows, columns = self._sources(height, x.height), self._sources(width, x.width)
+        if norm.add_conv:  # a 3x3 convolution does not commute with the resize
+
+            def convolved(first: int, last: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+                above, below = int(first > 0), int(last < x.height)
+                zq = norm.conv(self.zq[:, :, rows[first - above : last + below]][:, :, :, columns])
+                yield first, last, *combine(*norm.modulation(zq[:, :, above : zq.shape[2] - below]))
+
+            return convolved
+
+        scales, shifts = combine(*norm.modulation(self.zq))
+        if is_whole_ratio(height, x.height) and is_whole_ratio(width, x.width):
+            size = x.height // height
+            return lambda first, last: (
+                (begin, end, *(t[:, :, begin // size : -(-end // size)] for t in (scales, shifts))) for begin, end in whole_cells(first, last, size)
+            )
+
+        def gathered(first: int, last: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+            yield first, last, *(t[:, :, rows[first:last]][:, :, :, columns] for t in (scales, shifts))
+
+        return gathered
+
+    def _sources(self, small: int, large: int) -> Tensor:
+        """torch's nearest rule: from which cell of `small` each of `large` is."""
+        cells = torch.arange(small, dtype=torch.float32, device=self.zq.device)
+        return F.interpolate(cells[None, None], size=large, mode="nearest")[0, 0].long()
+
+
+def whole_cells(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
+    """Rows first to last - 1 in up to three parts: of whole cells of `size` rows, before them and behind them."""
+    head = min(last, -(-first // size) * size)
+    tail = max(head, last // size * size)
+    return ((begin, end) for begin, end in ((first, head), (head, tail), (tail, last)) if begin < end)
+
+
+def convolution_values(channels: int, out_channels: int) -> int:
+    """For each pixel: a strip, its normalised copy, wider copies of both and their scales; the result and what is added to it."""
+    return 5 * channels + 2 * out_channels
