@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .maps import MapStore
-from .modules import AttnBlock, ResnetBlock, Upsample, check_batch, check_latent, check_levels, check_positive, is_plain_network, make_norm
+from .modules import AttnBlock, ResnetBlock, SpatialNorm, Upsample, check_batch, check_latent, check_levels, check_positive, is_plain_network, make_norm
+from .modulation import Modulations
 from .native import is_inference
 from .strips import Strips
 
@@ -109,12 +110,14 @@ class MOVQDecoder(nn.Module):
             TypeError: z or zq has another dtype than the model, outside autocast.
         """
         self._check(z, zq)
-        if z.device.type == "cpu" and is_inference(z, zq, *self.parameters()) and not torch.is_autocast_enabled("cpu") and is_plain_network(self):
+        free = is_inference(z, zq, *self.parameters()) and is_plain_network(self)  # to compute the same in another way
+        if free and z.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
             return self.in_strips(z, zq, STRIP_BYTES)
         z, zq = _latents(z, zq)
-        for _, h in self._stages(z, zq):
+        condition = Modulations(self._norms(), zq) if free and not self.norm_out.add_conv else zq
+        for _, h in self._stages(z, condition):
             pass
-        out = h if self.give_pre_end else self.conv_out(self.norm_out(h, zq, activation="silu"))
+        out = h if self.give_pre_end else self.conv_out(self.norm_out(h, condition, activation="silu"))
         return out.contiguous()
 
     def forward_with_features_output(self, z: Tensor, zq: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -150,7 +153,12 @@ class MOVQDecoder(nn.Module):
             strips.last(self.norm_out, self.conv_out, h, out)
             return out
 
-    def _stages(self, z: Tensor, zq: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def _norms(self) -> list[nn.Module]:
+        """In the order of their use."""
+        layers = [*(layer for _, layer, _ in self._steps()), self.norm_out]
+        return [module for layer in layers for module in layer.modules() if isinstance(module, SpatialNorm)]
+
+    def _stages(self, z: Tensor, zq: Tensor | Modulations) -> Iterator[tuple[str, Tensor]]:
         """Every step before norm_out: its name and its output."""
         yield "conv_in", (h := self.conv_in(z))
         for name, layer, conditioned in self._steps():

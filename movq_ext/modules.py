@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .derived import Derived
 from .functional import spatial_attention, spatial_norm
+from .modulation import Modulations, modulate
 from .native import is_inference
 
 NORM_GROUPS = 32
@@ -20,7 +21,7 @@ NORM_EPS = 1e-6
 class GroupNorm(nn.GroupNorm):
     """``nn.GroupNorm`` with SpatialNorm's signature, for blocks that are not conditioned on a latent (zq is ignored)."""
 
-    def forward(self, f: Tensor, zq: Tensor | None = None, activation: str | None = None) -> Tensor:
+    def forward(self, f: Tensor, zq: object = None, activation: str | None = None) -> Tensor:
         return spatial_norm(f, None, None, self.weight, self.bias, self.num_groups, self.eps, activation)
 
 
@@ -66,14 +67,15 @@ class SpatialNorm(nn.Module):
             self.norm_layer.eval()
         return self
 
-    def forward(self, f: Tensor, zq: Tensor, activation: str | None = None) -> Tensor:
+    def forward(self, f: Tensor, zq: Tensor | Modulations, activation: str | None = None) -> Tensor:
         """Normalise f ``(B, f_channels, H, W)`` conditioned on zq ``(B, zq_channels, h, w)``; returns f's shape.
 
         Raises ValueError (rank, channels, batch, device) or TypeError (dtype) naming the argument.
         """
         check_latent("f", f, self.conv_y.out_channels, self.conv_y.weight)
-        check_latent("zq", zq, self.conv_y.in_channels, self.conv_y.weight)
-        check_batch(f=f, zq=zq)
+        if not isinstance(zq, Modulations):
+            check_latent("zq", zq, self.conv_y.in_channels, self.conv_y.weight)
+            check_batch(f=f, zq=zq)
         if self.add_conv:  # a 3x3 convolution does not commute with the resize
             zq = self.conv(F.interpolate(zq, size=f.shape[-2:], mode="nearest"))
         y, b = self.modulation(zq)
@@ -84,16 +86,12 @@ class SpatialNorm(nn.Module):
         out = cast(Tensor, norm(f) * y + b)
         return F.silu(out) if activation == "silu" else out
 
-    def modulation(self, zq: Tensor) -> tuple[Tensor, Tensor]:
-        """conv_y(zq) and conv_b(zq), ``(B, f_channels, h, w)`` each, as one product."""
-        layers = (self.conv_y, self.conv_b)
-        if not all(is_plain(layer) and layer.bias is not None for layer in layers):
-            return self.conv_y(zq), self.conv_b(zq)
-        weight, bias = torch.stack([layer.weight.flatten(1) for layer in layers]), torch.stack([layer.bias for layer in layers])
-        cells = zq.permute(0, 2, 3, 1).reshape(1, -1, zq.shape[1]).expand(2, -1, -1)
-        products = torch.baddbmm(bias.unsqueeze(1), cells, weight.mT).unflatten(1, (zq.shape[0], *zq.shape[2:]))
-        y, b = products.permute(0, 1, 4, 2, 3)
-        return y, b
+    def modulation(self, zq: Tensor | Modulations) -> tuple[Tensor, Tensor]:
+        """conv_y(zq) and conv_b(zq), ``(B, f_channels, h, w)`` each."""
+        if isinstance(zq, Modulations):
+            return zq.of(self)
+        plain = all(is_plain(layer) and layer.bias is not None for layer in (self.conv_y, self.conv_b))
+        return modulate([self], zq)[0] if plain else (self.conv_y(zq), self.conv_b(zq))
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -222,7 +220,7 @@ class ResnetBlock(nn.Module):
             else:
                 self.nin_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
-    def forward(self, x: Tensor, temb: Tensor | None = None, zq: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor | None = None, zq: Tensor | Modulations | None = None) -> Tensor:
         """``(B, in_channels, H, W) -> (B, out_channels, H, W)``; temb ``(B, temb_channels)``, zq ``(B, zq_ch, h, w)``.
 
         Raises ValueError if temb is given to a block without ``temb_channels``, or is missing from one with them.
@@ -255,7 +253,7 @@ class AttnBlock(nn.Module):
         self.v = nn.Conv2d(in_channels, in_channels, kernel_size=1)
         self.proj_out = nn.Conv2d(in_channels, in_channels, kernel_size=1)
 
-    def forward(self, x: Tensor, zq: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, zq: Tensor | Modulations | None = None) -> Tensor:
         """``(B, C, H, W) -> (B, C, H, W)``; zq ``(B, zq_ch, h, w)`` where the norm is conditioned."""
         return add_to_new(self.proj_out(spatial_attention(*self._project(self.norm(x, zq)))), x, self.proj_out)
 
