@@ -149,9 +149,7 @@ class MOVQDecoder(nn.Module):
                 h = strips.then(layer, h)
             if self.give_pre_end:
                 return h.read(0, h.height).contiguous()
-            out = z.new_empty(1, self.conv_out.out_channels, h.height, h.width)
-            strips.last(self.norm_out, self.conv_out, h, out)
-            return out
+            return strips.last(self.norm_out, self.conv_out, h)
 
     def _norms(self) -> list[nn.Module]:
         """In the order of their use."""

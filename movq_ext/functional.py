@@ -132,7 +132,8 @@ def spatial_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = Non
         if tensor.shape != q.shape:
             raise ValueError(f"{name} must have q's shape {tuple(q.shape)}, got {tuple(tensor.shape)}")
     out = attention(*(tensor.flatten(2).transpose(1, 2).unsqueeze(1) for tensor in (q, k, v)), scale)
-    out = out.squeeze(1).transpose(1, 2).unflatten(2, q.shape[2:])
+    # By way of (tokens, C): what it comes with as the stride of a batch of one would keep a convolution from taking it for channels_last.
+    out = out.flatten(0, 2).unflatten(0, (q.shape[0], *q.shape[2:])).permute(0, 3, 1, 2)
     return out.contiguous() if q.is_cuda and q.is_contiguous() else out
 
 

@@ -42,6 +42,7 @@ class Strips:
 
     def first(self, conv: nn.Conv2d, z: Tensor) -> FeatureMap:
         """conv(z)."""
+        check_convolution(conv)
         source = self.store.new(*z.shape[1:])
         source.write(0, z)
         return self._convolve(source, None, conv, self.store.new(conv.out_channels, *z.shape[2:]))
@@ -56,14 +57,19 @@ class Strips:
             return self._upsample(layer, x)
         raise TypeError(f"a decoder in strips takes ResnetBlock, AttnBlock and Upsample, got {type(layer).__name__}")
 
-    def last(self, norm: nn.Module, conv: nn.Conv2d, x: FeatureMap, out: Tensor) -> None:
-        """conv(silu(norm(x))) into out, ``(1, conv.out_channels, H, W)``."""
+    def last(self, norm: nn.Module, conv: nn.Conv2d, x: FeatureMap) -> Tensor:
+        """conv(silu(norm(x))), ``(1, conv.out_channels, H, W)``."""
+        check_convolution(conv)
+        out = self.store.like.new_empty(1, conv.out_channels, x.height, x.width)
         for first, strip in self._convolved(x, self._normalised(norm, x, "silu"), conv):
             out[:, :, first : first + strip.shape[2]] = strip
+        return out
 
     # --- Layers
 
     def _resnet_block(self, block: ResnetBlock, x: FeatureMap) -> FeatureMap:
+        for conv in (block.conv1, block.conv2):
+            check_convolution(conv)
         h = self._convolve(x, self._normalised(block.norm1, x, "silu"), block.conv1, self.store.new(block.out_channels, x.height, x.width))
         in_place = block.out_channels <= block.in_channels and not hasattr(block, "conv_shortcut")
         out = x.successor(block.out_channels) if in_place else self.store.new(block.out_channels, x.height, x.width)
@@ -85,7 +91,7 @@ class Strips:
         k, v = (self.store.like.new_empty(1, 1, x.height * x.width, x.channels) for _ in range(2))
 
         def projected(layer: nn.Module, n: Tensor) -> Tensor:
-            return cast(Tensor, layer(n).flatten(2).transpose(1, 2).unsqueeze(1))
+            return cast(Tensor, layer(n).permute(0, 2, 3, 1).flatten(1, 2).unsqueeze(1))
 
         for first, last in self._spans(x, 8 * x.channels):
             n = self._strip(x, last - first)
@@ -96,11 +102,13 @@ class Strips:
         for first, last in self._spans(x, 8 * x.channels):
             n = self._strip(x, last - first)
             normalise(first, last, n)
-            attended = attention(projected(block.q, n), k, v).squeeze(1).transpose(1, 2).unflatten(2, (last - first, x.width))
+            attended = attention(projected(block.q, n), k, v).flatten(0, 2).unflatten(0, (1, last - first, x.width)).permute(0, 3, 1, 2)
             out.write(first, block.proj_out(attended).add_(x.read(first, last)))
         return out
 
     def _upsample(self, layer: Upsample, x: FeatureMap) -> FeatureMap:
+        if layer.with_conv:
+            check_convolution(layer.conv)
         out = self.store.new(x.channels, 2 * x.height, 2 * x.width)
         for first, last in self._spans(x, 10 * x.channels):
             above, below = int(first > 0), int(last < x.height)
@@ -214,6 +222,12 @@ class Strips:
         """torch's nearest rule: from which cell of `small` each of `large` is."""
         cells = torch.arange(small, dtype=torch.float32, device=self.zq.device)
         return F.interpolate(cells[None, None], size=large, mode="nearest")[0, 0].long()
+
+
+def check_convolution(conv: nn.Module) -> None:
+    """What is computed in strips must not depend on where in the map it is, but for zeros around that."""
+    if not isinstance(conv, nn.Conv2d) or conv.padding_mode != "zeros":
+        raise TypeError(f"a decoder in strips takes nn.Conv2d padded with zeros, got {conv}")
 
 
 def whole_cells(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:

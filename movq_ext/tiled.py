@@ -29,7 +29,8 @@ def decode_tiled(decoder: MOVQDecoder, z: Tensor, zq: Tensor, *, max_memory: int
 
     Raises:
         ValueError: as the decoder's; max_memory is too small for one row of the largest map; the decoder trains with dropout.
-        TypeError: as the decoder's; the decoder has a block of another class.
+        TypeError: as the decoder's; a block of the decoder is of another class, or a 3x3 convolution no ``nn.Conv2d`` padded with zeros.
+            Subclasses and hooks of convolutions are called (strip by strip), those of blocks are not.
         OSError: the temporary files do not fit the disk.
     """
     decoder._check(z, zq)

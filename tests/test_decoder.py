@@ -343,18 +343,26 @@ class Copies(TorchDispatchMode):
         return out
 
 
-def test_maps_stay_in_channels_last():
+@pytest.mark.parametrize("batch", [1, 2])
+def test_maps_stay_in_channels_last(batch):
     """From the latent to the image no map changes its layout, whatever the caller's; the image comes in the ordinary one."""
-    decoder, (z, zq) = make(), latents((8, 8))
+    decoder, (z, zq) = make(), latents((8, 8), batch)
     names, layouts = [], []
 
     def note(name):
-        return lambda _, x: (names.append(name), layouts.append(x[0].is_contiguous(memory_format=torch.channels_last)))[2:] or None
+        return lambda _, x: (names.append(name), layouts.append(torch._prims_common.suggest_memory_format(x[0]) == torch.channels_last))[2:] or None
 
     for name, module in decoder.named_modules():
         if isinstance(module, nn.Conv2d) and module.in_channels >= 32:
             module.register_forward_pre_hook(note(name))
-    with torch.no_grad(), Copies(2, 2 * 32 * 8 * 8) as copies:
+    with torch.no_grad(), Copies(batch, batch * 32 * 8 * 8) as copies:
         out = decoder(z, zq)
     assert len(names) > 8 and all(layouts), [name for name, fits in zip(names, layouts, strict=True) if not fits]
     assert copies.seen == [] and out.is_contiguous()
+
+
+def test_every_map_is_in_channels_last():
+    """So that each layer's convolution finds it so too, where no hook changes the layers' way."""
+    with torch.no_grad():
+        _, features = make().forward_with_features_output(*latents((8, 8), 1))
+    assert {name: torch._prims_common.suggest_memory_format(x) for name, x in features.items()} == dict.fromkeys(FEATURES, torch.channels_last)

@@ -1,4 +1,4 @@
-"""Decoding in strips gives what decoding whole gives."""
+"""Decoding in strips, as decode_tiled does and every decode on a CPU without gradients, gives what the layers give one by one."""
 
 import tempfile
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_decoder import latents, make
 from tolerances import assert_close, relative_error
+from torch import nn
 
 from movq_ext import MOVQ, ResnetBlock, decode_tiled, maps, strips
 
@@ -24,26 +25,46 @@ CASES = {
 }
 
 
+def decode(decoder, z, zq, max_memory):
+    if max_memory is not None:
+        return decode_tiled(decoder, z, zq, max_memory=max_memory)
+    with torch.no_grad():
+        return decoder(z, zq)
+
+
+@pytest.fixture
+def spans(monkeypatch):
+    """The strips of every layer that runs in strips."""
+    seen, plain = [], strips.Strips._spans
+    monkeypatch.setattr(strips.Strips, "_spans", lambda *a: (seen.append(list(plain(*a))), iter(seen[-1]))[1])
+    return seen
+
+
+@pytest.fixture
+def files(monkeypatch):
+    """The temporary files."""
+    seen, plain = [], tempfile.TemporaryFile
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **k: (seen.append(plain(**k)), seen[-1])[1])
+    return seen
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("max_memory", [LITTLE, SOME, PLENTY])
+@pytest.mark.parametrize("max_memory", [LITTLE, SOME, PLENTY, None])
 @pytest.mark.parametrize("name", CASES)
-def test_strips_are_the_whole(name, max_memory, device):
+def test_strips_are_the_whole(spans, name, max_memory, device):
     changes, grid, zq_grid = CASES[name]
     decoder = make(**changes).to(device)
     z, zq = latents(grid, zq_grid=zq_grid, device=device)
-    with torch.no_grad():
-        wanted = decoder(z, zq)
-    out = decode_tiled(decoder, z, zq, max_memory=max_memory)
+    wanted = decoder(z, zq)  # with gradients: layer by layer
+    assert wanted.requires_grad and not spans
+    out = decode(decoder, z, zq, max_memory)
     assert out.is_contiguous() and not out.requires_grad
+    assert spans or (device == "cuda" and max_memory is None)
     assert_close(out, wanted.double(), slack=5)
 
 
-def test_there_are_strips_and_files(monkeypatch):
+def test_there_are_strips_and_files(spans, files):
     decoder, (z, zq) = make(), latents((40, 4))
-    spans, files = [], []
-    plain = strips.Strips._spans
-    monkeypatch.setattr(strips.Strips, "_spans", lambda *a: (spans.append(list(plain(*a))), iter(spans[-1]))[1])
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda real=tempfile.TemporaryFile, **k: (files.append(real(**k)), files[-1])[1])
     decode_tiled(decoder, z, zq, max_memory=LITTLE)
     assert max(map(len, spans)) > 2 and files and all(file.closed for file in files)
     spans.clear(), files.clear()
@@ -51,22 +72,85 @@ def test_there_are_strips_and_files(monkeypatch):
     assert max(map(len, spans)) == 1 and not files
 
 
-def test_shortcuts_by_3x3_convolutions():
+@pytest.mark.parametrize("max_memory", [LITTLE, None])
+@pytest.mark.parametrize("channels", [(64, 32), (64, 64), (32, 64)])
+def test_shortcuts_by_3x3_convolutions(max_memory, channels):
     decoder, (z, zq) = make(), latents((6, 4))
-    decoder.up[0].block[0] = ResnetBlock(in_channels=64, out_channels=32, conv_shortcut=True, zq_ch=5)
-    with torch.no_grad():
-        assert_close(decode_tiled(decoder, z, zq, max_memory=LITTLE), decoder(z, zq).double(), slack=5)
+    blocks = decoder.up[0].block
+    blocks[0] = ResnetBlock(in_channels=64, out_channels=channels[1], conv_shortcut=True, zq_ch=5)
+    blocks[1] = ResnetBlock(in_channels=channels[1], out_channels=32, conv_shortcut=channels[0] == 64, zq_ch=5)
+    assert_close(decode(decoder, z, zq, max_memory), decoder(z, zq).double(), slack=5)
+
+
+class Scaled(nn.Conv2d):
+    """As an adapter would be: what the layer's weights alone do not tell."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def scaled(conv):
+    twin = Scaled(conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding)
+    twin.load_state_dict(conv.state_dict())
+    return twin
+
+
+def circular(decoder):
+    for layer in (decoder.mid.block_1.conv1, decoder.up[0].block[0].conv2, decoder.up[1].upsample.conv):
+        layer.padding_mode = "circular"
+
+
+def adapted(decoder):
+    decoder.up[0].block[0].conv2, decoder.up[1].upsample.conv = scaled(decoder.up[0].block[0].conv2), scaled(decoder.up[1].upsample.conv)
+    decoder.mid.attn_1.v, decoder.norm_out.conv_y = scaled(decoder.mid.attn_1.v), scaled(decoder.norm_out.conv_y)
+
+
+def patched(decoder):
+    layer = decoder.up[1].block[0].conv2
+    plain = layer.forward
+    layer.forward = lambda x: 2 * plain(x)
+
+
+def hooked(decoder):
+    decoder.up[0].block[0].conv2.register_forward_hook(lambda layer, inputs, out: 2 * out)
+
+
+def patched_block(decoder):
+    plain = decoder.up[0].block[0].forward
+    decoder.up[0].block[0].forward = lambda x, zq: 2 * plain(x, zq=zq)
+
+
+def quantised(decoder):
+    decoder.conv_out = nn.Sequential(decoder.conv_out, nn.Hardtanh())
+
+
+@pytest.mark.parametrize("change", [circular, adapted, patched, hooked, patched_block, quantised])
+def test_a_decoder_that_somebody_changed_is_called_layer_by_layer(spans, change):
+    decoder, (z, zq) = make(), latents((6, 4))
+    before = decoder(z, zq)
+    change(decoder)
+    wanted = decoder(z, zq)
+    assert relative_error(wanted, before) > 1e-3
+    assert_close(decode(decoder, z, zq, None), wanted.double(), slack=5)
+    assert not spans
+
+
+@pytest.mark.parametrize("change", [adapted, patched, hooked])
+def test_convolutions_that_somebody_changed_are_called_in_strips(change):
+    decoder, (z, zq) = make(), latents((6, 4))
+    change(decoder)
+    assert_close(decode_tiled(decoder, z, zq, max_memory=LITTLE), decoder(z, zq).double(), slack=5)
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-11), (torch.bfloat16, 5e-2)])
 def test_other_dtypes(dtype, limit):
     decoder = make().to(dtype)
     z, zq = latents((6, 4), dtype=dtype)
-    out = decode_tiled(decoder, z, zq, max_memory=2 * LITTLE)
-    assert out.dtype == dtype
-    with torch.no_grad():
-        exact = make().double()(z.double(), zq.double()) if dtype == torch.bfloat16 else decoder(z, zq)
-    assert relative_error(out, exact) < limit
+    exact = make().double()(z.double(), zq.double())
+    for max_memory in (2 * LITTLE, None):
+        out = decode(decoder, z, zq, max_memory)
+        assert out.dtype == dtype
+        assert relative_error(out, exact) < limit
 
 
 @pytest.mark.parametrize("max_memory", [LITTLE, PLENTY])
@@ -89,16 +173,15 @@ def test_statistics_of_strips_with_a_large_mean():
     torch.testing.assert_close(rstd[::2], wanted, rtol=1e-5, atol=0)
 
 
-def test_files_are_closed_when_it_fails(monkeypatch):
+def test_files_are_closed_when_it_fails(monkeypatch, files):
     decoder, (z, zq) = make(), latents((40, 4))
-    files, plain = [], strips.Strips._convolved_rows
+    plain = strips.Strips._convolved_rows
 
     def fails_late(*arguments):
         if files:
             raise OSError("disk full")
         return plain(*arguments)
 
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda real=tempfile.TemporaryFile, **k: (files.append(real(**k)), files[-1])[1])
     monkeypatch.setattr(strips.Strips, "_convolved_rows", fails_late)
     with pytest.raises(OSError, match="disk full"):
         decode_tiled(decoder, z, zq, max_memory=LITTLE)
@@ -110,8 +193,7 @@ def test_the_whole_model_takes_max_memory():
     model = MOVQ(dict(ch=32, out_ch=3, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=[], in_channels=3, resolution=16, z_channels=4,
                       double_z=False), 16, 4).eval()
     quant = torch.randn(1, 4, 6, 5)
-    with torch.no_grad():
-        assert_close(model.decode(quant, max_memory=LITTLE), model.decode(quant).double(), slack=5)
+    assert_close(model.decode(quant, max_memory=LITTLE), model.decode(quant).double(), slack=5)
 
 
 def test_it_refuses():
@@ -122,3 +204,9 @@ def test_it_refuses():
         decode_tiled(decoder, z, z, max_memory=PLENTY)
     with pytest.raises(ValueError, match="decoder must be in evaluation mode"):
         decode_tiled(make(dropout=0.1).train(), z, zq, max_memory=PLENTY)
+    for change, message in ((circular, "nn.Conv2d padded with zeros, got .*circular"), (quantised, "nn.Conv2d padded with zeros, got Sequential"),
+                            (lambda decoder: setattr(decoder.mid, "block_1", nn.Identity()), "takes ResnetBlock, .* got Identity")):  # fmt: skip
+        changed = make()
+        change(changed)
+        with pytest.raises(TypeError, match=message):
+            decode_tiled(changed, z, zq, max_memory=PLENTY)
