@@ -1,0 +1,99 @@
+"""What a decode costs, in counts that do not depend on a clock: a change that makes it dearer fails here."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_decoder import KANDINSKY, Copies, latents, make
+from torch.utils.flop_counter import FlopCounterMode
+
+from movq_ext import MOVQDecoder, ResnetBlock, Upsample, decode_tiled
+
+
+def operations(run):
+    with FlopCounterMode(display=False) as counted:
+        run()
+    return counted.get_total_flops()
+
+
+def expected_operations(decoder, height, width):
+    """Two for every multiplication of the convolutions and of attention, by the layers' sizes."""
+
+    def conv(layer, cells):
+        return 2 * layer.weight.numel() * cells
+
+    def norm(layer):
+        return conv(layer.conv_y, height * width) + conv(layer.conv_b, height * width)
+
+    cells = height * width
+    total = conv(decoder.conv_in, cells)
+    for _, layer, _ in decoder._steps():
+        if isinstance(layer, Upsample):
+            cells *= 4
+            total += conv(layer.conv, cells) * 4 // 9  # 16 multiplications where the published layer makes 36
+        elif isinstance(layer, ResnetBlock):
+            total += norm(layer.norm1) + norm(layer.norm2) + conv(layer.conv1, cells) + conv(layer.conv2, cells)
+            total += conv(layer.nin_shortcut, cells) if hasattr(layer, "nin_shortcut") else 0
+        else:
+            total += norm(layer.norm) + sum(conv(part, cells) for part in (layer.q, layer.k, layer.v, layer.proj_out))
+            total += 4 * layer.q.out_channels * cells * cells
+    return total + norm(decoder.norm_out) + conv(decoder.conv_out, cells)
+
+
+def test_operations_of_the_released_model():
+    """Layer by layer; the published decoder makes 637 billion at 256x256."""
+    with torch.device("meta"):
+        decoder, z = MOVQDecoder(**KANDINSKY), torch.empty(1, 4, 32, 32)
+    counted = operations(lambda: decoder(z, z))
+    assert counted == expected_operations(decoder, 32, 32)
+    assert counted < 542e9
+
+
+@pytest.mark.parametrize("max_memory, more", [(None, 0), (1 << 20, 0.1)])
+def test_operations_of_strips(max_memory, more):
+    """Convolutions in strips compute no row twice; upsampling does, where strips meet."""
+    decoder, (z, zq) = make(attn_resolutions=[], mid_attn=False), latents((24, 8), 1)  # torch does not count attention on a CPU
+    with torch.no_grad():
+        counted = operations(lambda: decoder(z, zq) if max_memory is None else decode_tiled(decoder, z, zq, max_memory=max_memory))
+    least = expected_operations(decoder, 24, 8)
+    assert least <= counted <= (1 + more) * least
+
+
+def test_strips_write_no_map_but_the_layers_results():
+    """The largest copy in a decode on a CPU is that of a layer's result into its map."""
+    decoder, (z, zq) = make(), latents((8, 8), 1)
+    with torch.no_grad(), Copies(1, 32 * 16 * 16) as copies:
+        decoder(z, zq)
+    assert len(copies.seen) == 3 + 2  # upsampling to 64 channels of 16x16; one convolution in each of two blocks; their results
+    assert all(function == "aten.copy_.default" for function, _ in copies.seen)
+
+
+PEAK = """
+import sys, torch, movq_ext
+from pathlib import Path
+
+def resident(what):
+    return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+
+torch.manual_seed(0)
+decoder = movq_ext.MOVQDecoder(ch=64, out_ch=3, ch_mult=(1, 2, 4), num_res_blocks=1, attn_resolutions=[], in_channels=3, resolution=256,
+                               z_channels=4, zq_ch=4, mid_attn=False).eval()
+z = torch.randn(int(sys.argv[1]), 4, 96, 96)
+with torch.no_grad():
+    decoder(z, z)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    image = decoder(z, z)
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+@pytest.mark.parametrize("batch", [1, 2])
+def test_peak_memory_on_a_cpu(batch):
+    """The largest block's input and its first convolution's result, and strips; a batch takes no more but for its images."""
+    done = subprocess.run([sys.executable, "-c", PEAK, str(batch)], capture_output=True, text=True, check=True)
+    pixels = 4 * 384 * 384
+    assert int(done.stdout) < (128 + 64 + 2 * batch * 3) * pixels + 60e6
