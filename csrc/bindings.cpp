@@ -20,6 +20,7 @@ TORCH_LIBRARY(movq_ext, m) {
   m.def(
       "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale)"
       " -> (Tensor dq, Tensor dk, Tensor dv)");
+  m.def("add_bias_residual_(Tensor(a!) x, Tensor? bias, Tensor? residual) -> ()");
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -100,6 +100,12 @@ def _native_attention_gradients(dout: Tensor, inputs: tuple[Tensor, ...], wanted
     return tuple(next(grads) if want else None for want in wanted)
 
 
+def add_bias_residual_(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """functional.add_bias_residual_ by a kernel: the arguments are checked, and nothing records a gradient."""
+    torch.ops.movq_ext.add_bias_residual_(x, bias, residual)
+    return x
+
+
 def _statistics(f: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     grouped = f.float().reshape(f.shape[0], groups, -1)
     variance, mean = torch.var_mean(grouped, dim=2, correction=0)
@@ -190,7 +196,19 @@ def _attention_backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def _add_bias_residual_cpu(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    out = x.float()
+    out = out if bias is None else out + bias.float()[:, None, None]
+    x.copy_(out if residual is None else out + residual.float())
+
+
+def _add_bias_residual_fake(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    """x is changed in place, and nothing is made."""
+
+
 if extension_available():
+    torch.library.register_fake("movq_ext::add_bias_residual_", _add_bias_residual_fake)
+    torch.library.register_kernel("movq_ext::add_bias_residual_", "cpu", _add_bias_residual_cpu)
     torch.library.register_fake("movq_ext::attention_forward", _attention_fake)
     torch.library.register_fake("movq_ext::attention_backward", _attention_backward_fake)
     torch.library.register_kernel("movq_ext::attention_forward", "cpu", _attention_cpu)

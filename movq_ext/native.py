@@ -27,6 +27,14 @@ def spatial_norm(
     return out.to(f.dtype)  # under autocast it was computed in float32
 
 
+def add_bias_residual_(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    if residual is not None:
+        x.add_(residual)  # first, since it may be x itself
+    if bias is not None:
+        x.add_(bias[:, None, None])
+    return x
+
+
 def is_inference(*tensors: Tensor) -> bool:
     """Whether what was just computed from these plain tensors may be overwritten: nothing records it, eager operators run."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
