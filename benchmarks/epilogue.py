@@ -63,7 +63,8 @@ def main() -> None:
         for channels, size in QUICK if options.quick else SIZES:
             for layout in (torch.contiguous_format, torch.channels_last):
                 torch.manual_seed(0)
-                x, other = (torch.randn(1, channels, size, size, device=device, dtype=dtype).to(memory_format=layout) for _ in range(2))
+                shape = (1, channels, size, size)
+                x, other = (torch.randn(shape, device=device, dtype=dtype).to(memory_format=layout) for _ in range(2))
                 bias = torch.randn(channels, device=device, dtype=dtype)
                 for residual in (other, None):
                     row: dict[str, Any] = {"dtype": str(dtype)[6:], "C": channels, "H=W": size, "residual": residual is not None,

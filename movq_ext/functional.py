@@ -142,8 +142,8 @@ def add_bias_residual_(x: Tensor, bias: Tensor | None, residual: Tensor | None) 
     Args:
         x: ``(B, C, H, W)``, floating point, dense in NCHW or channels_last; it is overwritten.
         bias: ``(C,)`` in x's dtype or float32, or None.
-        residual: ``(B, C, H, W)`` of x's dtype and device in any memory format, or None if there is a bias. x's memory format takes no
-            copy. It may be x itself, but must not overlap it in part.
+        residual: ``(B, C, H, W)`` of x's dtype and device in any memory format, or None if there is a bias. x's memory format takes
+            no copy. It may be x itself, but must not overlap it in part.
 
     Returns:
         x. The CUDA kernel adds in float32 and rounds once.

@@ -49,6 +49,14 @@ def test_it_adds(backend, shape, dtype, layout, offset, given_):
     assert out.stride() == strides
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_thread_comes_from_channel_to_channel(backend, layout):
+    c = case((3, 67, 61, 53), None, F32, layout)  # 2 rounds of single elements a thread
+    backend.seeds = (0,)
+    expected = total(c.f, c.bias, c.dout)
+    assert_close(backend.add_(c.f, c.bias, c.dout), expected)
+
+
 @pytest.mark.parametrize("dtype", [F16, BF16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_sum_is_rounded_once(backend, dtype, layout):
