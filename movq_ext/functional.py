@@ -21,6 +21,7 @@ def spatial_norm(
     groups: int,
     eps: float = 1e-6,
     activation: str | None = None,
+    f_bias: Tensor | None = None,
 ) -> Tensor:
     """Spatially conditioned group normalisation: ``act(GroupNorm(f) * up(zq_y) + up(zq_b))``.
 
@@ -36,13 +37,15 @@ def spatial_norm(
         groups: number of groups; divides C.
         eps: added to the variance.
         activation: None or ``"silu"``, applied last.
+        f_bias: ``(C,)`` in f's dtype or float32, or None: the norm is of ``f + f_bias[c]``, to the kernels without another pass over f
+            and in float32. For the bias of the convolution that made f, in inference: no gradient is recorded.
 
     Returns:
         ``(B, C, H, W)`` in f's dtype and, from the CUDA kernels, in f's memory format. Under autocast f keeps its dtype, zq_y
         and zq_b may have another, and statistics are float32 as everywhere.
 
     Raises:
-        ValueError: an argument has the wrong rank, size, device or value.
+        ValueError: an argument has the wrong rank, size, device or value, or with f_bias one would need a gradient.
         TypeError: dtypes differ outside autocast, or f is not floating point.
     """
     _check_map("f", f)
@@ -63,16 +66,19 @@ def spatial_norm(
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.shape != (f.shape[1],):
             raise ValueError(f"{name} must have shape ({f.shape[1]},), got {tuple(parameter.shape)}")
+    if f_bias is not None:
+        _check_channel_bias("f_bias", f_bias, "f", f)
+        _check_no_gradient("spatial_norm with f_bias", f=f, zq_y=zq_y, zq_b=zq_b, weight=weight, bias=bias, f_bias=f_bias)
 
     if not f.is_cuda:
-        return native.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation)
+        return native.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation, f_bias)
     reason = _reason(f) or _parameter_reason(f, weight=weight, bias=bias)
     if reason:
         warn_once(reason)
-        return native.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation)
+        return native.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation, f_bias)
     if zq_y is not None and zq_b is not None:
         zq_y, zq_b = zq_y.to(f.dtype), zq_b.to(f.dtype)  # they differ under autocast only
-    return kernels.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation == "silu")
+    return kernels.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation == "silu", f_bias)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:

@@ -20,10 +20,15 @@ MAX_HEAD_SIZE = 512
 
 
 def spatial_norm(
-    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
-) -> Tensor:
+    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool,
+    f_bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """functional.spatial_norm by kernels: the arguments are checked, and zq_y and zq_b have f's dtype."""
-    out: Tensor = SpatialNormFunction.apply(f, zq_y, zq_b, weight, bias, groups, eps, silu)[0]
+    out: Tensor
+    if f_bias is not None:  # for inference: the function below does not know it
+        out, _, _ = torch.ops.movq_ext.spatial_norm_forward(f, zq_y, zq_b, weight, bias, groups, eps, silu, f_bias)
+        return out
+    out = SpatialNormFunction.apply(f, zq_y, zq_b, weight, bias, groups, eps, silu)[0]
     return out
 
 
@@ -113,9 +118,13 @@ def _statistics(f: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _forward_cpu(
-    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool,
+    f_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     out = torch.empty_like(_like(f, f))
+    if f_bias is not None:
+        f = f.float() + f_bias.float()[:, None, None]
+        zq_y, zq_b, weight, bias = (None if x is None else x.float() for x in (zq_y, zq_b, weight, bias))
     return out.copy_(native.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, "silu" if silu else None)), *_statistics(f, groups, eps)
 
 
@@ -156,8 +165,9 @@ def _like(f: Tensor, x: Tensor) -> Tensor:
 
 
 def _forward_fake(
-    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool,
+    f_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     statistics = [f.new_empty(f.shape[0], groups, dtype=torch.float32) for _ in range(2)]
     return torch.empty_like(_like(f, f)), statistics[0], statistics[1]
 

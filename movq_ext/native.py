@@ -16,7 +16,10 @@ def spatial_norm(
     groups: int,
     eps: float,
     activation: str | None,
+    f_bias: Tensor | None = None,
 ) -> Tensor:
+    if f_bias is not None:
+        f = f + f_bias.to(f.dtype)[:, None, None]
     # torch.group_norm rather than F.group_norm: the latter refuses a single value per group, which has an answer.
     out = torch.group_norm(f, groups, weight, bias, eps, torch.backends.cudnn.enabled)
     inputs = [x for x in (f, zq_y, zq_b, weight, bias) if x is not None]

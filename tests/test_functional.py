@@ -170,6 +170,11 @@ BAD_NORM = {
     "devices": (ValueError, r"zq_b must be on f's device cpu, got meta", dict(zq_b=B.to("meta"))),
     "weight": (ValueError, r"weight must have shape \(6,\), got \(5,\)", dict(weight=WEIGHT[:5])),
     "bias": (ValueError, r"bias must have shape \(6,\), got \(6, 1\)", dict(bias=BIAS[:, None])),
+    "f_bias": (ValueError, r"f_bias must have shape \(6,\), got \(5,\)", dict(f_bias=BIAS[:5])),
+    "f_bias dtype": (TypeError, r"f_bias must be float32 or have f's dtype torch.float64, got", dict(f_bias=BIAS.half())),
+    "f_bias device": (ValueError, r"f_bias must be on f's device cpu, got meta", dict(f_bias=BIAS.to("meta"))),
+    "gradient": (ValueError, r"weight must not require a gradient: spatial_norm with f_bias records none",
+                 dict(f_bias=BIAS, weight=WEIGHT.clone().requires_grad_())),
 }  # fmt: skip
 
 
@@ -222,6 +227,18 @@ def test_explain_names_path_and_reason():
     with pytest.raises(ValueError, match="operator must be one of spatial_norm, spatial_attention, attention, got 'conv'"):
         explain(Q, "conv")
     assert explain(torch.zeros(1)) == "native: the CUDA kernels do not run on cpu tensors"
+
+
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_f_bias_is_added_first(dtype, bias_dtype):
+    f, *rest = norm_arguments(dtype=dtype)
+    f_bias = torch.linspace(-1, 1, 6, dtype=torch.float64).to(bias_dtype or dtype)
+    before = f.clone()
+    expected = published.spatial_norm(f.double() + f_bias.double()[:, None, None], *in_double(rest), activation="silu")
+    out = spatial_norm(f, *rest, activation="silu", f_bias=f_bias)
+    assert torch.equal(f, before) and out.dtype == dtype
+    assert_close(out, expected, slack=2)
 
 
 # --- The epilogue of a convolution

@@ -36,6 +36,7 @@ def test_opcheck(device, layout, dtype, affine, zq_size):
     inputs = plain(inputs)
     forward, backward = torch.ops.movq_ext.spatial_norm_forward.default, torch.ops.movq_ext.spatial_norm_backward.default
     torch.library.opcheck(forward, (*inputs, GROUPS, 1e-6, True))
+    torch.library.opcheck(forward, (*inputs, GROUPS, 1e-6, True, torch.ones(32, device=device)))
     _, mean, rstd = forward(*inputs, GROUPS, 1e-6, True)
     torch.library.opcheck(backward, (dout, *inputs, mean, rstd, GROUPS, True))
 
@@ -73,6 +74,22 @@ def test_double_backward(device):
 
     for grad, want in zip(second(kernels.spatial_norm), second(native_norm), strict=True):
         assert_close(grad, want, slack=5.0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_operator_adds_f_bias(device, layout, dtype):
+    inputs, _ = arguments(dtype, layout, device=device)
+    f, *rest = plain(inputs)
+    f_bias = torch.linspace(-1, 1, 32, device=device)
+    out = kernels.spatial_norm(f, *rest, GROUPS, 1e-6, True, f_bias)
+    rest = [x.double() for x in rest]
+    assert out.dtype == dtype and out.stride() == f.stride()
+    assert_close(out, native_norm(f.double() + f_bias.double()[:, None, None], *rest, GROUPS, 1e-6, True), slack=2.0)
+    compiled = torch.compile(lambda *x: kernels.spatial_norm(*x, GROUPS, 1e-6, True, f_bias), fullgraph=True)
+    torch._dynamo.reset()
+    assert_close(compiled(f, *plain(inputs)[1:]), out.double())
 
 
 def test_only_what_needs_a_gradient_gets_one():
