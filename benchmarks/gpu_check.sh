@@ -47,26 +47,30 @@ export python PIP_DEFAULT_TIMEOUT=5 PIP_RETRIES=0
 
 if [ $rehearse = 1 ]; then
   MOVQ_EXT_CUDA=0 step build 200 bash -c install
-  step tests 300 "$python" -m pytest -q -k "emulator and small" tests/test_spatial_norm_kernels.py tests/test_attention_kernels.py
+  step tests 300 "$python" -m pytest -q -k "emulator and small" tests/test_spatial_norm_kernels.py tests/test_attention_kernels.py \
+    tests/test_epilogue_kernels.py
   missing sanitizers "no GPU"
   step spatial_norm 120 "$python" benchmarks/spatial_norm.py --quick --device cpu --out "$out"
   step attention 120 "$python" benchmarks/attention.py --quick --device cpu --out "$out"
+  step epilogue 60 "$python" benchmarks/epilogue.py --quick --device cpu --out "$out"
 else
   MOVQ_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST="$architecture" step build 100 bash -c install
-  step tests 100 "$python" -m pytest -q -k "not emulator" tests/test_kernels.py tests/test_spatial_norm_kernels.py tests/test_attention_kernels.py
+  step tests 100 "$python" -m pytest -q -k "not emulator" tests/test_kernels.py tests/test_spatial_norm_kernels.py tests/test_attention_kernels.py \
+    tests/test_epilogue_kernels.py
   sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
   for tool in memcheck racecheck synccheck initcheck; do
     if [ -x "$sanitizer" ]; then
       # Only our kernels, and not the allocator's cache, which would hide an access past the end of a tensor.
       PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 25 "$sanitizer" --tool "$tool" --kernel-name-exclude kernel_substring=at:: \
-        --error-exitcode 1 "$python" -m pytest -q -k "gpu and small and (attention or silu and nchw)" \
-        tests/test_spatial_norm_kernels.py tests/test_attention_kernels.py
+        --error-exitcode 1 "$python" -m pytest -q -k "gpu and small and (attention or epilogue and both or silu and nchw)" \
+        tests/test_spatial_norm_kernels.py tests/test_attention_kernels.py tests/test_epilogue_kernels.py
     else
       missing "$tool" "no compute-sanitizer"
     fi
   done
-  step spatial_norm 110 "$python" benchmarks/spatial_norm.py --minutes 1.6 --out "$out"
-  step attention 110 "$python" benchmarks/attention.py --minutes 1.6 --out "$out"
+  step spatial_norm 100 "$python" benchmarks/spatial_norm.py --minutes 1.4 --out "$out"
+  step attention 100 "$python" benchmarks/attention.py --minutes 1.4 --out "$out"
+  step epilogue 40 "$python" benchmarks/epilogue.py --minutes 0.5 --out "$out"
 fi
 cat "$out/summary.md"
 exit $failed

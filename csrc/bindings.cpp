@@ -11,8 +11,8 @@ namespace py = pybind11;
 // Each operator's schema stands here; its implementation is registered in the file that is named after it.
 TORCH_LIBRARY(movq_ext, m) {
   m.def(
-      "spatial_norm_forward(Tensor f, Tensor? zq_y, Tensor? zq_b, Tensor? weight, Tensor? bias, int groups, float eps, bool silu)"
-      " -> (Tensor out, Tensor mean, Tensor rstd)");
+      "spatial_norm_forward(Tensor f, Tensor? zq_y, Tensor? zq_b, Tensor? weight, Tensor? bias, int groups, float eps, bool silu,"
+      " Tensor? f_bias=None) -> (Tensor out, Tensor mean, Tensor rstd)");
   m.def(
       "spatial_norm_backward(Tensor dout, Tensor f, Tensor? zq_y, Tensor? zq_b, Tensor? weight, Tensor? bias, Tensor mean,"
       " Tensor rstd, int groups, bool silu) -> (Tensor df, Tensor dzq_y, Tensor dzq_b, Tensor dweight, Tensor dbias)");
@@ -20,6 +20,7 @@ TORCH_LIBRARY(movq_ext, m) {
   m.def(
       "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale)"
       " -> (Tensor dq, Tensor dk, Tensor dv)");
+  m.def("add_bias_residual_(Tensor(a!) x, Tensor? bias, Tensor? residual) -> ()");
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -87,12 +87,14 @@ void* out(const Tensor& t) { return t.defined() && t.numel() ? t.mutable_data_pt
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& f, const OptionalTensor& zq_y, const OptionalTensor& zq_b,
                                            const OptionalTensor& weight, const OptionalTensor& bias, int64_t groups, double eps,
-                                           bool silu) {
+                                           bool silu, const OptionalTensor& f_bias) {
   const c10::cuda::CUDAGuard guard(f.device());
-  const Inputs i(f, zq_y, zq_b, weight, bias, groups, eps, silu);
+  Inputs i(f, zq_y, zq_b, weight, bias, groups, eps, silu);
+  const Tensor moved = i.parameter("f_bias", f_bias);
+  if (moved.defined()) i.problem.f_bias_dtype = movq::dtype_of(moved, "f_bias");
   Tensor result = at::empty_like(i.f, i.layout);
   Tensor mean = at::empty({f.size(0), groups}, f.options().dtype(at::kFloat)), rstd = at::empty_like(mean);
-  movq::SpatialNormForward a = {in(i.f), in(i.zq_y), in(i.zq_b), in(i.weight), in(i.bias), out(result),
+  movq::SpatialNormForward a = {in(i.f), in(i.zq_y), in(i.zq_b), in(i.weight), in(i.bias), in(moved), out(result),
                                 mean.mutable_data_ptr<float>(), rstd.mutable_data_ptr<float>(), nullptr};
   const Tensor scratch = movq::workspace(movq::spatial_norm_forward_workspace(i.problem, a), i.f);
   a.workspace = scratch.mutable_data_ptr();

@@ -21,6 +21,7 @@ def spatial_norm(
     groups: int,
     eps: float = 1e-6,
     activation: str | None = None,
+    f_bias: Tensor | None = None,
 ) -> Tensor:
     """Spatially conditioned group normalisation: ``act(GroupNorm(f) * up(zq_y) + up(zq_b))``.
 
@@ -36,13 +37,15 @@ def spatial_norm(
         groups: number of groups; divides C.
         eps: added to the variance.
         activation: None or ``"silu"``, applied last.
+        f_bias: ``(C,)`` in f's dtype or float32, or None: the norm is of ``f + f_bias[c]``, to the kernels without another pass over f
+            and in float32. For the bias of the convolution that made f, in inference: no gradient is recorded.
 
     Returns:
         ``(B, C, H, W)`` in f's dtype and, from the CUDA kernels, in f's memory format. Under autocast f keeps its dtype, zq_y
         and zq_b may have another, and statistics are float32 as everywhere.
 
     Raises:
-        ValueError: an argument has the wrong rank, size, device or value.
+        ValueError: an argument has the wrong rank, size, device or value, or with f_bias one would need a gradient.
         TypeError: dtypes differ outside autocast, or f is not floating point.
     """
     _check_map("f", f)
@@ -63,16 +66,19 @@ def spatial_norm(
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.shape != (f.shape[1],):
             raise ValueError(f"{name} must have shape ({f.shape[1]},), got {tuple(parameter.shape)}")
+    if f_bias is not None:
+        _check_channel_bias("f_bias", f_bias, "f", f)
+        _check_no_gradient("spatial_norm with f_bias", f=f, zq_y=zq_y, zq_b=zq_b, weight=weight, bias=bias, f_bias=f_bias)
 
     if not f.is_cuda:
-        return native.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation)
+        return native.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation, f_bias)
     reason = _reason(f) or _parameter_reason(f, weight=weight, bias=bias)
     if reason:
         warn_once(reason)
-        return native.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation)
+        return native.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation, f_bias)
     if zq_y is not None and zq_b is not None:
         zq_y, zq_b = zq_y.to(f.dtype), zq_b.to(f.dtype)  # they differ under autocast only
-    return kernels.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation == "silu")
+    return kernels.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation == "silu", f_bias)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -135,6 +141,45 @@ def spatial_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = Non
     # By way of (tokens, C): what it comes with as the stride of a batch of one would keep a convolution from taking it for channels_last.
     out = out.flatten(0, 2).unflatten(0, (q.shape[0], *q.shape[2:])).permute(0, 3, 1, 2)
     return out.contiguous() if q.is_cuda and q.is_contiguous() else out
+
+
+def add_bias_residual_(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """The epilogue of a convolution, in place and in one pass: ``x = x + bias[c] + residual``.
+
+    Args:
+        x: ``(B, C, H, W)``, floating point, dense in NCHW or channels_last; it is overwritten.
+        bias: ``(C,)`` in x's dtype or float32, or None.
+        residual: ``(B, C, H, W)`` of x's dtype and device in any memory format, or None if there is a bias. x's memory format takes
+            no copy. It may be x itself, but must not overlap it in part.
+
+    Returns:
+        x. The CUDA kernel adds in float32 and rounds once.
+
+    Raises:
+        ValueError: an argument has the wrong rank, shape, strides, device, or would need a gradient: none is recorded.
+        TypeError: an argument has the wrong dtype.
+    """
+    _check_map("x", x)
+    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+        raise ValueError(f"x must be dense in NCHW or channels_last, got strides {x.stride()} for shape {tuple(x.shape)}")
+    if bias is None and residual is None:
+        raise ValueError("bias or residual must be given")
+    if bias is not None:
+        _check_channel_bias("bias", bias, "x", x)
+    if residual is not None:
+        if residual.shape != x.shape:
+            raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+        if residual.device != x.device:
+            raise ValueError(f"residual must be on x's device {x.device}, got {residual.device}")
+        if residual.dtype != x.dtype:
+            raise TypeError(f"residual must have x's dtype {x.dtype}, got {residual.dtype}")
+    _check_no_gradient("add_bias_residual_", x=x, bias=bias, residual=residual)
+    if not x.is_cuda:
+        return native.add_bias_residual_(x, bias, residual)
+    if reason := _reason(x):
+        warn_once(reason)
+        return native.add_bias_residual_(x, bias, residual)
+    return kernels.add_bias_residual_(x, bias, residual)
 
 
 def explain(x: Tensor, operator: str = "spatial_norm") -> str:
@@ -207,3 +252,19 @@ def _check_same(first: str, x: Tensor, **others: Tensor) -> None:
             raise ValueError(f"{name} must be on {first}'s device {x.device}, got {other.device}")
         if other.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"{name} must have {first}'s dtype {x.dtype}, got {other.dtype}")
+
+
+def _check_channel_bias(name: str, bias: Tensor, first: str, x: Tensor) -> None:
+    if bias.shape != (x.shape[1],):
+        raise ValueError(f"{name} must have shape ({x.shape[1]},), got {tuple(bias.shape)}")
+    if bias.device != x.device:
+        raise ValueError(f"{name} must be on {first}'s device {x.device}, got {bias.device}")
+    if bias.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"{name} must be float32 or have {first}'s dtype {x.dtype}, got {bias.dtype}")
+
+
+def _check_no_gradient(what: str, **tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled():
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.requires_grad:
+                raise ValueError(f"{name} must not require a gradient: {what} records none; call it under torch.no_grad()")

@@ -20,10 +20,15 @@ MAX_HEAD_SIZE = 512
 
 
 def spatial_norm(
-    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
-) -> Tensor:
+    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool,
+    f_bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """functional.spatial_norm by kernels: the arguments are checked, and zq_y and zq_b have f's dtype."""
-    out: Tensor = SpatialNormFunction.apply(f, zq_y, zq_b, weight, bias, groups, eps, silu)[0]
+    out: Tensor
+    if f_bias is not None:  # for inference: the function below does not know it
+        out, _, _ = torch.ops.movq_ext.spatial_norm_forward(f, zq_y, zq_b, weight, bias, groups, eps, silu, f_bias)
+        return out
+    out = SpatialNormFunction.apply(f, zq_y, zq_b, weight, bias, groups, eps, silu)[0]
     return out
 
 
@@ -100,6 +105,12 @@ def _native_attention_gradients(dout: Tensor, inputs: tuple[Tensor, ...], wanted
     return tuple(next(grads) if want else None for want in wanted)
 
 
+def add_bias_residual_(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """functional.add_bias_residual_ by a kernel: the arguments are checked, and nothing records a gradient."""
+    torch.ops.movq_ext.add_bias_residual_(x, bias, residual)
+    return x
+
+
 def _statistics(f: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     grouped = f.float().reshape(f.shape[0], groups, -1)
     variance, mean = torch.var_mean(grouped, dim=2, correction=0)
@@ -107,9 +118,13 @@ def _statistics(f: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _forward_cpu(
-    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool,
+    f_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     out = torch.empty_like(_like(f, f))
+    if f_bias is not None:
+        f = f.float() + f_bias.float()[:, None, None]
+        zq_y, zq_b, weight, bias = (None if x is None else x.float() for x in (zq_y, zq_b, weight, bias))
     return out.copy_(native.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, "silu" if silu else None)), *_statistics(f, groups, eps)
 
 
@@ -150,8 +165,9 @@ def _like(f: Tensor, x: Tensor) -> Tensor:
 
 
 def _forward_fake(
-    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool,
+    f_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     statistics = [f.new_empty(f.shape[0], groups, dtype=torch.float32) for _ in range(2)]
     return torch.empty_like(_like(f, f)), statistics[0], statistics[1]
 
@@ -190,7 +206,19 @@ def _attention_backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def _add_bias_residual_cpu(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    out = x.float()
+    out = out if bias is None else out + bias.float()[:, None, None]
+    x.copy_(out if residual is None else out + residual.float())
+
+
+def _add_bias_residual_fake(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    """x is changed in place, and nothing is made."""
+
+
 if extension_available():
+    torch.library.register_fake("movq_ext::add_bias_residual_", _add_bias_residual_fake)
+    torch.library.register_kernel("movq_ext::add_bias_residual_", "cpu", _add_bias_residual_cpu)
     torch.library.register_fake("movq_ext::attention_forward", _attention_fake)
     torch.library.register_fake("movq_ext::attention_backward", _attention_backward_fake)
     torch.library.register_kernel("movq_ext::attention_forward", "cpu", _attention_cpu)

@@ -16,7 +16,10 @@ def spatial_norm(
     groups: int,
     eps: float,
     activation: str | None,
+    f_bias: Tensor | None = None,
 ) -> Tensor:
+    if f_bias is not None:
+        f = f + f_bias.to(f.dtype)[:, None, None]
     # torch.group_norm rather than F.group_norm: the latter refuses a single value per group, which has an answer.
     out = torch.group_norm(f, groups, weight, bias, eps, torch.backends.cudnn.enabled)
     inputs = [x for x in (f, zq_y, zq_b, weight, bias) if x is not None]
@@ -25,6 +28,14 @@ def spatial_norm(
         out = _modulate(out, zq_y, zq_b, in_place)
     out = F.silu(out, inplace=in_place) if activation == "silu" else out
     return out.to(f.dtype)  # under autocast it was computed in float32
+
+
+def add_bias_residual_(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    if residual is not None:
+        x.add_(residual)  # first, since it may be x itself
+    if bias is not None:
+        x.add_(bias[:, None, None])
+    return x
 
 
 def is_inference(*tensors: Tensor) -> bool:

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from movq_ext import attention, explain, native, spatial_attention, spatial_norm
+from movq_ext.functional import add_bias_residual_
 
 GRIDS = [((8, 8), (8, 8)), ((8, 8), (1, 1)), ((16, 8), (4, 4)), ((7, 9), (3, 4)), ((5, 5), (7, 11)), ((1, 1), (1, 1)), ((1, 13), (2, 5)), ((41, 49), (1, 1)), ((9, 27), (3, 9))]  # fmt: skip
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -169,6 +170,11 @@ BAD_NORM = {
     "devices": (ValueError, r"zq_b must be on f's device cpu, got meta", dict(zq_b=B.to("meta"))),
     "weight": (ValueError, r"weight must have shape \(6,\), got \(5,\)", dict(weight=WEIGHT[:5])),
     "bias": (ValueError, r"bias must have shape \(6,\), got \(6, 1\)", dict(bias=BIAS[:, None])),
+    "f_bias": (ValueError, r"f_bias must have shape \(6,\), got \(5,\)", dict(f_bias=BIAS[:5])),
+    "f_bias dtype": (TypeError, r"f_bias must be float32 or have f's dtype torch.float64, got", dict(f_bias=BIAS.half())),
+    "f_bias device": (ValueError, r"f_bias must be on f's device cpu, got meta", dict(f_bias=BIAS.to("meta"))),
+    "gradient": (ValueError, r"weight must not require a gradient: spatial_norm with f_bias records none",
+                 dict(f_bias=BIAS, weight=WEIGHT.clone().requires_grad_())),
 }  # fmt: skip
 
 
@@ -221,3 +227,66 @@ def test_explain_names_path_and_reason():
     with pytest.raises(ValueError, match="operator must be one of spatial_norm, spatial_attention, attention, got 'conv'"):
         explain(Q, "conv")
     assert explain(torch.zeros(1)) == "native: the CUDA kernels do not run on cpu tensors"
+
+
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_f_bias_is_added_first(dtype, bias_dtype):
+    f, *rest = norm_arguments(dtype=dtype)
+    f_bias = torch.linspace(-1, 1, 6, dtype=torch.float64).to(bias_dtype or dtype)
+    before = f.clone()
+    expected = published.spatial_norm(f.double() + f_bias.double()[:, None, None], *in_double(rest), activation="silu")
+    out = spatial_norm(f, *rest, activation="silu", f_bias=f_bias)
+    assert torch.equal(f, before) and out.dtype == dtype
+    assert_close(out, expected, slack=2)
+
+
+# --- The epilogue of a convolution
+
+
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_bias_and_residual_are_added_in_place(layout, dtype, bias_dtype):
+    x, residual, _, bias, *_ = norm_arguments(zq_grid=(8, 8), dtype=dtype)
+    x, bias = x.to(memory_format=layout), bias.to(bias_dtype or dtype)
+    for b, r in ((bias, residual), (bias, None), (None, residual)):
+        out = x.clone()
+        expected = x.double() + (0 if b is None else b.double()[:, None, None]) + (0 if r is None else r.double())
+        assert add_bias_residual_(out, b, r) is out and out.stride() == x.stride()
+        assert_close(out, expected)
+    expected = 2 * x.double() + bias.double()[:, None, None]
+    assert_close(add_bias_residual_(x, bias, x), expected)
+
+
+X = torch.randn(2, 6, 4, 4)
+BAD_EPILOGUE = {
+    "rank": (ValueError, r"x must have 4 dimensions .* got shape \(6, 4, 4\)", dict(x=X[0])),
+    "empty": (ValueError, r"x must not be empty, got shape \(0, 6, 4, 4\)", dict(x=X[:0])),
+    "integer": (TypeError, r"x must be floating point, got torch.int64", dict(x=X.long())),
+    "strides": (ValueError, r"x must be dense .* got strides \(96, 16, 4, 1\) for shape \(2, 5, 4, 4\)", dict(x=X[:, :5])),
+    "nothing": (ValueError, r"bias or residual must be given", dict(bias=None, residual=None)),
+    "bias shape": (ValueError, r"bias must have shape \(6,\), got \(5,\)", dict(bias=X[0, :5, 0, 0])),
+    "bias dtype": (TypeError, r"bias must be float32 or .* got torch.float64", dict(bias=X[0, :, 0, 0].double())),
+    "bias device": (ValueError, r"bias must be on x's device cpu, got meta", dict(bias=X[0, :, 0, 0].to("meta"))),
+    "residual shape": (ValueError, r"residual must have x's shape \(2, 6, 4, 4\), got \(1, 6, 4, 4\)", dict(residual=X[:1])),
+    "residual dtype": (TypeError, r"residual must have x's dtype torch.float32, got torch.float16", dict(residual=X.half())),
+    "residual device": (ValueError, r"residual must be on x's device cpu, got meta", dict(residual=X.to("meta"))),
+    "x gradient": (ValueError, r"x must not require a gradient: add_bias", dict(x=X.clone().requires_grad_())),
+    "bias gradient": (ValueError, r"bias must not require a gradient", dict(bias=X[0, :, 0, 0].clone().requires_grad_())),
+    "residual gradient": (ValueError, r"residual must not require a gradient", dict(residual=X.clone().requires_grad_())),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_EPILOGUE)
+def test_the_epilogue_refuses(case):
+    error, message, change = BAD_EPILOGUE[case]
+    arguments = dict(x=X.clone(), bias=X[0, :, 0, 0].clone(), residual=X)
+    with pytest.raises(error, match=message):
+        add_bias_residual_(**{**arguments, **change})
+
+
+def test_the_epilogue_takes_parameters_where_nothing_is_recorded():
+    x, bias = X.clone(), torch.nn.Parameter(X[0, :, 0, 0].clone())
+    with torch.no_grad():
+        assert_close(add_bias_residual_(x, bias, None), X.double() + bias.double()[:, None, None])

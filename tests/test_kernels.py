@@ -8,7 +8,8 @@ from tolerances import assert_close
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import movq_ext
-from movq_ext import kernels, native
+from movq_ext import _extension, kernels, native
+from movq_ext.functional import add_bias_residual_
 
 pytestmark = pytest.mark.skipif(movq_ext.build_info()["extension"] != "loaded", reason="needs the compiled extension")
 
@@ -35,6 +36,7 @@ def test_opcheck(device, layout, dtype, affine, zq_size):
     inputs = plain(inputs)
     forward, backward = torch.ops.movq_ext.spatial_norm_forward.default, torch.ops.movq_ext.spatial_norm_backward.default
     torch.library.opcheck(forward, (*inputs, GROUPS, 1e-6, True))
+    torch.library.opcheck(forward, (*inputs, GROUPS, 1e-6, True, torch.ones(32, device=device)))
     _, mean, rstd = forward(*inputs, GROUPS, 1e-6, True)
     torch.library.opcheck(backward, (dout, *inputs, mean, rstd, GROUPS, True))
 
@@ -72,6 +74,22 @@ def test_double_backward(device):
 
     for grad, want in zip(second(kernels.spatial_norm), second(native_norm), strict=True):
         assert_close(grad, want, slack=5.0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_operator_adds_f_bias(device, layout, dtype):
+    inputs, _ = arguments(dtype, layout, device=device)
+    f, *rest = plain(inputs)
+    f_bias = torch.linspace(-1, 1, 32, device=device)
+    out = kernels.spatial_norm(f, *rest, GROUPS, 1e-6, True, f_bias)
+    rest = [x.double() for x in rest]
+    assert out.dtype == dtype and out.stride() == f.stride()
+    assert_close(out, native_norm(f.double() + f_bias.double()[:, None, None], *rest, GROUPS, 1e-6, True), slack=2.0)
+    compiled = torch.compile(lambda *x: kernels.spatial_norm(*x, GROUPS, 1e-6, True, f_bias), fullgraph=True)
+    torch._dynamo.reset()
+    assert_close(compiled(f, *plain(inputs)[1:]), out.double())
 
 
 def test_only_what_needs_a_gradient_gets_one():
@@ -199,6 +217,55 @@ class AttentionModule(torch.nn.Module):
         return kernels.attention(*x, 0.2)
 
 
+# --- The epilogue of a convolution
+
+
+def epilogue_arguments(dtype=torch.float32, layout="nchw", affine=torch.float32, device="cpu"):
+    c = case((2, 32, 8, 12), None, dtype, layout, affine=affine)
+    return [x.to(device) for x in (c.f, c.bias, c.dout)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_opcheck_of_the_epilogue(device, layout, dtype):
+    x, bias, residual = epilogue_arguments(dtype, layout, dtype if dtype == torch.float16 else torch.float32, device)
+    operator = torch.ops.movq_ext.add_bias_residual_.default
+    for b, r in ((bias, residual), (bias, None), (None, residual)):
+        torch.library.opcheck(operator, (x.clone(), b, r))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_epilogue_rounds_once(device, layout):
+    x, bias, residual = epilogue_arguments(torch.bfloat16, layout, device=device)
+    expected = (x.float() + bias[:, None, None] + residual.float()).bfloat16()
+    assert kernels.add_bias_residual_(x, bias, residual) is x
+    assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_epilogue_compiles_whole_with_the_operator_inside(device):
+    x, bias, residual = epilogue_arguments(layout="channels_last", device=device)
+    weight = torch.randn(32, 32, 3, 3, device=device)
+
+    def convolution(x):
+        return kernels.add_bias_residual_(torch.nn.functional.conv2d(x, weight, padding=1), bias, residual)
+
+    torch._dynamo.reset()
+    assert_close(torch.compile(convolution, fullgraph=True)(x), convolution(x), slack=2.0)
+    program = torch.export.export(Epilogue(), (x, bias, residual)).run_decompositions()
+    assert any("add_bias_residual_" in str((node.target, node.args)) for node in program.graph.nodes)
+    expected = x + bias[:, None, None] + residual
+    program.module()(x, bias, residual)
+    assert_close(x, expected)
+
+
+class Epilogue(torch.nn.Module):
+    def forward(self, x, bias, residual):
+        return kernels.add_bias_residual_(x, bias, residual)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 class TestOnGpu:
     def test_the_public_function_runs_the_kernels(self):
@@ -278,6 +345,49 @@ class TestOnGpu:
         q = torch.randn(1, 1, 40, 64, device="cuda")
         with torch.autocast("cuda", torch.bfloat16):
             assert movq_ext.attention(q, q, q).dtype == torch.bfloat16
+
+    def test_the_function_runs_the_epilogue_s_kernel_alone(self):
+        for layout in LAYOUTS:
+            x, bias, residual = epilogue_arguments(torch.bfloat16, layout, device="cuda")
+            expected = (x.float() + bias[:, None, None] + residual.float()).bfloat16()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                add_bias_residual_(x, bias, residual)
+            names = [event.key for event in profile.key_averages() if "elementwise" in event.key or "movq" in event.key]
+            assert len(names) == 1 and "movq::epilogue" in names[0]
+            assert torch.equal(x, expected)
+
+    def test_the_epilogue_takes_a_residual_of_any_strides(self):
+        x, bias, residual = epilogue_arguments(layout="channels_last", device="cuda")
+        wide = torch.cat([residual, residual], 3)[..., ::2]
+        for other in (residual.contiguous(), wide):
+            assert_close(add_bias_residual_(x.clone(), bias, other), x.double() + bias.double()[:, None, None] + other.double())
+
+    def test_the_epilogue_refuses_what_overlaps_in_part(self):
+        store = torch.randn(2, 32, 8, 12, device="cuda")
+        with pytest.raises(ValueError, match="residual must not overlap x in part"):
+            add_bias_residual_(store.flatten()[:-12].view(1, -1, 1, 12), None, store.flatten()[12:].view(1, -1, 1, 12))
+
+    @pytest.mark.parametrize("change, error, message", [
+        (dict(x=torch.zeros(2, 32, 8)), ValueError, "x must have 4 dimensions"),
+        (dict(x=torch.zeros(2, 33, 8, 12)[:, :32]), ValueError, "x must be dense in NCHW or channels_last, got strides"),
+        (dict(x=torch.zeros(2, 32, 8, 12).double()), TypeError, "x must be float32, float16 or bfloat16"),
+        (dict(bias=None, residual=None), ValueError, "bias or residual must be given"),
+        (dict(bias=torch.zeros(31)), ValueError, "bias must have shape"),
+        (dict(bias=torch.zeros(32).half()), TypeError, "bias must be float32 or have x's dtype"),
+        (dict(residual=torch.zeros(1, 32, 8, 12)), ValueError, "residual must have x's shape"),
+        (dict(residual=torch.zeros(2, 32, 8, 12).half()), TypeError, "residual must have x's dtype"),
+    ])  # fmt: skip
+    def test_the_epilogue_s_operator_names_the_argument(self, change, error, message):
+        given = dict(zip(("x", "bias", "residual"), epilogue_arguments(), strict=True), **change)
+        with pytest.raises(error, match=message):
+            torch.ops.movq_ext.add_bias_residual_(*(None if t is None else t.cuda() for t in given.values()))
+
+    def test_the_epilogue_of_float64_is_native_and_says_so(self):
+        x, bias, residual = (t.double() for t in epilogue_arguments(device="cuda"))
+        expected = x + bias[:, None, None] + residual
+        _extension.warn_once.cache_clear()
+        with pytest.warns(RuntimeWarning, match="the CUDA kernels take float32, float16, bfloat16, got float64"):
+            assert_close(add_bias_residual_(x, bias, residual), expected)
 
 
 def native_map(q):

@@ -1,5 +1,7 @@
 """SpatialNorm's kernels: one list of cases, on the emulator everywhere and on the GPU where one is present."""
 
+from types import SimpleNamespace
+
 import published
 import pytest
 import torch
@@ -81,6 +83,48 @@ def test_forward_and_backward_are_the_published_formula(backend, shape, groups, 
                 raise AssertionError(f"gradient of {name}: {error}") from None
 
 
+# --- A bias of f
+
+
+def biased(c, dtype, level=0.0):
+    """A bias of f, and c with it in f, in float64."""
+    f_bias = (torch.randn(c.f.shape[1], generator=torch.Generator().manual_seed(1)) + level).to(dtype)
+    maps = {name: float64(x) for name, x in vars(c).items()}
+    return f_bias, SimpleNamespace(**{**maps, "f": c.f.double() + f_bias.double()[:, None, None]})
+
+
+@pytest.mark.parametrize("shape, groups, zq_size, dtype, layout, offset", CASES)
+@pytest.mark.parametrize("silu", [True, False], ids=["silu", "linear"])
+def test_f_bias_is_added_before_the_norm(backend, shape, groups, zq_size, dtype, layout, offset, silu):
+    c = case(shape, zq_size, dtype, layout, offset=offset)
+    f_bias, sums = biased(c, dtype if silu else F32)
+    out, mean, rstd = backend.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, groups, 1e-2, silu, f_bias)
+    assert_close(out, expected_forward(sums, groups, 1e-2, silu), slack=2.0)
+    grouped = sums.f.reshape(shape[0], groups, -1)
+    near(mean, grouped.mean(2))
+    near(rstd, (grouped.var(2, correction=0) + 1e-2).rsqrt())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape, groups", [((1, 32, 16, 16), 8), ((1, 2064, 4, 8), 2), ((1, 6, 7, 13), 2)], ids=["tile", "wide-group", "single"])
+def test_a_large_f_bias_costs_no_accuracy(backend, shape, groups, layout):
+    """What is lost is half a unit in the last place of the mean, 2^-15. The variance has nothing of it."""
+    c = case(shape, None, F32, layout, affine=None)
+    f_bias, sums = biased(c, F32, level=1000.0)
+    out, _, rstd = backend.forward(c.f, None, None, None, None, groups, 1e-6, False, f_bias)
+    assert relative_error(out, expected_forward(sums, groups, 1e-6, False)) < 2**-14
+    grouped = sums.f.reshape(1, groups, -1)
+    assert relative_error(rstd, (grouped.var(2, correction=0) + 1e-6).rsqrt()) < 1e-5
+
+
+def test_f_bias_of_nan_stays_in_its_group(backend):
+    c = case((2, 32, 4, 8), (2, 2), F32, "channels_last")
+    f_bias = torch.zeros(32)
+    f_bias[5] = float("nan")
+    out, _, _ = backend.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 8, 1e-6, True, f_bias)
+    assert out[:, 4:8].isnan().all() and not out[:, :4].isnan().any() and not out[:, 8:].isnan().any()
+
+
 # --- Hard values
 
 
@@ -132,6 +176,9 @@ def test_any_shape(backend, data):
     c = case((data.draw(st.integers(1, 2)), channels, *size), zq_size, dtype, layout, affine=data.draw(st.sampled_from([None, F32, dtype])),
              offset=data.draw(st.integers(0, 1)))
     eps = 1e-2  # groups of one value have no scale of their own: their gradients are all rounding
+    f_bias, sums = biased(c, data.draw(st.sampled_from([F32, dtype])))
+    out, _, _ = backend.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, groups, eps, silu, f_bias)
+    assert_close(out, expected_forward(sums, groups, eps, silu), slack=2.0)
     out, mean, rstd = backend.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, groups, eps, silu)
     assert_close(out, expected_forward(c, groups, eps, silu), slack=2.0)
     grads = backend.backward(c.dout, c.f, c.zq_y, c.zq_b, c.weight, c.bias, mean, rstd, groups, silu)
@@ -170,6 +217,23 @@ def test_forward_reads_f_twice_and_writes_it_once(counted, layout, dtype):
     assert cost.buffers["f"].read_sectors * 32 == 2 * size and cost.buffers["out"].written_sectors * 32 == size
     assert {launch.kernel: launch.bank_conflicts for launch in cost.launches if launch.bank_conflicts} == {}
     # Three blocks of the launch bounds fit beside each other in the 100 KiB of the smallest multiprocessor.
+    assert 3 * max(launch.shared_bytes + 1024 for launch in cost.launches) <= 100 << 10
+
+
+@pytest.mark.parametrize("layout, dtype", BUDGET_CASES)
+def test_f_bias_costs_no_pass(counted, layout, dtype):
+    """The same bytes of f and out, and of the bias what a block's channels are, from the cache."""
+    c = case((1, 128, 128, 128), (8, 8), dtype, layout)
+    counted.seeds = (0,)
+    counted.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 32, 1e-6, True, torch.ones(128))
+    size, cost = c.f.numel() * c.f.element_size(), counted.cost
+    assert cost.buffers["f"].read_bytes == cost.buffers["f"].read_sectors * 32 == 2 * size
+    assert cost.buffers["out"].written_bytes == cost.buffers["out"].written_sectors * 32 == size
+    assert cost.buffers["workspace"].written_bytes + cost.buffers["workspace"].read_bytes <= 0.02 * 3 * size
+    lanes = 16 // c.f.element_size() if layout == "channels_last" else 1
+    threads = sum(launch.grid[0] * launch.block[0] for launch in cost.launches if "merge" not in launch.kernel)
+    assert cost.buffers["f_bias"].read_bytes <= 4 * lanes * threads
+    assert {launch.kernel: launch.bank_conflicts for launch in cost.launches if launch.bank_conflicts} == {}
     assert 3 * max(launch.shared_bytes + 1024 for launch in cost.launches) <= 100 << 10
 
 

@@ -24,6 +24,7 @@ struct Geometry {
   float row_scale, column_scale;
   bool silu;
   bool float_params;  // weight and bias are float32, else of f's type
+  bool float_f_bias;
 };
 
 // Blocks are numbered by channel tile (fastest), pixel chunk, image. A block is `inner` x `outer` threads: channels x pixels in

@@ -2,7 +2,8 @@
 //
 // `up` is torch's nearest resize from zq's own resolution to f's: source = min(int(floor(dst * (float)(in / out))), in - 1).
 // With zq_height == 0 there is no zq and this is plain GroupNorm (+ SiLU). f, out, df, dout and the four zq tensors share one
-// dtype and one layout (contiguous NCHW, or contiguous NHWC when channels_last). Statistics are float32.
+// dtype and one layout (contiguous NCHW, or contiguous NHWC when channels_last). Statistics are float32. Forward alone knows f_bias, the
+// bias of the convolution that made f.
 #pragma once
 
 #include <cstddef>
@@ -23,6 +24,7 @@ struct SpatialNormProblem {
   bool channels_last = false;
   bool silu = false;
   float eps = 1e-6f;
+  DType f_bias_dtype = DType::float32;  // float32 or `dtype`
 };
 
 struct SpatialNormForward {
@@ -31,6 +33,7 @@ struct SpatialNormForward {
   const void* zq_b;
   const void* weight;  // null means 1
   const void* bias;    // null means 0
+  const void* f_bias;  // [channels], added to f before anything else; null means 0
   void* out;
   float* mean;         // [batch, groups]
   float* rstd;         // [batch, groups]

@@ -8,6 +8,9 @@
 // Blocks: the passes cut (image, group) and (image, channels) into up to 32 and 16 rounds of 256 accesses of 16 bytes, fewer where
 // that would leave fewer than 256 and 1024 blocks: 512x32x32 in bfloat16 makes 256 blocks per pass at batch 1, 128x1024x1024
 // thousands, against 32 groups.
+// A bias of f costs no pass and no addition per value: it moves the mean of a channel's values and leaves their squared distances from
+// it alone, and the output subtracts mean - bias. In NCHW this makes part statistics of 16 bytes per channel instead of per group, 0.5% of
+// all bytes for maps of 32x32 in bfloat16.
 // Registers: at most 80 (__launch_bounds__) keep 3 blocks of 256 threads on a multiprocessor, each thread with 4 (statistics) or 2
 // (output) loads of 16 bytes in flight: 24 to 48 KB, above the latency of memory times the bandwidth (about 20 KB a
 // multiprocessor on an H100). See benchmarks/results/resources.md for what the compiler made of it.
@@ -20,7 +23,7 @@ namespace {
 // Two blocks a multiprocessor keep 32 KB of loads in flight; more blocks would only leave more part results behind.
 constexpr int64_t kStatisticsBlocks = 256;
 
-// A tile (one group in NCHW, whole groups side by side in NHWC) of one image as a matrix of accesses: `columns` wide, `pitch`
+// A tile (one group in NCHW, or one channel where f has a bias; whole groups side by side in NHWC) of one image as a matrix of accesses: `columns` wide, `pitch`
 // elements from row to row, its elements inside [0, extent). In NCHW a group is one run of memory, and the matrix is that run
 // folded to the width of a block. A thread keeps to its column, unless the tile is one group wider than the block.
 struct Statistics {
@@ -33,11 +36,19 @@ struct Statistics {
   int column_pitch;            // of the moments in shared memory, words from column to column
   int depth;
   bool lanes_merge;            // the channels of one access belong to one group
+  bool columns_are_channels;   // NHWC: column c holds channels c * V and on of the tile
+  bool float_f_bias;
   int threads, shared_bytes;
 };
 
-Statistics plan_statistics(const Geometry& g, int lanes, bool channels_last) {
+Statistics plan_statistics(Geometry g, int lanes, bool channels_last, bool with_f_bias) {
+  if (with_f_bias && !channels_last) {  // tiles of one channel each, whose mean is then moved
+    g.groups = g.channels;
+    g.depth = 1;
+  }
   Statistics s = {};
+  s.columns_are_channels = channels_last;
+  s.float_f_bias = g.float_f_bias;
   s.groups = g.groups;
   s.depth = g.depth;
   s.image_stride = int64_t(g.channels) * g.pixels;
@@ -76,9 +87,10 @@ MOVQ_DEVICE void store_moments(float* partial, int64_t at, const Moments& m) {
   store_vec(partial + 4 * at, Vec<float, 4>{{m.mean, m.m2, m.count, 0}});
 }
 
-// Writes the moments of every (image, group, chunk) to partial[image][group][chunk].
+// Writes the moments of every (image, group, chunk) to partial[image][group][chunk]. A group is the plan's: in NCHW one channel where
+// f has a bias.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads, 3) statistics(const T* f, Statistics s, float* partial) {
+__global__ void __launch_bounds__(kThreads, 3) statistics(const T* f, const void* f_bias, Statistics s, float* partial) {
   constexpr int kAhead = 4;  // loads in flight
   const int64_t block = blockIdx.x;
   const int tile = block % s.tiles, chunk = block / s.tiles % s.chunks;
@@ -90,7 +102,13 @@ __global__ void __launch_bounds__(kThreads, 3) statistics(const T* f, Statistics
 
   // Welford for each of the V elements apart: their counts are one, so the reciprocal is shared.
   float count = 0, mean[V] = {}, m2[V] = {};
+  auto move_means = [&](int c, float sign) {  // by the bias of column c
+    if (!f_bias || !s.columns_are_channels || count == 0) return;
+#pragma unroll
+    for (int i = 0; i < V; ++i) mean[i] += sign * parameter<T>(f_bias, tile * int(s.tile_stride) + c * V + i, s.float_f_bias, 0);
+  };
   for (int c = column; c < columns; c += s.inner) {
+    move_means(c, -1);  // what an earlier column left goes on among values without the bias
     for (int64_t at = row * s.pitch + c * V; at < end; at += kAhead * step) {
       Vec<T, V> x[kAhead];
 #pragma unroll
@@ -110,6 +128,7 @@ __global__ void __launch_bounds__(kThreads, 3) statistics(const T* f, Statistics
         }
       }
     }
+    move_means(c, 1);
   }
 
   Moments mine = {mean[0], m2[0], count};
@@ -120,7 +139,10 @@ __global__ void __launch_bounds__(kThreads, 3) statistics(const T* f, Statistics
   const int64_t first_group = image * s.groups + tile * s.tile_groups;
   if (s.tile_groups == 1) {
     mine = block_reduce(mine, Merge(), Shared<Moments>(0, blockDim.x / kWarp));
-    if (threadIdx.x == 0) store_moments(partial, first_group * s.chunks + chunk, mine);
+    if (threadIdx.x == 0) {
+      if (f_bias && !s.columns_are_channels) mine.mean += parameter<T>(f_bias, tile, s.float_f_bias, 0);
+      store_moments(partial, first_group * s.chunks + chunk, mine);
+    }
     return;
   }
 
@@ -173,8 +195,8 @@ __global__ void __launch_bounds__(kThreads) merge_statistics(const float* partia
 
 template <class T, int V, bool Last>
 __global__ void __launch_bounds__(kThreads, 3)
-    modulate(Geometry g, Tiling t, const T* f, const T* zq_y, const T* zq_b, const void* weight, const void* bias, const float* mean,
-             const float* rstd, T* out) {
+    modulate(Geometry g, Tiling t, const T* f, const T* zq_y, const T* zq_b, const void* weight, const void* bias, const void* f_bias,
+             const float* mean, const float* rstd, T* out) {
   using Here = Place<V, Last>;
   constexpr int kAhead = 2;
   const Here here(g, t, gridDim.x - 1 - int64_t(blockIdx.x));
@@ -185,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   for (int i = 0; i < Here::kChannels; ++i) {
     const int channel = here.channel + i;
     const int64_t group = here.image * g.groups + channel / g.depth;
-    centre[i] = load(mean + group);
+    centre[i] = load(mean + group) - parameter<T>(f_bias, channel, g.float_f_bias, 0);
     scale[i] = load(rstd + group) * parameter<T>(weight, channel, g.float_params, 1);
     shift[i] = parameter<T>(bias, channel, g.float_params, 0);
   }
@@ -227,15 +249,16 @@ int forward_access(const SpatialNormProblem& p, const Geometry& g, const Spatial
 size_t spatial_norm_forward_workspace(const SpatialNormProblem& p, const SpatialNormForward& a) {
   using namespace spatial_norm;
   const Geometry g = geometry(p);
-  const Statistics s = plan_statistics(g, forward_access(p, g, a), p.channels_last);
-  return 4 * sizeof(float) * g.batch * g.groups * s.chunks;
+  const Statistics s = plan_statistics(g, forward_access(p, g, a), p.channels_last, a.f_bias);
+  return 4 * sizeof(float) * g.batch * s.groups * s.chunks;
 }
 
 void spatial_norm_forward(const SpatialNormProblem& p, const SpatialNormForward& a, cudaStream_t stream) {
   using namespace spatial_norm;
   const Geometry g = geometry(p);
   const int lanes = forward_access(p, g, a);
-  const Statistics s = plan_statistics(g, lanes, p.channels_last);
+  const Statistics s = plan_statistics(g, lanes, p.channels_last, a.f_bias);
+  const int parts = s.chunks * (s.groups / g.groups);  // of one group
   const Tiling t = tiling(g, lanes, p.channels_last);
   auto* partial = static_cast<float*>(a.workspace);
   dispatch(p, lanes, [&](auto type, auto v, auto last) {
@@ -243,13 +266,14 @@ void spatial_norm_forward(const SpatialNormProblem& p, const SpatialNormForward&
     constexpr int V = decltype(v)::value;
     constexpr bool Last = decltype(last)::value;
     const Launch first = {grid("spatial_norm statistics", g.batch * s.tiles * s.chunks), unsigned(s.threads), size_t(s.shared_bytes)};
-    launch(statistics<T, V>, "spatial_norm statistics", first, stream, static_cast<const T*>(a.f), s, partial);
-    const unsigned threads = std::min(kThreads, ceil_div(s.chunks, kWarp) * kWarp);
+    launch(statistics<T, V>, "spatial_norm statistics", first, stream, static_cast<const T*>(a.f), a.f_bias, s, partial);
+    const unsigned threads = std::min(kThreads, ceil_div(parts, kWarp) * kWarp);
     const Launch second = {grid("spatial_norm merge_statistics", g.batch * g.groups), threads, threads / kWarp * sizeof(Moments)};
-    launch(merge_statistics, "spatial_norm merge_statistics", second, stream, partial, s.chunks, p.eps, a.mean, a.rstd);
+    launch(merge_statistics, "spatial_norm merge_statistics", second, stream, partial, parts, p.eps, a.mean, a.rstd);
     const Launch third = {grid("spatial_norm modulate", g.batch * t.tiles * t.chunks), unsigned(t.threads())};
     launch(modulate<T, V, Last>, "spatial_norm modulate", third, stream, g, t, static_cast<const T*>(a.f),
-           static_cast<const T*>(a.zq_y), static_cast<const T*>(a.zq_b), a.weight, a.bias, a.mean, a.rstd, static_cast<T*>(a.out));
+           static_cast<const T*>(a.zq_y), static_cast<const T*>(a.zq_b), a.weight, a.bias, a.f_bias, a.mean, a.rstd,
+           static_cast<T*>(a.out));
   });
 }
 

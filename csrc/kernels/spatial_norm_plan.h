@@ -40,6 +40,7 @@ inline Geometry geometry(const SpatialNormProblem& p) {
   g.column_scale = float(g.zq_width) / float(g.width);
   g.silu = p.silu;
   g.float_params = p.param_dtype == DType::float32;
+  g.float_f_bias = p.f_bias_dtype == DType::float32;
   return g;
 }
 

@@ -1,0 +1,61 @@
+"""The kernel of a convolution's epilogue as a function of tensors, on the emulator and on the GPU."""
+
+import functools
+
+import emulator
+import torch
+
+from .spatial_norm import DTYPES, is_channels_last
+
+GLUE = """
+#include "epilogue.h"
+
+EXPORT(add, int64_t batch, int64_t channels, int64_t pixels, int dtype, int bias_dtype, bool channels_last, void* x,
+       const void* bias, const void* residual) {
+  const movq::EpilogueProblem p = {batch, channels, pixels, movq::DType(dtype), movq::DType(bias_dtype), channels_last};
+  movq::add_bias_residual(p, {x, bias, residual}, nullptr);
+}
+"""
+
+
+@functools.cache
+def library():
+    return emulator.build(emulator.KERNELS / "epilogue.cu", glue=GLUE)
+
+
+class Emulator:
+    """Runs the kernel's own source on the CPU, under several schedules that must give the same bits."""
+
+    seeds = emulator.SEEDS
+
+    def add_(self, x, bias, residual):
+        """x afterwards. A residual is of x's layout, as the operator makes it."""
+        batch, channels, height, width = x.shape
+        problem = {"batch": batch, "channels": channels, "pixels": height * width, "dtype": DTYPES.index(x.dtype),
+                   "channels_last": is_channels_last(x),
+                   "bias_dtype": DTYPES.index(torch.float32 if bias is None else bias.dtype)}
+        self.cost = library().call("add", **problem, x=x, bias=bias, residual=residual, seeds=self.seeds)
+        return x
+
+
+class Gpu:
+    """Runs the operator that the extension registers, several times, which must give the same bits."""
+
+    def add_(self, x, bias, residual):
+        first, *others = (self._run(x, bias, residual) for _ in range(3))
+        assert all(torch.equal(first.nan_to_num(), other.nan_to_num()) for other in others), "not deterministic"
+        return first
+
+    @staticmethod
+    def _run(x, bias, residual):
+        there = on_gpu(x)
+        torch.ops.movq_ext.add_bias_residual_(there, on_gpu(bias), there if residual is x else on_gpu(residual))
+        return there.cpu()
+
+
+def on_gpu(x):
+    """A copy with x's strides and its distance from a 16-byte boundary."""
+    if x is None:
+        return None
+    store = torch.empty(x.untyped_storage().nbytes() // x.element_size(), dtype=x.dtype, device="cuda")
+    return store.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(x)
