@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .derived import Derived
-from .functional import spatial_attention, spatial_norm
+from .functional import add_bias_residual_, spatial_attention, spatial_norm
 from .modulation import Modulations, modulate
 from .native import is_inference
 
@@ -21,8 +22,8 @@ NORM_EPS = 1e-6
 class GroupNorm(nn.GroupNorm):
     """``nn.GroupNorm`` with SpatialNorm's signature, for blocks that are not conditioned on a latent (zq is ignored)."""
 
-    def forward(self, f: Tensor, zq: object = None, activation: str | None = None) -> Tensor:
-        return spatial_norm(f, None, None, self.weight, self.bias, self.num_groups, self.eps, activation)
+    def forward(self, f: Tensor, zq: object = None, activation: str | None = None, f_bias: Tensor | None = None) -> Tensor:
+        return spatial_norm(f, None, None, self.weight, self.bias, self.num_groups, self.eps, activation, f_bias)
 
 
 class SpatialNorm(nn.Module):
@@ -67,8 +68,8 @@ class SpatialNorm(nn.Module):
             self.norm_layer.eval()
         return self
 
-    def forward(self, f: Tensor, zq: Tensor | Modulations, activation: str | None = None) -> Tensor:
-        """Normalise f ``(B, f_channels, H, W)`` conditioned on zq ``(B, zq_channels, h, w)``; returns f's shape.
+    def forward(self, f: Tensor, zq: Tensor | Modulations, activation: str | None = None, f_bias: Tensor | None = None) -> Tensor:
+        """Normalise f ``(B, f_channels, H, W)``, with ``f_bias[c]`` added where given, on zq ``(B, zq_channels, h, w)``; returns f's shape.
 
         Raises ValueError (rank, channels, batch, device) or TypeError (dtype) naming the argument.
         """
@@ -81,7 +82,8 @@ class SpatialNorm(nn.Module):
         y, b = self.modulation(zq)
         norm = self.norm_layer
         if isinstance(norm, nn.GroupNorm):
-            return spatial_norm(f, y, b, norm.weight, norm.bias, norm.num_groups, norm.eps, activation)
+            return spatial_norm(f, y, b, norm.weight, norm.bias, norm.num_groups, norm.eps, activation, f_bias)
+        f = f if f_bias is None else f + f_bias[:, None, None]
         y, b = (F.interpolate(x, size=f.shape[-2:], mode="nearest") for x in (y, b))
         out = cast(Tensor, norm(f) * y + b)
         return F.silu(out) if activation == "silu" else out
@@ -123,9 +125,27 @@ def _is_known(module: nn.Module) -> bool:
     return type(module) in (nn.Module, nn.ModuleList, nn.GroupNorm, GroupNorm, SpatialNorm, ResnetBlock, AttnBlock, Upsample)
 
 
-def add_to_new(h: Tensor, x: Tensor, made_by: nn.Module) -> Tensor:
-    """``x + h``, into h where nothing else holds that."""
-    return h.add_(x) if is_plain(made_by) and is_inference(h, x) and h.dtype == x.dtype else x + h
+def begin(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """conv(x), or, where a kernel that comes later adds it in passing, conv(x) without its bias, and that."""
+    if not (runs_kernels(x) and is_plain(conv) and conv.bias is not None and is_inference(x, conv.weight, conv.bias)):
+        return conv(x), None
+    return F.conv2d(x, conv.weight, padding=conv.padding), conv.bias
+
+
+def finish(h: Tensor, bias: Tensor | None, x: Tensor, made_by: nn.Module) -> Tensor:
+    """``x + h`` for what begin(made_by, ...) made: into h where nothing else holds that."""
+    if h.dtype == x.dtype and is_plain(made_by) and is_inference(h, x):
+        return h.add_(x) if bias is None else add_bias_residual_(h, bias, x)
+    return x + (h if bias is None else h + bias[:, None, None])
+
+
+def runs_kernels(x: Tensor) -> bool:
+    """Whether x is where the kernels are."""
+    return x.is_cuda
+
+
+def _tensors(zq: object) -> list[Tensor]:
+    return [zq] if isinstance(zq, Tensor) else []  # Modulations are made where nothing records a gradient
 
 
 def make_norm(channels: int, zq_ch: int | None, add_conv: bool) -> GroupNorm | SpatialNorm:
@@ -227,16 +247,23 @@ class ResnetBlock(nn.Module):
         """
         if (temb is not None) != hasattr(self, "temb_proj"):
             raise ValueError("temb must be given exactly when the block was made with temb_channels > 0")
-        h = self.conv1(self.norm1(x, zq, activation="silu"))
+        h = self.norm1(x, zq, activation="silu")  # named again and again, so that what was there before is freed
+        norm2 = self.norm2
         if temb is not None:
-            h = h + self.temb_proj(F.silu(temb))[:, :, None, None]
-        h = self.norm2(h, zq, activation="silu")  # named again and again, so that what was there before is freed
-        h = self.conv2(self.dropout(h))
-        if hasattr(self, "conv_shortcut"):
-            x = self.conv_shortcut(x)
-        elif hasattr(self, "nin_shortcut"):
-            x = self.nin_shortcut(x)
-        return add_to_new(h, x, self.conv2)
+            h = self.conv1(h) + self.temb_proj(F.silu(temb))[:, :, None, None]
+        elif type(norm2) in (GroupNorm, SpatialNorm) and is_untouched(norm2) and is_inference(*norm2.parameters(), *_tensors(zq)):
+            h, bias = begin(self.conv1, h)
+            norm2 = partial(norm2, f_bias=bias)
+        else:
+            h = self.conv1(h)
+        h, bias = begin(self.conv2, self.dropout(norm2(h, zq, activation="silu")))
+        shortcut = next((getattr(self, name) for name in ("conv_shortcut", "nin_shortcut") if hasattr(self, name)), None)
+        if shortcut is not None and bias is None:
+            x = shortcut(x)
+        elif shortcut is not None:
+            x, more = begin(shortcut, x)
+            bias = bias if more is None else bias + more
+        return finish(h, bias, x, self.conv2)
 
 
 class AttnBlock(nn.Module):
@@ -255,7 +282,7 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor, zq: Tensor | Modulations | None = None) -> Tensor:
         """``(B, C, H, W) -> (B, C, H, W)``; zq ``(B, zq_ch, h, w)`` where the norm is conditioned."""
-        return add_to_new(self.proj_out(spatial_attention(*self._project(self.norm(x, zq)))), x, self.proj_out)
+        return finish(*begin(self.proj_out, spatial_attention(*self._project(self.norm(x, zq)))), x, self.proj_out)
 
     def _project(self, h: Tensor) -> Sequence[Tensor]:
         layers = (self.q, self.k, self.v)

@@ -5,11 +5,11 @@ import published
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerances import assert_close
+from tolerances import assert_close, relative_error
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from movq_ext import AttnBlock, Downsample, GroupNorm, ResnetBlock, SpatialNorm, Upsample
+from movq_ext import AttnBlock, Downsample, GroupNorm, ResnetBlock, SpatialNorm, Upsample, modules
 
 
 def randomize(module):
@@ -269,3 +269,82 @@ def test_spatial_norm_refuses(case):
     error, message, arguments = BAD[case]
     with pytest.raises(error, match=message):
         LAYER(*arguments)
+
+
+BLOCKS = {
+    "resnet": lambda: ResnetBlock(in_channels=32, zq_ch=4),
+    "shortcut of 1x1": lambda: ResnetBlock(in_channels=32, out_channels=64, zq_ch=4),
+    "shortcut of 3x3": lambda: ResnetBlock(in_channels=32, out_channels=64, conv_shortcut=True),
+    "attention": lambda: AttnBlock(32, 4),
+}
+
+
+@pytest.fixture
+def epilogues(monkeypatch):
+    """As if tensors were on a GPU: the (bias, residual) that were added in one pass, and f_bias of every norm."""
+    seen, add, norm = [], modules.add_bias_residual_, modules.spatial_norm
+    monkeypatch.setattr(modules, "runs_kernels", lambda x: True)
+    monkeypatch.setattr(modules, "add_bias_residual_", lambda x, bias, residual: (seen.append((bias, residual)), add(x, bias, residual))[1])
+    monkeypatch.setattr(modules, "spatial_norm", lambda *a: (seen.append(a[8]), norm(*a))[1])
+    return seen
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_biases_are_added_by_the_passes_that_follow(epilogues, name):
+    block, x, zq = randomize(BLOCKS[name]().double()), draw(2, 32, 4, 6), draw(2, 4, 2, 3)
+    wanted, kept = block(x, zq=zq), x.clone()
+    assert all(bias is None for bias in epilogues)
+    epilogues.clear()
+    with torch.no_grad(), torch.profiler.profile(record_shapes=True) as profile:
+        out = block(x, zq=zq)
+    assert_close(out, wanted)
+    assert torch.equal(x, kept)
+    *norms, (bias, residual) = epilogues
+    if isinstance(block, ResnetBlock):
+        assert norms[0] is None and norms[1] is block.conv1.bias
+        shortcut = next((layer for layer_name, layer in block.named_children() if "shortcut" in layer_name), None)
+        assert torch.equal(bias, block.conv2.bias if shortcut is None else block.conv2.bias + shortcut.bias)
+    else:
+        assert norms == [None] and bias is block.proj_out.bias
+    assert residual.shape == out.shape
+    convolutions = [event for event in profile.events() if event.name == "aten::conv2d"]
+    with_bias = sum(event.input_shapes[2] != [] for event in convolutions)
+    assert with_bias == (1 if name == "attention" else 0)  # q, k and v: what follows is no kernel of ours
+
+
+@pytest.mark.parametrize("touch", ["hook on norm2", "hook on conv1", "hook on conv2", "time embedding"])
+def test_biases_stay_where_somebody_looks(epilogues, touch):
+    block = randomize(ResnetBlock(in_channels=32, zq_ch=4, temb_channels=8 * (touch == "time embedding")).double())
+    x, zq, temb, seen = draw(2, 32, 4, 6), draw(2, 4, 2, 3), draw(2, 8) if touch == "time embedding" else None, []
+    with torch.no_grad():
+        wanted = block(x, temb, zq)
+        if touch == "hook on norm2":
+            block.norm2.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+        elif touch != "time embedding":
+            getattr(block, touch.split()[-1]).register_forward_hook(lambda layer, inputs, out: seen.append(out.clone()))
+        epilogues.clear()
+        assert_close(block(x, temb, zq), wanted)
+        if touch in ("hook on norm2", "hook on conv1"):
+            h = published.silu(published.spatial_norm_layer(block.norm1.state_dict(), x, zq))
+            assert_close(seen[0], F.conv2d(h, block.conv1.weight, block.conv1.bias, padding=1))
+    assert (epilogues[1] is None) == (touch != "hook on conv2")
+    assert len(seen) == (touch != "time embedding")
+
+
+def test_biases_under_autocast(epilogues):
+    block, x, zq = randomize(ResnetBlock(in_channels=32, out_channels=64, zq_ch=4)), draw(2, 32, 4, 6).float(), draw(2, 4, 2, 3).float()
+    wanted = block(x, zq=zq)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out = block(x, zq=zq)
+    assert out.dtype == torch.bfloat16 and 1e-4 < relative_error(out, wanted) < 3e-2
+
+
+@pytest.mark.parametrize("trained", ["norm2", "zq", "conv2", "nin_shortcut"])
+def test_biases_where_a_part_of_a_block_is_trained(epilogues, trained):
+    block, x, zq = randomize(ResnetBlock(in_channels=32, out_channels=64, zq_ch=4).double()), draw(2, 32, 4, 6), draw(2, 4, 2, 3)
+    parameters = [zq] if trained == "zq" else list(getattr(block, trained).parameters())
+    wanted = torch.autograd.grad(block(x, zq=zq.requires_grad_(trained == "zq")).square().sum(), parameters)
+    for parameter in block.parameters():
+        parameter.requires_grad_(any(parameter is one for one in parameters))
+    for grad, want in zip(torch.autograd.grad(block(x, zq=zq).square().sum(), parameters), wanted, strict=True):
+        assert_close(grad, want)
