@@ -12,7 +12,7 @@ namespace py = pybind11;
 TORCH_LIBRARY(movq_ext, m) {
   m.def(
       "spatial_norm_forward(Tensor f, Tensor? zq_y, Tensor? zq_b, Tensor? weight, Tensor? bias, int groups, float eps, bool silu,"
-      " Tensor? f_bias=None) -> (Tensor out, Tensor mean, Tensor rstd)");
+      " Tensor? f_bias=None, bool bordered=False) -> (Tensor out, Tensor mean, Tensor rstd)");
   m.def(
       "spatial_norm_backward(Tensor dout, Tensor f, Tensor? zq_y, Tensor? zq_b, Tensor? weight, Tensor? bias, Tensor mean,"
       " Tensor rstd, int groups, bool silu) -> (Tensor df, Tensor dzq_y, Tensor dzq_b, Tensor dweight, Tensor dbias)");

@@ -87,9 +87,18 @@ void* out(const Tensor& t) { return t.defined() && t.numel() ? t.mutable_data_pt
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& f, const OptionalTensor& zq_y, const OptionalTensor& zq_b,
                                            const OptionalTensor& weight, const OptionalTensor& bias, int64_t groups, double eps,
-                                           bool silu, const OptionalTensor& f_bias) {
+                                           bool silu, const OptionalTensor& f_bias, bool bordered) {
   const c10::cuda::CUDAGuard guard(f.device());
   Inputs i(f, zq_y, zq_b, weight, bias, groups, eps, silu);
+  if (bordered) {
+    const auto& p = i.problem;
+    for (const auto& [size, zq_size] : {std::pair(p.height, p.zq_height), std::pair(p.width, p.zq_width)}) {
+      TORCH_CHECK_VALUE(zq_size > 0 && zq_size % 3 == 0 && size % (zq_size / 3) == 0 && size / (zq_size / 3) > 1, "a bordered zq_y must have "
+                        "three rows and columns for each of its cells, which are as many of f's and two at least, got shape ",
+                        i.zq_y.defined() ? i.zq_y.sizes() : at::IntArrayRef(), " for f of ", f.sizes());
+    }
+    i.problem.bordered = true;
+  }
   const Tensor moved = i.parameter("f_bias", f_bias);
   if (moved.defined()) i.problem.f_bias_dtype = movq::dtype_of(moved, "f_bias");
   Tensor result = at::empty_like(i.f, i.layout);

@@ -22,6 +22,7 @@ def spatial_norm(
     eps: float = 1e-6,
     activation: str | None = None,
     f_bias: Tensor | None = None,
+    bordered: bool = False,
 ) -> Tensor:
     """Spatially conditioned group normalisation: ``act(GroupNorm(f) * up(zq_y) + up(zq_b))``.
 
@@ -39,13 +40,15 @@ def spatial_norm(
         activation: None or ``"silu"``, applied last.
         f_bias: ``(C,)`` in f's dtype or float32, or None: the norm is of ``f + f_bias[c]``, to the kernels without another pass over f
             and in float32. For the bias of the convolution that made f, in inference: no gradient is recorded.
+        bordered: zq_y and zq_b are ``(B, C, 3h, 3w)``: of each of ``h x w`` cells, which are of 2 rows and columns of f at least, the first
+            row and column, those between, and the last. For a latent that a 3x3 convolution has seen after its resize; in inference.
 
     Returns:
         ``(B, C, H, W)`` in f's dtype and, from the CUDA kernels, in f's memory format. Under autocast f keeps its dtype, zq_y
         and zq_b may have another, and statistics are float32 as everywhere.
 
     Raises:
-        ValueError: an argument has the wrong rank, size, device or value, or with f_bias one would need a gradient.
+        ValueError: an argument has the wrong rank, size, device or value, or with f_bias or bordered one would need a gradient.
         TypeError: dtypes differ outside autocast, or f is not floating point.
     """
     _check_map("f", f)
@@ -68,17 +71,21 @@ def spatial_norm(
             raise ValueError(f"{name} must have shape ({f.shape[1]},), got {tuple(parameter.shape)}")
     if f_bias is not None:
         _check_channel_bias("f_bias", f_bias, "f", f)
-        _check_no_gradient("spatial_norm with f_bias", f=f, zq_y=zq_y, zq_b=zq_b, weight=weight, bias=bias, f_bias=f_bias)
+    if bordered and (zq_y is None or not native.is_bordered(zq_y, f)):
+        wanted = f"three rows and columns for each cell of 2 or more of f's {tuple(f.shape[2:])}"
+        raise ValueError(f"bordered zq_y must have {wanted}, got {None if zq_y is None else tuple(zq_y.shape)}")
+    if f_bias is not None or bordered:
+        _check_no_gradient(f"spatial_norm with {'bordered' if bordered else 'f_bias'}", f=f, zq_y=zq_y, zq_b=zq_b, weight=weight, bias=bias, f_bias=f_bias)
 
     if not f.is_cuda:
-        return native.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation, f_bias)
+        return native.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation, f_bias, bordered)
     reason = _reason(f) or _parameter_reason(f, weight=weight, bias=bias)
     if reason:
         warn_once(reason)
-        return native.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation, f_bias)
+        return native.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation, f_bias, bordered)
     if zq_y is not None and zq_b is not None:
         zq_y, zq_b = zq_y.to(f.dtype), zq_b.to(f.dtype)  # they differ under autocast only
-    return kernels.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation == "silu", f_bias)
+    return kernels.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation == "silu", f_bias, bordered)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:

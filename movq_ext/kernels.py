@@ -21,12 +21,12 @@ MAX_HEAD_SIZE = 512
 
 def spatial_norm(
     f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool,
-    f_bias: Tensor | None = None,
+    f_bias: Tensor | None = None, bordered: bool = False,
 ) -> Tensor:  # fmt: skip
     """functional.spatial_norm by kernels: the arguments are checked, and zq_y and zq_b have f's dtype."""
     out: Tensor
-    if f_bias is not None:  # for inference: the function below does not know it
-        out, _, _ = torch.ops.movq_ext.spatial_norm_forward(f, zq_y, zq_b, weight, bias, groups, eps, silu, f_bias)
+    if f_bias is not None or bordered:  # for inference: the function below does not know them
+        out, _, _ = torch.ops.movq_ext.spatial_norm_forward(f, zq_y, zq_b, weight, bias, groups, eps, silu, f_bias, bordered)
         return out
     out = SpatialNormFunction.apply(f, zq_y, zq_b, weight, bias, groups, eps, silu)[0]
     return out
@@ -119,13 +119,14 @@ def _statistics(f: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
 
 def _forward_cpu(
     f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool,
-    f_bias: Tensor | None = None,
+    f_bias: Tensor | None = None, bordered: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     out = torch.empty_like(_like(f, f))
     if f_bias is not None:
         f = f.float() + f_bias.float()[:, None, None]
         zq_y, zq_b, weight, bias = (None if x is None else x.float() for x in (zq_y, zq_b, weight, bias))
-    return out.copy_(native.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, "silu" if silu else None)), *_statistics(f, groups, eps)
+    activation = "silu" if silu else None
+    return out.copy_(native.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation, bordered=bordered)), *_statistics(f, groups, eps)
 
 
 def _backward_cpu(
@@ -166,7 +167,7 @@ def _like(f: Tensor, x: Tensor) -> Tensor:
 
 def _forward_fake(
     f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool,
-    f_bias: Tensor | None = None,
+    f_bias: Tensor | None = None, bordered: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     statistics = [f.new_empty(f.shape[0], groups, dtype=torch.float32) for _ in range(2)]
     return torch.empty_like(_like(f, f)), statistics[0], statistics[1]

@@ -6,7 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .native import is_whole_ratio
 
 MOST_BYTES = 64 << 20  # of one product, where several norms could share it
 
@@ -55,3 +58,24 @@ class Modulations:
             run.append(norm)
         if run:
             yield run
+
+
+def is_convolved_by_cells(zq: Tensor, size: Sequence[int]) -> bool:
+    """Whether convolve_cells gives what a convolution of the zq resized to this height and width does, in fewer rows and columns."""
+    return all(is_whole_ratio(small, large) and large // small >= 4 for small, large in zip(zq.shape[2:], size, strict=True))
+
+
+def convolve_cells(conv: nn.Conv2d, zq: Tensor) -> Tensor:
+    """``(B, zq_ch, 3h, 3w)``: a 3x3 convolution of zq after its resize, for the first row and column of each cell, those between and the last.
+
+    Inside a cell the resized zq is constant: between its borders the kernel sees that value alone, and at a border one neighbour too. So the
+    nine values of a cell are one convolution of zq itself with nine kernels, which are sums of conv's weights.
+    """
+    parts = torch.tensor(CELL_PARTS, dtype=conv.weight.dtype, device=conv.weight.device)
+    weight = torch.einsum("pia,qjb,ocab->opqcij", parts, parts, conv.weight).flatten(0, 2)
+    bias = None if conv.bias is None else conv.bias.repeat_interleave(9)
+    return F.pixel_shuffle(F.conv2d(zq, weight, bias, padding=1), 3)
+
+
+# For the first row of a cell, those between and the last: which of a kernel's three rows meet the cell above, the cell itself and the cell below.
+CELL_PARTS = [[[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]]

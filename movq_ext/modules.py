@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .derived import Derived
 from .functional import add_bias_residual_, spatial_attention, spatial_norm
-from .modulation import Modulations, modulate
+from .modulation import Modulations, convolve_cells, is_convolved_by_cells, modulate
 from .native import is_inference
 
 NORM_GROUPS = 32
@@ -77,12 +77,14 @@ class SpatialNorm(nn.Module):
         if not isinstance(zq, Modulations):
             check_latent("zq", zq, self.conv_y.in_channels, self.conv_y.weight)
             check_batch(f=f, zq=zq)
+        norm, bordered = self.norm_layer, False
         if self.add_conv:  # a 3x3 convolution does not commute with the resize
-            zq = self.conv(F.interpolate(zq, size=f.shape[-2:], mode="nearest"))
+            free = isinstance(norm, nn.GroupNorm) and is_plain(self.conv) and is_inference(f, zq, *self.parameters())
+            bordered = free and is_convolved_by_cells(zq, f.shape[2:])
+            zq = convolve_cells(self.conv, zq) if bordered else self.conv(F.interpolate(zq, size=f.shape[2:], mode="nearest"))
         y, b = self.modulation(zq)
-        norm = self.norm_layer
         if isinstance(norm, nn.GroupNorm):
-            return spatial_norm(f, y, b, norm.weight, norm.bias, norm.num_groups, norm.eps, activation, f_bias)
+            return spatial_norm(f, y, b, norm.weight, norm.bias, norm.num_groups, norm.eps, activation, f_bias, bordered)
         f = f if f_bias is None else f + f_bias[:, None, None]
         y, b = (F.interpolate(x, size=f.shape[-2:], mode="nearest") for x in (y, b))
         out = cast(Tensor, norm(f) * y + b)

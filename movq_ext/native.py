@@ -17,7 +17,10 @@ def spatial_norm(
     eps: float,
     activation: str | None,
     f_bias: Tensor | None = None,
+    bordered: bool = False,
 ) -> Tensor:
+    if bordered and zq_y is not None and zq_b is not None:
+        zq_y, zq_b = (spread_borders(x, f) for x in (zq_y, zq_b))
     if f_bias is not None:
         f = f + f_bias.to(f.dtype)[:, None, None]
     # torch.group_norm rather than F.group_norm: the latter refuses a single value per group, which has an answer.
@@ -51,6 +54,19 @@ def _modulate(x: Tensor, y: Tensor, b: Tensor, in_place: bool) -> Tensor:
         return scale_by_cells(x, y, b, out=x if in_place else None)
     y, b = (F.interpolate(map_, size=x.shape[2:], mode="nearest") for map_ in (y, b))
     return torch.addcmul(b, x, y, out=x) if in_place else x * y + b
+
+
+def is_bordered(zq: Tensor, f: Tensor) -> bool:
+    """Whether zq has three rows and columns for each cell of two or more of f's."""
+    return all(small % 3 == 0 and large % (small // 3) == 0 and large // (small // 3) > 1 for small, large in zip(zq.shape[2:], f.shape[2:], strict=True))
+
+
+def spread_borders(zq: Tensor, f: Tensor) -> Tensor:
+    """A bordered zq on f's grid: of three rows for each cell the first, as often as needed the second, the third; so too columns."""
+    for dim in (2, 3):
+        times = torch.tensor([1, f.shape[dim] // (zq.shape[dim] // 3) - 2, 1], device=zq.device).repeat(zq.shape[dim] // 3)
+        zq = zq.repeat_interleave(times, dim, output_size=f.shape[dim])
+    return zq
 
 
 def is_whole_ratio(small: int, large: int) -> bool:

@@ -97,3 +97,20 @@ def test_peak_memory_on_a_cpu(batch):
     done = subprocess.run([sys.executable, "-c", PEAK, str(batch)], capture_output=True, text=True, check=True)
     pixels = 4 * 384 * 384
     assert int(done.stdout) < (128 + 64 + 2 * batch * 3) * pixels + 60e6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_of_a_decode_on_a_gpu():
+    """Three kernels a norm, one pass behind every block's last convolution, and no map that changes its layout."""
+    decoder = make(ch=64, ch_mult=(1, 2, 2)).cuda().bfloat16()
+    z, zq = latents((16, 16), 1, torch.bfloat16, device="cuda")
+    with torch.no_grad():
+        decoder(z, zq)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            decoder(z, zq)
+            torch.cuda.synchronize()
+    names = [event.name for event in profile.events()]
+    blocks = sum(conditioned for _, _, conditioned in decoder._steps())
+    for kernel, count in {"statistics<": len(decoder._norms()), "modulate<": len(decoder._norms()), "add_bias_residual": blocks}.items():
+        assert sum("movq" in name and kernel in name for name in names) == count, (kernel, names)
+    assert not [name for name in names if "nchwToNhwc" in name or "nhwcToNchw" in name]

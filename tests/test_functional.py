@@ -173,6 +173,7 @@ BAD_NORM = {
     "f_bias": (ValueError, r"f_bias must have shape \(6,\), got \(5,\)", dict(f_bias=BIAS[:5])),
     "f_bias dtype": (TypeError, r"f_bias must be float32 or have f's dtype torch.float64, got", dict(f_bias=BIAS.half())),
     "f_bias device": (ValueError, r"f_bias must be on f's device cpu, got meta", dict(f_bias=BIAS.to("meta"))),
+    "bordered": (ValueError, r"bordered zq_y must have three rows and columns for each cell of 2 or more of f's .*, got", dict(bordered=True)),
     "gradient": (ValueError, r"weight must not require a gradient: spatial_norm with f_bias records none",
                  dict(f_bias=BIAS, weight=WEIGHT.clone().requires_grad_())),
 }  # fmt: skip

@@ -40,6 +40,23 @@ def test_add_conv_runs_on_the_resized_latent():
     assert set(layer.state_dict()) == {f"{name}.{kind}" for name in ("norm_layer", "conv", "conv_y", "conv_b") for kind in ("weight", "bias")}
 
 
+@pytest.mark.parametrize("grid, cell", [((4, 3), (4, 4)), ((1, 2), (8, 4)), ((3, 1), (16, 8)), ((4, 3), (2, 4)), ((4, 3), (1, 1)), ((4, 3), (3, 5))])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_add_conv_runs_on_the_cells_of_the_latent(monkeypatch, grid, cell, layout):
+    """Where cells are of whole powers of two and nothing records a gradient, the resized latent is not made."""
+    resized, interpolate = [], F.interpolate
+    monkeypatch.setattr(F, "interpolate", lambda x, *a, **k: (resized.append(x.shape[1]), interpolate(x, *a, **k))[1])
+    layer = randomize(SpatialNorm(64, 4, add_conv=True, num_groups=32, eps=1e-6).double())
+    f = draw(2, 64, *(many * size for many, size in zip(grid, cell, strict=True))).contiguous(memory_format=layout)
+    zq = draw(2, 4, *grid, seed=1).contiguous(memory_format=layout)
+    wanted = layer(f, zq, "silu")
+    assert 4 in resized
+    resized.clear()
+    with torch.no_grad():
+        assert_close(layer(f, zq, "silu"), wanted)
+    assert (resized == []) == (min(cell) >= 4 and cell != (3, 5))
+
+
 def test_norm_layer_parameters_reach_the_norm():
     layer = randomize(SpatialNorm(6, 3, num_groups=2, eps=0.5, affine=False).double())
     assert layer.norm_layer.weight is None

@@ -117,6 +117,23 @@ def test_a_large_f_bias_costs_no_accuracy(backend, shape, groups, layout):
     assert relative_error(rstd, (grouped.var(2, correction=0) + 1e-6).rsqrt()) < 1e-5
 
 
+# Cells of (rows, columns) on a grid, for a bordered zq.
+BORDERED = {"small-four-by-two": ((4, 2), (2, 8)), "large-cells": ((8, 16), (2, 3)), "three-is-every-pixel": ((3, 3), (2, 5)),
+            "seven-by-five": ((7, 5), (3, 2)), "one-cell": ((12, 40), (1, 1))}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("name", BORDERED)
+def test_bordered_zq(backend, name, dtype, layout):
+    cell, grid = BORDERED[name]
+    c = case((2, 16, *(size * many for size, many in zip(cell, grid, strict=True))), tuple(3 * many for many in grid), dtype, layout)
+    rows, columns = ([3 * i + part for i in range(many) for part in [0, *[1] * (size - 2), 2]] for size, many in zip(cell, grid, strict=True))
+    y, b = (zq.double()[:, :, rows][:, :, :, columns] for zq in (c.zq_y, c.zq_b))
+    out, _, _ = backend.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 4, 1e-6, True, bordered=True)
+    assert_close(out, published.spatial_norm(c.f.double(), y, b, c.weight.double(), c.bias.double(), 4, 1e-6, "silu"))
+
+
 def test_f_bias_of_nan_stays_in_its_group(backend):
     c = case((2, 32, 4, 8), (2, 2), F32, "channels_last")
     f_bias = torch.zeros(32)

@@ -16,12 +16,19 @@ namespace spatial_norm {
 
 constexpr int kThreads = 256;
 
+// How the positions of f along one side find theirs in zq: by torch's nearest rule or, where zq is bordered, by cells.
+struct Axis {
+  int size, zq_size;
+  float scale;  // zq_size / size
+  int cell;     // bordered: positions of f for three of zq, the first, those between and the last; else 0
+};
+
 struct Geometry {
   int64_t batch;
   int channels, groups, depth;  // depth: channels per group
   int height, width, pixels;    // (1, pixels) where rows do not matter: without zq, or with one of the same grid
   int zq_height, zq_width, zq_pixels;  // all 0 without zq
-  float row_scale, column_scale;
+  Axis rows, columns;
   bool silu;
   bool float_params;  // weight and bias are float32, else of f's type
   bool float_f_bias;
@@ -63,17 +70,25 @@ MOVQ_DEVICE int64_t offset(const Geometry& g, int64_t image, int channel, int pi
   return Last ? (image * pixels + pixel) * g.channels + channel : (image * g.channels + channel) * pixels + pixel;
 }
 
-// torch's nearest rule, in float32 as torch computes it.
-MOVQ_DEVICE int source(int dst, float scale, int size) { return min(int(floorf(__fmul_rn(float(dst), scale))), size - 1); }
+// torch's nearest rule in float32, as torch computes it; or the rule of bordered cells. Neither ever goes back.
+MOVQ_DEVICE int source(int dst, const Axis& a) {
+  if (a.cell == 0) return min(int(floorf(__fmul_rn(float(dst), a.scale))), a.zq_size - 1);
+  const int cell = unsigned(dst) / unsigned(a.cell), place = dst - cell * a.cell;
+  return 3 * cell + (place == 0 ? 0 : place == a.cell - 1 ? 2 : 1);
+}
 
-// The first of `dst_size` positions whose source is not before `src`: source cell i is [first_dst(i), first_dst(i + 1)), which is
-// empty where a larger zq is thinned out. Division finds it up to rounding, and the rule itself decides.
-MOVQ_DEVICE int first_dst(int src, float scale, int src_size, int dst_size) {
-  if (src >= src_size) return dst_size;
-  if (src_size == dst_size) return src;
-  int dst = min(int(ceilf(float(src) / scale)), dst_size);
-  while (dst > 0 && source(dst - 1, scale, src_size) >= src) --dst;
-  while (dst < dst_size && source(dst, scale, src_size) < src) ++dst;
+// The first position whose source is not before `src`: source cell i is [first_dst(i), first_dst(i + 1)), which is empty where a
+// larger zq is thinned out, or between the borders of a cell of two. Division finds it up to rounding, and the rule itself decides.
+MOVQ_DEVICE int first_dst(int src, const Axis& a) {
+  if (src >= a.zq_size) return a.size;
+  if (a.zq_size == a.size) return src;
+  if (a.cell != 0) {
+    const int cell = unsigned(src) / 3u, part = src - 3 * cell;
+    return cell * a.cell + (part == 2 ? a.cell - 1 : part);
+  }
+  int dst = min(int(ceilf(float(src) / a.scale)), a.size);
+  while (dst > 0 && source(dst - 1, a) >= src) --dst;
+  while (dst < a.size && source(dst, a) < src) ++dst;
   return dst;
 }
 
@@ -97,10 +112,10 @@ MOVQ_DEVICE void modulation(const Geometry& g, const T* zq_y, const T* zq_b, int
   if (!same_grid) {
     row = unsigned(pixel) / unsigned(g.width);
     column = pixel - row * g.width;
-    source_row = source(row, g.row_scale, g.zq_height) * g.zq_width;
+    source_row = source(row, g.rows) * g.zq_width;
   }
   if (Last || same_grid) {
-    const int cell = same_grid ? pixel : source_row + source(column, g.column_scale, g.zq_width);
+    const int cell = same_grid ? pixel : source_row + source(column, g.columns);
     const int64_t at = offset<Last>(g, image, channel, cell, g.zq_pixels);
     y = to_float(load_vec<V>(zq_y + at));
     if (want_b) b = to_float(load_vec<V>(zq_b + at));
@@ -110,7 +125,7 @@ MOVQ_DEVICE void modulation(const Geometry& g, const T* zq_y, const T* zq_b, int
   int previous = -1;
 #pragma unroll
   for (int i = 0; i < V; ++i) {  // adjacent pixels mostly share their source: it is read once
-    const int cell = source(column + i, g.column_scale, g.zq_width);
+    const int cell = source(column + i, g.columns);
     if (i > 0) y[i] = y[i - 1], b[i] = b[i - 1];
     if (cell != previous) {
       y[i] = to_float(load(zq_y + at + cell));

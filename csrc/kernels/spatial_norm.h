@@ -3,7 +3,8 @@
 // `up` is torch's nearest resize from zq's own resolution to f's: source = min(int(floor(dst * (float)(in / out))), in - 1).
 // With zq_height == 0 there is no zq and this is plain GroupNorm (+ SiLU). f, out, df, dout and the four zq tensors share one
 // dtype and one layout (contiguous NCHW, or contiguous NHWC when channels_last). Statistics are float32. Forward alone knows f_bias, the
-// bias of the convolution that made f.
+// bias of the convolution that made f, and a bordered zq: what a 3x3 convolution makes of a resized map is the same all over a cell but for
+// its borders, so three rows and columns of zq hold a cell: its first, those between, its last.
 #pragma once
 
 #include <cstddef>
@@ -25,6 +26,7 @@ struct SpatialNormProblem {
   bool silu = false;
   float eps = 1e-6f;
   DType f_bias_dtype = DType::float32;  // float32 or `dtype`
+  bool bordered = false;  // zq_height and zq_width are 3 for each cell, and cells are of 2 rows and columns of f at least
 };
 
 struct SpatialNormForward {

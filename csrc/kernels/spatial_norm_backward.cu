@@ -137,10 +137,10 @@ __global__ void __launch_bounds__(kThreads, 2) sum_cells(Geometry g, Cells cells
         for (int i = 0; i < kChannels; ++i) y[i] = 1;
       } else {
         const int row = cell / g.zq_width, column = cell - row * g.zq_width;
-        top = first_dst(row, g.row_scale, g.zq_height, g.height);
-        bottom = first_dst(row + 1, g.row_scale, g.zq_height, g.height);
-        left = first_dst(column, g.column_scale, g.zq_width, g.width);
-        right = first_dst(column + 1, g.column_scale, g.zq_width, g.width);
+        top = first_dst(row, g.rows);
+        bottom = first_dst(row + 1, g.rows);
+        left = first_dst(column, g.columns);
+        right = first_dst(column + 1, g.columns);
         y = to_float(load_vec<kChannels>(a.zq_y + at));
         if (g.silu) b = to_float(load_vec<kChannels>(a.zq_b + at));
       }
@@ -237,8 +237,8 @@ __global__ void __launch_bounds__(kThreads, 2) sum_bands(Geometry g, Bands bands
   Affine affine;
   affine.read(g, a, channel);
   const int first_source = tile * bands.sources, last_source = min(first_source + bands.sources, g.zq_width);
-  const int left = first_dst(first_source, g.column_scale, g.zq_width, g.width) / V * V;
-  const int right = first_dst(last_source, g.column_scale, g.zq_width, g.width);
+  const int left = first_dst(first_source, g.columns) / V * V;
+  const int right = first_dst(last_source, g.columns);
   const int column = left + inner * V;
   const int64_t base = plane * g.pixels, zq_base = plane * g.zq_pixels;
 
@@ -248,8 +248,8 @@ __global__ void __launch_bounds__(kThreads, 2) sum_bands(Geometry g, Bands bands
     const int band = first_band + outer;
     if (outer < bands.outer && band < last_band && column < right) {
       Vec<float, V> y = {}, b = {}, p = {}, q = {};
-      const int top = first_dst(band, g.row_scale, g.zq_height, g.height);
-      const int bottom = first_dst(band + 1, g.row_scale, g.zq_height, g.height);
+      const int top = first_dst(band, g.rows);
+      const int bottom = first_dst(band + 1, g.rows);
       if (top < bottom) modulation<T, V, false>(g, a.zq_y, a.zq_b, image, channel, top * g.width + column, g.silu, y, b);
       Affine here[V];
 #pragma unroll
@@ -291,8 +291,8 @@ __global__ void __launch_bounds__(kThreads, 2) sum_bands(Geometry g, Bands bands
     const int sources = last_source - first_source;
     for (int e = threadIdx.x; e < min(bands.outer, last_band - first_band) * sources; e += blockDim.x) {
       const int within = e / sources, source = first_source + e - within * sources;
-      const int begin = first_dst(source, g.column_scale, g.zq_width, g.width);
-      const int end = first_dst(source + 1, g.column_scale, g.zq_width, g.width);
+      const int begin = first_dst(source, g.columns);
+      const int end = first_dst(source + 1, g.columns);
       Pair s[1] = {};
       for (int i = within * bands.capacity + begin - left; i < within * bands.capacity + end - left; ++i) {
         s[0] = s[0] + Pair{ps.load(i), qs.load(i)};

@@ -18,6 +18,10 @@ namespace spatial_norm {
 // About one wave of blocks on the largest GPUs (8 a multiprocessor); below that a block takes the least work it can.
 constexpr int64_t kBlocksWanted = 1024;
 
+inline Axis axis(int size, int zq_size, bool bordered) {
+  return {size, zq_size, float(zq_size) / float(size), bordered && zq_size != size ? size / (zq_size / 3) : 0};
+}
+
 inline Geometry geometry(const SpatialNormProblem& p) {
   Geometry g = {};
   g.batch = p.batch;
@@ -36,8 +40,8 @@ inline Geometry geometry(const SpatialNormProblem& p) {
     g.zq_height = g.zq_pixels ? 1 : 0;
     g.zq_width = g.zq_pixels;
   }
-  g.row_scale = float(g.zq_height) / float(g.height);
-  g.column_scale = float(g.zq_width) / float(g.width);
+  g.rows = axis(g.height, g.zq_height, p.bordered);
+  g.columns = axis(g.width, g.zq_width, p.bordered);
   g.silu = p.silu;
   g.float_params = p.param_dtype == DType::float32;
   g.float_f_bias = p.f_bias_dtype == DType::float32;

@@ -21,9 +21,10 @@ static void tell(int64_t* size, size_t bytes) {
 }
 
 EXPORT(forward, PROBLEM, const void* f, const void* zq_y, const void* zq_b, const void* weight, const void* bias, const void* f_bias,
-       int f_bias_dtype, void* out, float* mean, float* rstd, void* workspace, int64_t* size) {
+       int f_bias_dtype, bool bordered, void* out, float* mean, float* rstd, void* workspace, int64_t* size) {
   movq::SpatialNormProblem p = THE_PROBLEM;
   p.f_bias_dtype = movq::DType(f_bias_dtype);
+  p.bordered = bordered;
   const movq::SpatialNormForward a = {f, zq_y, zq_b, weight, bias, f_bias, out, mean, rstd, workspace};
   if (workspace) movq::spatial_norm_forward(p, a, nullptr);
   else tell(size, movq::spatial_norm_forward_workspace(p, a));
@@ -83,13 +84,13 @@ class Emulator:
 
     seeds = emulator.SEEDS
 
-    def forward(self, f, zq_y, zq_b, weight, bias, groups, eps, silu, f_bias=None):
+    def forward(self, f, zq_y, zq_b, weight, bias, groups, eps, silu, f_bias=None, bordered=False):
         zq_y, zq_b = in_layout_of(f, zq_y), in_layout_of(f, zq_b)
         statistics = [poisoned(f, (f.shape[0], groups), torch.float32) for _ in range(2)]
         out = poisoned(f)
         self.cost = call("forward", self.seeds, **problem(f, zq_y, weight if weight is not None else bias, groups, silu, eps), f=f,
                          zq_y=zq_y, zq_b=zq_b, weight=weight, bias=bias, f_bias=f_bias,
-                         f_bias_dtype=DTYPES.index(torch.float32 if f_bias is None else f_bias.dtype), out=out, mean=statistics[0],
+                         f_bias_dtype=DTYPES.index(torch.float32 if f_bias is None else f_bias.dtype), bordered=bordered, out=out, mean=statistics[0],
                          rstd=statistics[1])
         return out, *statistics
 
@@ -105,8 +106,8 @@ class Emulator:
 class Gpu:
     """Runs the operators that the extension registers, several times, which must give the same bits."""
 
-    def forward(self, f, zq_y, zq_b, weight, bias, groups, eps, silu, f_bias=None):
-        return self._repeat(torch.ops.movq_ext.spatial_norm_forward, f, zq_y, zq_b, weight, bias, groups, eps, silu, f_bias)
+    def forward(self, f, zq_y, zq_b, weight, bias, groups, eps, silu, f_bias=None, bordered=False):
+        return self._repeat(torch.ops.movq_ext.spatial_norm_forward, f, zq_y, zq_b, weight, bias, groups, eps, silu, f_bias, bordered)
 
     def backward(self, dout, f, zq_y, zq_b, weight, bias, mean, rstd, groups, silu):
         grads = self._repeat(torch.ops.movq_ext.spatial_norm_backward, dout, f, zq_y, zq_b, weight, bias, mean, rstd, groups, silu)
