@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, 4) add(Run run, T* x, const void* bi
   const int left = int(min(int64_t(run.span), run.accesses - begin));
   const unsigned first_unit = unsigned(begin / run.unit_accesses % run.units), into_unit = unsigned(begin % run.unit_accesses);
   x += begin * V;
-  residual += residual ? begin * V : 0;
+  residual += residual ? begin * V : 0;  // from here on 32-bit offsets; with 64 bits nvcc 13.0 splits the wide stores
 
   constexpr int kChannels = Last ? V : 1;
   Vec<float, kChannels> held = {};
@@ -67,8 +67,8 @@ __global__ void __launch_bounds__(kThreads, 4) add(Run run, T* x, const void* bi
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
       const int at = first + u * kThreads;
-      if (at < left) value[u] = load_vec<V>(x + int64_t(at) * V);
-      if (at < left && residual) other[u] = load_vec<V, Cache::kStream>(residual + int64_t(at) * V);
+      if (at < left) value[u] = load_vec<V>(x + at * V);
+      if (at < left && residual) other[u] = load_vec<V, Cache::kStream>(residual + at * V);
     }
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, 4) add(Run run, T* x, const void* bi
       Vec<float, V> sum;
 #pragma unroll
       for (int i = 0; i < V; ++i) sum[i] = to_float(value[u][i]) + held[Last ? i : 0] + to_float(other[u][i]);
-      store_vec(x + int64_t(at) * V, from_float<T>(sum));
+      store_vec(x + at * V, from_float<T>(sum));
     }
   }
 }
