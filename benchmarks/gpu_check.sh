@@ -51,22 +51,31 @@ if [ $rehearse = 1 ]; then
   missing sanitizers "no GPU"
   step spatial_norm 120 "$python" benchmarks/spatial_norm.py --quick --device cpu --out "$out"
   step attention 120 "$python" benchmarks/attention.py --quick --device cpu --out "$out"
+  step decode 240 "$python" benchmarks/decode.py --quick --device cuda cpu --out "$out"
+  step memory 120 "$python" benchmarks/memory.py --device cpu --sizes 64 --max-memory 150 --out "$out"
+  step accuracy 240 "$python" benchmarks/accuracy.py --quick --report --seeds 2 --device cpu --out "$out"
+  PYTHON="$python" step profile 120 benchmarks/profile_decode.sh "$out" --quick --device cpu
 else
   MOVQ_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST="$architecture" step build 100 bash -c install
-  step tests 100 "$python" -m pytest -q -k "not emulator" tests/test_kernels.py tests/test_spatial_norm_kernels.py tests/test_attention_kernels.py
+  step tests 70 "$python" -m pytest -q -k "not emulator" tests/test_kernels.py tests/test_spatial_norm_kernels.py tests/test_attention_kernels.py
   sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
   for tool in memcheck racecheck synccheck initcheck; do
     if [ -x "$sanitizer" ]; then
       # Only our kernels, and not the allocator's cache, which would hide an access past the end of a tensor.
-      PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 25 "$sanitizer" --tool "$tool" --kernel-name-exclude kernel_substring=at:: \
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 15 "$sanitizer" --tool "$tool" --kernel-name-exclude kernel_substring=at:: \
         --error-exitcode 1 "$python" -m pytest -q -k "gpu and small and (attention or silu and nchw)" \
         tests/test_spatial_norm_kernels.py tests/test_attention_kernels.py
     else
       missing "$tool" "no compute-sanitizer"
     fi
   done
-  step spatial_norm 110 "$python" benchmarks/spatial_norm.py --minutes 1.6 --out "$out"
-  step attention 110 "$python" benchmarks/attention.py --minutes 1.6 --out "$out"
+  step spatial_norm 45 "$python" benchmarks/spatial_norm.py --minutes 0.5 --out "$out"
+  step attention 45 "$python" benchmarks/attention.py --minutes 0.5 --out "$out"
+  step decode 80 "$python" benchmarks/decode.py --device cuda --sizes 512 --batches 1 --dtypes bfloat16 --minutes 1.1 \
+    --peers ours published "published nhwc" diffusers --out "$out"
+  step memory 30 "$python" benchmarks/memory.py --device cuda --sizes 1024 --out "$out"
+  step accuracy 40 "$python" benchmarks/accuracy.py --device cuda --compile --minutes 0.5 --out "$out"
+  PYTHON="$python" step profile 40 benchmarks/profile_decode.sh "$out" --device cuda
 fi
 cat "$out/summary.md"
 exit $failed

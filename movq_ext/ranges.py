@@ -23,13 +23,13 @@ class Range:
 
     def __enter__(self) -> None:
         self._record = torch.profiler.record_function(self._name)
-        self._record.__enter__()
+        self._record.__enter__()  # type: ignore[no-untyped-call]
         if self._nvtx:
-            torch.cuda.nvtx.range_push(self._name)
+            torch.cuda.nvtx.range_push(self._name)  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: object) -> None:
         if self._nvtx:
-            torch.cuda.nvtx.range_pop()
+            torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
         self._record.__exit__(None, None, None)
 
 
