@@ -31,8 +31,8 @@ missing() { echo "| $1 | missing: $2 | 0 |" >> "$out/summary.md"; }
 environment=$(mktemp -d)
 trap 'rm -rf "$environment"' EXIT
 "${PYTHON:-python3}" -m venv --without-pip --system-site-packages "$environment"
-# venv's "system" is what PYTHON's own environment was made from: where PYTHON is itself a virtual environment, add that too.
-"${PYTHON:-python3}" -c 'import site; print("\n".join(site.getsitepackages()))' > "$("$environment/bin/python" -c 'import site; print(site.getsitepackages()[0])')/outer.pth"
+# venv's "system" is what PYTHON's own environment was made from: where PYTHON is itself a virtual environment, add that too, with its .pth files.
+"${PYTHON:-python3}" -c 'import site; [print(f"import site; site.addsitedir({path!r})") for path in site.getsitepackages()]' > "$("$environment/bin/python" -c 'import site; print(site.getsitepackages()[0])')/outer.pth"
 python="$environment/bin/python"
 architecture=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2> /dev/null)
 

@@ -1,6 +1,7 @@
 """Where the time of a decode goes: milliseconds by kind of work and by the decoder's stage.
 
     python benchmarks/profile_decode.py --out benchmarks/results/profile
+    python benchmarks/profile_decode.py --nhwc --device cpu --out benchmarks/results/profile_cpu --into README.md
 
 The decoder is Kandinsky 2.x's with random weights. Decodes run under torch.profiler, each layer in its range
 (`movq_ext.annotate`): time of operators on a CPU, of kernels on a GPU. "norm" is everything in SpatialNorm, "attention" in
@@ -39,6 +40,7 @@ KINDS = {
     "convolution": ("conv",),
 }  # by words in an operator's name
 OUTSIDE = "no layer"
+MARKS = ("<!-- profile table -->", "<!-- end of profile table -->")
 COLUMNS = ("convolution", "norm", "attention", "upsampling", "other")
 KANDINSKY = dict(ch=128, out_ch=3, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_resolutions=[32], in_channels=3, resolution=256,
                  z_channels=4, zq_ch=4)  # fmt: skip
@@ -159,7 +161,23 @@ def measure(options: argparse.Namespace, decoder: nn.Module, decode: Callable[[]
     head["longest"] = ", ".join(f"{name[:60]} {time / 1e3 / options.decodes:.3g} ms" for name, time in operators.most_common(8))
     title = f"Where the time of a decode goes: {options.size}x{options.size}, batch {options.batch}, {options.dtype}"
     write(options.out, "profile", title, head, rows)
-    print((options.out / "profile.md").read_text())
+    text = (options.out / "profile.md").read_text()
+    if options.into:
+        put_table(options.into, text)
+    print(text)
+
+
+def put_table(path: Path, text: str) -> None:
+    """The head's time and copies and the table, between the marks in a document."""
+    before, _, rest = path.read_text().partition(MARKS[0])
+    _, mark, after = rest.partition(MARKS[1])
+    if not mark:
+        raise SystemExit(f"{path} has no {MARKS[0]} and {MARKS[1]}")
+    lines = text.splitlines()
+    title = f"{lines[0].removeprefix('# ')} ({lines[4].removeprefix('- device: ')}):"
+    said = [line for line in lines if line.startswith(("- ms a decode", "- layout copies", "- weights"))]
+    table = [line for line in lines if line.startswith("|")]
+    path.write_text("\n".join([before + MARKS[0], title, "", *said, "", *table, mark + after]))
 
 
 def row(name: str, times: dict[str, float], total: float, decodes: int) -> dict[str, Any]:
@@ -204,6 +222,7 @@ def main() -> None:
     parser.add_argument("--nhwc", action="store_true", help="weights in channels_last")
     parser.add_argument("--decodes", type=int, default=3, help="to profile")
     parser.add_argument("--capture", action="store_true", help="mark the decodes for nsys, instead of torch.profiler")
+    parser.add_argument("--into", type=Path, help=f"a document to put the table into, between {' and '.join(MARKS)}")
     parser.add_argument("--quick", action="store_true", help="a small decoder and map, to rehearse")
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -217,7 +236,7 @@ def main() -> None:
     config: dict[str, Any] = {**KANDINSKY, **({"ch": 32} if options.quick else {})}
     decoder = movq_ext.MOVQDecoder(**config).eval().to(device, dtype)
     if options.nhwc:
-        decoder.to(memory_format=torch.channels_last)
+        decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     z = torch.randn(options.batch, 4, size // 8, size // 8, device=device, dtype=dtype)
     if options.compiled:
         torch._inductor.config.cpp.enable_kernel_profile = True
