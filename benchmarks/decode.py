@@ -72,8 +72,9 @@ def measure_one(options: argparse.Namespace) -> dict[str, Any]:
         error = float((out.float().cpu() - wanted).norm() / wanted.norm())
         if not error < TOLERANCE[options.dtype] * (3 if options.mode == "train" else 1):
             return {"failed": f"wrong: {error:.1e}"}
-    del out, wanted
+    del out
     kept = held(device) - loaded
+    del wanted
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -139,7 +139,7 @@ def measure(options: argparse.Namespace, decoder: nn.Module, decode: Callable[[]
     gpu = device.type == "cuda"
     head = {**environment(device), "threads": torch.get_num_threads(), "compiled": options.compiled}
     head["weights"] = "channels_last" if options.nhwc else "as made"
-    head["ms a decode, without the profiler"] = milliseconds(decode, device, seconds=1.0)
+    head["ms a decode, without the profiler"] = round(milliseconds(decode, device, seconds=1.0), 2)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     with movq_ext.annotate(decoder), profile(activities=activities) as profiler:
         for _ in range(options.decodes):
