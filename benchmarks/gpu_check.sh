@@ -31,8 +31,8 @@ missing() { echo "| $1 | missing: $2 | 0 |" >> "$out/summary.md"; }
 environment=$(mktemp -d)
 trap 'rm -rf "$environment"' EXIT
 "${PYTHON:-python3}" -m venv --without-pip --system-site-packages "$environment"
-# venv's "system" is what PYTHON's own environment was made from: where PYTHON is itself a virtual environment, add that too.
-"${PYTHON:-python3}" -c 'import site; print("\n".join(site.getsitepackages()))' > "$("$environment/bin/python" -c 'import site; print(site.getsitepackages()[0])')/outer.pth"
+# venv's "system" is what PYTHON's own environment was made from: where PYTHON is itself a virtual environment, add that too, with its .pth files.
+"${PYTHON:-python3}" -c 'import site; [print(f"import site; site.addsitedir({path!r})") for path in site.getsitepackages()]' > "$("$environment/bin/python" -c 'import site; print(site.getsitepackages()[0])')/outer.pth"
 python="$environment/bin/python"
 architecture=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2> /dev/null)
 
@@ -53,24 +53,33 @@ if [ $rehearse = 1 ]; then
   step spatial_norm 120 "$python" benchmarks/spatial_norm.py --quick --device cpu --out "$out"
   step attention 120 "$python" benchmarks/attention.py --quick --device cpu --out "$out"
   step epilogue 60 "$python" benchmarks/epilogue.py --quick --device cpu --out "$out"
+  step decode 240 "$python" benchmarks/decode.py --quick --device cuda cpu --out "$out"
+  step memory 120 "$python" benchmarks/memory.py --device cpu --sizes 64 --max-memory 150 --out "$out"
+  step accuracy 240 "$python" benchmarks/accuracy.py --quick --report --seeds 2 --device cpu --out "$out"
+  PYTHON="$python" step profile 120 benchmarks/profile_decode.sh "$out" --quick --device cpu
 else
   MOVQ_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST="$architecture" step build 100 bash -c install
-  step tests 100 "$python" -m pytest -q -k "not emulator" tests/test_kernels.py tests/test_spatial_norm_kernels.py tests/test_attention_kernels.py \
-    tests/test_epilogue_kernels.py
+  step tests 75 "$python" -m pytest -q -k "not emulator" tests/test_kernels.py tests/test_spatial_norm_kernels.py tests/test_attention_kernels.py \
+    tests/test_epilogue_kernels.py tests/test_costs.py tests/test_tiled.py tests/test_ranges.py
   sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
   for tool in memcheck racecheck synccheck initcheck; do
     if [ -x "$sanitizer" ]; then
       # Only our kernels, and not the allocator's cache, which would hide an access past the end of a tensor.
-      PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 25 "$sanitizer" --tool "$tool" --kernel-name-exclude kernel_substring=at:: \
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 15 "$sanitizer" --tool "$tool" --kernel-name-exclude kernel_substring=at:: \
         --error-exitcode 1 "$python" -m pytest -q -k "gpu and small and (attention or epilogue and both or silu and nchw)" \
         tests/test_spatial_norm_kernels.py tests/test_attention_kernels.py tests/test_epilogue_kernels.py
     else
       missing "$tool" "no compute-sanitizer"
     fi
   done
-  step spatial_norm 100 "$python" benchmarks/spatial_norm.py --minutes 1.4 --out "$out"
-  step attention 100 "$python" benchmarks/attention.py --minutes 1.4 --out "$out"
-  step epilogue 40 "$python" benchmarks/epilogue.py --minutes 0.5 --out "$out"
+  step spatial_norm 45 "$python" benchmarks/spatial_norm.py --minutes 0.5 --out "$out"
+  step attention 45 "$python" benchmarks/attention.py --minutes 0.5 --out "$out"
+  step epilogue 25 "$python" benchmarks/epilogue.py --minutes 0.3 --out "$out"
+  step decode 80 "$python" benchmarks/decode.py --device cuda --sizes 512 --batches 1 --dtypes bfloat16 --minutes 1.1 \
+    --peers ours published "published nhwc" diffusers --out "$out"
+  step memory 25 "$python" benchmarks/memory.py --device cuda --sizes 1024 --out "$out"
+  step accuracy 40 "$python" benchmarks/accuracy.py --device cuda --compile --minutes 0.5 --out "$out"
+  PYTHON="$python" step profile 40 benchmarks/profile_decode.sh "$out" --device cuda
 fi
 cat "$out/summary.md"
 exit $failed

@@ -72,6 +72,14 @@ def matmul_rate(device: torch.device, size: int = 8192, dtype: torch.dtype = tor
     return 2 * size**3 / (milliseconds(lambda: a @ b, device) * 1e-3)
 
 
+def convolution_rate(device: torch.device, size: int = 64, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Operations per second of a 3x3 convolution of 512 channels, of ``(1, 512, size, size)`` in channels_last."""
+    with torch.no_grad():
+        x = torch.randn(1, 512, size, size, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+        conv = torch.nn.Conv2d(512, 512, 3, padding=1, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+        return 2 * 9 * 512**2 * size**2 / (milliseconds(lambda: conv(x), device) * 1e-3)
+
+
 def write(folder: Path, name: str, title: str, head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     """name.json and name.md: one row a measurement, every row with the same keys."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from .encoder import Encoder
 from .functional import attention, explain, spatial_attention, spatial_norm
 from .modules import AttnBlock, Downsample, GroupNorm, ResnetBlock, SpatialNorm, Upsample
 from .quantize import VectorQuantizer
+from .ranges import annotate
 from .tiled import decode_tiled
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Upsample",
     "VectorQuantizer",
     "__version__",
+    "annotate",
     "attention",
     "build_info",
     "decode_tiled",

@@ -1,0 +1,152 @@
+"""How exact a decode is, ours beside every peer, in every dtype.
+
+    python benchmarks/accuracy.py --out benchmarks/results/accuracy
+
+The reference is the published decode in float64 of the very weights and latents that a dtype holds: rounding them is no
+decoder's error. "relative L2" is ``||x - reference|| / ||reference||``, "max" the largest ``|x - reference|``; means over the
+seeds (latents, or photographs). Under autocast weights and latents are float32. On a CPU, which takes minutes for a decode in
+float16, the large model is left out there.
+
+Ours is not worse than the best peer (the one with the smallest error in that dtype; compiled ones are compared with each other)
+if the mean ratio of their errors is at most 1.05, with two standard errors of that mean over the seeds on top. "of the best peer"
+is that ratio, "allowed" the limit. Exit status 1 if ours is worse anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from peers import KINDS, load, peer, save_random
+from timing import environment, write
+from torch import Tensor
+
+import movq_ext
+from movq_ext.codes import encode_image
+from movq_ext.demo import PHOTOS, SMALL_MODEL
+from movq_ext.images import load_image
+
+MARGIN = 1.05
+VERDICT = "ours not worse than the best peer"
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accuracy"), help="folder for the results")
+    parser.add_argument("--size", type=int, help="of the random model's image; 64 on a CPU, 512 on a GPU")
+    parser.add_argument("--seeds", type=int, default=3, help="latents, and photographs")
+    parser.add_argument("--compile", nargs="*", choices=DTYPES, help="decoders of these dtypes; float32 on a CPU, all on a GPU")
+    parser.add_argument("--minutes", type=float, default=60.0, help="start no decoder after this long")
+    parser.add_argument("--report", action="store_true", help="exit status 0 where ours is worse, too")
+    parser.add_argument("--quick", action="store_true", help="a small decoder, and nothing compiled, to rehearse")
+    options = parser.parse_args()
+    device, start = torch.device(options.device), time.monotonic()
+    gpu = device.type == "cuda"
+    size = options.size or (64 if options.quick else 512 if gpu else 64)
+    compiled = options.compile if options.compile is not None else () if options.quick else DTYPES if gpu else DTYPES[:1]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name, torch.no_grad():
+        folder = Path(name)
+        save_random(folder, small=options.quick)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(options.seeds)]
+        latents = [torch.randn(1, 4, size // 8, size // 8, generator=generator) for generator in generators]
+        shipped = movq_ext.from_pretrained(SMALL_MODEL)
+        photographs = [quantised(shipped, photo) for photo in list(PHOTOS)[: options.seeds]]
+        cases: list[tuple[str, Path, tuple[str, ...], list[Tensor]]]
+        cases = [("Kandinsky 2.x, random weights", folder, KINDS, latents)]
+        cases.append(("shipped, photographs", SMALL_MODEL, KINDS[:2], photographs))
+        for title, folder, kinds, latents in cases:
+            references: dict[str, list[Tensor]] = {}
+            under_autocast = DTYPES[1:] if gpu else DTYPES[2:]
+            plain = [dtype for dtype in DTYPES if dtype != "float16" or gpu or options.quick or kinds is not KINDS]
+            for dtype, autocast in [(dtype, False) for dtype in plain] + [(dtype, True) for dtype in under_autocast]:
+                held = "float32" if autocast else dtype
+                if held not in references:
+                    references[held] = [reference(folder, z, device, held) for z in latents]
+                names = [*(f"{kind}{how}" for how in ("", " nhwc") for kind in kinds), "ours tiled"]
+                if dtype in compiled and not autocast and kinds is KINDS:
+                    names += [f"{kind} compiled" for kind in kinds]
+                found: dict[str, list[tuple[float, float]] | str] = {}
+                for name in names:
+                    context: Any = torch.autocast(device.type, getattr(torch, dtype)) if autocast else nullcontext()
+                    late = time.monotonic() - start > 60 * options.minutes
+                    found[name] = "no time" if late else errors(name, folder, device, held, latents, references[held], context)
+                    print(title, dtype, name, found[name], file=sys.stderr)
+                rows += judged({"model": title, "dtype": f"autocast {dtype}" if autocast else dtype}, found)
+    head = {**environment(device), "path": movq_ext.explain(torch.empty(0, device=device)), "seeds": options.seeds}
+    head |= {"image": f"{size}x{size}, photographs 128x128", "TF32 in cuDNN": torch.backends.cudnn.allow_tf32 if gpu else "-"}
+    worse = [f"{row['decoder']} ({row['model']}, {row['dtype']})" for row in rows if row[VERDICT] == "no"]
+    head["ours is worse in"] = ", ".join(worse) or "no case"
+    write(options.out, "accuracy", "Errors of a decode against float64", head, rows)
+    print((options.out / "accuracy.md").read_text())
+    return int(bool(worse) and not options.report)
+
+
+def quantised(model: movq_ext.MOVQ, photo: str) -> Tensor:
+    """The latents of the codes of 128x128 pixels of a photograph."""
+    codes = encode_image(model, load_image(PHOTOS[photo]).crop((64, 64, 192, 192)))[None]
+    return model.quantize.get_codebook_entry(codes, (*codes.shape, model.quantize.e_dim))
+
+
+def reference(folder: Path, z: Tensor, device: torch.device, dtype: str) -> Tensor:
+    model, decode = load("published", folder, device, getattr(torch, dtype))
+    model.double()
+    return decode(z.to(device, getattr(torch, dtype)).double())
+
+
+def errors(
+    name: str,
+    folder: Path,
+    device: torch.device,
+    dtype: str,
+    latents: list[Tensor],
+    references: list[Tensor],
+    context: AbstractContextManager[Any],
+) -> list[tuple[float, float]] | str:
+    """Relative L2 and largest difference for each of the latents, or why there are none."""
+    torch._dynamo.reset()
+    try:
+        _, decode = peer(name, folder, device, getattr(torch, dtype))
+        found = []
+        for z, wanted in zip(latents, references, strict=True):
+            with context:
+                difference = decode(z.to(device, getattr(torch, dtype))).double() - wanted
+            found.append((float(difference.norm() / wanted.norm()), float(difference.abs().max())))
+        return found
+    except (RuntimeError, ImportError) as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[0][:60]
+
+
+def judged(case: dict[str, str], found: dict[str, list[tuple[float, float]] | str]) -> list[dict[str, Any]]:
+    """A row for every decoder; ours against the peer of its sort with the smallest mean error."""
+    rows = []
+    for name, result in found.items():
+        row: dict[str, Any] = {**case, "decoder": name, "relative L2": result}
+        row |= dict.fromkeys(("max", "of the best peer", "allowed", VERDICT), "-")
+        if not isinstance(result, str):
+            row |= {"relative L2": fmean(error for error, _ in result), "max": fmean(largest for _, largest in result)}
+            sort = [other for other in found if not other.startswith("ours") and ("compiled" in other) == ("compiled" in name)]
+            peers = [errors for errors in (found[other] for other in sort) if not isinstance(errors, str)]
+            if name.startswith("ours") and peers:
+                best = min(peers, key=lambda errors: fmean(error for error, _ in errors))
+                ratios = [math.log(mine / theirs) for (mine, _), (theirs, _) in zip(result, best, strict=True)]
+                noise = 2 * stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else 0.0
+                ratio, allowed = math.exp(fmean(ratios)), MARGIN * math.exp(noise)
+                row |= {"of the best peer": ratio, "allowed": allowed}
+                row[VERDICT] = "yes" if ratio <= allowed else "no"
+        rows.append(row)
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

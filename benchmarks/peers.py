@@ -1,0 +1,72 @@
+"""The decoders that are compared: ours, the published one and diffusers', with the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from published_decoder import published
+from torch import Tensor
+
+import movq_ext
+
+VQ = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, num_vq_embeddings=16384, vq_embed_dim=4,
+          norm_type="spatial", down_block_types=("DownEncoderBlock2D",) * 3 + ("AttnDownEncoderBlock2D",),
+          up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 3)  # fmt: skip
+SMALL = dict(VQ, block_out_channels=(32, 32, 64, 64))
+KINDS = ("ours", "published", "diffusers")
+Decode = Callable[[Tensor], Tensor]
+
+
+def save_random(folder: Path, small: bool) -> None:
+    """Kandinsky 2.x's model (or one with fewer channels) with random weights, for every peer to read."""
+    from diffusers import VQModel
+
+    torch.manual_seed(0)
+    VQModel(**(SMALL if small else VQ)).save_pretrained(folder)
+
+
+def load(kind: str, folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Decode]:
+    """One of KINDS in evaluation mode: the model, and the function that decodes quantised latents with it."""
+    if kind == "diffusers":
+        from diffusers import VQModel
+
+        theirs: Any = VQModel.from_pretrained(folder).to(device, dtype).eval()
+        return theirs, lambda z: theirs.decode(z, force_not_quantize=True).sample
+    model = movq_ext.from_pretrained(folder).to(device, dtype).eval()
+    if kind == "published":
+        model.decoder = published(model.decoder)
+    return model, lambda z: model.decoder(model.post_quant_conv(z), z)
+
+
+def peer(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Decode]:
+    """As `load`, of one of KINDS with any of these words behind it:
+
+    ``nhwc`` (weights and latents in channels_last), ``compiled`` (by torch.compile), ``frozen`` (compiled, with weights as
+    constants that Inductor packs ahead; on a CPU, without gradients), ``tiled`` (ours, by decode_tiled).
+    """
+    kind, *how = name.split()
+    model, network = load(kind, folder, device, dtype)
+    if "nhwc" in how:
+        model.to(memory_format=torch.channels_last)
+    if "frozen" in how:
+        torch._inductor.config.freezing = True
+    if "compiled" in how or "frozen" in how:
+        network = torch.compile(network, dynamic=False)
+    if "tiled" in how:
+        decoder = model.decoder
+        network = lambda z: movq_ext.decode_tiled(decoder, model.post_quant_conv(z), z, max_memory=small_memory(decoder, z))
+    if "nhwc" in how:
+        return model, lambda z: network(z.contiguous(memory_format=torch.channels_last))
+    return model, network
+
+
+def small_memory(decoder: movq_ext.MOVQDecoder, z: Tensor) -> int:
+    """Twice what decode_tiled says is the least for these latents: many strips, and maps in files."""
+    try:
+        movq_ext.decode_tiled(decoder, z, z, max_memory=1)
+    except ValueError as error:
+        return 2 * int(next(word for word in str(error).split() if word.isdigit()))
+    raise AssertionError("decode_tiled took a max_memory of 1 byte")
