@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import ranges
 from .functional import attention
 from .maps import FeatureMap, MapStore, widened
 from .native import is_whole_ratio, scale_by_cells
@@ -49,12 +50,13 @@ class Strips:
 
     def then(self, layer: nn.Module, x: FeatureMap) -> FeatureMap:
         """layer(x), for which x is given up."""
-        if isinstance(layer, ResnetBlock):
-            return self._resnet_block(layer, x)
-        if isinstance(layer, AttnBlock):
-            return self._attn_block(layer, x)
-        if isinstance(layer, Upsample):
-            return self._upsample(layer, x)
+        with ranges.of(layer):
+            if isinstance(layer, ResnetBlock):
+                return self._resnet_block(layer, x)
+            if isinstance(layer, AttnBlock):
+                return self._attn_block(layer, x)
+            if isinstance(layer, Upsample):
+                return self._upsample(layer, x)
         raise TypeError(f"a decoder in strips takes ResnetBlock, AttnBlock and Upsample, got {type(layer).__name__}")
 
     def last(self, norm: nn.Module, conv: nn.Conv2d, x: FeatureMap) -> Tensor:
@@ -142,7 +144,8 @@ class Strips:
             strip[:, :, 0] = 0
         if not below:
             strip[:, :, -1] = 0
-        return F.conv2d(strip, conv.weight, conv.bias, padding=(0, 1))
+        with ranges.of(conv):
+            return F.conv2d(strip, conv.weight, conv.bias, padding=(0, 1))
 
     def _copied(self, x: FeatureMap) -> Normalise:
         return lambda first, last, out: out.copy_(x.read(first, last))
@@ -178,13 +181,14 @@ class Strips:
         def normalise(first: int, last: int, out: Tensor) -> None:
             values = widened(x.read(first, last))
             result = out if out.dtype == wide else values  # which is a copy then
-            for begin, end, scale, shift in modulate(first, last):
-                rows = slice(begin - first, end - first)
-                scale_by_cells(values[:, :, rows], scale, shift, out=result[:, :, rows])
-            if activation == "silu":
-                F.silu(result, inplace=True)
-            if result is not out:
-                out.copy_(result)
+            with ranges.of(norm):
+                for begin, end, scale, shift in modulate(first, last):
+                    rows = slice(begin - first, end - first)
+                    scale_by_cells(values[:, :, rows], scale, shift, out=result[:, :, rows])
+                if activation == "silu":
+                    F.silu(result, inplace=True)
+                if result is not out:
+                    out.copy_(result)
 
         return normalise
 

@@ -30,10 +30,10 @@ def z():
     return torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def seen(model, run, *more):
-    """The ranges of the model's layers while run runs, in order, each with its parent's name."""
+def seen(model, run, *more, layer_by_layer=True):
+    """The ranges of the model's layers while run runs, in order, each with its parent's name. With gradients every layer is called."""
     names = {name for name, _ in model.named_modules()} | {type(model).__name__, *more}
-    with profile(activities=[ProfilerActivity.CPU]) as profiler, torch.no_grad():
+    with profile(activities=[ProfilerActivity.CPU]) as profiler, torch.set_grad_enabled(layer_by_layer):
         run()
     found = sorted((event for event in profiler.events() if event.name in names), key=lambda event: event.time_range.start)
 
@@ -67,6 +67,16 @@ def test_every_layer_is_a_range_inside_its_block(decoder, z):
     assert set(names) == {name for name, _ in decoder.named_modules() if name} - bypassed - never_run | {"MOVQDecoder"}
     assert_nothing_left(decoder)
     assert seen(decoder, lambda: decoder(z, z))[1] == []
+
+
+def test_layers_in_strips_have_a_range_for_each_strip(decoder, z):
+    with movq_ext.annotate(decoder):
+        parents, names = seen(decoder, lambda: decoder(z, z), layer_by_layer=False)
+    expected = [name for name, layer in decoder.named_modules() if isinstance(layer, (movq_ext.ResnetBlock, movq_ext.AttnBlock, movq_ext.Upsample))]
+    expected += [f"{name}.{part}" for name in expected if "block" in name for part in ("norm1", "conv1", "norm2", "conv2")]
+    assert {"conv_in", "norm_out", "conv_out", *expected} <= set(names)
+    assert parents["up.1.block.0.norm1"] == parents["up.1.block.0.conv1"] == "up.1.block.0"
+    assert names.count("up.1.block.0") == 1 and names.count("mid.attn_1.norm") == 2  # for keys and values, and for queries
 
 
 def test_layers_that_blocks_compute_themselves_are_not_hooked_but_have_a_range_to_open(decoder):
