@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .activation_checkpointing import ActivationCheckpointing
 from .modules import AttnBlock, ResnetBlock, Upsample, check_batch, check_latent, check_levels, check_positive, make_norm
 
 
-class MOVQDecoder(nn.Module):
+class MOVQDecoder(ActivationCheckpointing):
     """Decoder of MoVQ (Zheng et al., arXiv:2209.09002) as released with Kandinsky 2.x and CogVideo.
 
     The image is ``2 ** (len(ch_mult) - 1)`` times the latent in height and width.
@@ -32,6 +33,7 @@ class MOVQDecoder(nn.Module):
         zq_ch: channels of zq; z_channels if None.
         add_conv: see SpatialNorm.
         mid_attn: attend in the middle; False for diffusers models with ``mid_block_add_attention=False``.
+        gradient_checkpointing: train in less memory, see ActivationCheckpointing.
         **ignorekwargs: ignored (published configs hold keys of other classes).
     """
 
@@ -52,9 +54,11 @@ class MOVQDecoder(nn.Module):
         zq_ch: int | None = None,
         add_conv: bool = False,
         mid_attn: bool = True,
+        gradient_checkpointing: bool = False,
         **ignorekwargs: Any,
     ) -> None:
         super().__init__()
+        self.gradient_checkpointing = gradient_checkpointing
         zq_ch = z_channels if zq_ch is None else zq_ch
         check_levels(ch_mult, num_res_blocks)
         check_positive(ch=ch, out_ch=out_ch, z_channels=z_channels, zq_ch=zq_ch)
@@ -106,7 +110,7 @@ class MOVQDecoder(nn.Module):
         z, zq = self._latents(z, zq)
         for _, h in self._stages(z, zq):
             pass
-        out = h if self.give_pre_end else self.conv_out(self.norm_out(h, zq, activation="silu"))
+        out = h if self.give_pre_end else self._run(self._image, h, zq)
         return out.contiguous()
 
     def forward_with_features_output(self, z: Tensor, zq: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -127,18 +131,21 @@ class MOVQDecoder(nn.Module):
     def _stages(self, z: Tensor, zq: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Every step before norm_out: its name and its output."""
         yield "conv_in", (h := self.conv_in(z))
-        yield "mid_block_1", (h := self.mid.block_1(h, zq=zq))
+        yield "mid_block_1", (h := self._run(self.mid.block_1, h, zq=zq))
         if self.mid.attn_1 is not None:
-            yield "mid_attn_1", (h := self.mid.attn_1(h, zq))
-        yield "mid_block_2", (h := self.mid.block_2(h, zq=zq))
+            yield "mid_attn_1", (h := self._run(self.mid.attn_1, h, zq))
+        yield "mid_block_2", (h := self._run(self.mid.block_2, h, zq=zq))
         for level in reversed(range(self.num_resolutions)):
             stage = self.up[level]
             for i, block in enumerate(stage.block):
-                yield f"up_{level}_block_{i}", (h := block(h, zq=zq))
+                yield f"up_{level}_block_{i}", (h := self._run(block, h, zq=zq))
                 if len(stage.attn):
-                    yield f"up_{level}_attn_{i}", (h := stage.attn[i](h, zq))
+                    yield f"up_{level}_attn_{i}", (h := self._run(stage.attn[i], h, zq))
             if level > 0:
-                yield f"up_{level}_upsample", (h := stage.upsample(h))
+                yield f"up_{level}_upsample", (h := self._run(stage.upsample, h))
+
+    def _image(self, h: Tensor, zq: Tensor) -> Tensor:
+        return cast(Tensor, self.conv_out(self.norm_out(h, zq, activation="silu")))
 
     def _latents(self, z: Tensor, zq: Tensor) -> tuple[Tensor, Tensor]:
         """Checked, and in the layout in which convolutions and norms are fastest: all maps that follow have it too."""
