@@ -6,6 +6,7 @@ from .autoencoder import MOVQ
 from .checkpoint import CheckpointError, from_pretrained, save_pretrained
 from .decoder import MOVQDecoder
 from .encoder import Encoder
+from .export import ExportedDecoder, ExportError, export_decoder, load_exported
 from .functional import attention, explain, spatial_attention, spatial_norm
 from .modules import AttnBlock, Downsample, GroupNorm, ResnetBlock, SpatialNorm, Upsample
 from .quantize import VectorQuantizer
@@ -17,6 +18,8 @@ __all__ = [
     "CheckpointError",
     "Downsample",
     "Encoder",
+    "ExportError",
+    "ExportedDecoder",
     "GroupNorm",
     "MOVQDecoder",
     "ResnetBlock",
@@ -28,7 +31,9 @@ __all__ = [
     "build_info",
     "decode_tiled",
     "explain",
+    "export_decoder",
     "from_pretrained",
+    "load_exported",
     "save_pretrained",
     "spatial_attention",
     "spatial_norm",
