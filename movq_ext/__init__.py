@@ -8,6 +8,7 @@ from .decoder import MOVQDecoder
 from .encoder import Encoder
 from .export import ExportedDecoder, ExportError, export_decoder, load_exported
 from .functional import attention, explain, spatial_attention, spatial_norm
+from .graphs import CUDAGraphDecoder
 from .modules import AttnBlock, Downsample, GroupNorm, ResnetBlock, SpatialNorm, Upsample
 from .quantize import VectorQuantizer
 from .tiled import decode_tiled
@@ -15,6 +16,7 @@ from .tiled import decode_tiled
 __all__ = [
     "MOVQ",
     "AttnBlock",
+    "CUDAGraphDecoder",
     "CheckpointError",
     "Downsample",
     "Encoder",
