@@ -128,7 +128,8 @@ def train(args: argparse.Namespace) -> int:
         model_config = json.loads(args.config.read_text()) if args.config else SMALL_MODEL_CONFIG
         if not isinstance(model_config, dict) or not {"ddconfig", "n_embed", "embed_dim"} <= model_config.keys():
             raise ValueError(f"{args.config} must hold MOVQ's keywords ddconfig, n_embed and embed_dim")
-        trainer = Trainer(MOVQ(**model_config), args.folder, args.out, config, torch.device(args.device), args.checkpoint_activations)
+        device = torch.device(args.device)
+        trainer = Trainer(MOVQ(**model_config), args.folder, args.out, config, device, args.checkpoint_activations)
         if trainer.checkpoint.exists():
             trainer.resume()
         trainer.run(args.save_every)
@@ -224,7 +225,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--out", type=Path, default=Path("training"), help="folder for checkpoint and model (%(default)s)")
     sub.add_argument("--config", type=Path, help="JSON file with the keywords of MOVQ (default: the shipped model's)")
     sub.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (%(default)s)")
-    sub.add_argument("--checkpoint-activations", action="store_true", help="train in less memory and more time; the steps are the same")
+    sub.add_argument("--checkpoint-activations", action="store_true", help="less memory, more time, the same steps")
     for field in fields(TrainingConfig):
         flag = "--" + field.name.replace("_", "-")
         if isinstance(field.default, bool):

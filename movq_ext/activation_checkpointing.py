@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -13,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 class ActivationCheckpointing(nn.Module):
     """A network that can run its layers checkpointed (Chen et al., arXiv:1604.06174).
 
-    Only in training and where gradients are recorded. Gradients are the same, dropout included, for one more forward pass of every layer;
-    what is kept is each layer's input. Hooks inside a layer run in the second pass too.
+    Only in training and where gradients are recorded. Gradients are the same, dropout included, for one more forward pass of
+    every layer; what is kept is each layer's input. Hooks inside a layer run in the second pass too.
     """
 
     gradient_checkpointing: bool = False
@@ -27,7 +26,7 @@ class ActivationCheckpointing(nn.Module):
         """Keep every intermediate map for the backward pass, which is the default."""
         self.gradient_checkpointing = False
 
-    def _run(self, layer: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def _run(self, layer: Any, *args: Any, **kwargs: Any) -> Tensor:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return cast(Tensor, checkpoint(layer, *args, use_reentrant=False, **kwargs))
-        return layer(*args, **kwargs)
+        return cast(Tensor, layer(*args, **kwargs))

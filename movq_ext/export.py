@@ -49,24 +49,26 @@ def export_decoder(
     device: torch.device | str | None = None,
     inductor_configs: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Compile a decoder, weights included, into one file that any program with libtorch runs. Takes from half a minute to minutes.
+    """Compile a decoder, weights included, into one file that any program with libtorch runs. It takes a minute or several.
 
-    The program of a MOVQDecoder takes ``z (B, z_channels, h, w)`` and ``zq (B, zq_ch, h, w)``; that of a MOVQ takes what `MOVQ.decode`
-    takes, ``quant (B, embed_dim, h, w)``. Both return the image ``(B, out_ch, H, W)`` and run in evaluation, without gradients.
+    The program of a MOVQDecoder takes ``z (B, z_channels, h, w)`` and ``zq (B, zq_ch, h, w)``; that of a MOVQ takes what
+    `MOVQ.decode` takes, ``quant (B, embed_dim, h, w)``. Both return the image ``(B, out_ch, H, W)`` and run in evaluation,
+    without gradients.
 
     `load_exported` runs the file and checks what it is given. Without movq_ext:
 
     - Python: ``torch._inductor.aoti_load_package(path)(z, zq)``;
-    - C++: ``torch::inductor::AOTIModelPackageLoader(path).run({z, zq})``, from ``torch/csrc/inductor/aoti_package/model_package_loader.h``.
+    - C++: ``torch::inductor::AOTIModelPackageLoader(path).run({z, zq})``, from
+      ``torch/csrc/inductor/aoti_package/model_package_loader.h``.
 
     **They check nothing**: a wrong size, dtype or layout (contiguous is right) is read as if it were the right one. What is right
     stands in ``get_metadata()["movq_ext.decoder"]`` and, with ``AOTI_RUNTIME_CHECK_INPUTS=1`` in the environment, torch checks it
     (and refuses size 1 where that is the least of several).
 
-    The file is for this version of torch and this kind of device: CPUs with the vector instructions of this one, or GPUs of this
-    one's compute capability. On a CPU it holds PyTorch's own operators only. Where the CUDA kernels run (see `explain`) it calls
-    them, and whoever loads it without movq_ext calls ``torch.ops.load_library`` first, on movq_ext's ``_C.*.so`` (in C++ ``dlopen``,
-    in a program that is linked with libpython). Not yet run on a GPU.
+    The file is for this version of torch and this kind of device: CPUs with the vector instructions of this one, or GPUs of
+    this one's compute capability. On a CPU it holds PyTorch's own operators only. Where the CUDA kernels run (see `explain`) it
+    calls them, and whoever loads it without movq_ext calls ``torch.ops.load_library`` first, on movq_ext's ``_C.*.so`` (in C++
+    ``dlopen``, in a program that is linked with libpython). Not yet run on a GPU.
 
     Args:
         model: is left as it is.
@@ -97,7 +99,8 @@ def export_decoder(
         raise ValueError(f"path must end in .pt2, got {str(path)!r}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path is in a folder that does not exist: {str(path.parent)!r}")
-    ranges = {"batch": _range("batch", batch), "height": _range("height", height), "width": _range("width", height if width is None else width)}
+    sizes = {"batch": batch, "height": height, "width": height if width is None else width}
+    ranges = {name: _range(name, size) for name, size in sizes.items()}
     weight = next(model.parameters())
     device, dtype = torch.device(device or weight.device), dtype or weight.dtype
     if not dtype.is_floating_point:
@@ -176,7 +179,8 @@ class ExportedDecoder:
             raise TypeError(f"the program takes {' and '.join(self.inputs)}, got {len(latents)} arguments")
         for (name, channels), x in zip(self.inputs.items(), latents, strict=True):
             if not isinstance(x, Tensor) or x.dtype != self.dtype:
-                raise TypeError(f"{name} must be a tensor of {self.dtype}, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+                given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+                raise TypeError(f"{name} must be a tensor of {self.dtype}, got {given}")
             if x.device.type != self.device.type or self.device.index not in (None, x.device.index):
                 raise ValueError(f"{name} must be on {self.device}, got {x.device}")
             bounds = [self.batch, (channels, channels), self.height, self.width]
@@ -184,7 +188,8 @@ class ExportedDecoder:
                 wanted = ", ".join(str(least) if least == most else f"{least} to {most}" for least, most in bounds)
                 raise ValueError(f"{name} must have shape ({wanted}), got {tuple(x.shape)}")
             if x.shape[0] != latents[0].shape[0] or x.shape[2:] != latents[0].shape[2:]:
-                raise ValueError(f"{' and '.join(self.inputs)} must have one batch, height and width: {[tuple(x.shape) for x in latents]}")
+                shapes = [tuple(x.shape) for x in latents]
+                raise ValueError(f"{' and '.join(self.inputs)} must have one batch, height and width, got {shapes}")
         with torch.no_grad():
             out: Tensor = self._run(*(x.detach().contiguous() for x in latents))
         return out

@@ -23,11 +23,11 @@ class CUDAGraphDecoder:
     combination of shapes, dtypes, device and autocast. Graphs share one memory pool, so that many sizes take little more than the
     largest, and calls from several threads and streams wait for one another. Not yet measured on a GPU.
 
-    What a graph sees: weights that are changed in place, by whatever means, since it reads their memory and makes what follows from
-    them anew. All graphs are recorded again when a weight or buffer is elsewhere in memory or has another dtype or layout
-    (``decoder.to(...)``, ``parameter.data = ...``, ``load_state_dict(assign=True)``, a layer that was put in). What it does not see:
-    hooks in Python, which ran at the recording for the last time, and settings such as ``torch.backends.cudnn.allow_tf32``; call
-    `clear` after changing those.
+    What a graph sees: weights that are changed in place, by whatever means, since it reads their memory and makes what follows
+    from them anew. All graphs are recorded again when a weight or buffer is elsewhere in memory or has another dtype or layout
+    (``decoder.to(...)``, ``parameter.data = ...``, ``load_state_dict(assign=True)``, a layer that was put in). What it does not
+    see: hooks in Python, which ran at the recording for the last time, and settings such as
+    ``torch.backends.cudnn.allow_tf32``; call `clear` after changing those.
 
     On other devices than a GPU the decoder just runs, and `eager_reason` says so.
 
@@ -81,7 +81,8 @@ class CUDAGraphDecoder:
         if weights != self._weights:
             self._drop(len(self._graphs))
             self._weights = weights
-        key = (*((x.shape, x.dtype, x.device) for x in (z, zq)), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
+        autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        key = (*((x.shape, x.dtype, x.device) for x in (z, zq)), autocast)
         if key not in self._graphs:
             self._drop(len(self._graphs) + 1 - self.max_graphs)
             shared = next(iter(self._graphs.values()), None)
@@ -98,12 +99,12 @@ class DecodeGraph:
     """One recorded decode, of latents like z and zq. ``shared`` is another graph, of the same device, to share memory with."""
 
     def __init__(self, decoder: MOVQDecoder, z: Tensor, zq: Tensor, shared: DecodeGraph | None) -> None:
-        self._pool = shared._pool if shared else torch.cuda.graph_pool_handle()
-        self._done: torch.cuda.Event = shared._done if shared else torch.cuda.Event()  # of the pool's last replay
+        self._pool: tuple[int, int] = shared._pool if shared else torch.cuda.graph_pool_handle()
+        self._done = shared._done if shared else torch.cuda.Event()  # type: ignore[no-untyped-call]  # of the pool's last replay
         self._graph = torch.cuda.CUDAGraph()
         # Not in inference mode, though the caller may be: its tensors could not be written outside of it.
         with torch.cuda.device(z.device), torch.inference_mode(False), torch.no_grad(), _autocast_uncached():
-            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
             self._inputs = [torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x) for x in (z, zq)]
             side.wait_stream(current)
             with torch.cuda.stream(side):

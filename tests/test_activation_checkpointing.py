@@ -11,7 +11,9 @@ from movq_ext import MOVQ, AttnBlock, Downsample, Encoder, MOVQDecoder, ResnetBl
 from movq_ext.training import Trainer
 
 LAYERS = (ResnetBlock, AttnBlock, Upsample, Downsample)
-ENCODER = dict(ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=[16], in_channels=3, resolution=16, z_channels=4, dropout=0.2)
+ENCODER = dict(
+    ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=[16], in_channels=3, resolution=16, z_channels=4, dropout=0.2
+)
 
 
 def make_encoder():

@@ -18,7 +18,7 @@ SMALL = dict(ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=[])  # compiling
 
 # What runs the file where there is no movq_ext to import.
 STANDALONE = """
-import importlib.abc, sys, torch
+import importlib.abc, sys, torch, torch._inductor
 
 class Refuse(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
@@ -49,7 +49,7 @@ def float32_convolutions(monkeypatch):
 
 def run_standalone(package, calls, folder):
     torch.save(calls, folder / "inputs.pt")
-    command = [sys.executable, "-P", "-c", "import torch._inductor\n" + STANDALONE, package, folder / "inputs.pt", folder / "outputs.pt"]
+    command = [sys.executable, "-P", "-c", STANDALONE, package, folder / "inputs.pt", folder / "outputs.pt"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return torch.load(folder / "outputs.pt")
@@ -117,7 +117,10 @@ def test_a_whole_model_takes_its_codes_latents(tmp_path, capsys):
     quant = torch.randn(1, 4, 7, 6)
     with torch.no_grad():
         assert_close(program(quant), model.decode(quant).double(), slack=10)
-    for change, message in [(["--size", "9"], "size must be a multiple of the model's 2 pixels"), (["-o", "x.pt"], "path must end in .pt2")]:
+    for change, message in [
+        (["--size", "9"], "size must be a multiple of the model's 2 pixels"),
+        (["-o", "x.pt"], "path must end in .pt2"),
+    ]:
         assert main([*command, *change]) == 2
         assert message in capsys.readouterr().err
 
@@ -169,21 +172,22 @@ def test_a_failed_compilation_leaves_the_old_file(tmp_path):
     path = tmp_path / "decoder.pt2"
     path.write_bytes(b"old")
     decoder = make(**SMALL)
-    decoder.up[1].upsample.register_forward_pre_hook(lambda module, args: bool(args[0].sum() > 0) and None)  # cannot be traced
+    cannot_be_traced = lambda module, args: bool(args[0].sum() > 0) and None
+    decoder.up[1].upsample.register_forward_pre_hook(cannot_be_traced)
     with pytest.raises(ExportError, match="PyTorch could not compile the decoder for cpu"):
         export_decoder(decoder, path)
     assert path.read_bytes() == b"old" and [file.name for file in tmp_path.iterdir()] == ["decoder.pt2"]
 
 
 def test_files_that_cannot_be_loaded(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file: .*missing.pt2"):
+    with pytest.raises(FileNotFoundError, match=r"no such file: .*missing.pt2"):
         load_exported(tmp_path / "missing.pt2")
     (tmp_path / "noise.pt2").write_bytes(b"noise")
-    with pytest.raises(ValueError, match="noise.pt2 cannot be loaded"):
+    with pytest.raises(ValueError, match=r"noise.pt2 cannot be loaded"):
         load_exported(tmp_path / "noise.pt2")
     linear = torch.export.export(nn.ReLU(), (torch.ones(3),))
     torch._inductor.aoti_compile_and_package(linear, package_path=str(tmp_path / "other.pt2"))
-    with pytest.raises(ValueError, match="other.pt2 was not made by export_decoder"):
+    with pytest.raises(ValueError, match=r"other.pt2 was not made by export_decoder"):
         load_exported(tmp_path / "other.pt2")
 
 

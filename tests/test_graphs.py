@@ -1,4 +1,5 @@
 import threading
+from unittest import mock
 
 import pytest
 import torch
@@ -23,26 +24,24 @@ def float32_convolutions(monkeypatch):
 class Recording:
     """Stands for a DecodeGraph on a CPU: what is recorded, replayed and closed is noted, the decode runs eagerly."""
 
-    log: list = []
-
     def __init__(self, decoder, z, zq, shared):
         self.decoder, self.shape, self.pool = decoder, tuple(z.shape[2:]), shared.pool if shared else object()
-        self.log.append(("record", self.shape))
+        Recording.log.append(("record", self.shape))
 
     def replay(self, z, zq):
         assert tuple(z.shape[2:]) == self.shape
-        self.log.append(("replay", self.shape))
+        Recording.log.append(("replay", self.shape))
         return self.decoder(z, zq)
 
     def close(self):
-        self.log.append(("close", self.shape))
+        Recording.log.append(("close", self.shape))
 
 
 @pytest.fixture
 def log(monkeypatch):
     monkeypatch.setattr(graphs, "DecodeGraph", Recording)
     monkeypatch.setattr(graphs, "_eager_reason", lambda z: None)
-    monkeypatch.setattr(Recording, "log", [])
+    monkeypatch.setattr(Recording, "log", [], raising=False)
     return Recording.log
 
 
@@ -143,12 +142,51 @@ def test_refusals(log):
     with pytest.raises(ValueError, match="z and zq must have the same batch size"):
         graphed(latents()[0][:1], latents()[1])
     decoder.train()
-    with torch.no_grad(), pytest.raises(RuntimeError, match="cannot train: call decoder.eval"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"cannot train: call decoder.eval"):
         graphed(*latents())
     with pytest.raises(TypeError, match="decoder must be a MOVQDecoder, got Identity"):
         CUDAGraphDecoder(nn.Identity())
     with pytest.raises(ValueError, match="max_graphs must be a positive integer, got 0"):
         CUDAGraphDecoder(decoder, max_graphs=0)
+
+
+class Rerun:
+    """Stands for torch.cuda.CUDAGraph on a CPU: a replay decodes the recorded inputs into the recorded output."""
+
+    output = None
+
+    def replay(self):
+        if self.output is not None:  # the recording itself has made the first one
+            self.output.copy_(self.decoder(*self.inputs))
+
+    def reset(self):
+        pass
+
+
+@pytest.fixture
+def rerun(monkeypatch):
+    monkeypatch.setattr(graphs, "_eager_reason", lambda z: None)
+    for name in ("Stream", "Event", "current_stream", "graph_pool_handle", "device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "graph", mock.create_autospec(torch.cuda.graph))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Rerun)
+
+
+def test_results_are_the_callers_in_every_mode(rerun):
+    decoder = make(**SMALL)
+    graphed, kept = CUDAGraphDecoder(decoder), []
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        for scale in (1, 2):
+            z, zq = (scale * x for x in latents())
+            with mode():
+                out = graphed(z, zq)
+                (graph,) = graphed._graphs.values()
+                # what replays read and write from now on; the first call has made them with its own values
+                graph._graph.decoder, graph._graph.inputs, graph._graph.output = decoder, graph._inputs, graph._output
+                out = graphed(z, zq)
+                kept.append((out, out.clone(), decoder(z, zq)))
+    for out, then, expected in kept:
+        assert torch.equal(out, then) and torch.equal(out, expected)
 
 
 class Counting:
