@@ -73,7 +73,7 @@ def export_decoder(
     Args:
         model: is left as it is.
         path: file to write, ending in ``.pt2``. An older one is replaced at once, when all is done.
-        height, width: of the latent: one size, or (least, most) for a program that takes any size between. width is height if None.
+        height, width: of the latent: one size, or (least, most) for a program that takes all between. width is height if None.
         batch: images, alike.
         dtype: of weights, latents and image; the model's if None.
         device: to compile for and on; the model's if None.

@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,9 +99,12 @@ class CUDAGraphDecoder:
 class DecodeGraph:
     """One recorded decode, of latents like z and zq. ``shared`` is another graph, of the same device, to share memory with."""
 
+    _pool: Any  # torch has no public name for its type
+    _done: torch.cuda.Event  # of the pool's last replay
+
     def __init__(self, decoder: MOVQDecoder, z: Tensor, zq: Tensor, shared: DecodeGraph | None) -> None:
-        self._pool: tuple[int, int] = shared._pool if shared else torch.cuda.graph_pool_handle()
-        self._done = shared._done if shared else torch.cuda.Event()  # type: ignore[no-untyped-call]  # of the pool's last replay
+        self._pool = shared._pool if shared else torch.cuda.graph_pool_handle()
+        self._done = shared._done if shared else torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._graph = torch.cuda.CUDAGraph()
         # Not in inference mode, though the caller may be: its tensors could not be written outside of it.
         with torch.cuda.device(z.device), torch.inference_mode(False), torch.no_grad(), _autocast_uncached():

@@ -109,7 +109,8 @@ def test_a_whole_model_takes_its_codes_latents(tmp_path, capsys):
     model = MOVQ(**MODEL).eval()
     movq_ext.save_pretrained(model, tmp_path / "model")
     path = tmp_path / "out.pt2"
-    command = ["export", "-o", str(path), "--model", str(tmp_path / "model"), "--device", "cpu", "--size", "8:16", "--width", "12"]
+    command = ["export", "-o", str(path), "--model", str(tmp_path / "model"), "--device", "cpu"]
+    command += ["--size", "8:16", "--width", "12"]
     assert main(command) == 0
     assert f"written  {path}" in capsys.readouterr().out
     program = load_exported(path)

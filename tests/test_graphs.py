@@ -65,7 +65,8 @@ def test_each_size_is_recorded_once_and_the_least_recently_used_dropped(log):
     for grid in (a, b, a, c, a, b):
         graphed(*latents(grid))
         assert len(graphed) <= 2 and len({graph.pool for graph in graphed._graphs.values()}) == 1
-    assert events(log, "record") == [a, b, c, b] and events(log, "close") == [b, c] and events(log, "replay") == [a, b, a, c, a, b]
+    assert events(log, "record") == [a, b, c, b] and events(log, "close") == [b, c]
+    assert events(log, "replay") == [a, b, a, c, a, b]
     graphed.clear()
     assert len(graphed) == 0 and events(log, "close")[2:] == [a, b]
 
@@ -327,7 +328,7 @@ def test_gpu_replays_in_every_mode():
         second = graphed(z, zq)
         with torch.autocast("cuda", torch.bfloat16):
             mixed, mixed_expected = graphed(z, zq), decoder(z, zq)
-        decoder.conv_out.weight.mul_(2)  # after the capture under autocast: were the cast weight remembered, it would be the old one
+        decoder.conv_out.weight.mul_(2)  # were the cast weight remembered, it would be the old one
         with torch.autocast("cuda", torch.bfloat16):
             later, later_expected = graphed(z, zq), decoder(z, zq)
     assert len(graphed) == 2 and mixed.dtype == torch.bfloat16
