@@ -6,7 +6,9 @@ from .autoencoder import MOVQ
 from .checkpoint import CheckpointError, from_pretrained, save_pretrained
 from .decoder import MOVQDecoder
 from .encoder import Encoder
+from .export import ExportedDecoder, ExportError, export_decoder, load_exported
 from .functional import attention, explain, spatial_attention, spatial_norm
+from .graphs import CUDAGraphDecoder
 from .modules import AttnBlock, Downsample, GroupNorm, ResnetBlock, SpatialNorm, Upsample
 from .quantize import VectorQuantizer
 from .ranges import annotate
@@ -15,9 +17,12 @@ from .tiled import decode_tiled
 __all__ = [
     "MOVQ",
     "AttnBlock",
+    "CUDAGraphDecoder",
     "CheckpointError",
     "Downsample",
     "Encoder",
+    "ExportError",
+    "ExportedDecoder",
     "GroupNorm",
     "MOVQDecoder",
     "ResnetBlock",
@@ -30,7 +35,9 @@ __all__ = [
     "build_info",
     "decode_tiled",
     "explain",
+    "export_decoder",
     "from_pretrained",
+    "load_exported",
     "save_pretrained",
     "spatial_attention",
     "spatial_norm",

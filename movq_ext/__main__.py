@@ -1,4 +1,4 @@
-"""The command line: ``python -m movq_ext {demo,encode,decode,train,info}``."""
+"""The command line: ``python -m movq_ext {demo,encode,decode,train,export,info}``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import MOVQ, build_info, explain, from_pretrained
+from . import MOVQ, ExportError, build_info, explain, export_decoder, from_pretrained
 from .codes import CodeFile, codebook_id, decode_image, encode_image
 from .demo import PHOTOS, SMALL_MODEL, round_trip
 from .images import find_images, load_image, save_image
@@ -128,13 +128,29 @@ def train(args: argparse.Namespace) -> int:
         model_config = json.loads(args.config.read_text()) if args.config else SMALL_MODEL_CONFIG
         if not isinstance(model_config, dict) or not {"ddconfig", "n_embed", "embed_dim"} <= model_config.keys():
             raise ValueError(f"{args.config} must hold MOVQ's keywords ddconfig, n_embed and embed_dim")
-        trainer = Trainer(MOVQ(**model_config), args.folder, args.out, config, torch.device(args.device))
+        device = torch.device(args.device)
+        trainer = Trainer(MOVQ(**model_config), args.folder, args.out, config, device, args.checkpoint_activations)
         if trainer.checkpoint.exists():
             trainer.resume()
         trainer.run(args.save_every)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+    return 0
+
+
+def export(args: argparse.Namespace) -> int:
+    model = load_model(args)
+
+    def cells(pixels: tuple[int, int]) -> tuple[int, int]:
+        if any(size % model.downsampling for size in pixels):
+            raise ValueError(f"size must be a multiple of the model's {model.downsampling} pixels a latent cell, got {pixels}")
+        return pixels[0] // model.downsampling, pixels[1] // model.downsampling
+
+    start = time.monotonic()
+    export_decoder(model, args.out, height=cells(args.size), width=cells(args.width or args.size), batch=args.batch)
+    print(f"device   {args.device}, {args.dtype}")
+    print(f"written  {args.out}: {args.out.stat().st_size / 1e6:.1f} MB in {time.monotonic() - start:.1f} s")
     return 0
 
 
@@ -161,6 +177,11 @@ def usable_device(name: str) -> str:
     return name
 
 
+def size_range(text: str) -> tuple[int, int]:
+    least, _, most = text.partition(":")
+    return int(least), int(most or least)
+
+
 def load_model(args: argparse.Namespace) -> MOVQ:
     return from_pretrained(args.model, device=args.device, dtype=DTYPES[args.dtype])
 
@@ -176,7 +197,7 @@ def progress(items: list[Any]) -> Iterable[Any]:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m movq_ext", description=__doc__)
-    commands = top.add_subparsers(required=True, metavar="{demo,encode,decode,train,info}")
+    commands = top.add_subparsers(required=True, metavar="{demo,encode,decode,train,export,info}")
 
     def command(run: Callable[[argparse.Namespace], int], summary: str, model: bool = True) -> argparse.ArgumentParser:
         sub = commands.add_parser(run.__name__, help=summary, description=summary)
@@ -204,12 +225,19 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--out", type=Path, default=Path("training"), help="folder for checkpoint and model (%(default)s)")
     sub.add_argument("--config", type=Path, help="JSON file with the keywords of MOVQ (default: the shipped model's)")
     sub.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (%(default)s)")
+    sub.add_argument("--checkpoint-activations", action="store_true", help="less memory, more time, the same steps")
     for field in fields(TrainingConfig):
         flag = "--" + field.name.replace("_", "-")
         if isinstance(field.default, bool):
             sub.add_argument(flag, action="store_true", help="bfloat16 autocast")
         else:
             sub.add_argument(flag, type=type(field.default), default=field.default, help="(%(default)s)")
+
+    sub = command(export, "Compile the decoder, for latents of the codes, into a file that runs without movq_ext.")
+    sub.add_argument("-o", "--out", type=Path, default=Path("decoder.pt2"), help="file to write (%(default)s)")
+    sub.add_argument("--size", type=size_range, default="256", help="height of the image in pixels, or LEAST:MOST (%(default)s)")
+    sub.add_argument("--width", type=size_range, help="its width, alike (as --size)")
+    sub.add_argument("--batch", type=size_range, default="1", help="images at once, alike (%(default)s)")
 
     command(info, "How the package was built, which path runs here, and what the model is.")
     return top
@@ -219,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         return args.run(args)
-    except (OSError, ValueError, TypeError, FloatingPointError) as error:
+    except (OSError, ValueError, TypeError, FloatingPointError, ExportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -53,6 +53,16 @@ class MOVQ(nn.Module):
         """Image pixels per latent cell along one side."""
         return 2 ** (self.decoder.num_resolutions - 1)
 
+    def gradient_checkpointing_enable(self) -> None:
+        """Train in less memory: see ActivationCheckpointing."""
+        self.encoder.gradient_checkpointing_enable()
+        self.decoder.gradient_checkpointing_enable()
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep every intermediate map for the backward pass, which is the default."""
+        self.encoder.gradient_checkpointing_disable()
+        self.decoder.gradient_checkpointing_disable()
+
     def encode(self, x: Tensor) -> Tensor:
         """Images ``(B, in_channels, H, W)`` in [-1, 1] to latents ``(B, embed_dim, h, w)`` before quantisation."""
         return self.quant_conv(self.encoder(x))

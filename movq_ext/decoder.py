@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .maps import MapStore
+from .activation_checkpointing import ActivationCheckpointing
 from .modules import AttnBlock, ResnetBlock, SpatialNorm, Upsample, check_batch, check_latent, check_levels, check_positive, is_plain_network, make_norm
 from .modulation import Modulations
 from .native import is_inference
-from .strips import Strips
-
-STRIP_BYTES = 32 << 20  # of a strip's tensors together: what a strip of 32 rows of 256 pixels and 128 channels in float32 takes at the most
+from .strips import STRIP_BYTES, decode_in_strips
 
 
-class MOVQDecoder(nn.Module):
+class MOVQDecoder(ActivationCheckpointing):
     """Decoder of MoVQ (Zheng et al., arXiv:2209.09002) as released with Kandinsky 2.x and CogVideo.
 
     The image is ``2 ** (len(ch_mult) - 1)`` times the latent in height and width.
@@ -38,6 +36,7 @@ class MOVQDecoder(nn.Module):
         zq_ch: channels of zq; z_channels if None.
         add_conv: see SpatialNorm.
         mid_attn: attend in the middle; False for diffusers models with ``mid_block_add_attention=False``.
+        gradient_checkpointing: train in less memory, see ActivationCheckpointing.
         **ignorekwargs: ignored (published configs hold keys of other classes).
     """
 
@@ -58,9 +57,11 @@ class MOVQDecoder(nn.Module):
         zq_ch: int | None = None,
         add_conv: bool = False,
         mid_attn: bool = True,
+        gradient_checkpointing: bool = False,
         **ignorekwargs: Any,
     ) -> None:
         super().__init__()
+        self.gradient_checkpointing = gradient_checkpointing
         zq_ch = z_channels if zq_ch is None else zq_ch
         check_levels(ch_mult, num_res_blocks)
         check_positive(ch=ch, out_ch=out_ch, z_channels=z_channels, zq_ch=zq_ch)
@@ -112,12 +113,12 @@ class MOVQDecoder(nn.Module):
         self._check(z, zq)
         free = is_inference(z, zq, *self.parameters()) and is_plain_network(self)  # to compute the same in another way
         if free and z.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-            return self.in_strips(z, zq, STRIP_BYTES)
+            return decode_in_strips(self, z, zq, STRIP_BYTES)
         z, zq = _latents(z, zq)
         condition = Modulations(self._norms(), zq) if free and not self.norm_out.add_conv else zq
         for _, h in self._stages(z, condition):
             pass
-        out = h if self.give_pre_end else self.conv_out(self.norm_out(h, condition, activation="silu"))
+        out = h if self.give_pre_end else self._run(self._image, h, condition)
         return out.contiguous()
 
     def forward_with_features_output(self, z: Tensor, zq: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -136,21 +137,6 @@ class MOVQDecoder(nn.Module):
             h = features["conv_out"] = self.conv_out(features["nonlinearity"])
         return h, features
 
-    def in_strips(self, z: Tensor, zq: Tensor, working: int, budget: int | None = None, folder: str | None = None) -> Tensor:
-        """What forward computes, without gradients and image by image, in strips of about ``working`` bytes; see Strips and MapStore."""
-        images = zip(z.split(1), zq.split(1), strict=True)
-        return torch.cat([self._one_in_strips(*image, working, budget, folder) for image in images])
-
-    def _one_in_strips(self, z: Tensor, zq: Tensor, working: int, budget: int | None, folder: str | None) -> Tensor:
-        with MapStore(z, budget, folder) as store:
-            strips = Strips(store, zq.contiguous(memory_format=torch.channels_last), working)
-            h = strips.first(self.conv_in, z)
-            for _, layer, _ in self._steps():
-                h = strips.then(layer, h)
-            if self.give_pre_end:
-                return h.read(0, h.height).contiguous()
-            return strips.last(self.norm_out, self.conv_out, h)
-
     def _norms(self) -> list[nn.Module]:
         """In the order of their use."""
         layers = [*(layer for _, layer, _ in self._steps()), self.norm_out]
@@ -160,7 +146,7 @@ class MOVQDecoder(nn.Module):
         """Every step before norm_out: its name and its output."""
         yield "conv_in", (h := self.conv_in(z))
         for name, layer, conditioned in self._steps():
-            yield name, (h := layer(h, zq=zq) if conditioned else layer(h))
+            yield name, (h := self._run(layer, h, zq=zq) if conditioned else self._run(layer, h))
 
     def _steps(self) -> Iterator[tuple[str, nn.Module, bool]]:
         """What runs between conv_in and norm_out, in order: its name, and whether it takes zq."""
@@ -176,6 +162,10 @@ class MOVQDecoder(nn.Module):
                     yield f"up_{level}_attn_{i}", stage.attn[i], True
             if level > 0:
                 yield f"up_{level}_upsample", stage.upsample, False
+
+    def _image(self, h: Tensor, zq: Tensor | Modulations) -> Tensor:
+        return cast(Tensor, self.conv_out(self.norm_out(h, zq, activation="silu")))
+
 
     def _check(self, z: Tensor, zq: Tensor) -> None:
         check_latent("z", z, self.z_channels, self.conv_in.weight)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
+from .activation_checkpointing import ActivationCheckpointing
 from .modules import AttnBlock, Downsample, ResnetBlock, check_latent, check_levels, check_positive, make_norm
 
 
-class Encoder(nn.Module):
+class Encoder(ActivationCheckpointing):
     """Encoder of VQGAN (Esser et al., arXiv:2012.09841): GroupNorm + SiLU ResNet blocks, stride-2 downsampling.
 
     The arguments are those of MOVQDecoder; ``double_z`` doubles the output's channels (mean and log-variance of a KL
@@ -31,9 +32,11 @@ class Encoder(nn.Module):
         z_channels: int,
         double_z: bool = False,
         mid_attn: bool = True,
+        gradient_checkpointing: bool = False,
         **ignorekwargs: Any,
     ) -> None:
         super().__init__()
+        self.gradient_checkpointing = gradient_checkpointing
         check_levels(ch_mult, num_res_blocks)
         check_positive(ch=ch, in_channels=in_channels, z_channels=z_channels)
         self.in_channels = in_channels
@@ -72,13 +75,16 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for stage in self.down:
             for i, block in enumerate(stage.block):
-                h = block(h)
+                h = self._run(block, h)
                 if len(stage.attn):
-                    h = stage.attn[i](h)
+                    h = self._run(stage.attn[i], h)
             if hasattr(stage, "downsample"):
-                h = stage.downsample(h)
-        h = self.mid.block_1(h)
+                h = self._run(stage.downsample, h)
+        h = self._run(self.mid.block_1, h)
         if self.mid.attn_1 is not None:
-            h = self.mid.attn_1(h)
-        h = self.mid.block_2(h)
-        return self.conv_out(self.norm_out(h, activation="silu"))
+            h = self._run(self.mid.attn_1, h)
+        h = self._run(self.mid.block_2, h)
+        return self._run(self._latents, h)
+
+    def _latents(self, h: Tensor) -> Tensor:
+        return cast(Tensor, self.conv_out(self.norm_out(h, activation="silu")))

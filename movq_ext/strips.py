@@ -11,7 +11,7 @@ but the layers' results.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,25 @@ from .maps import FeatureMap, MapStore, widened
 from .native import is_whole_ratio, scale_by_cells
 from .modules import AttnBlock, GroupNorm, ResnetBlock, SpatialNorm, Upsample, is_plain
 
+STRIP_BYTES = 32 << 20  # of a strip's tensors together at the most: 32 rows of 256 pixels with 128 channels in float32
 HALO = 2  # rows that a strip has beyond those it makes
 Normalise = Callable[[int, int, Tensor], object]  # rows first to last - 1 of a map, normalised, into a tensor of their shape
 Modulated = Callable[[int, int], Iterable[tuple[int, int, Tensor, Tensor]]]  # rows first to last - 1 in parts: each with its scale and shift
+
+
+def decode_in_strips(decoder: Any, z: Tensor, zq: Tensor, working: int, budget: int | None = None, folder: str | None = None) -> Tensor:
+    """What a MOVQDecoder makes of z and zq, image by image and without gradients; see Strips and MapStore for the bytes."""
+    images = zip(z.split(1), zq.contiguous(memory_format=torch.channels_last).split(1), strict=True)
+    return torch.cat([_decode_one(decoder, *image, working, MapStore(z, budget, folder)) for image in images])
+
+
+def _decode_one(decoder: Any, z: Tensor, zq: Tensor, working: int, store: MapStore) -> Tensor:
+    with store:
+        strips = Strips(store, zq, working)
+        h = strips.first(decoder.conv_in, z)
+        for _, layer, _ in decoder._steps():
+            h = strips.then(layer, h)
+        return h.read(0, h.height).contiguous() if decoder.give_pre_end else strips.last(decoder.norm_out, decoder.conv_out, h)
 
 
 class Strips:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .decoder import MOVQDecoder
-from .strips import HALO, convolution_values
+from .strips import HALO, convolution_values, decode_in_strips
 
 MIB = 1 << 20
 
@@ -41,4 +41,4 @@ def decode_tiled(decoder: MOVQDecoder, z: Tensor, zq: Tensor, *, max_memory: int
     least = 2 * (1 + HALO) * values * z.shape[3] * scale * z.element_size()
     if max_memory < least:
         raise ValueError(f"max_memory must be at least {least} bytes ({-(-least // MIB)} MiB) for z of shape {tuple(z.shape)}, got {max_memory}")
-    return decoder.in_strips(z, zq, max_memory // 2, max_memory // 2, folder)
+    return decode_in_strips(decoder, z, zq, max_memory // 2, max_memory // 2, folder)

@@ -151,17 +151,28 @@ class Trainer:
         out: folder for ``training.pt`` (the checkpoint) and ``model/`` (the averaged weights, see save_pretrained).
         config: hyperparameters.
         device: torch device.
+        checkpoint_activations: train in less memory and more time, the very same steps; see ActivationCheckpointing.
 
     Under torchrun every process calls this; gradients are averaged and process 0 writes the files.
     """
 
-    def __init__(self, model: MOVQ, folder: str | Path, out: str | Path, config: TrainingConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: MOVQ,
+        folder: str | Path,
+        out: str | Path,
+        config: TrainingConfig,
+        device: torch.device,
+        checkpoint_activations: bool = False,
+    ) -> None:
         if config.crop % model.downsampling:
             raise ValueError(f"crop must be a multiple of the model's downsampling {model.downsampling}, got {config.crop}")
         self.config, self.device = config, device
         self.out = Path(out)
         self.photographs = Photographs(folder, config.crop)
         self.model = model.to(device).train()
+        if checkpoint_activations:
+            self.model.gradient_checkpointing_enable()
         self.average = deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
         self.usage = torch.zeros(model.quantize.n_e, dtype=torch.long, device=device)  # since the last restart

@@ -1,0 +1,170 @@
+import copy
+
+import pytest
+import torch
+from test_decoder import latents, make
+from test_training import CONFIG, CPU, MODEL, folder  # noqa: F401
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from movq_ext import MOVQ, AttnBlock, Downsample, Encoder, MOVQDecoder, ResnetBlock, Upsample, activation_checkpointing
+from movq_ext.training import Trainer
+
+LAYERS = (ResnetBlock, AttnBlock, Upsample, Downsample)
+ENCODER = dict(
+    ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=[16], in_channels=3, resolution=16, z_channels=4, dropout=0.2
+)
+
+
+def make_encoder():
+    torch.manual_seed(0)
+    return Encoder(**ENCODER)
+
+
+def gradients(network, inputs, autocast=False):
+    """What a training step yields: the output, how much randomness it used, every parameter's gradient."""
+    network.zero_grad()
+    torch.manual_seed(7)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = network(*inputs)
+    out.float().square().sum().backward()
+    return [out.detach(), torch.rand(3), *(p.grad.clone() for p in network.parameters() if p.grad is not None)]
+
+
+def saved_bytes(network, inputs):
+    """Bytes that the autograd graph of a forward pass keeps, parameters aside."""
+    kept, parameters = {}, {p.untyped_storage().data_ptr() for p in network.parameters()}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        out = network(*inputs)
+    assert out.requires_grad  # and holds all that was kept until here, so that no address is another's
+    return sum(size for address, size in kept.items() if address not in parameters)
+
+
+NETWORKS = {
+    "decoder": (lambda: make(dropout=0.2).train(), latents((8, 8))),
+    "decoder without end": (lambda: make(resamp_with_conv=False, give_pre_end=True).train(), latents((4, 4))),
+    "encoder": (lambda: make_encoder().train(), [torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))]),
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradients_are_the_same(name, autocast):
+    build, inputs = NETWORKS[name]
+    network = build()
+    plain = gradients(network, inputs, autocast)
+    network.gradient_checkpointing_enable()
+    checkpointed = gradients(network, inputs, autocast)
+    assert len(plain) > 20 and all(torch.equal(a, b) for a, b in zip(checkpointed, plain, strict=True))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_only_the_inputs_of_layers_are_kept(name):
+    build, inputs = NETWORKS[name]
+    network = build()
+    plain = saved_bytes(network, inputs)
+    network.gradient_checkpointing_enable()
+    checkpointed = saved_bytes(network, inputs)
+    maps = []
+    if hasattr(network, "norm_out"):
+        network.norm_out.register_forward_pre_hook(lambda module, args: maps.append(args[0].nbytes))
+    for module in network.modules():
+        if isinstance(module, LAYERS):
+            module.register_forward_pre_hook(lambda module, args: maps.append(args[0].nbytes))
+    network.eval()(*inputs)
+    network.train()
+    least = sum(maps)
+    # the rest: the latents or the image
+    assert least <= checkpointed < 1.05 * least, (least, checkpointed)
+    assert checkpointed < plain / 5, (checkpointed, plain)
+    network.gradient_checkpointing_disable()
+    assert saved_bytes(network, inputs) > 0.9 * plain
+
+
+def test_every_layer_runs_twice_in_training_and_once_elsewhere(monkeypatch):
+    decoder, inputs = make(gradient_checkpointing=True), latents()
+    runs = {module: 0 for module in decoder.modules() if isinstance(module, LAYERS)}
+    for module in runs:
+        module.register_forward_pre_hook(lambda module, args: runs.__setitem__(module, runs[module] + 1))
+    decoder(*inputs).sum().backward()
+    assert set(runs.values()) == {1}
+    decoder.train()
+    with torch.no_grad():
+        monkeypatch.setattr(activation_checkpointing, "checkpoint", None)
+        decoder(*inputs)
+    monkeypatch.undo()
+    assert set(runs.values()) == {2}
+    decoder(*inputs).sum().backward()
+    assert set(runs.values()) == {4}
+
+
+def test_it_is_no_part_of_the_state():
+    decoder = make(gradient_checkpointing=True)
+    assert decoder.state_dict().keys() == make().state_dict().keys()
+    assert copy.deepcopy(decoder).gradient_checkpointing and not make().gradient_checkpointing
+    assert isinstance(decoder, MOVQDecoder) and Encoder(**ENCODER, gradient_checkpointing=True).gradient_checkpointing
+
+
+def test_the_whole_model():
+    model = MOVQ(**MODEL)
+    model.gradient_checkpointing_enable()
+    assert model.encoder.gradient_checkpointing and model.decoder.gradient_checkpointing
+    model.gradient_checkpointing_disable()
+    assert not model.encoder.gradient_checkpointing and not model.decoder.gradient_checkpointing
+
+
+def test_training_steps_are_the_same(folder, tmp_path):  # noqa: F811
+    weights = []
+    for checkpoint in (False, True):
+        torch.manual_seed(0)
+        run = Trainer(MOVQ(**MODEL), folder, tmp_path, CONFIG, CPU, checkpoint_activations=checkpoint)
+        assert run.model.decoder.gradient_checkpointing == checkpoint
+        for _ in range(6):  # the codebook comes in after four
+            run.train_step()
+        weights.append(run.model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_compiled():
+    decoder, inputs = make(ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=[]).train(), latents()
+    plain = gradients(decoder, inputs)
+    decoder.gradient_checkpointing_enable()
+    compiled = torch.compile(decoder, fullgraph=True, backend="aot_eager")
+    scale = max(x.norm() for x in plain[2:])
+    for ours, theirs in zip(gradients(compiled, inputs), plain, strict=True):
+        assert (ours - theirs).norm() < 1e-5 * (theirs.norm() + scale)
+
+
+def _ddp_worker(rank, store):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}/rendezvous", rank=rank, world_size=2)
+    decoder = nn.parallel.DistributedDataParallel(make(gradient_checkpointing=True).train(), find_unused_parameters=True)
+    z, zq = latents()
+    decoder(z[rank : rank + 1], zq[rank : rank + 1]).square().mean().backward()
+    torch.save({name: p.grad for name, p in decoder.module.named_parameters()}, f"{store}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_ddp(tmp_path):
+    torch.multiprocessing.spawn(_ddp_worker, (str(tmp_path),), nprocs=2)
+    decoder = make().train()
+    decoder(*latents()).square().mean().backward()
+    for rank in range(2):
+        grads = torch.load(tmp_path / f"{rank}.pt")
+        for name, parameter in decoder.named_parameters():
+            assert (grads[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-7, name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu():
+    """Dropout's randomness is the device's there, and the layers run on the kernels."""
+    decoder, inputs = make(dropout=0.2).train().cuda(), latents(device="cuda")
+    plain = gradients(decoder, inputs)
+    decoder.gradient_checkpointing_enable()
+    scale = max(x.norm() for x in plain[2:])
+    for ours, theirs in zip(gradients(decoder, inputs), plain, strict=True):
+        assert (ours - theirs).norm() < 1e-4 * (theirs.norm() + scale)  # convolutions' gradients may be summed in another order

@@ -1,0 +1,235 @@
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+from test_decoder import latents, make
+from test_training import MODEL
+from tolerances import assert_close
+from torch import nn
+
+import movq_ext
+from movq_ext import MOVQ, ExportError, export_decoder, kernels, load_exported, modules
+from movq_ext.__main__ import main
+from movq_ext._extension import extension_available
+
+SMALL = dict(ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=[])  # compiling takes the time of these tests
+
+# What runs the file where there is no movq_ext to import.
+STANDALONE = """
+import importlib.abc, sys, torch, torch._inductor
+
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "movq_ext":
+            raise ImportError("movq_ext is not to be imported here")
+
+sys.meta_path.insert(0, Refuse())
+try:
+    import movq_ext
+    sys.exit("movq_ext was imported")
+except ImportError:
+    pass
+package, inputs, outputs = sys.argv[1:]
+program = torch._inductor.aoti_load_package(package)
+torch.save([program(*args) for args in torch.load(inputs)], outputs)
+"""
+
+
+@pytest.fixture(autouse=True)
+def inductor_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "inductor"))
+
+
+@pytest.fixture(autouse=True)
+def float32_convolutions(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def run_standalone(package, calls, folder):
+    torch.save(calls, folder / "inputs.pt")
+    command = [sys.executable, "-P", "-c", STANDALONE, package, folder / "inputs.pt", folder / "outputs.pt"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "outputs.pt")
+
+
+def test_any_size_in_a_process_without_movq_ext(tmp_path):
+    decoder = make(**SMALL)
+    path = export_decoder(decoder, tmp_path / "decoder.pt2", height=(1, 16), width=(1, 16), batch=(1, 4))
+    assert [file.name for file in tmp_path.glob("*.p*")] == ["decoder.pt2"]
+    calls = [latents(grid, batch) for grid, batch in [((4, 6), 2), ((3, 5), 1), ((8, 8), 4), ((16, 2), 1), ((1, 9), 3)]]
+    outputs = run_standalone(path, calls, tmp_path)
+    program = load_exported(path)
+    for args, out in zip(calls, outputs, strict=True):
+        with torch.no_grad():
+            expected = decoder(*args)
+        assert_close(out, expected.double(), slack=10)
+        assert torch.equal(program(*args), out)
+    assert b"_FOLDED_CONST_" in read_all(path)  # the weights of upsampling, made once
+    strided = [x.to(memory_format=torch.channels_last) for x in calls[0]]
+    assert torch.equal(program(*strided), outputs[0]) and not program(strided[0].requires_grad_(), strided[1]).requires_grad
+
+    z, zq = latents((4, 6))
+    for error, message, args in [
+        (TypeError, "the program takes z and zq, got 1 arguments", (z,)),
+        (TypeError, "zq must be a tensor of torch.float32, got list", (z, [1.0])),
+        (TypeError, "z must be a tensor of torch.float32, got torch.float64", (z.double(), zq)),
+        (ValueError, "z must be on cpu, got meta", (z.to("meta"), zq)),
+        (ValueError, r"z must have shape \(1 to 4, 4, 1 to 16, 1 to 16\), got \(2, 3, 4, 6\)", (z[:, :3], zq)),
+        (ValueError, r"z must have shape .*, got \(5, 4, 4, 6\)", latents((4, 6), 5)),
+        (ValueError, r"z must have shape .*, got \(2, 4, 17, 6\)", latents((17, 6))),
+        (ValueError, r"zq must have shape .*, got \(5, 4, 6\)", (z, zq[0])),
+        (ValueError, "z and zq must have one batch, height and width", (z, zq[:1])),
+        (ValueError, "z and zq must have one batch, height and width", (z, zq[:, :, :3])),
+    ]:
+        with pytest.raises(error, match=message):
+            program(*args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_dtypes_and_one_size(tmp_path, dtype):
+    decoder = make(**SMALL)
+    path = export_decoder(decoder, str(tmp_path / "decoder.pt2"), height=4, width=6, batch=2, dtype=dtype)
+    assert {p.dtype for p in decoder.parameters()} == {torch.float32}
+    program = load_exported(path)
+    assert (program.batch, program.height, program.width, program.dtype) == ((2, 2), (4, 4), (6, 6), dtype)
+    out = program(*latents(dtype=dtype))
+    assert out.dtype == dtype
+    with torch.no_grad():
+        assert_close(out, decoder.double()(*latents(dtype=torch.float64)), slack=4)
+    with pytest.raises(ValueError, match=r"z must have shape \(2, 4, 4, 6\), got \(1, 4, 4, 6\)"):
+        program(*latents(batch=1, dtype=dtype))
+
+
+def test_a_whole_model_takes_its_codes_latents(tmp_path, capsys):
+    """By the command line, from weights on disk."""
+    torch.manual_seed(0)
+    model = MOVQ(**MODEL).eval()
+    movq_ext.save_pretrained(model, tmp_path / "model")
+    path = tmp_path / "out.pt2"
+    command = ["export", "-o", str(path), "--model", str(tmp_path / "model"), "--device", "cpu"]
+    command += ["--size", "8:16", "--width", "12"]
+    assert main(command) == 0
+    assert f"written  {path}" in capsys.readouterr().out
+    program = load_exported(path)
+    assert (program.inputs, program.batch, program.height, program.width) == ({"quant": 4}, (1, 1), (4, 8), (6, 6))
+    quant = torch.randn(1, 4, 7, 6)
+    with torch.no_grad():
+        assert_close(program(quant), model.decode(quant).double(), slack=10)
+    for change, message in [
+        (["--size", "9"], "size must be a multiple of the model's 2 pixels"),
+        (["-o", "x.pt"], "path must end in .pt2"),
+    ]:
+        assert main([*command, *change]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_hooks_and_training_state_are_the_models_own(tmp_path):
+    decoder = make(**SMALL, dropout=0.9).train()
+    decoder.up[1].upsample.conv.register_forward_hook(lambda module, args, out: out * 2)
+    program = load_exported(export_decoder(decoder, tmp_path / "decoder.pt2", height=4, width=6))
+    assert decoder.training and isinstance(decoder.up[1].upsample, movq_ext.Upsample)
+    with torch.no_grad():
+        assert_close(program(*latents(batch=1)), decoder.eval()(*latents(batch=1)).double(), slack=10)
+
+
+BAD = {
+    "model": (TypeError, "model must be a MOVQDecoder or a MOVQ, got Identity", dict(model=nn.Identity())),
+    "suffix": (ValueError, "path must end in .pt2, got '.*decoder.so'", dict(path="decoder.so")),
+    "folder": (FileNotFoundError, "path is in a folder that does not exist: '.*missing'", dict(path="missing/decoder.pt2")),
+    "zero": (ValueError, "height must be positive, and the least no more than the most, got 0", dict(height=0)),
+    "order": (ValueError, r"batch must be positive, and .*, got \(3, 2\)", dict(batch=(3, 2))),
+    "three": (TypeError, r"width must be an integer or two \(least, most\), got \(1, 2, 3\)", dict(width=(1, 2, 3))),
+    "float": (TypeError, "height must be an integer or two .*, got 2.5", dict(height=2.5)),
+    "dtype": (TypeError, "dtype must be floating point, got torch.int8", dict(dtype=torch.int8)),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_refusals(tmp_path, case):
+    error, message, change = BAD[case]
+    arguments = {"model": make(**SMALL), "path": "decoder.pt2", **change}
+    model, path = arguments.pop("model"), arguments.pop("path")
+    with pytest.raises(error, match=message):
+        export_decoder(model, tmp_path / path, **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_compiler(tmp_path):
+    """In a process of its own: torch remembers the compiler it found."""
+    script = f"""
+import movq_ext
+movq_ext.export_decoder(movq_ext.MOVQ(**{MODEL!r}), {str(tmp_path / "decoder.pt2")!r})
+"""
+    env = {"CXX": str(tmp_path / "no-compiler"), "PATH": "/nowhere", "PYTHONSAFEPATH": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+    assert "ExportError: a C++ compiler is needed to export a decoder (set CXX, or install g++)" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_compilation_leaves_the_old_file(tmp_path):
+    path = tmp_path / "decoder.pt2"
+    path.write_bytes(b"old")
+    decoder = make(**SMALL)
+    cannot_be_traced = lambda module, args: bool(args[0].sum() > 0) and None
+    decoder.up[1].upsample.register_forward_pre_hook(cannot_be_traced)
+    with pytest.raises(ExportError, match="PyTorch could not compile the decoder for cpu"):
+        export_decoder(decoder, path)
+    assert path.read_bytes() == b"old" and [file.name for file in tmp_path.iterdir()] == ["decoder.pt2"]
+
+
+def test_files_that_cannot_be_loaded(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no such file: .*missing.pt2"):
+        load_exported(tmp_path / "missing.pt2")
+    (tmp_path / "noise.pt2").write_bytes(b"noise")
+    with pytest.raises(ValueError, match=r"noise.pt2 cannot be loaded"):
+        load_exported(tmp_path / "noise.pt2")
+    linear = torch.export.export(nn.ReLU(), (torch.ones(3),))
+    torch._inductor.aoti_compile_and_package(linear, package_path=str(tmp_path / "other.pt2"))
+    with pytest.raises(ValueError, match=r"other.pt2 was not made by export_decoder"):
+        load_exported(tmp_path / "other.pt2")
+
+
+@pytest.mark.skipif(not extension_available(), reason="needs the compiled extension")
+def test_the_file_can_call_our_operators(tmp_path, monkeypatch):
+    """As it does on a GPU: here a CPU decoder is made to call them, and their CPU version answers."""
+
+    def norm(f, y, b, weight, bias, groups, eps, activation):
+        return kernels.spatial_norm(f, y, b, weight, bias, groups, eps, activation == "silu")
+
+    def attention(*maps):
+        q, k, v = (x.flatten(2).transpose(1, 2).unsqueeze(1) for x in maps)
+        return kernels.attention(q, k, v, q.shape[3] ** -0.5).squeeze(1).transpose(1, 2).unflatten(2, maps[0].shape[2:])
+
+    decoder = make(**SMALL)
+    monkeypatch.setattr(modules, "spatial_norm", norm)
+    monkeypatch.setattr(modules, "spatial_attention", attention)
+    path = export_decoder(decoder, tmp_path / "decoder.pt2", height=(2, 8), width=(2, 8))
+    monkeypatch.undo()
+    for name in ("spatial_norm_forward", "attention_forward"):
+        assert f"movq_ext::{name}".encode() in read_all(path)
+    for grid in ((4, 6), (2, 8)):
+        with torch.no_grad():
+            assert_close(load_exported(path)(*latents(grid, 1)), decoder(*latents(grid, 1)).double(), slack=10)
+
+
+def read_all(path):
+    with zipfile.ZipFile(path) as archive:
+        return b"".join(archive.read(name) for name in archive.namelist())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu(tmp_path, dtype):
+    decoder = make().cuda()
+    path = export_decoder(decoder, tmp_path / "decoder.pt2", height=(2, 16), width=(2, 16), batch=(1, 4), dtype=dtype)
+    program = load_exported(path)
+    expected = decoder.cpu().double()
+    for grid, batch in [((4, 6), 2), ((16, 8), 1)]:
+        out = program(*latents(grid, batch, dtype, device="cuda"))
+        with torch.no_grad():
+            assert_close(out.cpu(), expected(*latents(grid, batch, torch.float64)), slack=100 if dtype == torch.float32 else 10)
+    if extension_available():
+        assert b"movq_ext::attention_forward" in read_all(path)
