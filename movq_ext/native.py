@@ -24,13 +24,23 @@ def spatial_norm(
     if f_bias is not None:
         f = f + f_bias.to(f.dtype)[:, None, None]
     # torch.group_norm rather than F.group_norm: the latter refuses a single value per group, which has an answer.
-    out = torch.group_norm(f, groups, weight, bias, eps, torch.backends.cudnn.enabled)
+    out = torch.group_norm(_centred(f, groups), groups, weight, bias, eps, torch.backends.cudnn.enabled)
     inputs = [x for x in (f, zq_y, zq_b, weight, bias) if x is not None]
     in_place = is_inference(*inputs) and all(x.dtype == out.dtype for x in (out, *inputs[: 3 if zq_y is not None else 1]))
     if zq_y is not None and zq_b is not None:
         out = _modulate(out, zq_y, zq_b, in_place)
     out = F.silu(out, inplace=in_place) if activation == "silu" else out
     return out.to(f.dtype)  # under autocast it was computed in float32
+
+
+def _centred(f: Tensor, groups: int) -> Tensor:
+    """f, less its groups' means where torch computes variances as E[x^2] - E[x]^2: in channels_last on a CPU. Both have
+    the same norm and gradient: to these a group's mean is a constant."""
+    if f.device.type != "cpu" or f.is_contiguous() or f.itemsize < 4 or torch.compiler.is_compiling():
+        return f
+    with torch.no_grad():
+        means = f.mean((2, 3)).unflatten(1, (groups, -1)).mean(2).repeat_interleave(f.shape[1] // groups, dim=1)
+    return f - means[:, :, None, None]
 
 
 def add_bias_residual_(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:

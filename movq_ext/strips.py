@@ -10,6 +10,7 @@ but the layers' results.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
@@ -30,7 +31,12 @@ Modulated = Callable[[int, int], Iterable[tuple[int, int, Tensor, Tensor]]]  # r
 
 
 def decode_in_strips(decoder: Any, z: Tensor, zq: Tensor, working: int, budget: int | None = None, folder: str | None = None) -> Tensor:
-    """What a MOVQDecoder makes of z and zq, image by image and without gradients; see Strips and MapStore for the bytes."""
+    """What a MOVQDecoder makes of z and zq, image by image and without gradients; see Strips and MapStore for the bytes.
+
+    float16 on a CPU is computed in float32, which is more exact and, as oneDNN has it, some fifty times as fast.
+    """
+    if z.dtype == torch.float16 and z.device.type == "cpu":
+        return decode_in_strips(copy.deepcopy(decoder).float(), z.float(), zq.float(), working, budget, folder).half()
     images = zip(z.split(1), zq.contiguous(memory_format=torch.channels_last).split(1), strict=True)
     return torch.cat([_decode_one(decoder, *image, working, MapStore(z, budget, folder)) for image in images])
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import assert_close
+from tolerances import assert_close, relative_error
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -53,6 +53,21 @@ def test_spatial_norm_on_any_shape(batch, groups, per_group, f_grid, zq_grid, ch
     if channels_last:
         arguments[0] = arguments[0].to(memory_format=torch.channels_last)
     assert_close(spatial_norm(*arguments), expected)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_large_mean_costs_no_more_than_its_rounding(layout, recorded):
+    """torch's group_norm in channels_last has variances as E[x^2] - E[x]^2, which is off by 1e-3 here."""
+    f, *rest = norm_arguments(f_grid=(16, 24), dtype=torch.float32)
+    f = ((f - 5) / 3 + 100).contiguous(memory_format=layout).requires_grad_(recorded)
+    before, dout = f.detach().clone(), torch.randn(f.shape, generator=torch.Generator().manual_seed(1))
+    out = spatial_norm(f, *rest, activation="silu")
+    exact = f.detach().double().requires_grad_()
+    wanted = published.spatial_norm(exact, *in_double(rest), activation="silu")
+    assert torch.equal(f, before) and relative_error(out, wanted) < 1e-5
+    if recorded:
+        assert relative_error(*(torch.autograd.grad(x, y, dout)[0] for x, y in ((out, f), (wanted, exact)))) < 2e-5
 
 
 @pytest.mark.parametrize("factor", range(1, 70))

@@ -1,5 +1,6 @@
 """Decoding in strips, as decode_tiled does and every decode on a CPU without gradients, gives what the layers give one by one."""
 
+import copy
 import tempfile
 
 import pytest
@@ -151,6 +152,16 @@ def test_other_dtypes(dtype, limit):
         out = decode(decoder, z, zq, max_memory)
         assert out.dtype == dtype
         assert relative_error(out, exact) < limit
+
+
+def test_float16_on_a_cpu_is_computed_in_float32():
+    decoder, (z, zq) = make().half(), latents((6, 4), dtype=torch.float16)
+    exact = copy.deepcopy(decoder).double()(z.double(), zq.double())
+    for max_memory in (2 * LITTLE, None):
+        out = decode(decoder, z, zq, max_memory)
+        assert out.dtype == torch.float16
+        assert relative_error(out, exact) < 2**-11  # one rounding, of the image
+    assert {p.dtype for p in decoder.parameters()} == {torch.float16}
 
 
 @pytest.mark.parametrize("max_memory", [LITTLE, PLENTY])
