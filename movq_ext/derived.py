@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Derived:
@@ -37,6 +39,18 @@ class Derived:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Derived, (self._make,)
+
+
+_in_channels_last: WeakKeyDictionary[nn.Module, Derived] = WeakKeyDictionary()
+
+
+def weight_for(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """The layer's weight in the layout that its convolution of x is computed in, where it would else be copied into that in every call."""
+    if not x.is_contiguous(memory_format=torch.channels_last) or layer.weight.is_contiguous(memory_format=torch.channels_last):
+        return layer.weight
+    if layer not in _in_channels_last:
+        _in_channels_last[layer] = Derived(partial(torch.clone, memory_format=torch.channels_last))
+    return _in_channels_last[layer](layer.weight, keep=not layer.training)
 
 
 def _key(parameters: tuple[Tensor, ...]) -> tuple[Any, ...] | None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .derived import Derived
+from .derived import Derived, weight_for
 from .functional import add_bias_residual_, spatial_attention, spatial_norm
 from .modulation import Modulations, convolve_cells, is_convolved_by_cells, modulate
 from .native import is_inference
@@ -131,7 +131,7 @@ def begin(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """conv(x), or, where a kernel that comes later adds it in passing, conv(x) without its bias, and that."""
     if not (runs_kernels(x) and is_plain(conv) and conv.bias is not None and is_inference(x, conv.weight, conv.bias)):
         return conv(x), None
-    return F.conv2d(x, conv.weight, padding=conv.padding), conv.bias
+    return F.conv2d(x, weight_for(conv, x), padding=conv.padding), conv.bias
 
 
 def finish(h: Tensor, bias: Tensor | None, x: Tensor, made_by: nn.Module) -> Tensor:
@@ -168,7 +168,8 @@ def fold_upsampling(weight: Tensor) -> Tensor:
     weight = weight.flip(2, 3)
     weight = F.pad(weight, (0, 1)) + F.pad(weight, (1, 0))
     weight = F.pad(weight, (0, 0, 0, 1)) + F.pad(weight, (0, 0, 1, 0))
-    return weight.transpose(0, 1).contiguous()
+    # On a GPU in the layout of the maps, else they are copied in every call; oneDNN rearranges weights of either layout.
+    return weight.transpose(0, 1).contiguous(memory_format=torch.channels_last if weight.is_cuda else torch.contiguous_format)
 
 
 class Upsample(nn.Module):

@@ -1,11 +1,13 @@
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
-from movq_ext.derived import Derived
+from movq_ext.derived import Derived, weight_for
 
 
 def doubled(x):
@@ -65,3 +67,29 @@ def test_copies_are_empty(derived, twin_of):
     derived(p)
     twin = twin_of(derived)
     assert twin._value is None and twin(p).tolist() == [2, 2, 2]
+
+
+def test_a_weight_is_kept_in_the_layout_of_what_it_convolves():
+    layer = nn.Conv2d(4, 8, 3).eval()
+    x = torch.randn(1, 4, 5, 5)
+    nhwc = x.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert weight_for(layer, x) is layer.weight
+        weight = weight_for(layer, nhwc)
+        assert weight.is_contiguous(memory_format=torch.channels_last) and torch.equal(weight, layer.weight)
+        assert weight_for(layer, nhwc) is weight
+        layer.weight.mul_(2)
+        assert torch.equal(weight_for(layer, nhwc), layer.weight)
+        assert copy.deepcopy(layer).state_dict().keys() == {"weight", "bias"}
+        layer.to(memory_format=torch.channels_last)
+        assert weight_for(layer, nhwc) is layer.weight
+
+
+def test_kept_weights_go_with_their_layer():
+    layer, x = nn.Conv2d(4, 8, 3).eval(), torch.randn(1, 4, 5, 5).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        kept = weakref.ref(weight_for(layer, x))
+    assert kept() is not None
+    del layer
+    gc.collect()
+    assert kept() is None
