@@ -115,7 +115,9 @@ class MOVQDecoder(ActivationCheckpointing):
         if free and z.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
             return decode_in_strips(self, z, zq, STRIP_BYTES)
         z, zq = _latents(z, zq)
-        condition = Modulations(self._norms(), zq) if free and not self.norm_out.add_conv else zq
+        norms = self._norms() if free else []
+        shared = bool(norms) and all(norm.is_product() and not norm.add_conv for norm in norms)
+        condition = Modulations(norms, zq) if shared else zq
         for _, h in self._stages(z, condition):
             pass
         out = h if self.give_pre_end else self._run(self._image, h, condition)
@@ -137,7 +139,7 @@ class MOVQDecoder(ActivationCheckpointing):
             h = features["conv_out"] = self.conv_out(features["nonlinearity"])
         return h, features
 
-    def _norms(self) -> list[nn.Module]:
+    def _norms(self) -> list[SpatialNorm]:
         """In the order of their use."""
         layers = [*(layer for _, layer, _ in self._steps()), self.norm_out]
         return [module for layer in layers for module in layer.modules() if isinstance(module, SpatialNorm)]
@@ -165,7 +167,6 @@ class MOVQDecoder(ActivationCheckpointing):
 
     def _image(self, h: Tensor, zq: Tensor | Modulations) -> Tensor:
         return cast(Tensor, self.conv_out(self.norm_out(h, zq, activation="silu")))
-
 
     def _check(self, z: Tensor, zq: Tensor) -> None:
         check_latent("z", z, self.z_channels, self.conv_in.weight)

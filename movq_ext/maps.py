@@ -52,11 +52,17 @@ class FeatureMap:
         return self._rows(self._kept.read(first * self._row, (last - first) * self._row))
 
     def write(self, first: int, strip: Tensor) -> None:
-        """Rows from first on; their part of the moments is added."""
-        place = self._kept.place(first * self._row, strip.shape[2] * self._row)
-        rows = self._rows(place).copy_(strip)
+        """Rows from first on."""
+        self.keep(first, self.place(first, first + strip.shape[2]).copy_(strip))
+
+    def place(self, first: int, last: int) -> Tensor:
+        """Where to make rows first to last - 1, ``(1, C, rows, W)``, before `keep`."""
+        return self._rows(self._kept.place(first * self._row, (last - first) * self._row))
+
+    def keep(self, first: int, rows: Tensor) -> None:
+        """What was made in its place; its part of the moments is added."""
         self.moments.add(rows)
-        self._kept.keep(first * self._row, place)
+        self._kept.keep(first * self._row, rows.permute(0, 2, 3, 1).flatten())
 
     def successor(self, channels: int) -> FeatureMap:
         """A map of as many pixels and at most as many channels that takes this one's place row by row: row r of this map can be read until

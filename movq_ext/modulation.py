@@ -71,11 +71,11 @@ def convolve_cells(conv: nn.Conv2d, zq: Tensor) -> Tensor:
     Inside a cell the resized zq is constant: between its borders the kernel sees that value alone, and at a border one neighbour too. So the
     nine values of a cell are one convolution of zq itself with nine kernels, which are sums of conv's weights.
     """
-    parts = torch.tensor(CELL_PARTS, dtype=conv.weight.dtype, device=conv.weight.device)
-    weight = torch.einsum("pia,qjb,ocab->opqcij", parts, parts, conv.weight).flatten(0, 2)
+    weight = conv.weight
+    for dim in (-1, -2):  # of rows of weights those of the cells before, here and behind, for each part of a cell
+        first, middle, last = weight.split(1, dim)
+        none, both = torch.zeros_like(middle), [first + middle, middle + last]
+        parts = [(first, both[1], none), (none, first + both[1], none), (none, both[0], last)]
+        weight = torch.stack([torch.cat(part, dim) for part in parts], dim=1)
     bias = None if conv.bias is None else conv.bias.repeat_interleave(9)
-    return F.pixel_shuffle(F.conv2d(zq, weight, bias, padding=1), 3)
-
-
-# For the first row of a cell, those between and the last: which of a kernel's three rows meet the cell above, the cell itself and the cell below.
-CELL_PARTS = [[[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]]
+    return F.pixel_shuffle(F.conv2d(zq, weight.flatten(0, 2), bias, padding=1), 3)

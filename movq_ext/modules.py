@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .derived import Derived, weight_for
 from .functional import add_bias_residual_, spatial_attention, spatial_norm
 from .modulation import Modulations, convolve_cells, is_convolved_by_cells, modulate
 from .native import is_inference
@@ -78,12 +77,13 @@ class SpatialNorm(nn.Module):
             check_latent("zq", zq, self.conv_y.in_channels, self.conv_y.weight)
             check_batch(f=f, zq=zq)
         norm, bordered = self.norm_layer, False
+        fused = type(norm) is nn.GroupNorm and is_untouched(norm)
         if self.add_conv:  # a 3x3 convolution does not commute with the resize
-            free = isinstance(norm, nn.GroupNorm) and is_plain(self.conv) and is_inference(f, zq, *self.parameters())
+            free = fused and is_plain_3x3(self.conv) and is_inference(f, zq, *self.parameters())
             bordered = free and is_convolved_by_cells(zq, f.shape[2:])
             zq = convolve_cells(self.conv, zq) if bordered else self.conv(F.interpolate(zq, size=f.shape[2:], mode="nearest"))
         y, b = self.modulation(zq)
-        if isinstance(norm, nn.GroupNorm):
+        if fused:
             return spatial_norm(f, y, b, norm.weight, norm.bias, norm.num_groups, norm.eps, activation, f_bias, bordered)
         f = f if f_bias is None else f + f_bias[:, None, None]
         y, b = (F.interpolate(x, size=f.shape[-2:], mode="nearest") for x in (y, b))
@@ -94,34 +94,51 @@ class SpatialNorm(nn.Module):
         """conv_y(zq) and conv_b(zq), ``(B, f_channels, h, w)`` each."""
         if isinstance(zq, Modulations):
             return zq.of(self)
-        plain = all(is_plain(layer) and layer.bias is not None for layer in (self.conv_y, self.conv_b))
-        return modulate([self], zq)[0] if plain else (self.conv_y(zq), self.conv_b(zq))
+        return modulate([self], zq)[0] if self.is_product() else (self.conv_y(zq), self.conv_b(zq))
+
+    def is_product(self) -> bool:
+        """Whether conv_y and conv_b of a latent are one matrix product."""
+        return all(is_plain(layer) and layer.kernel_size == (1, 1) and layer.bias is not None for layer in (self.conv_y, self.conv_b))
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether the layer does no more than a dense ``nn.Conv2d``: nobody put in his own (LoRA, quantised ones), patched it or hooked on to it."""
+    """Whether the layer does no more than a dense ``nn.Conv2d`` of 1x1 or 3x3 that keeps a map's size: nobody put in his own (LoRA, quantised
+    ones), patched it (circular padding) or hooked on to it."""
     if type(layer) is not nn.Conv2d or not is_untouched(layer):
         return False
-    ones = (1, 1)
-    return layer.padding_mode == "zeros" and layer.stride == ones and layer.dilation == ones and layer.groups == 1
+    if any(getattr(getattr(layer, name), "__func__", None) is not function for name, function in CONV_FUNCTIONS.items()):
+        return False
+    same = layer.kernel_size in ((1, 1), (3, 3)) and layer.padding == tuple(k // 2 for k in layer.kernel_size)
+    return same and layer.padding_mode == "zeros" and layer.stride == layer.dilation == (1, 1) and layer.groups == 1
+
+
+CONV_FUNCTIONS = {name: getattr(nn.Conv2d, name) for name in ("forward", "_conv_forward")}
+
+
+def is_plain_3x3(layer: nn.Module) -> bool:
+    return is_plain(layer) and layer.kernel_size == (3, 3)
 
 
 def is_untouched(module: nn.Module) -> bool:
     """Whether calling the module is calling its class's forward: no hooks (but those of `annotate`), no forward of its own."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return "forward" not in module.__dict__ and all(getattr(hook, "movq_range", False) for kind in hooks for hook in kind.values())
+    if "forward" in module.__dict__ or not all(getattr(hook, "movq_range", False) for kind in hooks for hook in kind.values()):
+        return False
+    return all(str(hook.__module__).startswith("torch.") for kind in HOOKS_ON_ALL for hook in kind.values())
+
+
+# Those of torch itself (FlopCounterMode) only look on.
+HOOKS_ON_ALL = [getattr(torch.nn.modules.module, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")]
 
 
 def is_plain_network(network: nn.Module) -> bool:
     """Whether all of the network are the layers of this file as they are, which may then be computed without calling them one by one."""
-    if torch.nn.modules.module._has_any_global_hook():
-        return False
     return all(is_untouched(module) and _is_known(module) for module in network.modules() if module is not network)
 
 
 def _is_known(module: nn.Module) -> bool:
     if type(module) is nn.Conv2d:
-        return is_plain(module) and module.kernel_size in ((1, 1), (3, 3)) and module.padding == tuple(k // 2 for k in module.kernel_size)
+        return is_plain(module)
     if type(module) is nn.Dropout:
         return module.p == 0 or not module.training
     return type(module) in (nn.Module, nn.ModuleList, nn.GroupNorm, GroupNorm, SpatialNorm, ResnetBlock, AttnBlock, Upsample)
@@ -131,7 +148,8 @@ def begin(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """conv(x), or, where a kernel that comes later adds it in passing, conv(x) without its bias, and that."""
     if not (runs_kernels(x) and is_plain(conv) and conv.bias is not None and is_inference(x, conv.weight, conv.bias)):
         return conv(x), None
-    return F.conv2d(x, weight_for(conv, x), padding=conv.padding), conv.bias
+    h, bias = F.conv2d(x, conv.weight, padding=conv.padding), conv.bias
+    return (h, bias) if bias.dtype in (h.dtype, torch.float32) else (h.add_(bias[:, None, None]), None)  # under autocast h has its own
 
 
 def finish(h: Tensor, bias: Tensor | None, x: Tensor, made_by: nn.Module) -> Tensor:
@@ -168,8 +186,16 @@ def fold_upsampling(weight: Tensor) -> Tensor:
     weight = weight.flip(2, 3)
     weight = F.pad(weight, (0, 1)) + F.pad(weight, (1, 0))
     weight = F.pad(weight, (0, 0, 0, 1)) + F.pad(weight, (0, 0, 1, 0))
-    # On a GPU in the layout of the maps, else they are copied in every call; oneDNN rearranges weights of either layout.
+    # On a GPU in the layout of the maps, which cuDNN would copy it to; oneDNN rearranges either.
     return weight.transpose(0, 1).contiguous(memory_format=torch.channels_last if weight.is_cuda else torch.contiguous_format)
+
+
+def fold_windows(weight: Tensor) -> Tensor:
+    """The same as ``(4 * out, in, 2, 2)``, a convolution of windows of 2x2 pixels: it makes the four pixels of the large map around the middle
+    of a window, upper left, upper right, lower left and lower right."""
+    taps = torch.tensor([[[1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 1]]], dtype=weight.dtype, device=weight.device)  # by pixel, row, tap
+    folded = weight.flatten(2).flatten(0, 1) @ torch.einsum("dyi,rxj->ijdryx", taps, taps).reshape(9, 16)
+    return folded.view(*weight.shape[:2], 4, 2, 2).permute(2, 0, 1, 3, 4).flatten(0, 1)
 
 
 class Upsample(nn.Module):
@@ -180,12 +206,12 @@ class Upsample(nn.Module):
         self.with_conv = with_conv
         if with_conv:
             self.conv = nn.Conv2d(in_channels, in_channels, kernel_size=3, padding=1)
-            self._folded = Derived(fold_upsampling)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W) -> (B, C, 2H, 2W)``."""
-        if self.with_conv and is_plain(self.conv):
-            return F.conv_transpose2d(x, self._folded(self.conv.weight, keep=not self.training), self.conv.bias, stride=2, padding=1)
+        # Folded in every call: whatever would remember the result cannot see all the ways in which a weight is changed.
+        if self.with_conv and is_plain_3x3(self.conv):
+            return F.conv_transpose2d(x, fold_upsampling(self.conv.weight), self.conv.bias, stride=2, padding=1)
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         return self.conv(x) if self.with_conv else x
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def spatial_norm(
@@ -36,6 +37,8 @@ def spatial_norm(
 def _centred(f: Tensor, groups: int) -> Tensor:
     """f, less its groups' means where torch computes variances as E[x^2] - E[x]^2: in channels_last on a CPU. Both have
     the same norm and gradient: to these a group's mean is a constant."""
+    if forward_ad._current_level >= 0:  # torch's formula for forward mode takes views of it
+        return f.contiguous()
     if f.device.type != "cpu" or f.is_contiguous() or f.itemsize < 4 or torch.compiler.is_compiling():
         return f
     with torch.no_grad():
@@ -53,7 +56,9 @@ def add_bias_residual_(x: Tensor, bias: Tensor | None, residual: Tensor | None) 
 
 def is_inference(*tensors: Tensor) -> bool:
     """Whether what was just computed from these plain tensors may be overwritten: nothing records it, eager operators run."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        return False
+    if forward_ad._current_level >= 0:
         return False
     return all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors) and not torch._C._are_functorch_transforms_active()
 
@@ -74,8 +79,10 @@ def is_bordered(zq: Tensor, f: Tensor) -> bool:
 def spread_borders(zq: Tensor, f: Tensor) -> Tensor:
     """A bordered zq on f's grid: of three rows for each cell the first, as often as needed the second, the third; so too columns."""
     for dim in (2, 3):
-        times = torch.tensor([1, f.shape[dim] // (zq.shape[dim] // 3) - 2, 1], device=zq.device).repeat(zq.shape[dim] // 3)
-        zq = zq.repeat_interleave(times, dim, output_size=f.shape[dim])
+        cell = f.shape[dim] // (zq.shape[dim] // 3)
+        place = torch.arange(f.shape[dim], device=zq.device)
+        within = place % cell
+        zq = zq.index_select(dim, place // cell * 3 + 1 - (within == 0).long() + (within == cell - 1).long())
     return zq
 
 

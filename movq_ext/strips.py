@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from . import ranges
 from .functional import attention
 from .maps import FeatureMap, MapStore, widened
+from .modules import AttnBlock, ResnetBlock, SpatialNorm, Upsample, fold_windows, is_plain, is_plain_3x3, is_plain_network, is_untouched
 from .native import is_whole_ratio, scale_by_cells
-from .modules import AttnBlock, GroupNorm, ResnetBlock, SpatialNorm, Upsample, is_plain
+from .onednn import Convolution
 
 STRIP_BYTES = 32 << 20  # of a strip's tensors together at the most: 32 rows of 256 pixels with 128 channels in float32
 HALO = 2  # rows that a strip has beyond those it makes
-Normalise = Callable[[int, int, Tensor], object]  # rows first to last - 1 of a map, normalised, into a tensor of their shape
+Rows = Callable[[int, int, Tensor], object]  # makes rows first to last - 1 of something, in or on top of a tensor
 Modulated = Callable[[int, int], Iterable[tuple[int, int, Tensor, Tensor]]]  # rows first to last - 1 in parts: each with its scale and shift
 
 
@@ -35,8 +36,9 @@ def decode_in_strips(decoder: Any, z: Tensor, zq: Tensor, working: int, budget: 
 
     float16 on a CPU is computed in float32, which is more exact and, as oneDNN has it, some fifty times as fast.
     """
-    if z.dtype == torch.float16 and z.device.type == "cpu":
+    if z.dtype == torch.float16 and z.device.type == "cpu" and is_plain_network(decoder):
         return decode_in_strips(copy.deepcopy(decoder).float(), z.float(), zq.float(), working, budget, folder).half()
+    check_decoder(decoder)
     images = zip(z.split(1), zq.contiguous(memory_format=torch.channels_last).split(1), strict=True)
     return torch.cat([_decode_one(decoder, *image, working, MapStore(z, budget, folder)) for image in images])
 
@@ -65,10 +67,9 @@ class Strips:
 
     def first(self, conv: nn.Conv2d, z: Tensor) -> FeatureMap:
         """conv(z)."""
-        check_convolution(conv)
         source = self.store.new(*z.shape[1:])
         source.write(0, z)
-        return self._convolve(source, None, conv, self.store.new(conv.out_channels, *z.shape[2:]))
+        return self._convolve(source, self._copied(source), conv, self.store.new(conv.out_channels, *z.shape[2:]))
 
     def then(self, layer: nn.Module, x: FeatureMap) -> FeatureMap:
         """layer(x), for which x is given up."""
@@ -77,38 +78,37 @@ class Strips:
                 return self._resnet_block(layer, x)
             if isinstance(layer, AttnBlock):
                 return self._attn_block(layer, x)
-            if isinstance(layer, Upsample):
-                return self._upsample(layer, x)
-        raise TypeError(f"a decoder in strips takes ResnetBlock, AttnBlock and Upsample, got {type(layer).__name__}")
+            return self._upsample(cast(Upsample, layer), x)
 
     def last(self, norm: nn.Module, conv: nn.Conv2d, x: FeatureMap) -> Tensor:
         """conv(silu(norm(x))), ``(1, conv.out_channels, H, W)``."""
-        check_convolution(conv)
         out = self.store.like.new_empty(1, conv.out_channels, x.height, x.width)
-        for first, strip in self._convolved(x, self._normalised(norm, x, "silu"), conv):
-            out[:, :, first : first + strip.shape[2]] = strip
+        add = self._convolution(conv, x, self._normalised(norm, x, "silu"))
+        for first, last in self._spans(x, convolution_values(x.channels, conv.out_channels)):
+            rows = out.new_zeros(1, last - first, x.width, conv.out_channels).permute(0, 3, 1, 2)
+            add(first, last, rows)
+            out[:, :, first:last] = rows
         return out
 
     # --- Layers
 
     def _resnet_block(self, block: ResnetBlock, x: FeatureMap) -> FeatureMap:
-        for conv in (block.conv1, block.conv2):
-            check_convolution(conv)
         h = self._convolve(x, self._normalised(block.norm1, x, "silu"), block.conv1, self.store.new(block.out_channels, x.height, x.width))
         in_place = block.out_channels <= block.in_channels and not hasattr(block, "conv_shortcut")
         out = x.successor(block.out_channels) if in_place else self.store.new(block.out_channels, x.height, x.width)
-        for first, strip in self._convolved(h, self._normalised(block.norm2, h, "silu"), block.conv2):
-            last = first + strip.shape[2]
-            if hasattr(block, "conv_shortcut"):
-                shortcut = self._convolved_rows(x, self._copied(x), block.conv_shortcut, first, last)
-            else:
-                shortcut = x.read(first, last)
-                shortcut = block.nin_shortcut(shortcut) if hasattr(block, "nin_shortcut") else shortcut
-            out.write(first, strip.add_(shortcut))
+        self._convolve(h, self._normalised(block.norm2, h, "silu"), block.conv2, out, self._shortcut(block, x))
         self.store.drop(h)
         if not in_place:
             self.store.drop(x)
         return out
+
+    def _shortcut(self, block: ResnetBlock, x: FeatureMap) -> Rows:
+        if hasattr(block, "conv_shortcut"):
+            add = self._convolution(block.conv_shortcut, x, self._copied(x))
+            return lambda first, last, out: add(first, last, out.zero_())
+        if hasattr(block, "nin_shortcut"):
+            return lambda first, last, out: out.copy_(block.nin_shortcut(x.read(first, last)))
+        return self._copied(x)
 
     def _attn_block(self, block: AttnBlock, x: FeatureMap) -> FeatureMap:
         normalise = self._normalised(block.norm, x, None)
@@ -131,9 +131,11 @@ class Strips:
         return out
 
     def _upsample(self, layer: Upsample, x: FeatureMap) -> FeatureMap:
-        if layer.with_conv:
-            check_convolution(layer.conv)
         out = self.store.new(x.channels, 2 * x.height, 2 * x.width)
+        if layer.with_conv and is_plain_3x3(layer.conv):
+            self._upsample_by_windows(layer, x, out)
+            self.store.drop(x)
+            return out
         for first, last in self._spans(x, 10 * x.channels):
             above, below = int(first > 0), int(last < x.height)
             strip = layer(x.read(first - above, last + below))
@@ -142,35 +144,74 @@ class Strips:
         self.store.drop(x)
         return out
 
+    def _upsample_by_windows(self, layer: Upsample, x: FeatureMap, out: FeatureMap) -> None:
+        """Every window of 2x2 pixels makes the four pixels of the large map around its middle, by one convolution."""
+        size = (1, x.channels, x.height + 1, x.width)
+        four = Convolution(fold_windows(layer.conv.weight), None if layer.conv.bias is None else layer.conv.bias.repeat(4), (0, 1), size)
+        for first, last in self._spans(x, 10 * x.channels):
+            strip, *_ = self._haloed(x, self._copied(x), first, last)
+            made = self.store.like.new_zeros(1, last - first + 1, x.width + 1, 4 * x.channels).permute(0, 3, 1, 2)
+            with ranges.of(layer.conv):
+                four.add_to(made, strip)
+            made = made.permute(0, 2, 3, 1).unflatten(3, (2, 2, -1))[0]
+            rows = out.place(2 * first, 2 * last)
+            pixels = rows.permute(0, 2, 3, 1).view(last - first, 2, x.width, 2, x.channels)
+            for down in (0, 1):
+                for right in (0, 1):  # the windows of a pixel begin above or below, left or right of its cell
+                    part = made[1 - down : 1 - down + last - first, 1 - right : 1 - right + x.width, down, right]
+                    pixels[:, 1 - down, :, 1 - right] = part
+            out.keep(2 * first, rows)
+
     # --- Convolutions
 
-    def _convolve(self, x: FeatureMap, before: Normalise | None, conv: nn.Conv2d, out: FeatureMap) -> FeatureMap:
-        for first, strip in self._convolved(x, before or self._copied(x), conv):
-            out.write(first, strip)
+    def _convolve(self, x: FeatureMap, before: Rows, conv: nn.Conv2d, out: FeatureMap, start: Rows | None = None) -> FeatureMap:
+        """conv(before(x)) into out, on top of what `start` puts there."""
+        add = self._convolution(conv, x, before)
+        for first, last in self._spans(x, convolution_values(x.channels, conv.out_channels)):
+            rows = out.place(first, last)
+            if start is None:
+                rows.zero_()
+            else:
+                start(first, last, rows)
+            add(first, last, rows)
+            out.keep(first, rows)
         return out
 
-    def _convolved(self, x: FeatureMap, before: Normalise, conv: nn.Conv2d) -> Iterator[tuple[int, Tensor]]:
-        """Strip after strip of conv(before(x)), each with its first row."""
-        for first, last in self._spans(x, convolution_values(x.channels, conv.out_channels)):
-            yield first, self._convolved_rows(x, before, conv, first, last)
+    def _convolution(self, conv: nn.Conv2d, x: FeatureMap, before: Rows) -> Rows:
+        """Adds rows of conv(before(x)) to what is there."""
+        plain = None
+        if is_plain(conv):
+            plain = Convolution(conv.weight, conv.bias, (0, 1), (1, x.channels, min(x.height, 32) + HALO, x.width))
 
-    def _convolved_rows(self, x: FeatureMap, before: Normalise, conv: nn.Conv2d, first: int, last: int) -> Tensor:
-        """Rows of conv(before(x)), in a tensor of their own."""
+        def add(first: int, last: int, out: Tensor) -> None:
+            strip, above, below = self._haloed(x, before, first, last)
+            if plain is None:  # it pads by itself, where strips meet too
+                inside = strip[:, :, 1 - above : strip.shape[2] - 1 + below]
+                out.add_(conv(inside.clone())[:, :, above : inside.shape[2] - below])  # whose hooks may keep what they are given
+                return
+            with ranges.of(conv):
+                plain.add_to(out, strip)
+
+        return add
+
+    def _haloed(self, x: FeatureMap, before: Rows, first: int, last: int) -> tuple[Tensor, int, int]:
+        """Rows first - 1 to last of before(x), zeros where x has none; and whether it has the one above and the one below."""
         strip = self._strip(x, last - first + HALO)
         above, below = int(first > 0), int(last < x.height)
-        inside = strip[:, :, 1 - above : strip.shape[2] - 1 + below]
-        before(first - above, last + below, inside)
-        if not is_plain(conv):  # it pads by itself, where strips meet too
-            return conv(inside)[:, :, above : inside.shape[2] - below]  # type: ignore[no-any-return]
+        before(first - above, last + below, strip[:, :, 1 - above : strip.shape[2] - 1 + below])
         if not above:
             strip[:, :, 0] = 0
         if not below:
             strip[:, :, -1] = 0
-        with ranges.of(conv):
-            return F.conv2d(strip, conv.weight, conv.bias, padding=(0, 1))
+        return strip, above, below
 
-    def _copied(self, x: FeatureMap) -> Normalise:
-        return lambda first, last, out: out.copy_(x.read(first, last))
+    def _copied(self, x: FeatureMap) -> Rows:
+        def copy(first: int, last: int, out: Tensor) -> None:
+            rows = x.read(first, last)
+            if rows.data_ptr() != out.data_ptr():  # a successor in x's place has them
+                out.copy_(rows)
+
+        return copy
 
     def _strip(self, x: FeatureMap, rows: int) -> Tensor:
         """So many rows of a map like x; every strip takes the memory of the one before, which is in the cache."""
@@ -189,7 +230,7 @@ class Strips:
 
     # --- Norms
 
-    def _normalised(self, norm: nn.Module, x: FeatureMap, activation: str | None) -> Normalise:
+    def _normalised(self, norm: nn.Module, x: FeatureMap, activation: str | None) -> Rows:
         """GroupNorm or SpatialNorm of x as ``x * scale + shift``, with a scale and a shift for every channel and cell of zq."""
         layer = norm.norm_layer if isinstance(norm, SpatialNorm) else norm
         assert isinstance(layer, nn.GroupNorm)
@@ -250,10 +291,21 @@ class Strips:
         return F.interpolate(cells[None, None], size=large, mode="nearest")[0, 0].long()
 
 
-def check_convolution(conv: nn.Module) -> None:
-    """What is computed in strips must not depend on where in the map it is, but for zeros around that."""
-    if not isinstance(conv, nn.Conv2d) or conv.padding_mode != "zeros":
-        raise TypeError(f"a decoder in strips takes nn.Conv2d padded with zeros, got {conv}")
+def check_decoder(decoder: Any) -> None:
+    """What is computed in strips must be known, and must not depend on where in the map it is but for zeros around that."""
+    for _, layer, _ in decoder._steps():
+        if not isinstance(layer, (ResnetBlock, AttnBlock, Upsample)):
+            raise TypeError(f"a decoder in strips takes ResnetBlock, AttnBlock and Upsample, got {type(layer).__name__}")
+    for name, module in decoder.named_modules():
+        convolutions = [child for child_name, child in module.named_children() if child_name in CONVOLUTIONS]
+        for conv in convolutions:
+            if not isinstance(conv, nn.Conv2d) or (conv.kernel_size, conv.stride, conv.padding_mode) != ((3, 3), (1, 1), "zeros") or conv.padding != (1, 1):
+                raise TypeError(f"a decoder in strips takes 3x3 nn.Conv2d padded with zeros, got {conv} in {name or 'the decoder'}")
+        if isinstance(module, SpatialNorm) and (type(module.norm_layer) is not nn.GroupNorm or not is_untouched(module.norm_layer)):
+            raise TypeError(f"a decoder in strips takes nn.GroupNorm as it is, got {module.norm_layer} in {name}")
+
+
+CONVOLUTIONS = ("conv_in", "conv_out", "conv1", "conv2", "conv_shortcut", "conv")
 
 
 def whole_cells(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:

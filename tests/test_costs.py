@@ -51,23 +51,22 @@ def test_operations_of_the_released_model():
     assert counted < 542e9
 
 
-@pytest.mark.parametrize("max_memory, more", [(None, 0), (1 << 20, 0.1)])
+@pytest.mark.parametrize("max_memory, more", [(None, 0.03), (1 << 20, 0.1)])
 def test_operations_of_strips(max_memory, more):
-    """Convolutions in strips compute no row twice; upsampling does, where strips meet."""
+    """Convolutions compute no row twice; upsampling makes a row and a column too many, and a row for each strip."""
     decoder, (z, zq) = make(attn_resolutions=[], mid_attn=False), latents((24, 8), 1)  # torch does not count attention on a CPU
     with torch.no_grad():
         counted = operations(lambda: decoder(z, zq) if max_memory is None else decode_tiled(decoder, z, zq, max_memory=max_memory))
     least = expected_operations(decoder, 24, 8)
-    assert least <= counted <= (1 + more) * least
+    assert 0.999 * least <= counted <= (1 + more) * least
 
 
 def test_strips_write_no_map_but_the_layers_results():
-    """The largest copy in a decode on a CPU is that of a layer's result into its map."""
+    """On a CPU convolutions add to the map itself."""
     decoder, (z, zq) = make(), latents((8, 8), 1)
     with torch.no_grad(), Copies(1, 32 * 16 * 16) as copies:
         decoder(z, zq)
-    assert len(copies.seen) == 3 + 2  # upsampling to 64 channels of 16x16; one convolution in each of two blocks; their results
-    assert all(function == "aten.copy_.default" for function, _ in copies.seen)
+    assert copies.seen == [("aten.copy_.default", (1, 32, 16, 16))]  # the shortcut of the block from 64 to 32 channels
 
 
 PEAK = """

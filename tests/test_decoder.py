@@ -223,6 +223,36 @@ def test_torch_export(dynamic):
     assert_close(program.module()(*other), decoder(*other).double(), slack=10)
 
 
+def test_weights_written_past_autograd_are_seen():
+    """As averages of weights and merged adapters write them."""
+    decoder, other, (z, zq) = make(), make(seed=1), latents()
+    with torch.no_grad():
+        decoder(z, zq)
+        for parameter, value in zip(decoder.parameters(), other.parameters(), strict=True):
+            parameter.data.copy_(value)
+        assert torch.equal(decoder(z, zq), other(z, zq))
+
+
+def test_latents_can_be_optimised_after_a_preview():
+    decoder, (z, zq) = make().requires_grad_(False), latents()
+    with torch.inference_mode():
+        preview = decoder(z, zq)
+    out = decoder(z.requires_grad_(), zq)
+    out.sum().backward()
+    assert z.grad is not None
+    assert_close(preview, out.double(), slack=5)
+
+
+def test_forward_mode_derivatives():
+    decoder, (z, zq) = make().double().requires_grad_(False), latents(dtype=torch.float64)
+    tangent = torch.randn_like(z)
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        out = torch.autograd.forward_ad.unpack_dual(decoder(torch.autograd.forward_ad.make_dual(z, tangent), zq)).tangent
+    step = 1e-5
+    wanted = (decoder(z + step * tangent, zq) - decoder(z - step * tangent, zq)) / (2 * step)
+    assert relative_error(out, wanted) < 1e-6
+
+
 def test_meta_device():
     with torch.device("meta"):
         decoder = MOVQDecoder(**KANDINSKY)

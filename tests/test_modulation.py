@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_decoder import latents, make
-from tolerances import assert_close
+from tolerances import assert_close, relative_error
 
 from movq_ext import SpatialNorm, modulation
 from movq_ext.modulation import Modulations, modulate
@@ -59,3 +59,13 @@ def test_a_hooked_decoder_calls_its_layers():
         decoder.norm_out.conv_y.register_forward_hook(lambda layer, inputs, out: seen.append(out))
         assert_close(decoder(z, zq), wanted.double(), slack=5)
         assert len(seen) == 1
+
+
+def test_norms_that_are_no_product_are_called(products):
+    decoder, (z, zq) = make(), latents()
+    torch.manual_seed(1)
+    decoder.norm_out.conv_y = torch.nn.Conv2d(5, 32, 1, bias=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = decoder(z, zq)
+        with torch.no_grad():
+            assert relative_error(decoder(z, zq), wanted) < 2e-2

@@ -214,6 +214,11 @@ def test_upsample_sees_a_new_weight_at_once_and_saves_only_the_published_one():
             assert_close(up(x), 2 * before)
             up.load_state_dict({name: value / 2 for name, value in up.state_dict().items()})
             assert_close(up(x), before)
+            up.conv.weight.data *= 2  # which no version counts
+            up.conv.bias.data *= 2
+            assert_close(up(x), 2 * before)
+            up.conv.weight.data /= 2
+            up.conv.bias.data /= 2
     assert torch.equal(copy.deepcopy(up)(x), up(x)) and torch.equal(pickle.loads(pickle.dumps(up))(x), up(x))
 
 

@@ -5,6 +5,9 @@ import tempfile
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_decoder import latents, make
 from tolerances import assert_close, relative_error
 from torch import nn
@@ -121,11 +124,35 @@ def patched_block(decoder):
     decoder.up[0].block[0].forward = lambda x, zq: 2 * plain(x, zq=zq)
 
 
+def patched_inside(decoder):
+    """As add-ons for seamless pictures do it."""
+    layer = decoder.up[0].block[0].conv2
+    layer._conv_forward = lambda x, weight, bias: F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias)
+
+
+def larger(decoder):
+    torch.manual_seed(1)
+    decoder.up[1].upsample.conv = nn.Conv2d(64, 64, 5, padding=2)
+
+
+class Trebled(nn.GroupNorm):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+def other_norm(decoder):
+    decoder.up[0].block[0].norm2.norm_layer.__class__ = Trebled
+
+
+def hooked_norm(decoder):
+    decoder.up[0].block[0].norm2.norm_layer.register_forward_hook(lambda layer, inputs, out: 2 * out)
+
+
 def quantised(decoder):
     decoder.conv_out = nn.Sequential(decoder.conv_out, nn.Hardtanh())
 
 
-@pytest.mark.parametrize("change", [circular, adapted, patched, hooked, patched_block, quantised])
+@pytest.mark.parametrize("change", [circular, adapted, patched, patched_inside, larger, hooked, other_norm, hooked_norm, patched_block, quantised])
 def test_a_decoder_that_somebody_changed_is_called_layer_by_layer(spans, change):
     decoder, (z, zq) = make(), latents((6, 4))
     before = decoder(z, zq)
@@ -136,11 +163,31 @@ def test_a_decoder_that_somebody_changed_is_called_layer_by_layer(spans, change)
     assert not spans
 
 
-@pytest.mark.parametrize("change", [adapted, patched, hooked])
+@pytest.mark.parametrize("change", [adapted, patched, hooked, lambda decoder: patched(decoder.half())])
 def test_convolutions_that_somebody_changed_are_called_in_strips(change):
     decoder, (z, zq) = make(), latents((6, 4))
     change(decoder)
-    assert_close(decode_tiled(decoder, z, zq, max_memory=LITTLE), decoder(z, zq).double(), slack=5)
+    z, zq = (x.to(decoder.conv_in.weight.dtype) for x in (z, zq))
+    assert_close(decode_tiled(decoder, z, zq, max_memory=2 * LITTLE), decoder(z, zq).double(), slack=5)
+
+
+def test_what_hooks_keep_is_left_alone(spans):
+    decoder, (z, zq), seen, kept = make(), latents((40, 4)), [], []
+    conv = decoder.up[0].block[0].conv2
+    conv.register_forward_hook(lambda layer, inputs, out: (seen.extend((inputs[0], out)), kept.extend((inputs[0].clone(), out.clone())))[2:] or None)
+    decode_tiled(decoder, z, zq, max_memory=LITTLE)
+    assert len(seen) > 4 and all(torch.equal(a, b) for a, b in zip(seen, kept, strict=True))
+
+
+def test_a_hook_on_all_modules_sees_what_they_made(spans):
+    decoder, (z, zq), seen = make(), latents((6, 4)), {}
+    handle = nn.modules.module.register_module_forward_hook(lambda layer, inputs, out: seen.update({layer: (out, out.clone())}))
+    try:
+        decode(decoder, z, zq, None)
+    finally:
+        handle.remove()
+    assert not spans and decoder.up[0].block[0].conv2 in seen
+    assert all(torch.equal(*pair) for pair in seen.values())
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-11), (torch.bfloat16, 5e-2)])
@@ -172,6 +219,34 @@ def test_autocast(max_memory):
     assert relative_error(out, wanted) < 5e-2
 
 
+def test_a_circular_convolution_of_the_latent_is_refused():
+    decoder, (z, zq) = make(add_conv=True), latents((6, 4))
+    decoder.up[0].block[0].norm1.conv.padding_mode = "circular"
+    with pytest.raises(TypeError, match="padded with zeros, got .*circular.* in up.0.block.0.norm1"):
+        decode_tiled(decoder, z, zq, max_memory=PLENTY)
+    assert_close(decode(decoder, z, zq, None), decoder(z, zq).double(), slack=5)
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_without_onednn(monkeypatch, onednn):
+    packed, decoder, (z, zq) = [], make(), latents((6, 4))
+    pack = strips.Convolution.__init__
+    monkeypatch.setattr(strips.Convolution, "__init__", lambda self, *a: (pack(self, *a), packed.append(self.packed is not None))[2:] or None)
+    with torch.backends.mkldnn.flags(enabled=onednn):
+        assert_close(decode(decoder, z, zq, None), decoder(z, zq).double(), slack=5)
+    assert any(packed) == (onednn and torch.backends.mkldnn.is_available())
+
+
+@settings(max_examples=25, deadline=None)
+@given(grid=st.tuples(st.integers(1, 9), st.integers(1, 9)), zq_grid=st.tuples(st.integers(1, 9), st.integers(1, 9)), batch=st.integers(1, 2),
+       add_conv=st.booleans())  # fmt: skip
+def test_any_latent_size(grid, zq_grid, batch, add_conv):
+    decoder = make(ch_mult=(1, 1), num_res_blocks=0, add_conv=add_conv)
+    z, zq = latents(grid, batch, zq_grid=zq_grid)
+    # one pixel: every group has one or two values, and the norm divides by what little they differ
+    assert_close(decode(decoder, z, zq, None), decoder(z, zq).double(), slack=20 if grid[0] * grid[1] > 4 else 1e4)
+
+
 def test_statistics_of_strips_with_a_large_mean():
     x = torch.randn(1, 8, 40, 30) + 4096
     moments = maps.Moments()
@@ -186,14 +261,14 @@ def test_statistics_of_strips_with_a_large_mean():
 
 def test_files_are_closed_when_it_fails(monkeypatch, files):
     decoder, (z, zq) = make(), latents((40, 4))
-    plain = strips.Strips._convolved_rows
+    plain = strips.Strips._haloed
 
     def fails_late(*arguments):
         if files:
             raise OSError("disk full")
         return plain(*arguments)
 
-    monkeypatch.setattr(strips.Strips, "_convolved_rows", fails_late)
+    monkeypatch.setattr(strips.Strips, "_haloed", fails_late)
     with pytest.raises(OSError, match="disk full"):
         decode_tiled(decoder, z, zq, max_memory=LITTLE)
     assert files and all(file.closed for file in files)
@@ -216,7 +291,8 @@ def test_it_refuses():
     with pytest.raises(ValueError, match="decoder must be in evaluation mode"):
         decode_tiled(make(dropout=0.1).train(), z, zq, max_memory=PLENTY)
     for change, message in ((circular, "nn.Conv2d padded with zeros, got .*circular"), (quantised, "nn.Conv2d padded with zeros, got Sequential"),
-                            (lambda decoder: setattr(decoder.mid, "block_1", nn.Identity()), "takes ResnetBlock, .* got Identity")):  # fmt: skip
+                            (larger, r"3x3 nn.Conv2d .* got .*\(5, 5\).* in up.1.upsample"), (other_norm, "nn.GroupNorm as it is, got Trebled"),
+                            (hooked_norm, "nn.GroupNorm as it is"), (lambda decoder: setattr(decoder.mid, "block_1", nn.Identity()), "takes ResnetBlock, .* got Identity")):  # fmt: skip
         changed = make()
         change(changed)
         with pytest.raises(TypeError, match=message):
