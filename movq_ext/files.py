@@ -1,11 +1,16 @@
-"""Writing files so that nobody ever sees half of one."""
+"""Writing files so that nobody ever sees half of one, and reading files of which nobody knows where they come from."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+MOST_JSON = 1 << 20  # bytes of a config: those of published models have a thousand
+MOST_REASON = 300  # characters of another library's error
 
 
 @contextmanager
@@ -23,3 +28,58 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def require_file(path: str | Path) -> None:
+    """Raises FileNotFoundError if there is no such file, OSError if it is none (a pipe or a device may never end) or may not be read."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no such file: {path}")
+    if not path.is_file():
+        raise OSError(f"{path} is no file but a folder, pipe or device")
+    with open(path, "rb"):
+        pass
+
+
+@contextmanager
+def refusing(error_class: type[Exception], message: str) -> Iterator[None]:
+    """Around what reads a file that may be bad: an ``error_class`` passes, all others become one, ``message: reason``.
+
+    Libraries have many words for a bad file: RecursionError, OverflowError, MemoryError, struct.error, zipfile.BadZipFile...
+    """
+    try:
+        yield
+    except error_class:
+        raise
+    except Exception as error:
+        raise error_class(f"{message}: {printable(f'{type(error).__name__}: {error}', MOST_REASON)}") from error
+
+
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds. Raises what require_file and parse_json do."""
+    require_file(path)
+    with open(path, "rb") as file:
+        return parse_json(file.read(MOST_JSON + 1).decode())
+
+
+def parse_json(text: str, most: int = MOST_JSON) -> Any:
+    """What ``text`` says.
+
+    Raises ValueError for more than ``most`` characters, a name that comes twice or no JSON, RecursionError where it is nested too deeply.
+    """
+    if len(text) > most:  # every character may become an object of 50 bytes and more
+        raise ValueError(f"more than {most} characters of JSON")
+    return json.loads(text, object_pairs_hook=_without_duplicates)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name comes twice in one JSON object")
+    return result
+
+
+def printable(text: str, most: int | None = None) -> str:
+    """text without what could act on a terminal or cannot be encoded, cut to about ``most`` characters."""
+    cut = text if most is None or len(text) <= most else f"{text[:most]}..."
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in cut)
