@@ -20,7 +20,7 @@ from . import MOVQ, ExportError, build_info, explain, export_decoder, from_pretr
 from .checkpoint import CheckpointError
 from .codes import CodeFile, codebook_id, decode_image, encode_image
 from .demo import PHOTOS, SMALL_MODEL, round_trip
-from .files import printable, read_json, refusing
+from .files import printable, read_json, refusing, require_file
 from .images import find_images, load_image, save_image
 from .training import SMALL_MODEL as SMALL_MODEL_CONFIG
 from .training import Trainer, TrainingConfig
@@ -127,6 +127,8 @@ def train(args: argparse.Namespace) -> int:
     try:
         config = TrainingConfig(**{field.name: getattr(args, field.name) for field in fields(TrainingConfig)})
         torch.manual_seed(config.seed)  # every process starts from the same weights
+        if args.config:
+            require_file(args.config)
         with refusing(CheckpointError, f"{args.config} does not hold MOVQ's keywords (ddconfig, n_embed, embed_dim)"):
             model = MOVQ(**(read_json(args.config) if args.config else SMALL_MODEL_CONFIG))
         device = torch.device(args.device)

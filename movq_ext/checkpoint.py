@@ -215,6 +215,7 @@ def _read_diffusers(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     file = folder / "config.json"
     if not file.exists():
         raise CheckpointError(f"{folder} has neither model.safetensors (save_pretrained) nor config.json (diffusers)")
+    require_file(file)
     with refusing(CheckpointError, f"{file} is damaged or no config of a diffusers VQModel"):
         config = read_json(file)
         widths = config["block_out_channels"]
