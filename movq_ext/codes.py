@@ -65,7 +65,8 @@ class CodeFile:
     def load(cls, path: str | Path) -> CodeFile:
         """Read a file.
 
-        Raises FileNotFoundError or another OSError if it cannot be read, CodeFileError (a ValueError) if it is damaged or no file of codes.
+        Raises OSError (FileNotFoundError if there is none) if it cannot be read, CodeFileError, a ValueError, if it is damaged or
+        no file of codes.
         """
         require_file(path)
         with refusing(CodeFileError, f"{path} is damaged"):

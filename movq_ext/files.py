@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,21 +18,21 @@ MOST_REASON = 300  # characters of another library's error
 def replacing(path: str | Path) -> Iterator[Path]:
     """A name to write to, beside path, which takes path's place at once when the block ends without an error."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # as the umask has it, which cannot be asked without changing it for all threads
         yield partial
         with open(partial, "rb") as file:
             os.fsync(file.fileno())  # else a crash of the machine could leave the name without its contents
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)  # some writers make files that only their owner can read
+        partial.chmod(mode)  # some writers make files that only their owner can read
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def require_file(path: str | Path) -> None:
-    """Raises FileNotFoundError if there is no such file, OSError if it is none (a pipe or a device may never end) or may not be read."""
+    """Raises FileNotFoundError if there is no such file, OSError if it may not be read, or is a folder, pipe or device."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}")
@@ -64,7 +65,7 @@ def read_json(path: str | Path) -> Any:
 def parse_json(text: str, most: int = MOST_JSON) -> Any:
     """What ``text`` says.
 
-    Raises ValueError for more than ``most`` characters, a name that comes twice or no JSON, RecursionError where it is nested too deeply.
+    Raises ValueError for more than ``most`` characters, a name that comes twice or no JSON, RecursionError for deep nesting.
     """
     if len(text) > most:  # every character may become an object of 50 bytes and more
         raise ValueError(f"more than {most} characters of JSON")

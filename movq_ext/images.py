@@ -41,8 +41,8 @@ def find_images(paths: Iterable[str | Path]) -> Iterator[tuple[Path, Path]]:
 def load_image(path: str | Path) -> Image.Image:
     """The picture as RGB, upright (EXIF orientation applied).
 
-    Raises OSError if the file cannot be read, and its subclass ImageError if it is no whole picture in one of FORMATS, or has more than
-    twice ``PIL.Image.MAX_IMAGE_PIXELS``.
+    Raises OSError if the file cannot be read, and its subclass ImageError if it is no whole picture in one of FORMATS, or has
+    more than twice ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
     require_file(path)
     with refusing(ImageError, f"cannot read {path}"), Image.open(path, formats=FORMATS) as image:

@@ -1,5 +1,6 @@
 """One model that several threads, streams or processes decode with."""
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,9 +9,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from movq_ext import MOVQ, annotate, decode_tiled
+from movq_ext.files import replacing
 
 THREADS, ROUNDS = 8, 3
-DDCONFIG = dict(ch=32, out_ch=3, ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=(16,), in_channels=3, resolution=32, z_channels=4)
+DDCONFIG = dict(ch=32, out_ch=3, ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=(16,), in_channels=3, resolution=32,
+z_channels=4)
 SIZES = [(4, 4), (3, 5), (8, 4), (6, 6), (2, 9), (7, 1), (1, 1), (5, 8)]
 
 
@@ -117,9 +120,33 @@ def test_streams_share_a_model(way):
         with ThreadPoolExecutor(2) as pool:
             for offset, results in enumerate(pool.map(work, range(2))):
                 for result, expected in zip(results, wanted[offset::2], strict=True):
-                    torch.testing.assert_close(result, expected, rtol=2e-2, atol=2e-2) if way is under_autocast else torch.testing.assert_close(
+                    torch.testing.assert_close(result, expected, rtol=2e-2,
+                    atol=2e-2) if way is under_autocast else torch.testing.assert_close(
                         result, expected, rtol=1e-3, atol=1e-3
                     )
+
+
+def test_threads_write_one_file(tmp_path, monkeypatch):
+    """The file is always one thread's, whole, with the rights that the umask gives; which, being the process's, nobody changes."""
+    path, barrier = tmp_path / "a.bin", threading.Barrier(THREADS)
+    old = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch, ThreadPoolExecutor(THREADS) as pool:
+            patch.setattr(os, "umask", lambda mask: pytest.fail("the umask was changed"))
+
+            def work(byte):
+                barrier.wait()
+                for _ in range(20):
+                    with replacing(path) as partial, open(partial, "wb") as file:
+                        for _ in range(10):
+                            file.write(bytes([byte]) * 1000)
+                    content = path.read_bytes()
+                    assert len(content) == 10_000 and len(set(content)) == 1
+
+            list(pool.map(work, range(THREADS)))
+    finally:
+        os.umask(old)
+    assert path.stat().st_mode & 0o777 == 0o640 and list(tmp_path.iterdir()) == [path]
 
 
 class Decoded(Dataset):
