@@ -88,13 +88,15 @@ def from_pretrained(
             raise CheckpointError(f"{path / 'model.safetensors'} has no {CONFIG_KEY!r} in its metadata: save_pretrained did not write it")
     else:
         state, stored = _read_diffusers(path)
-    if stored is None:
-        stored = config if config is not None else _infer_config(state, path)
-    elif config is not None:
+    if stored is not None and config is not None:
         raise ValueError(f"config is for original checkpoints, and {path} has its own")
+    if stored is None:
+        keywords = config if config is not None else _infer_config(state, path)
+    else:
+        keywords = stored
     with refusing(CheckpointError, f"{path}: its config is no config of MOVQ"), torch.device("meta"):
-        _check_size(stored, len(state))
-        model = MOVQ(**stored)
+        _check_size(keywords, len(state))
+        model = MOVQ(**keywords)
     _check_entries(model.state_dict(), state, path)
     state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
     model.load_state_dict(state, assign=True)

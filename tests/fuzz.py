@@ -528,7 +528,6 @@ class Watch:
             "os.exec",
             "os.posix_spawn",
             "os.fork",
-
             "socket.connect",
             "os.remove",
         ):

@@ -119,15 +119,13 @@ def test_streams_share_a_model(way):
 
         with ThreadPoolExecutor(2) as pool:
             for offset, results in enumerate(pool.map(work, range(2))):
+                tolerance = 2e-2 if way is under_autocast else 1e-3
                 for result, expected in zip(results, wanted[offset::2], strict=True):
-                    torch.testing.assert_close(result, expected, rtol=2e-2,
-                    atol=2e-2) if way is under_autocast else torch.testing.assert_close(
-                        result, expected, rtol=1e-3, atol=1e-3
-                    )
+                    torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_threads_write_one_file(tmp_path, monkeypatch):
-    """The file is always one thread's, whole, with the rights that the umask gives; which, being the process's, nobody changes."""
+    """The file is always one thread's, whole, with the rights that the umask gives; that is the process's, and nobody changes it."""
     path, barrier = tmp_path / "a.bin", threading.Barrier(THREADS)
     old = os.umask(0o027)
     try:
