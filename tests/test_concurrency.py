@@ -125,7 +125,7 @@ def test_streams_share_a_model(way):
 
 
 def test_threads_write_one_file(tmp_path, monkeypatch):
-    """The file is always one thread's, whole, with the rights that the umask gives; that is the process's, and nobody changes it."""
+    """The file is always one thread's, whole, with the rights that the umask gives, which nobody changes: it is the process's."""
     path, barrier = tmp_path / "a.bin", threading.Barrier(THREADS)
     old = os.umask(0o027)
     try:

@@ -137,7 +137,8 @@ def test_what_is_no_file(tmp_path, what):
         folder = tmp_path / name.partition(".")[0]
         folder.mkdir()
         path = folder / name
-        make, *arguments = {"pipe": (os.mkfifo, path), "folder": (os.mkdir, path), "device": (os.symlink, "/dev/zero", path)}[what]
+        ways = {"pipe": (os.mkfifo, path), "folder": (os.mkdir, path), "device": (os.symlink, "/dev/zero", path)}
+        make, *arguments = ways[what]
         make(*arguments)
         readers = [CodeFile.load, load_image] + ([lambda path: from_pretrained(path.parent)] if name != "a.ckpt" else [])
         for read in readers if what == "folder" else [*readers, from_pretrained]:
