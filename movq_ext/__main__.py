@@ -17,8 +17,10 @@ import torch
 from tqdm import tqdm
 
 from . import MOVQ, ExportError, build_info, explain, export_decoder, from_pretrained
+from .checkpoint import CheckpointError
 from .codes import CodeFile, codebook_id, decode_image, encode_image
 from .demo import PHOTOS, SMALL_MODEL, round_trip
+from .files import printable, read_json, refusing, require_file
 from .images import find_images, load_image, save_image
 from .training import SMALL_MODEL as SMALL_MODEL_CONFIG
 from .training import Trainer, TrainingConfig
@@ -38,7 +40,7 @@ class Failures:
             work()
         except Exception as error:  # whatever one file does must not stop the rest
             self.count += 1
-            tqdm.write(f"error: {name}: {error}", file=sys.stderr)
+            tqdm.write(f"error: {printable(f'{name}: {error}')}", file=sys.stderr)
 
     def exit_code(self, done: int, skipped: int, verb: str) -> int:
         print(f"{verb} {done}, already there {skipped}, failed {self.count}")
@@ -125,11 +127,12 @@ def train(args: argparse.Namespace) -> int:
     try:
         config = TrainingConfig(**{field.name: getattr(args, field.name) for field in fields(TrainingConfig)})
         torch.manual_seed(config.seed)  # every process starts from the same weights
-        model_config = json.loads(args.config.read_text()) if args.config else SMALL_MODEL_CONFIG
-        if not isinstance(model_config, dict) or not {"ddconfig", "n_embed", "embed_dim"} <= model_config.keys():
-            raise ValueError(f"{args.config} must hold MOVQ's keywords ddconfig, n_embed and embed_dim")
+        if args.config:
+            require_file(args.config)
+        with refusing(CheckpointError, f"{args.config} does not hold MOVQ's keywords (ddconfig, n_embed, embed_dim)"):
+            model = MOVQ(**(read_json(args.config) if args.config else SMALL_MODEL_CONFIG))
         device = torch.device(args.device)
-        trainer = Trainer(MOVQ(**model_config), args.folder, args.out, config, device, args.checkpoint_activations)
+        trainer = Trainer(model, args.folder, args.out, config, device, args.checkpoint_activations)
         if trainer.checkpoint.exists():
             trainer.resume()
         trainer.run(args.save_every)
@@ -248,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except (OSError, ValueError, TypeError, FloatingPointError, ExportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
 
 

@@ -5,23 +5,28 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .autoencoder import MOVQ
-from .files import replacing
+from .files import parse_json, printable, read_json, refusing, replacing, require_file
 from .modules import NORM_GROUPS
 
 CONFIG_KEY = "movq_ext.config"  # of the safetensors metadata
 TRAINING_ONLY = ("loss.", "model_ema.")  # what released training checkpoints hold beside the model
 RESOLUTION = 256  # nominal: only places attn_resolutions, which is chosen to fit
 MAX_NAMES = 8  # in an error message
+MAX_NAME = 200  # characters of each
+MAX_LEVELS = 16  # of a model from a file: one latent cell is then 32768 pixels wide
+CONFIG_KEYS = ("ddconfig", "n_embed", "embed_dim", "beta", "sane_index_shape", "legacy")  # not remap, which names a file to read
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class CheckpointError(ValueError):
@@ -59,19 +64,21 @@ def from_pretrained(
             a diffusers ``VQModel`` folder with ``norm_type="spatial"`` (Kandinsky 2.1 and 2.2);
             an original checkpoint of Kandinsky 2.x or CogVideo (``.ckpt``, ``.pt``, ``.pth``, ``.safetensors``), its entries
             under any prefix. It is read with ``weights_only=True``: no code in it can run.
+            A file from anywhere may be given: reading it takes memory in proportion to its size, whatever it claims.
         config: keywords of MOVQ; only for original checkpoints, where it is otherwise read off the entries' shapes.
         device: where to put the model.
         dtype: dtype of the parameters, whatever they are stored as.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        CheckpointError: it is damaged or truncated, no MoVQ model, holds anything but tensors, or has missing, extra or
-            misshapen entries (which are named).
+        OSError: it may not be read, or what should be a file is a folder, pipe or device.
+        CheckpointError: it is damaged or truncated, no MoVQ model, holds anything but tensors, or has missing, extra,
+            misshapen or unsuitable entries (which are named).
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
-    if path.is_file():
+    if not path.is_dir():
         state, stored = _read(path)
         if stored is None:
             state = _strip_prefix(state, path)
@@ -81,15 +88,15 @@ def from_pretrained(
             raise CheckpointError(f"{path / 'model.safetensors'} has no {CONFIG_KEY!r} in its metadata: save_pretrained did not write it")
     else:
         state, stored = _read_diffusers(path)
-    if stored is None:
-        stored = config if config is not None else _infer_config(state, path)
-    elif config is not None:
+    if stored is not None and config is not None:
         raise ValueError(f"config is for original checkpoints, and {path} has its own")
-    try:
-        with torch.device("meta"):
-            model = MOVQ(**stored)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its config is no config of MOVQ: {error}") from error
+    if stored is None:
+        keywords = config if config is not None else _infer_config(state, path)
+    else:
+        keywords = stored
+    with refusing(CheckpointError, f"{path}: its config is no config of MOVQ"), torch.device("meta"):
+        _check_size(keywords, len(state))
+        model = MOVQ(**keywords)
     _check_entries(model.state_dict(), state, path)
     state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
     model.load_state_dict(state, assign=True)
@@ -98,16 +105,20 @@ def from_pretrained(
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """(all tensors of a file, the config save_pretrained put there or None)."""
-    try:
+    require_file(path)
+    with refusing(CheckpointError, f"{path} is damaged or no checkpoint"):
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 config = (file.metadata() or {}).get(CONFIG_KEY)
-                return {name: file.get_tensor(name) for name in file.keys()}, None if config is None else json.loads(config)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} is damaged, or holds objects that are no tensors, which could run code: {error}") from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-        raise CheckpointError(f"{path} is damaged or no checkpoint: {error}") from error
+                stored = None if config is None else _config(config)
+                return {name: file.get_tensor(name) for name in file.keys()}, stored
+        _check_archive(path)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            reason = printable(str(error), MAX_NAME)
+            message = f"{path} is damaged, or holds objects that are no tensors, which could run code"
+            raise CheckpointError(f"{message}: {reason}") from error
     if isinstance(state, dict):
         state = state.get("state_dict", state)
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
@@ -115,7 +126,42 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     others = [name for name, tensor in state.items() if not isinstance(tensor, Tensor)]
     if others:
         raise CheckpointError(f"{path} has entries that are no tensors: {_names(others)}")
+    claimed = sum(tensor.nbytes for tensor in state.values() if _is_suitable(tensor))
+    if claimed > path.stat().st_size:  # tensors with a stride of 0 can be of any size
+        raise CheckpointError(f"{path} is damaged: its {path.stat().st_size} bytes claim to hold tensors of {claimed}")
     return state, None
+
+
+def _config(text: str) -> dict[str, Any]:
+    """The config that save_pretrained put into a file."""
+    config = parse_json(text)
+    if not isinstance(config, dict) or not config.keys() <= set(CONFIG_KEYS):
+        raise ValueError(f"its config must be an object with the keys {', '.join(CONFIG_KEYS)}")
+    return config
+
+
+def _check_archive(path: Path) -> None:
+    """What torch.save wrote is not compressed: a zip archive with more in it than it has bytes is made to fill the memory."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":  # else in the format from before torch 1.6
+            return
+        with zipfile.ZipFile(file) as archive:
+            inside = sum(entry.file_size for entry in archive.infolist())
+    if inside > path.stat().st_size:
+        raise CheckpointError(f"{path} is damaged: its {path.stat().st_size} bytes claim to hold {inside}")
+
+
+def _check_size(config: Mapping[str, Any], entries: int) -> None:
+    """A model takes time to build: refuse one with more levels or blocks than the file can have weights for."""
+    levels, blocks = len(config["ddconfig"].get("ch_mult", ())), config["ddconfig"]["num_res_blocks"]
+    if levels > MAX_LEVELS or max(levels, 1) * blocks > entries:
+        raise ValueError(f"{levels} levels of {blocks} blocks, of at most {MAX_LEVELS} levels and {entries} entries in the file")
+
+
+def _is_suitable(tensor: Tensor) -> bool:
+    """Whether this is a plain tensor of floating-point numbers, with its values in memory."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return plain and tensor.dtype in DTYPES and not tensor.is_quantized
 
 
 def _strip_prefix(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -171,8 +217,9 @@ def _read_diffusers(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     file = folder / "config.json"
     if not file.exists():
         raise CheckpointError(f"{folder} has neither model.safetensors (save_pretrained) nor config.json (diffusers)")
-    try:
-        config = json.loads(file.read_text())
+    require_file(file)
+    with refusing(CheckpointError, f"{file} is damaged or no config of a diffusers VQModel"):
+        config = read_json(file)
         widths = config["block_out_channels"]
         levels = len(widths)
         expected = {
@@ -204,14 +251,13 @@ def _read_diffusers(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "n_embed": config["num_vq_embeddings"],
             "embed_dim": config.get("vq_embed_dim") or config["latent_channels"],
         }
-    except CheckpointError:
-        raise
-    except (OSError, KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise CheckpointError(f"{file} is damaged or no config of a diffusers VQModel: {error!r}") from error
     for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
         if (folder / name).exists():
             state, _ = _read(folder / name)
-            return {_published_name(key, levels): _as_convolution(key, tensor) for key, tensor in state.items()}, keywords
+            published = {_published_name(key, levels): _as_convolution(key, tensor) for key, tensor in state.items()}
+            if len(published) < len(state):
+                raise CheckpointError(f"{folder / name} has entries twice, under old names and new")
+            return published, keywords
     raise FileNotFoundError(f"no such file: {folder / 'diffusion_pytorch_model.safetensors'} (or .bin)")
 
 
@@ -228,11 +274,11 @@ _ATTENTION = {"to_q": "q", "query": "q", "to_k": "k", "key": "k", "to_v": "v", "
 
 def _published_name(name: str, levels: int) -> str:
     """The published name of a diffusers entry: ``decoder.up_blocks.0.resnets.1.conv1.weight`` is ``decoder.up.3.block.1...``."""
-    up = re.match(r"decoder\.up_blocks\.(\d+)\.", name)
+    up = re.match(r"decoder\.up_blocks\.(\d{1,4})\.", name)
     if up:  # diffusers counts in execution order, the published model by resolution
         name = f"decoder.up.{levels - 1 - int(up[1])}.{name[up.end() :]}"
     name = re.sub(r"^encoder\.down_blocks\.", "encoder.down.", name)
-    name = re.sub(r"\.mid_block\.resnets\.(\d+)\.", lambda match: f".mid.block_{int(match[1]) + 1}.", name)
+    name = re.sub(r"\.mid_block\.resnets\.(\d{1,4})\.", lambda match: f".mid.block_{int(match[1]) + 1}.", name)
     name = name.replace(".mid_block.attentions.0.", ".mid.attn_1.")
     name = name.replace(".resnets.", ".block.").replace(".attentions.", ".attn.").replace(".conv_shortcut.", ".nin_shortcut.")
     name = name.replace(".upsamplers.0.", ".upsample.").replace(".downsamplers.0.", ".downsample.")
@@ -256,9 +302,11 @@ def _check_entries(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], 
         for name in expected.keys() & given.keys()
         if given[name].shape != expected[name].shape
     ]
+    unsuitable = [f"{name} {given[name].dtype}" for name in expected.keys() & given.keys() if not _is_suitable(given[name])]
+    kinds = {"missing": missing, "extra": extra, "misshapen": misshapen, "no plain tensors of floating-point numbers": unsuitable}
     problems = [
         f"{len(names)} {what}: {_names(names)}"
-        for what, names in (("missing", missing), ("extra", extra), ("misshapen", misshapen))
+        for what, names in kinds.items()
         if names
     ]
     if problems:
@@ -266,5 +314,5 @@ def _check_entries(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], 
 
 
 def _names(names: Iterable[str]) -> str:
-    ordered = sorted(names)
+    ordered = [printable(name, MAX_NAME) for name in sorted(names)]
     return ", ".join(ordered[:MAX_NAMES]) + (f" and {len(ordered) - MAX_NAMES} more" if len(ordered) > MAX_NAMES else "")

@@ -14,15 +14,21 @@ from pathlib import Path, PurePosixPath
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .autoencoder import MOVQ
-from .files import replacing
+from .files import parse_json, printable, refusing, replacing, require_file
 from .images import pad_to_multiple, to_image, to_tensor
 
 FORMAT = "movq_ext.codes.1"
+MOST_NAME = 4096  # characters: no system has longer paths
+MOST_SHOWN = 100  # characters of a name in an error message
+
+
+class CodeFileError(ValueError):
+    """The file is damaged, or no file of codes."""
 
 
 def codebook_id(model: MOVQ) -> str:
@@ -41,6 +47,9 @@ class CodeFile:
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def add(self, name: str, codes: Tensor, size: tuple[int, int]) -> None:
+        """Raises ValueError for a name that the file cannot hold."""
+        if (problem := _problem(name)) is not None:
+            raise ValueError(problem)
         self.codes[name] = codes.to(torch.int32).cpu().contiguous()
         self.sizes[name] = size
 
@@ -54,27 +63,32 @@ class CodeFile:
 
     @classmethod
     def load(cls, path: str | Path) -> CodeFile:
-        """Read a file. Raises FileNotFoundError, or ValueError if it is damaged or no file of codes."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no such file: {path}")
-        try:
+        """Read a file.
+
+        Raises OSError (FileNotFoundError if there is none) if it cannot be read, CodeFileError, a ValueError, if it is damaged or
+        no file of codes.
+        """
+        require_file(path)
+        with refusing(CodeFileError, f"{path} is damaged"):
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    found = printable(repr(metadata.get("format")), MOST_SHOWN)
+                    raise CodeFileError(f"{path} is no file of codes: its format is {found}, not {FORMAT!r}")
                 codes = {name: file.get_tensor(name) for name in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} is no file of codes: its format is {metadata.get('format')!r}, not {FORMAT!r}")
-        try:
-            sizes = {name: (int(height), int(width)) for name, (height, width) in json.loads(metadata["sizes"]).items()}
+            most = sum(12 * len(name) + 64 for name in codes) + 2  # a character takes up to two escapes of six
+            sizes = {name: (height, width) for name, (height, width) in parse_json(metadata["sizes"], most).items()}
             result = cls(metadata["codebook"], codes, sizes)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        for name in result.codes:
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name or not name:
-                raise ValueError(f"{path} names a picture outside the output folder: {name!r}")
-            if name not in result.sizes:
-                raise ValueError(f"{path} is damaged: it has no size for {name!r}")
+        for name, grid in codes.items():
+            shown = printable(repr(name), MOST_SHOWN)
+            if (problem := _problem(name)) is not None:
+                raise CodeFileError(f"{path} {problem}")
+            if name not in sizes:
+                raise CodeFileError(f"{path} is damaged: it has no size for {shown}")
+            if not all(type(side) is int and side > 0 for side in sizes[name]):
+                raise CodeFileError(f"{path} is damaged: the size of {shown} must be two positive numbers")
+            if grid.dtype != torch.int32 or grid.dim() != 2:
+                raise CodeFileError(f"{path} is damaged: {shown} must be int32 of 2 dimensions, got {grid.dtype} of {grid.dim()}")
         return result
 
     def png_names(self) -> dict[str, str]:
@@ -82,6 +96,16 @@ class CodeFile:
         names = {name: str(PurePosixPath(name).with_suffix(".png")) for name in self.codes}
         shared = Counter(names.values())
         return {name: png if shared[png] == 1 else f"{name}.png" for name, png in names.items()}
+
+
+def _problem(name: str) -> str | None:
+    """Why a picture cannot have this name; None if it can."""
+    path, shown = PurePosixPath(name), printable(repr(name), MOST_SHOWN)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or not path.name:
+        return f"names a picture outside the output folder: {shown}"
+    if name == "__metadata__" or len(name) > MOST_NAME or any(char == "\0" or "\ud800" <= char <= "\udfff" for char in name):
+        return f"names a picture {shown}: it must be text in UTF-8 of at most {MOST_NAME} characters, none of them NUL"
+    return None
 
 
 @torch.inference_mode()

@@ -11,9 +11,15 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .files import replacing
+from .files import refusing, replacing, require_file
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not all that Pillow has: for EPS it starts Ghostscript
+
+
+class ImageError(OSError):
+    """The file is no picture, or not a whole one."""
+
 
 
 def find_images(paths: Iterable[str | Path]) -> Iterator[tuple[Path, Path]]:
@@ -33,15 +39,17 @@ def find_images(paths: Iterable[str | Path]) -> Iterator[tuple[Path, Path]]:
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """The picture as RGB, upright (EXIF orientation applied). Raises OSError for a file that is no whole picture."""
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip to 8 instead of scaling
-                upright = Image.fromarray((np.asarray(upright) / 257).round().clip(0, 255).astype(np.uint8))
-            return upright.convert("RGB")
-    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's other words for a bad file
-        raise OSError(f"cannot read {path}: {error}") from error
+    """The picture as RGB, upright (EXIF orientation applied).
+
+    Raises OSError if the file cannot be read, and its subclass ImageError if it is no whole picture in one of FORMATS, or has
+    more than twice ``PIL.Image.MAX_IMAGE_PIXELS``.
+    """
+    require_file(path)
+    with refusing(ImageError, f"cannot read {path}"), Image.open(path, formats=FORMATS) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip to 8 instead of scaling
+            return Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+        return image.convert("RGB")
 
 
 def to_tensor(image: Image.Image) -> Tensor:
