@@ -1,12 +1,12 @@
 """diffusers' autoencoders on this package's operators: their blocks are replaced in place, and given back.
 
-A block is replaced by giving the object another class: a subclass of its own, of the same name, with another forward and no state.
-So parameters, state dict keys, hooks, ``isinstance``, what goes by a class's name (``_no_split_modules``, LoRA's targets) and the
-model's own class are as before, and a copy or a pickle of the model stays what it is. A forward put on the instance would hide or be
-hidden by those of offloading and layerwise casting, and is bound to one object, which pickle cannot follow. An attention processor
-would be lost to every ``set_attn_processor``, and ``set_default_attn_processor`` refuses one it does not know: here the processor is
-left alone, and one that is not diffusers' default is called as it is. The same holds, in every call, for each layer that is no longer
-diffusers' own.
+A block is replaced by giving the object another class: a subclass of its own, of the same name, with another forward and no
+state. So parameters, state dict keys, hooks, ``isinstance``, what goes by a class's name (``_no_split_modules``, LoRA's
+targets) and the model's own class are as before, and a copy or a pickle of the model stays what it is. A forward put on the
+instance would hide or be hidden by those of offloading and layerwise casting, and is bound to one object, which pickle cannot
+follow. An attention processor would be lost to every ``set_attn_processor``, and ``set_default_attn_processor`` refuses one it
+does not know: here the processor is left alone, and one that is not diffusers' default is called as it is. The same holds, in
+every call, for each layer that is no longer diffusers' own.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def accelerate(model_or_pipeline: Any) -> AccelerationReport:
 
     These are, with SiLU: ResnetBlock2D (group norm, with a time embedding or without), ResnetBlockCondNorm2D and SpatialNorm
     (Kandinsky's VQModel), KVAE's 2-D SpatialNorm, nearest Upsample2D with its convolution, the group norm before the last
-    convolution, and Attention of one head of up to 512 over an image: nearly all of AutoencoderKL (SD, SDXL, FLUX) and VQModel, and
-    much of a UNet. Results and gradients are the same but for rounding. Twice is once; parts that are put in later are not served
-    before the next call.
+    convolution, and Attention of one head of up to 512 over an image: nearly all of AutoencoderKL (SD, SDXL, FLUX) and VQModel,
+    and much of a UNet. Results and gradients are the same but for rounding. Twice is once; parts that are put in later are not
+    served before the next call.
 
     Args:
         model_or_pipeline: a ``torch.nn.Module``, or a pipeline of diffusers, whose models are all looked through.
@@ -272,7 +272,7 @@ class ResnetBlock2D(Served):
 
     @staticmethod
     def reason(module: Any) -> str | None:
-        if module.time_embedding_norm not in ("default", "scale_shift", "group"):  # "group": none, in the decoder of AutoencoderKL
+        if module.time_embedding_norm not in ("default", "scale_shift", "group"):  # "group" is AutoencoderKL's decoder, with none
             return f"its time_embedding_norm is {module.time_embedding_norm}"
         return _block_reason(module, _group_reason)
 
