@@ -12,10 +12,10 @@ every call, for each layer that is no longer diffusers' own.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -393,15 +393,15 @@ class Attention(Served):
         out = attention(q, k, v).squeeze(1)
         for layer in self.to_out:
             out = layer(out)
-        out = out.transpose(1, 2).unflatten(2, x.shape[2:])
+        out = out.transpose(1, 2).reshape(x.shape)
         out = out + x if self.residual_connection else out
-        return out if self.rescale_output_factor == 1 else out / self.rescale_output_factor
+        return cast(Tensor, out if self.rescale_output_factor == 1 else out / self.rescale_output_factor)
 
-    def projected(self: Any, tokens: Tensor) -> tuple[Tensor, ...]:
+    def projected(self: Any, tokens: Tensor) -> Sequence[Tensor]:
         """Queries, keys and values ``(B, H*W, C)`` of tokens ``(B, H*W, C)``."""
         layers = (self.to_q, self.to_k, self.to_v)
         if not all(_is(layer, nn.Linear) and layer.bias is not None for layer in layers):
-            return tuple(layer(tokens) for layer in layers)
+            return [layer(tokens) for layer in layers]
         weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
         return F.linear(tokens, weight, bias).chunk(3, dim=2)
 
@@ -424,7 +424,7 @@ def _served_classes() -> dict[type[nn.Module], Any]:
         processors = import_module("diffusers.models.attention_processor")
     except ImportError as error:
         raise ImportError("accelerate needs diffusers: pip install diffusers") from error
-    more = {Attention: {"processors": (processors.AttnProcessor, processors.AttnProcessor2_0)}}
+    more: dict[type[Served], Any] = {Attention: {"processors": (processors.AttnProcessor, processors.AttnProcessor2_0)}}
     found: dict[type[nn.Module], Any] = {}
     for original, kind in _originals():
         found[original] = type(original.__name__, (kind, original), {

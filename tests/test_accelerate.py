@@ -96,8 +96,8 @@ class Counted:
     """How often the operators of this package run."""
 
     def __enter__(self):
-        self._patches = [mock.patch.object(served, name, wraps=getattr(served, name)) for name in ("spatial_norm", "attention")]
-        self._patches.append(mock.patch.object(torch.nn.functional, "conv_transpose2d", wraps=torch.nn.functional.conv_transpose2d))
+        functions = (served, "spatial_norm"), (served, "attention"), (torch.nn.functional, "conv_transpose2d")
+        self._patches = [mock.patch.object(place, name, wraps=getattr(place, name)) for place, name in functions]
         self.mocks = [patch.__enter__() for patch in self._patches]
         return self
 
@@ -158,7 +158,7 @@ def test_gradients_are_the_same(name):
     theirs, ours = gradients
     assert len(ours) == len(theirs) > 10
     scale = max(g.norm() for g in theirs)
-    for our, their in zip(ours, theirs, strict=True):  # some are nothing but rounding: the keys' bias, and convolutions' before a norm
+    for our, their in zip(ours, theirs, strict=True):  # some are nothing but rounding: that of the keys' bias is zero
         assert (our - their).norm() < 1e-5 * their.norm() + 1e-7 * scale
 
 
@@ -249,16 +249,16 @@ def test_what_works_on_video_is_left():
     assert_same([model.decode(z, num_frames=2).sample], [expected])
 
 
-@pytest.mark.parametrize("size", [(3, 5), (8, 8), (1, 1)])
+@pytest.mark.parametrize("size", [(3, 5), (8, 8), (2, 3)])
 @torch.no_grad()
 def test_sizes_and_layouts(size):
     model = vq()
     z = latents(model, batch=1, size=size)
     expected = decode(model, z)
     accelerate(model)
-    assert_same([decode(model, z)], [expected], 10 * SLACK if size == (1, 1) else SLACK)
+    assert_same([decode(model, z)], [expected])
     model.to(memory_format=torch.channels_last)
-    assert_same([decode(model, z.contiguous(memory_format=torch.channels_last))], [expected], 10 * SLACK if size == (1, 1) else SLACK)
+    assert_same([decode(model, z.contiguous(memory_format=torch.channels_last))], [expected])
 
 
 @torch.no_grad()
@@ -270,7 +270,8 @@ def test_autocast():
             accelerate(model)
             ours = outputs(model)
         for our, their, true in zip(ours, theirs, exact, strict=True):
-            assert our.dtype == their.dtype and relative_error(our, true) < 1.5 * relative_error(their, true) + RELATIVE[torch.bfloat16]
+            assert our.dtype == their.dtype
+            assert relative_error(our, true) < 1.5 * relative_error(their, true) + RELATIVE[torch.bfloat16]
         assert decode(model, z).dtype == torch.float32
 
 
@@ -297,18 +298,19 @@ def test_gradient_checkpointing():
         model.zero_grad()
         z = latents(model).requires_grad_()
         decode(model, z).square().sum().backward()
-        gradients.append([z.grad, model.decoder.conv_in.weight.grad.clone(), model.decoder.mid_block.resnets[0].norm1.weight.grad.clone()])
+        weights = model.decoder.conv_in.weight, model.decoder.mid_block.resnets[0].norm1.weight
+        gradients.append([z.grad, *(weight.grad.clone() for weight in weights)])
     assert_same(gradients[1], gradients[0])
 
 
 @pytest.mark.parametrize("make", [vq, kl])
 @torch.no_grad()
 def test_compile(make):
-    model = make(block_out_channels=(32, 32), **levels(False, False))
+    model = make(block_out_channels=(32,), **levels(False)) if make is vq else make()
     expected, z = decode(model, latents(model)), latents(model)
     accelerate(model)
     torch.compiler.reset()
-    compiled = torch.compile(lambda z: decode(model, z), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda z: decode(model, z), fullgraph=True, backend="eager")
     assert_same([compiled(z)], [expected])
     restore(model)
     assert_same([compiled(z)], [expected])
@@ -414,10 +416,11 @@ def test_layers_that_were_replaced_are_called(first):
     plain = outputs(model)
     if first:
         accelerate(model)
-    block = model.decoder.mid_block.resnets[0]
+    block, attention = model.decoder.mid_block.resnets[0], model.decoder.mid_block.attentions[0]
     for parent, name, kind in (
-        (block, "conv1", Doubled), (block, "conv2", Doubled), (block.norm1, "conv_y", Doubled), (model.encoder.mid_block.resnets[0], "conv1", Doubled),
-        (model.decoder.up_blocks[0].upsamplers[0], "conv", Doubled), (model.decoder.mid_block.attentions[0], "to_q", DoubledLinear),
+        (block, "conv1", Doubled), (block, "conv2", Doubled), (block.norm1, "conv_y", Doubled),
+        (attention, "to_q", DoubledLinear), (attention.to_out, "0", DoubledLinear),
+        (model.decoder.up_blocks[0].upsamplers[0], "conv", Doubled), (model.encoder.mid_block.resnets[0], "conv2", Doubled),
     ):  # fmt: skip
         put_in(parent, name, kind)
     if not first:
@@ -429,27 +432,29 @@ def test_layers_that_were_replaced_are_called(first):
     assert relative_error(theirs[0], plain[0]) > 1e-2 and relative_error(theirs[1], plain[1]) > 1e-2
 
 
+@pytest.mark.parametrize("first", [True, False])
 @torch.no_grad()
-def test_hooks_run_and_see_what_they_saw():
+def test_hooks_run_and_see_what_they_saw(first):
     model = vq()
     seen = []
-    for name, module in model.named_modules():
-        if not list(module.children()):
-            module.register_forward_hook(lambda module, inputs, output, name=name: seen.append((name, inputs[0].shape, output.shape)))
-    outputs(model)
-    theirs = list(seen)
-    seen.clear()
-    with pytest.raises(ValueError, match="no part that can be served, got VQModel .*hooked"):
+
+    def hook(module, inputs, output):
+        seen.append((names[module], inputs[0].shape, output.shape))
+
+    names = {module: name for name, module in model.named_modules() if not list(module.children())}
+    if first:
         accelerate(model)
-    for module in model.modules():
-        hooks = dict(module._forward_hooks)
-        module._forward_hooks.clear()
-        module.kept = hooks
-    accelerate(model)
-    for module in model.modules():
-        module._forward_hooks.update(module.__dict__.pop("kept"))
+    for module in names:
+        module.register_forward_hook(hook)
+    if not first:  # a norm that is called may have hooks
+        report = accelerate(model)
+        assert list(report.replaced) == ["GroupNorm"] and len(report.left) > 20
     outputs(model)
-    assert seen == theirs
+    ours = list(seen)
+    seen.clear()
+    restore(model)
+    outputs(model)
+    assert seen == ours and len(seen) > len(names) / 2
 
 
 @torch.no_grad()
@@ -464,7 +469,7 @@ def test_a_forward_on_the_instance():
     del block.forward
     accelerate(model)
     for module in model.modules():  # as offloading does, which keeps what was there
-        if type(module).__name__ in ("ResnetBlock2D", "Attention", "Upsample2D", "GroupNorm"):
+        if isinstance(module, served.Served):
             module.forward = module.forward
     with Counted() as counted:
         assert_same(outputs(model), expected)
@@ -566,7 +571,7 @@ def test_pipeline():
     report = accelerate(pipe)
     assert report.left == {"text_encoder": "no part of it is of a kind that can be served"}
     assert report.replaced["Upsample2D"] == ["vae.decoder.up_blocks.0.upsamplers.0"]
-    assert "  ResnetBlock2D (9): vae.encoder.down_blocks.0.resnets.0, " in str(report).replace("(10)", "(9)") and " more" in str(report)
+    assert "  ResnetBlock2D (10): vae.encoder.down_blocks.0.resnets.0, " in str(report) and " and 7 more" in str(report)
     assert_same(outputs(pipe.vae), expected)
     restore(pipe)
     assert_equal(outputs(pipe.vae), expected)
@@ -575,10 +580,10 @@ def test_pipeline():
 def test_errors():
     for given in (3, None, object()):
         for function in (accelerate, restore):
-            with pytest.raises(TypeError, match=f"model_or_pipeline must be a torch.nn.Module or a .* got {type(given).__name__}"):
+            with pytest.raises(TypeError, match=rf"must be a torch\.nn\.Module or a .* got {type(given).__name__}"):
                 function(given)
-    tiny = diffusers.AutoencoderTiny(encoder_block_out_channels=(4, 4), decoder_block_out_channels=(4, 4), num_encoder_blocks=(1, 1),
-                                     num_decoder_blocks=(1, 1))  # fmt: skip
+    widths = dict(encoder_block_out_channels=(4, 4), decoder_block_out_channels=(4, 4))
+    tiny = diffusers.AutoencoderTiny(num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), **widths)
     with pytest.raises(ValueError, match=r"no part that can be served, got AutoencoderTiny \(no part of it is of a kind"):
         accelerate(tiny)
     restore(tiny)
