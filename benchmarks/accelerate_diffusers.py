@@ -28,14 +28,15 @@ QUICK = (32, 64)
 def make(name: str, widths: tuple[int, ...]) -> Any:
     """Kandinsky 2.x's MoVQ, or the autoencoder of SD and SDXL, or of FLUX."""
     torch.manual_seed(0)
+    library: Any = diffusers  # its classes have no types
     common: dict[str, Any] = {
         "down_block_types": ["DownEncoderBlock2D"] * len(widths), "up_block_types": ["UpDecoderBlock2D"] * len(widths),
         "block_out_channels": widths, "layers_per_block": 2, "latent_channels": 16 if name == "FLUX" else 4,
     }  # fmt: skip
     if name == "Kandinsky":
         common["up_block_types"][0], common["down_block_types"][-1] = "AttnUpDecoderBlock2D", "AttnDownEncoderBlock2D"
-        return diffusers.VQModel(norm_type="spatial", num_vq_embeddings=64, **common).eval()
-    return diffusers.AutoencoderKL(use_quant_conv=name != "FLUX", use_post_quant_conv=name != "FLUX", **common).eval()
+        return library.VQModel(norm_type="spatial", num_vq_embeddings=64, **common).eval()
+    return library.AutoencoderKL(use_quant_conv=name != "FLUX", use_post_quant_conv=name != "FLUX", **common).eval()
 
 
 def decode(model: Any, z: torch.Tensor) -> torch.Tensor:
