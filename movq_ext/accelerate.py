@@ -169,24 +169,25 @@ def _own_forward(module: nn.Module) -> str | None:
     return "its forward was replaced (by offloading, or a patch)" if patched else None
 
 
-def _act_reason(act: Any) -> str | None:
-    return None if _is(act, nn.SiLU) else f"its activation is {type(act).__name__} or hooked, not SiLU"
+def _part_reason(name: str, part: Any, wanted: type[nn.Module]) -> str | None:
+    if _theirs(part) is not wanted:
+        return f"its {name} is {type(part).__name__}, not {wanted.__name__}"
+    return None if is_untouched(part) else f"its {name} is hooked or patched"
 
 
 def _group_reason(name: str, norm: Any) -> str | None:
-    return None if _is(norm, nn.GroupNorm) else f"its {name} is {type(norm).__name__} or hooked, not GroupNorm"
+    return _part_reason(name, norm, nn.GroupNorm)
 
 
 def _spatial_reason(name: str, norm: Any) -> str | None:
-    if _theirs(norm).__name__ != "SpatialNorm" or not is_untouched(norm):
-        return f"its {name} is {type(norm).__name__} or hooked, not SpatialNorm"
-    return SpatialNorm.reason(norm)
+    return _part_reason(name, norm, import_module("diffusers.models.attention_processor").SpatialNorm) or SpatialNorm.reason(norm)
 
 
 def _block_reason(block: Any, norm_reason: Callable[[str, Any], str | None]) -> str | None:
     if block.upsample is not None or block.downsample is not None:
         return "it resamples between its norm and its convolution"
-    return _act_reason(block.nonlinearity) or norm_reason("norm1", block.norm1) or norm_reason("norm2", block.norm2)
+    norms = norm_reason("norm1", block.norm1) or norm_reason("norm2", block.norm2)
+    return norms or _part_reason("activation", block.nonlinearity, nn.SiLU)
 
 
 class GroupNorm(Served):
@@ -367,10 +368,6 @@ class Attention(Served):
             return "its input, head and output differ in size"
         if type(module.processor) not in processors:
             return f"its processor is {type(module.processor).__name__}"
-        return Attention.norm_reason(module)
-
-    @staticmethod
-    def norm_reason(module: Any) -> str | None:
         reason = None if module.group_norm is None else _group_reason("group_norm", module.group_norm)
         return reason if reason or module.spatial_norm is None else _spatial_reason("spatial_norm", module.spatial_norm)
 
@@ -382,11 +379,11 @@ class Attention(Served):
         **kwargs: Any,
     ) -> Tensor:
         x, to_itself = hidden_states, encoder_hidden_states is None and attention_mask is None
-        odd = not to_itself or any(name != "temb" for name in kwargs) or not _takes(self, x)
-        if odd or type(self.processor) not in self.processors or Attention.norm_reason(self):
+        norm = self.group_norm
+        odd = not to_itself or any(name != "temb" for name in kwargs) or not (norm is None or _is(norm, nn.GroupNorm))
+        if odd or not _takes(self, x) or type(self.processor) not in self.processors:
             return _theirs(self).forward(self, x, encoder_hidden_states, attention_mask, **kwargs)  # type: ignore[no-any-return]
         h = x if self.spatial_norm is None else self.spatial_norm(x, kwargs.get("temb"))
-        norm = self.group_norm
         if norm is not None:
             h = spatial_norm(h, None, None, norm.weight, norm.bias, norm.num_groups, norm.eps)
         q, k, v = (part.unsqueeze(1) for part in self.projected(h.flatten(2).transpose(1, 2)))

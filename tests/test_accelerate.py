@@ -469,6 +469,23 @@ def test_hooks_run_and_see_what_they_saw(kind, first):
     assert seen == ours and len(seen) >= len(names) > 1
 
 
+@pytest.mark.parametrize("first", [True, False])
+@torch.no_grad()
+def test_layerwise_casting(first):
+    """Weights in a smaller dtype, which diffusers' hooks widen for each call: a forward on the instance of most layers."""
+    model = kl()
+    if first:
+        accelerate(model)
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    if not first:
+        accelerate(model)
+    with Counted() as counted:
+        ours = outputs(model)
+    assert counted.calls[:2] == (sum(isinstance(m, nn.GroupNorm) for m in model.modules()), 2)
+    restore(model)
+    assert_same(ours, outputs(model))
+
+
 @torch.no_grad()
 def test_a_forward_on_the_instance():
     model = kl()
@@ -555,23 +572,26 @@ def test_parts_of_other_kinds_are_left_with_a_reason():
         "norm": ResnetBlock2D(in_channels=32, temb_channels=None),
         "wide": Attention(544, heads=1, dim_head=544),
         "rms": Attention(32, heads=1, dim_head=32, qk_norm="rms_norm"),
+        "hook": ResnetBlock2D(in_channels=32, temb_channels=None),
         "bare": Upsample2D(4),
         "large": Upsample2D(4, use_conv=True, kernel_size=5, padding=2),
     })  # fmt: skip
     blocks["norm"].norm2 = nn.Identity()
+    blocks["hook"].nonlinearity.register_forward_hook(lambda *_: None)
     report = accelerate(blocks)
     assert report.replaced == {"ResnetBlock2D": ["good"]}
     assert report.left == {
-        "mish": "its activation is Mish or hooked, not SiLU",
+        "mish": "its activation is Mish, not SiLU",
         "down": "it resamples between its norm and its convolution",
-        "norm": "its norm2 is Identity or hooked, not GroupNorm",
+        "norm": "its norm2 is Identity, not GroupNorm",
         "wide": "its head is larger than 512",
         "rms": "it normalises its queries or does not scale them",
+        "hook": "its activation is hooked or patched",
         "bare": "it is not a nearest upsampling and a convolution",
         "large": "its convolution is replaced, hooked or not a padded 3x3",
     }
     lines = str(report).splitlines()
-    assert lines[:3] == ["1 parts replaced", "  ResnetBlock2D (1): good", "7 left as they are"] and len(lines) == 10
+    assert lines[:3] == ["1 parts replaced", "  ResnetBlock2D (1): good", "8 left as they are"] and len(lines) == 11
 
 
 # Pipelines and errors
