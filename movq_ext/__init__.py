@@ -2,6 +2,7 @@
 
 from ._extension import build_info
 from ._version import __version__
+from .accelerate import AccelerationReport, accelerate, restore
 from .autoencoder import MOVQ
 from .checkpoint import CheckpointError, from_pretrained, save_pretrained
 from .decoder import MOVQDecoder
@@ -16,6 +17,7 @@ from .tiled import decode_tiled
 
 __all__ = [
     "MOVQ",
+    "AccelerationReport",
     "AttnBlock",
     "CUDAGraphDecoder",
     "CheckpointError",
@@ -30,6 +32,7 @@ __all__ = [
     "Upsample",
     "VectorQuantizer",
     "__version__",
+    "accelerate",
     "annotate",
     "attention",
     "build_info",
@@ -38,6 +41,7 @@ __all__ = [
     "export_decoder",
     "from_pretrained",
     "load_exported",
+    "restore",
     "save_pretrained",
     "spatial_attention",
     "spatial_norm",

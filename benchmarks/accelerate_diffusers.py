@@ -1,0 +1,91 @@
+"""Decodes of diffusers' autoencoders before and after `movq_ext.accelerate`, in one process.
+
+    python benchmarks/accelerate_diffusers.py --out benchmarks/results/accelerate_diffusers
+
+Models have random weights and the published configs. "ratio" is the time before by the time after; they are measured in turns,
+and the medians compared. "error" is the relative difference of the images. (A file accelerate.py here would hide the package of
+that name from diffusers.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import diffusers
+import torch
+from timing import environment, milliseconds, write
+
+import movq_ext
+
+WIDE = (128, 256, 512, 512)
+QUICK = (32, 64)
+
+
+def make(name: str, widths: tuple[int, ...]) -> Any:
+    """Kandinsky 2.x's MoVQ, or the autoencoder of SD and SDXL, or of FLUX."""
+    torch.manual_seed(0)
+    library: Any = diffusers  # its classes have no types
+    common: dict[str, Any] = {
+        "down_block_types": ["DownEncoderBlock2D"] * len(widths), "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+        "block_out_channels": widths, "layers_per_block": 2, "latent_channels": 16 if name == "FLUX" else 4,
+    }  # fmt: skip
+    if name == "Kandinsky":
+        common["up_block_types"][0], common["down_block_types"][-1] = "AttnUpDecoderBlock2D", "AttnDownEncoderBlock2D"
+        return library.VQModel(norm_type="spatial", num_vq_embeddings=64, **common).eval()
+    return library.AutoencoderKL(use_quant_conv=name != "FLUX", use_post_quant_conv=name != "FLUX", **common).eval()
+
+
+def decode(model: Any, z: torch.Tensor) -> torch.Tensor:
+    options = {"force_not_quantize": True} if isinstance(model, diffusers.VQModel) else {}
+    image: torch.Tensor = model.decode(z, return_dict=False, **options)[0]
+    return image
+
+
+def measure(model: Any, z: torch.Tensor, rounds: int) -> dict[str, float]:
+    times: dict[Any, list[float]] = {movq_ext.restore: [], movq_ext.accelerate: []}
+    images = []
+    for change, found in list(times.items()) * rounds:
+        change(model)
+        images.append(decode(model, z).float())
+        found.append(milliseconds(lambda: decode(model, z), z.device))
+    movq_ext.restore(model)
+    before, after = map(median, times.values())
+    error = float((images[1] - images[0]).norm() / images[0].norm())
+    return {"diffusers ms": before, "accelerated ms": after, "ratio": before / after, "error": error}
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--devices", nargs="+", default=["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[256, 512, 1024], help="pixels a side; on a CPU the first")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements before and after")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accelerate_diffusers"), help="folder")
+    parser.add_argument("--quick", action="store_true", help="narrow models and small images, to rehearse")
+    parser.add_argument("--minutes", type=float, default=4.0, help="start no measurement after this long")
+    options = parser.parse_args()
+    start, rows = time.monotonic(), []
+    for device in options.devices:
+        on_gpu = device != "cpu"
+        for name in ("Kandinsky", "SD", "FLUX"):
+            for dtype in (torch.bfloat16, torch.float16, torch.float32) if on_gpu else (torch.float32,):
+                model = make(name, QUICK if options.quick else WIDE).to(device, dtype)
+                for size in [32] if options.quick else options.sizes if on_gpu else options.sizes[:1]:
+                    for layout in (torch.contiguous_format, torch.channels_last):
+                        if time.monotonic() - start > 60 * options.minutes:
+                            continue
+                        cells = size >> (len(model.config.block_out_channels) - 1)
+                        z = torch.randn(1, model.config.latent_channels, cells, cells, device=device, dtype=dtype)
+                        result = measure(model.to(memory_format=layout), z.to(memory_format=layout), options.rounds)
+                        rows.append({"device": device, "model": name, "dtype": str(dtype)[6:], "size": size,
+                                     "layout": "nhwc" if layout == torch.channels_last else "nchw", **result})  # fmt: skip
+    head = {**environment(torch.device(options.devices[0])), "diffusers": diffusers.__version__}
+    write(options.out, "accelerate_diffusers", "diffusers' autoencoders with and without movq_ext.accelerate", head, rows)
+
+
+if __name__ == "__main__":
+    main()
