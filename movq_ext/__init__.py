@@ -12,6 +12,7 @@ from .graphs import CUDAGraphDecoder
 from .modules import AttnBlock, Downsample, GroupNorm, ResnetBlock, SpatialNorm, Upsample
 from .quantize import VectorQuantizer
 from .ranges import annotate
+from .sharded import decode_sharded
 from .tiled import decode_tiled
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "annotate",
     "attention",
     "build_info",
+    "decode_sharded",
     "decode_tiled",
     "explain",
     "export_decoder",
