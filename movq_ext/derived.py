@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -57,6 +58,8 @@ def _key(parameters: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
     """What the parameters are now, or None where what is made of them cannot be kept."""
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters)):
         return None
+    if _refills_parameters():
+        return None
     if any(type(p) not in (Tensor, torch.nn.Parameter) or p.is_inference() or p.is_meta for p in parameters):  # no version, or no values
         return None
     if parameters[0].is_cuda and torch.cuda.is_current_stream_capturing():  # what is made now has no values before the graph is replayed
@@ -65,3 +68,9 @@ def _key(parameters: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
         return tuple((id(p), p._version, p.data_ptr(), p.dtype, p.device) for p in parameters)
     except RuntimeError:  # inside torch.func's transforms a tensor has no address
         return None
+
+
+def _refills_parameters() -> bool:
+    """Whether FSDP2 is in use: before a forward pass it fills the same parameters with values gathered anew, and has their versions kept."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and bool(fsdp.FSDPModule.__subclasses__())  # fully_shard makes one for each class that it wraps
