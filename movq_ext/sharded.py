@@ -42,8 +42,8 @@ def decode_sharded(
 
     Every process of the group calls it with the same decoder, z and zq. Work and maps are divided by the rows of the latent, as
     evenly as they go. For each map a process sends one row to each neighbour and the mean and variance of each channel to all.
-    For each attention layer all processes get the keys and values of all positions, ``2 * h * w * C`` elements: passing them on in
-    a ring would take less memory.
+    For each attention layer all processes get the keys and values of all positions, ``2 * h * w * C`` elements: passing them
+    around a ring would take less memory.
 
     Args:
         decoder: in evaluation mode, if it has dropout; whole in every process (FSDP's parameters are not).
