@@ -1,4 +1,4 @@
-"""Training on two processes is training on one: DDP and FSDP2 (fully_shard), with activation checkpointing and autocast or without.
+"""Training on two processes is training on one: DDP and FSDP2 (fully_shard), with and without activation checkpointing and autocast.
 
 FSDP2 is on the units that README names. Both processes are started once and run all cases.
 """
@@ -18,7 +18,7 @@ STEPS = 3
 BLOCKS = (ResnetBlock, AttnBlock, Upsample, Downsample)
 UNITS = {"whole": (), "blocks": BLOCKS, "blocks and norms": (*BLOCKS, SpatialNorm), "convolutions": (nn.Conv2d,)}
 WRAPPERS = ["ddp", *UNITS]
-CLOSE = 1e-4  # of what single steps of one process move; float32, summed in another order
+CLOSE = 5e-5  # of what single steps of one process move; float32, summed in another order
 CLOSE_BFLOAT16 = 3e-2  # of gradients in bfloat16 autocast, which rounds to 8 bits
 
 
@@ -108,7 +108,7 @@ def evaluate(model, inputs):
         loss_of(model.train(), inputs).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert model.up[1].upsample._folded._value is None  # its weight's values change, but not its id, its version and, often, its address
+    assert model.up[1].upsample._folded._value is None  # its weight gets new values in place, unversioned
     return results
 
 
