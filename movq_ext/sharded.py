@@ -8,7 +8,8 @@ a convolution or a norm needs. Only attention needs more: keys and values of all
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal, overload
+from collections.abc import Iterator
+from typing import Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -117,6 +118,7 @@ class Band:
             first, last = self.rows(whole.shape[0], process)
             works.append(dist.broadcast(_bytes(whole[first:last]), group=self.group, group_src=process, async_op=True))
         for work in works:
+            assert work is not None, "a process of the group"
             work.wait()
 
     def swap(self, neighbours: dict[int, tuple[Tensor, Tensor]]) -> None:
@@ -131,8 +133,8 @@ class Band:
     def check_same(self, z: Tensor, zq: Tensor) -> None:
         """z and zq must be the same in every process, but for rounding."""
         shapes = torch.tensor([*z.shape, *zq.shape], dtype=torch.float64, device=z.device)
-        all_ = self.gather(torch.cat([shapes, *(_sample(x) for x in (z, zq))]))
-        shapes, samples = all_.split([len(shapes), 2 * SAMPLES], dim=1)
+        found = self.gather(torch.cat([shapes, _sample(z), _sample(zq)]))
+        shapes, samples = found[:, : len(shapes)], found[:, len(shapes) :]
         differ = (shapes != shapes[0]).any(1) | ((samples - samples[0]).abs().mean(1) > 0.1 * samples[0].abs().mean())
         if differ.any():
             others = differ.nonzero().flatten().tolist()
@@ -183,7 +185,7 @@ class BandMoments(Moments):
         assert self.mean is not None
         count = self.mean.new_full((1,), self.count)
         parts = self._band.gather(torch.cat([count, self.mean, self.m2]))
-        counts, means, m2s = parts.split([1, *self.mean.shape, *self.m2.shape], dim=1)
+        counts, (means, m2s) = parts[:, :1], parts[:, 1:].chunk(2, dim=1)
         self.mean = (means * (counts / counts.sum())).sum(0)
         self.m2 = (m2s + counts * (means - self.mean).square()).sum(0)
         self.count = int(counts.sum())
@@ -225,7 +227,7 @@ class BandStrips(Strips):
             self.band.complete(whole[0, 0])
         return k, v
 
-    def _spans(self, x: FeatureMap, values: int) -> Any:
+    def _spans(self, x: FeatureMap, values: int) -> Iterator[tuple[int, int]]:
         band_first, band_last = self.band.rows(x.height)
         for first, last in super()._spans(x, values):
             if first < band_last and last > band_first:
@@ -271,4 +273,4 @@ def _bytes(x: Tensor) -> Tensor:
 
 def _sample(x: Tensor) -> Tensor:
     """Values from all over x."""
-    return x.reshape(-1)[torch.linspace(0, x.numel() - 1, SAMPLES, device=x.device).long()].double()
+    return x.reshape(-1)[torch.linspace(0, x.numel() - 1, SAMPLES, dtype=torch.float64, device=x.device).long()].double()

@@ -1,4 +1,4 @@
-"""Training on two processes is training on one: DDP and FSDP2 (fully_shard), with and without activation checkpointing and autocast.
+"""Training on two processes is training on one: DDP and FSDP2 (fully_shard), activation checkpointing, autocast.
 
 FSDP2 is on the units that README names. Both processes are started once and run all cases.
 """
@@ -33,6 +33,10 @@ def movq():
 
 def images():
     return [torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1]
+
+
+def codes():
+    return torch.arange(24).reshape(2, 3, 4)
 
 
 def loss_of(model, inputs):
@@ -88,6 +92,9 @@ def worker(rank, folder):
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     results["policy"] = train(wrapped(decoder(), "blocks", mp_policy=policy), mine["decoder"])[1]
     results["evaluation"] = evaluate(wrapped(decoder(), "blocks"), mine["decoder"])
+    register_fsdp_forward_method(codes_model := wrapped(movq(), "blocks"), "decode_code")
+    with torch.no_grad():
+        results["codes"] = codes_model.eval().decode_code(codes())
     try:
         with torch.no_grad():
             decode_sharded(wrapped(decoder(), "blocks"), *latents())
@@ -182,6 +189,11 @@ def test_evaluation_between_steps_sees_the_new_parameters(results):
         loss_of(model.train(), latents()).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def test_other_methods_of_a_sharded_model(results):
+    for result in results:
+        assert_close(result["codes"], movq().eval().decode_code(codes()).double(), slack=20)
 
 
 def test_a_sharded_decoder_cannot_decode_one_image_over_several_processes(results):

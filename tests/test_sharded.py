@@ -10,7 +10,7 @@ from test_tiled import CASES, adapted, circular, hooked, patched, quantised
 from tolerances import assert_close, relative_error
 from torch import nn
 
-from movq_ext import decode_sharded, sharded
+from movq_ext import ResnetBlock, SpatialNorm, decode_sharded, sharded
 
 LITTLE = 60_000  # bytes of a strip, so that every band has several
 PROCESSES = [2, 4]
@@ -20,7 +20,17 @@ GRIDS = {name: case for name, case in CASES.items() if case[1][0] >= max(PROCESS
     "add_conv on its own grid": (dict(add_conv=True, ch_mult=(1, 1, 1)), (5, 2), None),
     "nine rows, three levels": (dict(ch_mult=(1, 2, 2), resamp_with_conv=True), (9, 3), (2, 3)),
 }
-CHANGES = {change.__name__: change for change in (adapted, patched, hooked)}
+
+
+def shortcuts(decoder):
+    """3x3 ones, which see rows of other processes too."""
+    decoder.up[0].block[0] = ResnetBlock(in_channels=64, out_channels=32, conv_shortcut=True, zq_ch=5)
+    decoder.up[0].block[1] = ResnetBlock(in_channels=32, out_channels=64, conv_shortcut=True, zq_ch=5)
+    decoder.norm_out = SpatialNorm(64, 5, num_groups=32)
+    decoder.conv_out = nn.Conv2d(64, 3, 3, padding=1)
+
+
+CHANGES = {change.__name__: change for change in (adapted, patched, hooked, shortcuts)}
 DTYPES = {torch.float64: 1e-11, torch.bfloat16: 5e-2, torch.float16: 2**-11}
 
 
@@ -47,11 +57,6 @@ REFUSED = {
 }
 
 
-def started(rank, processes, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes)
-
-
 def message(function, *arguments, **keywords):
     """Of the error that it raises."""
     try:
@@ -62,7 +67,8 @@ def message(function, *arguments, **keywords):
 
 
 def worker(rank, processes, folder):
-    started(rank, processes, folder)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes)
     with torch.no_grad():
         results = decode_all(rank, processes)
     results["gradient"] = message(decode_sharded, make(), *latents())
@@ -134,7 +140,7 @@ def test_bands_are_the_whole(results):
             assert_close(out, wanted.double(), slack=5)
 
 
-def test_convolutions_that_somebody_changed_are_called(results):
+def test_layers_that_somebody_changed(results):
     for name, change in CHANGES.items():
         change(decoder := make())
         assert_close(each(results, name), decoder(*latents((6, 4))).double(), slack=5)
