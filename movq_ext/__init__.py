@@ -13,6 +13,7 @@ from .graphs import CUDAGraphDecoder
 from .modules import AttnBlock, Downsample, GroupNorm, ResnetBlock, SpatialNorm, Upsample
 from .quantize import VectorQuantizer
 from .ranges import annotate
+from .sharded import decode_sharded
 from .tiled import decode_tiled
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "annotate",
     "attention",
     "build_info",
+    "decode_sharded",
     "decode_tiled",
     "explain",
     "export_decoder",

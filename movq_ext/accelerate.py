@@ -21,11 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .derived import Derived
 from .functional import attention, spatial_norm
 from .kernels import MAX_HEAD_SIZE
 from .modulation import modulate
-from .modules import begin, finish, fold_upsampling, is_plain, is_untouched
+from .modules import begin, finish, fold_upsampling, is_plain, is_plain_3x3, is_untouched
 from .native import is_inference
 
 NAMES_SHOWN = 3
@@ -98,7 +97,6 @@ def accelerate(model_or_pipeline: Any) -> AccelerationReport:
                 left[name] = reason
                 continue
             module.__class__ = kind
-            kind.prepare(module)
             replaced.setdefault(kind.__name__, []).append(name)
         if component and not found:
             left[component] = NOT_SERVED
@@ -120,7 +118,6 @@ def restore(model_or_pipeline: Any) -> None:
     for model in _models(model_or_pipeline).values():
         for module in model.modules():
             if isinstance(module, Served):
-                module.__dict__.pop("_folded", None)
                 module.__class__ = module.diffusers_class  # type: ignore[assignment]
 
 
@@ -144,10 +141,6 @@ class Served(nn.Module):
     def reason(module: Any) -> str | None:
         """Why the module cannot be served, or None if it can."""
         raise NotImplementedError
-
-    @staticmethod
-    def prepare(module: Any) -> None:
-        """Give the module what its new forward needs."""
 
 
 def _theirs(module: Any) -> Any:
@@ -317,8 +310,6 @@ class ResnetBlockCondNorm2D(Served):
 class Upsample2D(Served):
     """Nearest 2x upsampling and a 3x3 convolution, as one transposed convolution."""
 
-    _folded: Derived
-
     @staticmethod
     def reason(module: Any) -> str | None:
         nearest = not module.use_conv_transpose and module.norm is None and getattr(module, "interpolate", True)
@@ -326,17 +317,11 @@ class Upsample2D(Served):
             return "it is not a nearest upsampling and a convolution"
         return None if _is_folding(_conv_of(module)) else "its convolution is replaced, hooked or not a padded 3x3"
 
-    @staticmethod
-    def prepare(module: Any) -> None:
-        if "_folded" not in module.__dict__:
-            module._folded = Derived(fold_upsampling)
-
     def forward(self: Any, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         conv = _conv_of(self)
         if args or kwargs or output_size is not None or not _takes(self, hidden_states) or not _is_folding(conv):
             return _theirs(self).forward(self, hidden_states, output_size, *args, **kwargs)  # type: ignore[no-any-return]
-        weight = self._folded(conv.weight, keep=not self.training)
-        return F.conv_transpose2d(hidden_states, weight, conv.bias, stride=2, padding=1)
+        return F.conv_transpose2d(hidden_states, fold_upsampling(conv.weight), conv.bias, stride=2, padding=1)
 
 
 def _conv_of(upsample: Any) -> Any:
@@ -344,7 +329,7 @@ def _conv_of(upsample: Any) -> Any:
 
 
 def _is_folding(conv: Any) -> bool:
-    return is_plain(conv) and conv.kernel_size == (3, 3) and conv.padding == (1, 1)
+    return is_plain_3x3(conv)
 
 
 class Attention(Served):

@@ -112,23 +112,24 @@ class Strips:
 
     def _attn_block(self, block: AttnBlock, x: FeatureMap) -> FeatureMap:
         normalise = self._normalised(block.norm, x, None)
-        k, v = (self.store.like.new_empty(1, 1, x.height * x.width, x.channels) for _ in range(2))
-
-        def projected(layer: nn.Module, n: Tensor) -> Tensor:
-            return cast(Tensor, layer(n).permute(0, 2, 3, 1).flatten(1, 2).unsqueeze(1))
-
-        for first, last in self._spans(x, 8 * x.channels):
-            n = self._strip(x, last - first)
-            normalise(first, last, n)
-            for layer, whole in ((block.k, k), (block.v, v)):
-                whole[:, :, first * x.width : last * x.width] = projected(layer, n)
+        k, v = self._keys_and_values(block, x, normalise)
         out = x.successor(x.channels)
         for first, last in self._spans(x, 8 * x.channels):
             n = self._strip(x, last - first)
             normalise(first, last, n)
-            attended = attention(projected(block.q, n), k, v).flatten(0, 2).unflatten(0, (1, last - first, x.width)).permute(0, 3, 1, 2)
+            attended = attention(_projected(block.q, n), k, v).flatten(0, 2).unflatten(0, (1, last - first, x.width)).permute(0, 3, 1, 2)
             out.write(first, block.proj_out(attended).add_(x.read(first, last)))
         return out
+
+    def _keys_and_values(self, block: AttnBlock, x: FeatureMap, normalise: Rows) -> tuple[Tensor, Tensor]:
+        """Of all positions, ``(1, 1, H * W, C)`` each."""
+        k, v = (self.store.like.new_empty(1, 1, x.height * x.width, x.channels) for _ in range(2))
+        for first, last in self._spans(x, 8 * x.channels):
+            n = self._strip(x, last - first)
+            normalise(first, last, n)
+            for layer, whole in ((block.k, k), (block.v, v)):
+                whole[:, :, first * x.width : last * x.width] = _projected(layer, n)
+        return k, v
 
     def _upsample(self, layer: Upsample, x: FeatureMap) -> FeatureMap:
         out = self.store.new(x.channels, 2 * x.height, 2 * x.width)
@@ -306,6 +307,11 @@ def check_decoder(decoder: Any) -> None:
 
 
 CONVOLUTIONS = ("conv_in", "conv_out", "conv1", "conv2", "conv_shortcut", "conv")
+
+
+def _projected(layer: nn.Module, n: Tensor) -> Tensor:
+    """layer(n) as one head's tokens, ``(1, 1, rows * W, C)``."""
+    return cast(Tensor, layer(n).permute(0, 2, 3, 1).flatten(1, 2).unsqueeze(1))
 
 
 def whole_cells(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
