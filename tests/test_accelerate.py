@@ -573,10 +573,12 @@ def test_parts_of_other_kinds_are_left_with_a_reason():
         "wide": Attention(544, heads=1, dim_head=544),
         "rms": Attention(32, heads=1, dim_head=32, qk_norm="rms_norm"),
         "hook": ResnetBlock2D(in_channels=32, temb_channels=None),
+        "cond": Attention(32, heads=1, dim_head=32, spatial_norm_dim=4),
         "bare": Upsample2D(4),
         "large": Upsample2D(4, use_conv=True, kernel_size=5, padding=2),
     })  # fmt: skip
     blocks["norm"].norm2 = nn.Identity()
+    blocks["cond"].spatial_norm = nn.Identity()
     blocks["hook"].nonlinearity.register_forward_hook(lambda *_: None)
     report = accelerate(blocks)
     assert report.replaced == {"ResnetBlock2D": ["good"]}
@@ -586,12 +588,13 @@ def test_parts_of_other_kinds_are_left_with_a_reason():
         "norm": "its norm2 is Identity, not GroupNorm",
         "wide": "its head is larger than 512",
         "rms": "it normalises its queries or does not scale them",
+        "cond": "its spatial_norm is Identity, not SpatialNorm",
         "hook": "its activation is hooked or patched",
         "bare": "it is not a nearest upsampling and a convolution",
         "large": "its convolution is replaced, hooked or not a padded 3x3",
     }
     lines = str(report).splitlines()
-    assert lines[:3] == ["1 parts replaced", "  ResnetBlock2D (1): good", "8 left as they are"] and len(lines) == 11
+    assert lines[:3] == ["1 parts replaced", "  ResnetBlock2D (1): good", "9 left as they are"] and len(lines) == 12
 
 
 # Pipelines and errors
@@ -632,7 +635,7 @@ def test_errors():
 
 
 def test_without_diffusers(monkeypatch):
-    served._served_classes.cache_clear()
+    monkeypatch.setattr(served, "_served_classes", served._served_classes.__wrapped__)
     monkeypatch.setitem(sys.modules, "diffusers.models.attention_processor", None)
     with pytest.raises(ImportError, match="accelerate needs diffusers: pip install diffusers"):
         accelerate(nn.Linear(2, 2))
