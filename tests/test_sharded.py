@@ -50,8 +50,8 @@ def training(decoder):
 REFUSED = {
     "rows": (plain, latents((1, 9)), "ValueError: z must have a row for every process of the group, got 1 rows for 2 processes"),
     "channels": (plain, latents(z=3), r"ValueError: z must have shape \(batch, 4"),
-    "padding": (circular, latents(), "TypeError: .* takes nn.Conv2d padded with zeros, got .*circular"),
-    "conv_out": (quantised, latents(), "TypeError: .* takes nn.Conv2d padded with zeros, got Sequential"),
+    "padding": (circular, latents(), "TypeError: .* takes 3x3 nn.Conv2d padded with zeros, got .*circular"),
+    "conv_out": (quantised, latents(), "TypeError: .* takes 3x3 nn.Conv2d padded with zeros, got Sequential"),
     "block": (identity, latents(), "TypeError: .* takes ResnetBlock, .* got Identity"),
     "dropout": (training, latents(), "ValueError: decoder must be in evaluation mode"),
 }
