@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from .autoencoder import MOVQ
 from .checkpoint import save_pretrained
-from .files import replacing
+from .files import refusing, replacing, require_file
 from .images import find_images, load_image, to_tensor
 
 log = logging.getLogger(__name__)
@@ -246,13 +245,12 @@ class Trainer:
 
     def resume(self) -> None:
         """Continue from the checkpoint in ``out``. Raises ValueError if it is damaged or was made with another config."""
-        try:
+        require_file(self.checkpoint)
+        with refusing(ValueError, f"{self.checkpoint} is damaged"):
             state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{self.checkpoint} is damaged: {error}") from error
+            theirs = dict(state["config"])
         ours = asdict(self.config)
-        changed = [f"{key}={state['config'].get(key)!r}, now {ours[key]!r}"
-                   for key in ours if key != "steps" and state["config"].get(key) != ours[key]]  # fmt: skip
+        changed = [f"{key}={theirs.get(key)!r}, now {ours[key]!r}" for key in ours if key != "steps" and theirs.get(key) != ours[key]]
         if changed:
             raise ValueError(f"{self.checkpoint} was made with {'; '.join(changed)}")
         self.model.load_state_dict(state["model"])

@@ -14,6 +14,7 @@ from movq_ext.files import replacing
 THREADS, ROUNDS = 8, 3
 DDCONFIG = dict(ch=32, out_ch=3, ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=(16,), in_channels=3, resolution=32,
 z_channels=4)
+LEAST = 10_752  # bytes for each column of the latents: the second map of the decode goes to a file
 SIZES = [(4, 4), (3, 5), (8, 4), (6, 6), (2, 9), (7, 1), (1, 1), (5, 8)]
 
 
@@ -43,7 +44,7 @@ def in_strips(model, codes):
 def in_files(model, codes):
     with torch.no_grad():
         z, zq = latents(model, codes)
-    return decode_tiled(model.decoder, z, zq, max_memory=400_000)
+    return decode_tiled(model.decoder, z, zq, max_memory=LEAST * z.shape[3])
 
 
 @torch.no_grad()

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from movq_ext import MOVQDecoder, annotate, decode_tiled, ranges
+from movq_ext import MOVQDecoder, annotate, decode_tiled, maps, ranges
 
 DECODES = int(os.environ.get("MOVQ_EXT_CASES", 150))
 WARM_UP = 40
 RSS_GROWTH = 24 << 20  # bytes: what the allocator may come to keep after the warm-up, whatever the number of decodes
 SIZES = [(1, 1), (3, 5), (8, 4), (6, 6), (2, 9), (7, 1)]
+LEAST = 43_008  # bytes for latents 4 wide: half of that holds less than one map of (1, 32, 48, 8)
 SETTINGS = dict(ch=32, out_ch=3, ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=(), in_channels=3, resolution=32,
 z_channels=4)
 
@@ -31,6 +32,15 @@ def latents(height=4, width=4, batch=1, **options):
 
 def tensors():
     return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+
+@pytest.fixture
+def files(monkeypatch):
+    """How many temporary files were made."""
+    made = itertools.count()
+    real = maps.tempfile.TemporaryFile
+    monkeypatch.setattr(maps.tempfile, "TemporaryFile", lambda *args, **options: (next(made), real(*args, **options))[1])
+    return made
 
 
 def usage():
@@ -66,7 +76,7 @@ def of_changing_size(decoder, i):
 
 
 def in_files(decoder, i):
-    decode_tiled(decoder, *latents(), max_memory=200_000)
+    decode_tiled(decoder, *latents(24, 4), max_memory=LEAST)
 
 
 @torch.inference_mode()
@@ -100,12 +110,12 @@ def annotated(decoder, i):
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads memory and open files from /proc")
 @pytest.mark.parametrize("work", [in_strips, of_changing_size, in_files, in_half_precision, under_autocast, with_gradients,
 with_features, annotated])
-def test_decodes(work):
+def test_decodes(work, files):
     decoder = make()
     if work is in_half_precision:
         decoder.half()
     soak(lambda i: work(decoder, i))
-    assert not ranges._annotated
+    assert not ranges._annotated and (next(files) >= DECODES) == (work is in_files)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads memory and open files from /proc")
@@ -169,7 +179,7 @@ def test_models_that_come_and_go():
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads memory and open files from /proc")
 @pytest.mark.parametrize("what", [ValueError, KeyboardInterrupt])
-def test_decodes_that_fail(what):
+def test_decodes_that_fail(what, files):
     """Each at another layer: no file stays open, no range, no map."""
     decoder, calls = make(), itertools.count()
     fails_at = 0
@@ -186,7 +196,7 @@ def test_decodes_that_fail(what):
         nonlocal calls, fails_at
         calls, fails_at = itertools.count(), i % 10
         with pytest.raises(what), annotate(decoder):
-            decode_tiled(decoder, *latents(), max_memory=200_000)
+            decode_tiled(decoder, *latents(24, 4), max_memory=LEAST)
 
     soak(work)
-    assert not ranges._annotated and not ranges._opened.ranges
+    assert not ranges._annotated and not ranges._opened.ranges and next(files) >= DECODES // 2

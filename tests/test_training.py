@@ -164,7 +164,10 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(folder, tmp_pat
         trainer(folder, tmp_path, learning_rate=0.5, seed=3).resume()
     trainer(folder, tmp_path, steps=20).resume()
     run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="training.pt is damaged"):
+    with pytest.raises(ValueError, match=r"training\.pt is damaged"):
+        run.resume()
+    torch.save({"model": {}}, run.checkpoint)
+    with pytest.raises(ValueError, match=r"training\.pt is damaged: KeyError: 'config'"):
         run.resume()
 
 
