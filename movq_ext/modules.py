@@ -194,8 +194,8 @@ def fold_windows(weight: Tensor) -> Tensor:
     """The same as ``(4 * out, in, 2, 2)``, a convolution of windows of 2x2 pixels: it makes the four pixels of the large map around the middle
     of a window, upper left, upper right, lower left and lower right."""
     taps = torch.tensor([[[1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 1]]], dtype=weight.dtype, device=weight.device)  # by pixel, row, tap
-    folded = weight.flatten(2).flatten(0, 1) @ torch.einsum("dyi,rxj->ijdryx", taps, taps).reshape(9, 16)
-    return folded.view(*weight.shape[:2], 4, 2, 2).permute(2, 0, 1, 3, 4).flatten(0, 1)
+    kernels = torch.einsum("dyi,rxj->drijyx", taps, taps).reshape(4, 9, 4)  # for each of the four pixels
+    return (weight.reshape(-1, 9) @ kernels).view(-1, weight.shape[1], 2, 2)
 
 
 class Upsample(nn.Module):
