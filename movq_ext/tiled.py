@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .decoder import MOVQDecoder
-from .strips import HALO, convolution_values, decode_in_strips
+from .strips import HALO, STRIP_BYTES, convolution_values, decode_in_strips
 
 MIB = 1 << 20
 
@@ -18,8 +18,8 @@ def decode_tiled(decoder: MOVQDecoder, z: Tensor, zq: Tensor, *, max_memory: int
     Args:
         decoder: in evaluation mode, if it has dropout.
         z, zq: as for ``decoder``.
-        max_memory: bytes of the device's memory to use beyond weights, latents and the image: half of it for maps between layers and half
-            for the strip at work. Beyond that an attention layer takes its keys and values, 2 * h * w * C elements, and a norm its scales
+        max_memory: bytes of the device's memory to use beyond weights, latents and the image: at most half of it for the strip at work, the
+            others for maps between layers. Beyond that an attention layer takes its keys and values, 2 * h * w * C elements, and a norm its scales
             and shifts, as many in float32; float16 on a CPU takes a float32 copy of the weights and maps. A decode that needs
             more keeps its maps in temporary files, up to ``(C0 + C1) * H * W`` elements for an image of ``H * W`` with C0 and C1 channels
             before and in the last level. The images of a batch come one after the other.
@@ -43,4 +43,5 @@ def decode_tiled(decoder: MOVQDecoder, z: Tensor, zq: Tensor, *, max_memory: int
     least = 2 * (1 + HALO) * values * z.shape[3] * scale * computed_in.itemsize
     if max_memory < least:
         raise ValueError(f"max_memory must be at least {least} bytes ({-(-least // MIB)} MiB) for z of shape {tuple(z.shape)}, got {max_memory}")
-    return decode_in_strips(decoder, z, zq, max_memory // 2, max_memory // 2, folder)
+    working = min(max_memory // 2, STRIP_BYTES) if z.device.type == "cpu" else max_memory // 2  # on a CPU more would leave the cache
+    return decode_in_strips(decoder, z, zq, working, max_memory - working, folder)
