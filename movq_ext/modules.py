@@ -154,7 +154,7 @@ def begin(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def finish(h: Tensor, bias: Tensor | None, x: Tensor, made_by: nn.Module) -> Tensor:
     """``x + h`` for what begin(made_by, ...) made: into h where nothing else holds that."""
-    if h.dtype == x.dtype and is_plain(made_by) and is_inference(h, x):
+    if h.dtype == x.dtype and is_inference(h, x) and is_plain(made_by):
         return h.add_(x) if bias is None else add_bias_residual_(h, bias, x)
     return x + (h if bias is None else h + bias[:, None, None])
 
@@ -280,7 +280,7 @@ class ResnetBlock(nn.Module):
         norm2 = self.norm2
         if temb is not None:
             h = self.conv1(h) + self.temb_proj(F.silu(temb))[:, :, None, None]
-        elif type(norm2) in (GroupNorm, SpatialNorm) and is_untouched(norm2) and is_inference(*norm2.parameters(), *_tensors(zq)):
+        elif type(norm2) in (GroupNorm, SpatialNorm) and is_inference(*norm2.parameters(), *_tensors(zq)) and is_untouched(norm2):
             h, bias = begin(self.conv1, h)
             norm2 = partial(norm2, f_bias=bias)
         else:
