@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .decoder import MOVQDecoder
 from .maps import FeatureMap, Kept, MapStore, Moments
 from .modules import AttnBlock, is_plain_network
-from .strips import STRIP_BYTES, Rows, Strips, check_decoder
+from .strips import STRIP_BYTES, Rows, Strips, check_decoder, check_evaluation
 
 GPU_STRIP_BYTES = 1 << 30  # enough pixels to fill a GPU; not yet measured on one
 SAMPLES = 64  # of a latent, to see whether processes have the same
@@ -257,8 +257,7 @@ def _check(decoder: MOVQDecoder, z: Tensor, zq: Tensor) -> None:
         raise TypeError("decoder's parameters must be whole in every process, got sharded ones (DTensor), as FSDP makes them")
     decoder._check(z, zq)
     check_decoder(decoder)
-    if decoder.training and any(isinstance(module, nn.Dropout) and module.p > 0 for module in decoder.modules()):
-        raise ValueError("decoder must be in evaluation mode: call decoder.eval() first")
+    check_evaluation(decoder)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (z, zq, *decoder.parameters())):
         raise ValueError("decoder, z and zq must not require a gradient: none is recorded. Call it under torch.no_grad()")
 

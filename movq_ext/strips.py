@@ -306,6 +306,12 @@ def check_decoder(decoder: Any) -> None:
             raise TypeError(f"a decoder in strips takes nn.GroupNorm as it is, got {module.norm_layer} in {name}")
 
 
+def check_evaluation(decoder: nn.Module) -> None:
+    """Dropout has no place in a decode in strips."""
+    if decoder.training and any(isinstance(module, nn.Dropout) and module.p > 0 for module in decoder.modules()):
+        raise ValueError("decoder must be in evaluation mode: call decoder.eval() first")
+
+
 CONVOLUTIONS = ("conv_in", "conv_out", "conv1", "conv2", "conv_shortcut", "conv")
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .decoder import MOVQDecoder
-from .strips import HALO, STRIP_BYTES, convolution_values, decode_in_strips
+from .strips import HALO, STRIP_BYTES, check_evaluation, convolution_values, decode_in_strips
 
 MIB = 1 << 20
 
@@ -35,8 +35,7 @@ def decode_tiled(decoder: MOVQDecoder, z: Tensor, zq: Tensor, *, max_memory: int
         OSError: the temporary files do not fit the disk.
     """
     decoder._check(z, zq)
-    if decoder.training and any(isinstance(module, nn.Dropout) and module.p > 0 for module in decoder.modules()):
-        raise ValueError("decoder must be in evaluation mode: call decoder.eval() first")
+    check_evaluation(decoder)
     scale = 2 ** (decoder.num_resolutions - 1)
     values = max(convolution_values(block.in_channels, block.out_channels) for stage in decoder.up for block in stage.block)
     computed_in = torch.float32 if z.dtype == torch.float16 and z.device.type == "cpu" else z.dtype
