@@ -196,8 +196,8 @@ def test_files_that_cannot_be_loaded(tmp_path):
 def test_the_file_can_call_our_operators(tmp_path, monkeypatch):
     """As it does on a GPU: here a CPU decoder is made to call them, and their CPU version answers."""
 
-    def norm(f, y, b, weight, bias, groups, eps, activation):
-        return kernels.spatial_norm(f, y, b, weight, bias, groups, eps, activation == "silu")
+    def norm(f, y, b, weight, bias, groups, eps, activation, *options):
+        return kernels.spatial_norm(f, y, b, weight, bias, groups, eps, activation == "silu", *options)
 
     def attention(*maps):
         q, k, v = (x.flatten(2).transpose(1, 2).unsqueeze(1) for x in maps)

@@ -45,7 +45,8 @@ def files(monkeypatch):
 
 def usage():
     """Live tensors, open files, other objects, and bytes in memory."""
-    gc.collect()
+    while gc.collect():  # what earlier tests left may take more than one pass to go
+        pass
     with open("/proc/self/statm") as file:
         resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return tensors(), len(os.listdir("/proc/self/fd")), len(gc.get_objects()), resident
@@ -59,7 +60,8 @@ def soak(work, decodes=DECODES):
     for i in range(WARM_UP, WARM_UP + decodes):
         work(i)
     after = usage()
-    assert after[:2] == before[:2], f"tensors and open files {before[:2]} became {after[:2]}"
+    for name, was, now in zip(("tensors", "open files"), before, after, strict=False):
+        assert now <= was, f"{was} {name} became {now}"
     # Some objects torch and the interpreter keep.
     assert after[2] - before[2] < decodes // 4, f"{before[2]} objects became {after[2]}"
     assert after[3] - before[3] < RSS_GROWTH, f"{before[3]} bytes became {after[3]}"
