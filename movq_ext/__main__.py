@@ -207,8 +207,12 @@ def size_range(text: str) -> tuple[int, int]:
 
 
 def memory_size(text: str) -> int:
-    number, unit = re.fullmatch(r"([\d.]+)\s*([KMGT]?)i?B?", text.strip(), re.IGNORECASE).groups()  # type: ignore[union-attr]
-    return int(float(number) * 1024 ** " KMGT".index(unit.upper() or " "))
+    """Bytes: a number, and K, M, G or T for powers of 1024."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    size = int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " ")) if found else 0
+    if size <= 0:
+        raise ValueError(text)  # which argparse words
+    return size
 
 
 def load_model(args: argparse.Namespace) -> MOVQ:

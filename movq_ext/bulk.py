@@ -150,13 +150,18 @@ class BatchDecoder:
 
 def peak_values(decoder: MOVQDecoder) -> int:
     """The most values a pixel of the image that maps have at a time: a block's input, its norm, its convolution and the sum."""
-    channels = ((level, block.in_channels + block.out_channels) for level, stage in enumerate(decoder.up) for block in stage.block)
-    return max(-(-2 * both // 4**level) for level, both in channels)
+    levels = [[2 * (block.in_channels + block.out_channels) for block in stage.block] for stage in decoder.up]
+    return max(-(-values // 4**level) for level, blocks in enumerate(levels) for values in blocks)
 
 
 def decode_shard(shard: Shard, decoder: BatchDecoder, tell: Tell = lambda pictures: None) -> Report:
     """Decode what a shard has and its target lacks. What is the shard's or the disk's fault is reported, not raised."""
     report, start = Report(str(shard.source)), time.monotonic()
+    if shard.is_done():  # by a worker that died before it could say so
+        report.present = shard.pictures()
+        report.rejected = len(shard.rejects.read_text().splitlines()) if shard.rejects.exists() else 0
+        tell(report.present + report.rejected)
+        return report
     rejects: list[dict[str, str | None]] = []
     paths = {shard.rejects}
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .bulk import BatchDecoder, Report, Settings, Tell, decode_shard
+from .checkpoint import from_pretrained
 from .shards import KINDS, Shard
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ def run_with_ray(shards: Sequence[Shard], settings: Settings, tell: Tell) -> Ite
     """
     import ray
 
+    from_pretrained(settings.model)  # what may be wrong with it is said here, and not by every worker
     ours = not ray.is_initialized()
     if ours:
         ray.init(logging_level=logging.WARNING, include_dashboard=False)

@@ -1,7 +1,7 @@
 """Shards: files with the codes of many pictures, and what their pictures are written to.
 
-- ``x.parquet``: rows with a column ``codes`` (integers: a list, or a list of rows) and, if there are any, ``name``, ``height`` and
-  ``width``. The pictures are in ``x.parquet``: the same rows with a column ``image`` (PNG) in the place of ``codes``.
+- ``x.parquet``: rows with a column ``codes`` (integers: a list, or a list of rows) and, if there are any, ``name``, ``height``
+  and ``width``. The pictures are in ``x.parquet``: the same rows with a column ``image`` (PNG) in the place of ``codes``.
 - ``x.tar``, a WebDataset: ``key.npy`` (integers of one or two dimensions) and, if there is any, ``key.json`` with ``height`` and
   ``width``. The pictures are in ``x.tar``: the same samples with ``key.png`` in the place of ``key.npy``.
 - ``x.safetensors``: what CodeFile has. The pictures are PNG files in a folder.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -34,9 +35,11 @@ from .codes import CodeFile, codebook_id, name_problem
 from .files import parse_json, printable, refusing, replacing, require_file
 
 CODEBOOK_KEY = b"movq_ext.codebook"  # in the metadata of a Parquet file: whose codes these are, if it says so
+COLUMNS = ("name", "codes", "height", "width")  # those that say something to us
 ROWS = 256  # read at a time
 BUFFER_BYTES = 32 << 20  # of pictures, until they are written as one group of rows
 MOST_MEMBER = 256 << 20  # bytes of one file in a WebDataset
+TAR_END = 1024  # bytes, zeros
 MOST_SIDE = 1 << 20  # pixels
 
 
@@ -73,7 +76,7 @@ class Codebook:
                 raise ValueError(f"{codes.size} codes in one line are no square: height and width are needed")
             rows, columns = (side, side) if codes.ndim == 1 else codes.shape
             height, width = rows * self.cell, columns * self.cell
-        elif not all(isinstance(pixels, int) and 0 < pixels <= MOST_SIDE for pixels in size):
+        elif not all(type(pixels) is int and 0 < pixels <= MOST_SIDE for pixels in size):
             found = printable(f"{height!r} and {width!r}", 100)
             raise ValueError(f"height and width must be whole numbers from 1 to {MOST_SIDE}, got {found}")
         rows, columns = -(-height // self.cell), -(-width // self.cell)
@@ -133,6 +136,10 @@ class Shard(ABC):
         """How many samples it has; None where that takes reading all of it, or it cannot be read."""
         return None
 
+    def pictures(self) -> int:
+        """How many pictures it has where it is done."""
+        raise AssertionError(f"{self.target} is never known to be done")
+
     def path_of(self, sample: Sample) -> Path:
         """The file that a sample's picture is written to."""
         return self.target
@@ -163,6 +170,9 @@ class ParquetShard(Shard):
         except (OSError, ValueError):  # which samples() will say
             return None
 
+    def pictures(self) -> int:
+        return int(_pyarrow()[1].read_metadata(self.target).num_rows)
+
     def samples(self, codebook: Codebook) -> Iterator[Sample]:
         with self._open() as file:
             metadata = file.schema_arrow.metadata or {}
@@ -172,7 +182,7 @@ class ParquetShard(Shard):
             for batch in _refused(file.iter_batches(ROWS), self.source):
                 rest = batch.drop_columns(["codes"])
                 for row in range(batch.num_rows):
-                    columns = {name: batch[name][row] for name in ("name", "codes", "height", "width") if name in batch.schema.names}
+                    columns = {name: batch[name][row] for name in COLUMNS if name in batch.schema.names}
                     name = columns["name"].as_py() if "name" in columns else None
                     sample = Sample(f"row {count}" if name is None else str(name), rest=rest.slice(row, 1))
                     try:
@@ -193,8 +203,8 @@ class ParquetShard(Shard):
         rows: list[tuple[Any, bytes]] = []
 
         def flush() -> None:
-            images = pa.array([png for _, png in rows], pa.binary())
-            writer.write_table(pa.Table.from_batches([rest for rest, _ in rows], schema).append_column(whole.field("image"), images))
+            table = pa.Table.from_batches([rest for rest, _ in rows], schema)
+            writer.write_table(table.append_column(whole.field("image"), pa.array([png for _, png in rows], pa.binary())))
             rows.clear()
 
         def write(sample: Sample, png: bytes) -> None:
@@ -226,22 +236,34 @@ class ParquetShard(Shard):
 class WebDatasetShard(Shard):
     suffix = ".tar"
 
+    def pictures(self) -> int:
+        with tarfile.open(self.target) as tar:
+            return sum(member.name.endswith(".png") for member in tar)
+
     def samples(self, codebook: Codebook) -> Iterator[Sample]:
         require_file(self.source)
+        self._require_end()
         with refusing(ShardError, f"{self.source} is damaged or no tar file"):
             tar = tarfile.open(self.source, "r|*")
         with tar:
             for key, members in groupby(_refused(_members(tar), self.source), key=lambda member: member[0]):
-                sample = Sample(key, rest={})
-                for _, extension, data in members:
-                    if extension in sample.rest:
-                        sample.problem = f"{extension} comes twice"
-                    sample.rest[extension] = data
+                files = [(extension, data) for _, extension, data in members]
+                sample = Sample(key, rest=dict(files))
                 try:
+                    if len(sample.rest) < len(files):
+                        found = printable(str([extension for extension, _ in files]), 200)
+                        raise ValueError(f"a file of the sample comes twice: {found}")
                     self._decipher(sample, codebook)
                 except ValueError as error:
-                    sample.problem = sample.problem or str(error)
+                    sample.problem = str(error)
                 yield sample
+
+    def _require_end(self) -> None:
+        """A tar file ends in zeros. tarfile does not miss them, nor what a file that was cut short lacks before them."""
+        with open(self.source, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAR_END))
+            if file.read() != bytes(TAR_END):
+                raise ShardError(f"{self.source} is damaged: it has not the end of a tar file")
 
     def _decipher(self, sample: Sample, codebook: Codebook) -> None:
         if (problem := name_problem(sample.name)) is not None:
@@ -250,11 +272,11 @@ class WebDatasetShard(Shard):
             raise ValueError(f"a file of the sample has more than {MOST_MEMBER} bytes")
         if "npy" not in sample.rest or "png" in sample.rest:
             raise ValueError(f"a sample must have a .npy and no .png, got {printable(str(sorted(sample.rest)), 200)}")
-        with refusing(ValueError, "the .npy cannot be read"):
+        with refusing(ShardError, "the .npy cannot be read"):
             codes = np.load(io.BytesIO(sample.rest.pop("npy")), allow_pickle=False)
         size: tuple[Any, Any] = (None, None)
         if "json" in sample.rest:
-            with refusing(ValueError, "the .json cannot be read"):
+            with refusing(ShardError, "the .json cannot be read"):
                 found = parse_json(sample.rest["json"].decode())
             if isinstance(found, dict):
                 size = found.get("height"), found.get("width")
@@ -295,6 +317,10 @@ class CodeFileShard(Shard):
                 return len(file.keys())
         except (OSError, ValueError):
             return None
+
+    def pictures(self) -> int:
+        """How many pictures it has where it is done."""
+        raise AssertionError(f"{self.target} is never known to be done")
 
     def path_of(self, sample: Sample) -> Path:
         return self.target / str(sample.rest)
@@ -338,8 +364,11 @@ def find_shards(inputs: Iterable[Path], out: Path) -> list[Shard]:
     found: dict[Path, Shard] = {}
 
     def add(source: Path, target: Path) -> None:
+        if target.resolve() == source.resolve():
+            raise ValueError(f"the pictures of {source} would take its place: give another output than {out}")
         if target in found:
-            raise ValueError(f"{found[target].source} and {source} would both be written to {target}: give their folder, or decode each by itself")
+            both = f"{found[target].source} and {source}"
+            raise ValueError(f"{both} would both be written to {target}: give their folder, or decode each by itself")
         found[target] = KINDS[source.suffix.lower()](source, target)
 
     for path in inputs:
@@ -373,15 +402,16 @@ def _pyarrow() -> tuple[Any, Any]:
 
 def _array(scalar: Any) -> np.ndarray | None:
     """A Parquet list of integers, or of rows of them, as an array; None for null."""
-    values = scalar.values if scalar.is_valid and hasattr(scalar, "values") else None
-    if values is None or values.null_count:
+    values = getattr(scalar, "values", None)
+    if values is None:
         return None
-    if not hasattr(values, "flatten") or not hasattr(values.type, "value_type"):
-        return np.asarray(values)
-    rows = [row.values for row in values]
-    if len({len(row) for row in rows}) != 1 or any(row.null_count for row in rows):
+    nested = hasattr(values.type, "value_type")
+    rows = [row.values for row in values] if nested else [values]
+    if any(row is None or row.null_count for row in rows):
+        raise ValueError("codes must have no nulls")
+    if len({len(row) for row in rows}) > 1:
         raise ValueError("codes must be rows of one length")
-    return np.stack([np.asarray(row) for row in rows])
+    return np.array([np.asarray(row) for row in rows]) if nested else np.asarray(values)
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes | None]]:
