@@ -144,10 +144,11 @@ def test_webdataset(model, folder, tmp_path):
         codes = GRIDS[i].astype(np.int32) if i % 2 else GRIDS[i].ravel()
         size = {"height": size[0], "width": size[1], "caption": "café"}
         samples += [(f"deep/{i}.cls", b"7"), (f"deep/{i}.npy", npy(codes)), (f"deep/{i}.json", json.dumps(size).encode())]
+    samples.insert(0, ("deep/0.of.more.words", b"kept"))
     source = webdataset(tmp_path / "x.tar", [*samples, ("a.b/9.npy", npy(GRIDS[0].ravel())), ("__meta__", b"skipped")])
     assert call(folder, source, "-o", tmp_path / "out") == 0
     found = members(tmp_path / "out/x.tar")
-    assert len(found) == 3 * len(SIZES) + 1 and list(found)[-1] == "a.b/9.png"
+    assert len(found) == 3 * len(SIZES) + 2 and list(found)[-1] == "a.b/9.png" and found["deep/0.of.more.words"] == b"kept"
     for i in range(len(SIZES)):
         assert np.array_equal(pixels(found[f"deep/{i}.png"]), wanted(model, i)) and found[f"deep/{i}.cls"] == b"7"
         assert json.loads(found[f"deep/{i}.json"])["caption"] == "café" and f"deep/{i}.npy" not in found
@@ -171,6 +172,15 @@ def test_files_of_codes_in_a_folder(model, folder, tmp_path):
     assert names(tmp_path / "out") == sorted(f"{at}/{i}.png" for at in ("a/x", "y") for i in range(len(SIZES)))
     for i in range(len(SIZES)):
         assert np.array_equal(pixels((tmp_path / f"out/a/x/{i}.png").read_bytes()), wanted(model, i))
+
+
+def test_chunks(monkeypatch):
+    """Bounded in pixels and in samples, and all of them."""
+    monkeypatch.setattr(bulk, "CHUNK_PIXELS", 100)
+    monkeypatch.setattr(bulk, "MOST_SAMPLES", 3)
+    sizes = [(8, 8), (7, 5), (8, 8), (0, 0), (0, 0), (0, 0), (10, 10), (1, 1)]
+    chunks = list(bulk._chunks(Sample(str(i), size=size) for i, size in enumerate(sizes)))
+    assert [[sample.name for sample in chunk] for chunk in chunks] == [["0", "1", "2"], ["3", "4", "5"], ["6"], ["7"]]
 
 
 def test_chunks_keep_the_order(model, folder, tmp_path, monkeypatch):
@@ -372,9 +382,9 @@ def test_without_pyarrow(folder, tmp_path, monkeypatch, capsys):
 
 
 @contextmanager
-def pooled(decoder):
+def pooled(decoder, told=None):
     with ThreadPoolExecutor(2) as pool:
-        yield lambda samples: decoder(samples, pool, lambda pictures: None)
+        yield lambda samples: decoder(samples, pool, [].append if told is None else told.append)
 
 
 def samples_of(sizes):
@@ -398,8 +408,9 @@ def test_batches(decoder, model, monkeypatch):
     sizes = [(8, 8), (7, 7), (4, 4), (8, 7), (8, 8), (8, 8), (3, 3)]
     samples = samples_of(sizes)
     samples.insert(1, Sample("bad", problem="no codes"))
-    with pooled(decoder) as run:
+    with pooled(decoder, told := []) as run:
         found = run(samples)
+    assert sum(told) == len(samples)
     assert batches == [(3, 4, 4), (2, 4, 4), (2, 2, 2)]
     assert isinstance(found[1], ValueError) and str(found.pop(1)) == "no codes"
     del samples[1]
