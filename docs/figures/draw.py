@@ -1,4 +1,4 @@
-"""Draws the figures of how_the_kernels_work.md as SVG files beside this one: `python docs/figures/draw.py`. Needs nothing but Python.
+"""Draws the figures of how_the_kernels_work.md as SVG files: `python docs/figures/draw.py`. Needs nothing but Python.
 
 Every figure has a background of its own, so that it can be read on light and dark pages.
 """
@@ -10,11 +10,14 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 INK, FAINT = "#1f2328", "#59636e"
-# fill and line
-BLUE, ORANGE, GREEN, PURPLE, GREY, WHITE = (
-    ("#dbeafe", "#1d4ed8"), ("#ffedd5", "#c2410c"), ("#dcfce7", "#15803d"), ("#f3e8ff", "#7e22ce"), ("#eef0f2", "#59636e"), ("#ffffff", "#59636e"),
-)  # fmt: skip
-Colour = tuple[str, str]
+Colour = tuple[str, str]  # of a box and of its border
+BLUE: Colour = ("#dbeafe", "#1d4ed8")
+ORANGE: Colour = ("#ffedd5", "#c2410c")
+GREEN: Colour = ("#dcfce7", "#15803d")
+PURPLE: Colour = ("#f3e8ff", "#7e22ce")
+GREY: Colour = ("#eef0f2", "#59636e")
+WHITE: Colour = ("#ffffff", "#59636e")
+FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
 
 
 class Figure:
@@ -27,24 +30,46 @@ class Figure:
             for i, colour in enumerate(ARROWS)
         )
         self.parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
-            f'font-family="system-ui, -apple-system, \'Segoe UI\', \'DejaVu Sans\', sans-serif"><title>{escape(title)}</title><defs>{heads}</defs>',
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+            f'role="img" font-family="{FONT}"><title>{escape(title)}</title><defs>{heads}</defs>',
             f'<rect x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="8" fill="#ffffff" stroke="#d0d7de"/>',
         ]
 
-    def box(self, x: float, y: float, width: float, height: float, colour: Colour = WHITE, *lines: str, size: int = 14, dashed: bool = False) -> None:
+    def box(
+        self,
+        x: float,
+        y: float,
+        width: float,
+        height: float,
+        colour: Colour = WHITE,
+        *lines: str,
+        size: int = 14,
+        dashed: bool = False,
+    ) -> None:
         """A rectangle with lines of text in its middle, the first in bold where there are more."""
         dash = ' stroke-dasharray="5 4"' if dashed else ""
         self.parts.append(
-            f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="{min(4, height / 4)}" fill="{colour[0]}" stroke="{colour[1]}"{dash}/>'
+            f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="{min(4, height / 4)}" fill="{colour[0]}" '
+            f'stroke="{colour[1]}"{dash}/>'
         )
         top = y + height / 2 - (len(lines) - 1) * (size + 4) / 2
         for i, line in enumerate(lines):
-            self.text(x + width / 2, top + i * (size + 4) + size * 0.36, line, size=size, anchor="middle", bold=i == 0 and len(lines) > 1)
+            self.text(
+                x + width / 2,
+                top + i * (size + 4) + size * 0.36,
+                line,
+                size=size,
+                anchor="middle",
+                bold=i == 0 and len(lines) > 1,
+            )
 
-    def text(self, x: float, y: float, line: str, size: int = 14, anchor: str = "start", colour: str = INK, bold: bool = False) -> None:
+    def text(
+        self, x: float, y: float, line: str, size: int = 14, anchor: str = "start", colour: str = INK, bold: bool = False
+    ) -> None:
         weight = ' font-weight="600"' if bold else ""
-        self.parts.append(f'<text x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="{anchor}" fill="{colour}"{weight}>{escape(line)}</text>')
+        self.parts.append(
+            f'<text x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="{anchor}" fill="{colour}"{weight}>{escape(line)}</text>'
+        )
 
     def note(self, x: float, y: float, *lines: str, anchor: str = "start") -> None:
         """Smaller lines of text, one below the other."""
@@ -54,11 +79,17 @@ class Figure:
     def arrow(self, *points: tuple[float, float], colour: str = INK) -> None:
         """Through all points, with its head at the last."""
         path = " ".join(f"{x:g},{y:g}" for x, y in points)
-        self.parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6" marker-end="url(#head{ARROWS.index(colour)})"/>')
+        head = f"url(#head{ARROWS.index(colour)})"
+        self.parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6" marker-end="{head}"/>')
 
     def line(self, x0: float, y0: float, x1: float, y1: float, colour: str = FAINT, dashed: bool = False) -> None:
         dash = ' stroke-dasharray="5 4"' if dashed else ""
         self.parts.append(f'<line x1="{x0:g}" y1="{y0:g}" x2="{x1:g}" y2="{y1:g}" stroke="{colour}"{dash}/>')
+
+    def frame(self, x: float, y: float, width: float, height: float, colour: str) -> None:
+        self.parts.append(
+            f'<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="none" stroke="{colour}" stroke-width="2.4"/>'
+        )
 
     def save(self, name: str, folder: Path) -> None:
         (folder / f"{name}.svg").write_text("\n".join([*self.parts, "</svg>", ""]))
@@ -105,7 +136,12 @@ def broadcast() -> Figure:
         for column in range(6):
             p.box(560 + column * 24, 228 + row * 24, 24, 24, (cells[row // 2 * 3 + column // 2][0], "#8c959f"), "f", size=12)
     p.note(715, 272, "each pixel of f meets", "the value of its cell")
-    p.note(430, 346, "A resize copies values and a 1x1 convolution treats every position alike, so the two can change places.", anchor="middle")
+    p.note(
+        430,
+        346,
+        "A resize copies values and a 1x1 convolution treats every position alike, so the two can change places.",
+        anchor="middle",
+    )
     return p
 
 
@@ -155,7 +191,14 @@ def layouts() -> Figure:
                 p.box(100 + (access * 8 + i) * 16, 54 + row * 34, 16, 22, colour)
     for access in range(4):
         p.text(164 + access * 128, 180, f"thread {access}", size=13, anchor="middle", colour=threads[access][1])
-    p.note(626, 60, "An access: 8 pixels, 16 bytes.", "A thread keeps to one channel:", "one mean, rstd, weight, bias.", "Its warp reads 512 adjacent bytes.")
+    p.note(
+        626,
+        60,
+        "An access: 8 pixels, 16 bytes.",
+        "A thread keeps to one channel:",
+        "one mean, rstd, weight, bias.",
+        "Its warp reads 512 adjacent bytes.",
+    )
 
     p.line(24, 200, 836, 200, dashed=True)
     p.text(24, 230, "channels_last (NHWC): adjacent elements are channels of one pixel", bold=True)
@@ -166,7 +209,15 @@ def layouts() -> Figure:
                 p.box(100 + (access * 8 + i) * 16, 252 + row * 34, 16, 22, threads[access] if row == 0 else GREY)
     for access in range(4):
         p.text(164 + access * 128, 374, f"thread {access}", size=13, anchor="middle", colour=threads[access][1])
-    p.note(626, 258, "An access: 8 channels, 16 bytes.", "A thread keeps to 8 channels and", "steps down the pixels. 8 threads", "read 128 bytes of one pixel, so a", "warp reads four such pieces.")
+    p.note(
+        626,
+        258,
+        "An access: 8 channels, 16 bytes.",
+        "A thread keeps to 8 channels and",
+        "steps down the pixels. 8 threads",
+        "read 128 bytes of one pixel, so a",
+        "warp reads four such pieces.",
+    )
     return p
 
 
@@ -197,7 +248,11 @@ def tile() -> Figure:
     p.note(714, 490, "sums: 64 x 512,", "float32: 128", "registers a thread")
     p.arrow((154, 502), (186, 502))
     p.note(24, 560, "No value of v is read from shared memory twice: a column of v belongs to one warp.")
-    p.note(24, 580, "A warp with 16 whole rows, as in FlashAttention-2, would need 16 x 512 / 32 = 256 registers of every thread for its sums.")
+    p.note(
+        24,
+        580,
+        "A warp with 16 whole rows, as in FlashAttention-2, would need 16 x 512 / 32 = 256 registers a thread for its sums.",
+    )
     return p
 
 
@@ -205,7 +260,12 @@ def budget() -> Figure:
     p = Figure(860, 452, "The memory of one block of attention")
     p.text(24, 32, "One block on a multiprocessor (head 512, 16-bit types, 227 KiB of shared memory a block)", bold=True)
     scale = 812 / (227 * 1024)
-    parts = [("", 1280, GREY), ("weights", 17408, PURPLE), ("rows: q, 64 x 512", 66560, BLUE), *((f"stage {i}", 18432, GREEN) for i in range(4))]
+    parts = [
+        ("", 1280, GREY),
+        ("weights", 17408, PURPLE),
+        ("rows: q, 64 x 512", 66560, BLUE),
+        *((f"stage {i}", 18432, GREEN) for i in range(4)),
+    ]
     p.text(24, 66, "Shared memory: 158976 bytes asked for", size=13, bold=True)
     x = 24.0
     for name, size, colour in parts:
@@ -214,9 +274,21 @@ def budget() -> Figure:
     p.box(x, 78, 836 - x, 48, WHITE, "not used", size=12, dashed=True)
     p.note(24, 146, "1280 statistics | 17408 weights | 66560 rows | 4 stages of 18432")
 
-    p.text(24, 186, "Registers: up to 255 of every thread; 256 threads take the whole register file, so one block a multiprocessor", size=13, bold=True)
+    p.text(
+        24,
+        186,
+        "Registers: up to 255 of every thread; 256 threads take the whole register file, so one block a multiprocessor",
+        size=13,
+        bold=True,
+    )
     x = 24.0
-    for name, count, colour in (("sums: 128", 128, ORANGE), ("s: 32", 32, ORANGE), ("t: 32", 32, ORANGE), ("24", 24, GREEN), ("the rest", 39, WHITE)):
+    for name, count, colour in (
+        ("sums: 128", 128, ORANGE),
+        ("s: 32", 32, ORANGE),
+        ("t: 32", 32, ORANGE),
+        ("24", 24, GREEN),
+        ("the rest", 39, WHITE),
+    ):
         p.box(x, 198, count * 812 / 255, 48, colour, name, size=12)
         x += count * 812 / 255
     p.note(24, 266, "s and t are tiles of scores; t is needed for two of the gradients alone. 24 hold the operands of mma.")
@@ -229,8 +301,25 @@ def budget() -> Figure:
             read, asked = stage == first, stage == (first + 3) % 4
             chunk = 5 + row + (stage - first) % 4
             colour = ORANGE if read else GREEN
-            p.box(90 + stage * 130, y, 120, 44, colour, f"stage {stage}: chunk {chunk}", "is read" if read else "asked for now" if asked else "under way", size=12)
-    p.note(620, 336, "A step: wait for the oldest", "copies; a barrier; ask for the", "chunk three ahead, into the", "stage of the step before;", "multiply.")
+            p.box(
+                90 + stage * 130,
+                y,
+                120,
+                44,
+                colour,
+                f"stage {stage}: chunk {chunk}",
+                "is read" if read else "asked for now" if asked else "under way",
+                size=12,
+            )
+    p.note(
+        620,
+        336,
+        "A step: wait for the oldest",
+        "copies; a barrier; ask for the",
+        "chunk three ahead, into the",
+        "stage of the step before;",
+        "multiply.",
+    )
     return p
 
 
@@ -257,7 +346,18 @@ def units() -> Figure:
         for i, block in enumerate(blocks):
             p.box(110 + i * 190, y, 180, 28, colours[block], f"part of block {block}, and its lse", size=12)
         p.arrow((480, y + 14), (560, y + 14))
-    p.box(562, 250, 264, 100, GREY, "combine", "rows of out = sum of parts,", "each times exp(its lse - lse),", "in the order of the blocks", size=13)
+    p.box(
+        562,
+        250,
+        264,
+        100,
+        GREY,
+        "combine",
+        "rows of out = sum of parts,",
+        "each times exp(its lse - lse),",
+        "in the order of the blocks",
+        size=13,
+    )
     return p
 
 
@@ -275,11 +375,25 @@ def phases() -> Figure:
         p.box(176 + i % 3 * 30, 76 + i // 3 * 30, 30, 30, WHITE, name, size=14)
     for row in range(4):
         for column in range(4):
-            p.box(340 + column * 30, 70 + row * 30, 30, 30, small[row // 2 * 2 + column // 2], "PQRS"[row // 2 * 2 + column // 2], size=13)
-    p.line(370, 100, 430, 100, INK)
+            p.box(
+                340 + column * 30,
+                70 + row * 30,
+                30,
+                30,
+                small[row // 2 * 2 + column // 2],
+                "PQRS"[row // 2 * 2 + column // 2],
+                size=13,
+            )
     for x, y in ((370, 100), (400, 100), (370, 130), (400, 130)):
-        p.parts.append(f'<rect x="{x}" y="{y}" width="30" height="30" fill="none" stroke="{INK}" stroke-width="2.4"/>')
-    p.note(490, 92, "The four framed pixels lie around the middle of", "PQRS. Each sees a 3x3 window of the doubled", "map, drawn below; weights on the same letter", "are added once, ahead of time.")
+        p.frame(x, y, 30, 30, INK)
+    p.note(
+        490,
+        92,
+        "The four framed pixels lie around the middle of",
+        "PQRS. Each sees a 3x3 window of the doubled",
+        "map, drawn below; weights on the same letter",
+        "are added once, ahead of time.",
+    )
 
     sums = {
         (0, 0): ("a+b+d+e", "c+f", "g+h", "i"),
@@ -292,11 +406,24 @@ def phases() -> Figure:
         p.text(x, y, ("upper " if row == 0 else "lower ") + ("left pixel" if column == 0 else "right pixel"), size=13, bold=True)
         for i, name in enumerate(names):
             r, c = row + i // 3, column + i % 3
-            p.box(x + i % 3 * 40, y + 14 + i // 3 * 40, 40, 40, small[r // 2 * 2 + c // 2], f"{name} {'PQRS'[r // 2 * 2 + c // 2]}", size=13)
+            p.box(
+                x + i % 3 * 40,
+                y + 14 + i // 3 * 40,
+                40,
+                40,
+                small[r // 2 * 2 + c // 2],
+                f"{name} {'PQRS'[r // 2 * 2 + c // 2]}",
+                size=13,
+            )
         p.arrow((x + 130, y + 74), (x + 168, y + 74))
         for i, weight in enumerate(folded):
             p.box(x + 176 + i % 2 * 92, y + 14 + i // 2 * 60, 92, 60, small[i], weight, f"on {'PQRS'[i]}", size=13)
-    p.note(430, 606, "4 pixels x 4 products = 16 multiplications a channel pair instead of 4 x 9 = 36: 2.25 times fewer.", anchor="middle")
+    p.note(
+        430,
+        606,
+        "4 pixels x 4 products = 16 multiplications a channel pair instead of 4 x 9 = 36: 2.25 times fewer.",
+        anchor="middle",
+    )
     p.note(430, 626, "Sums of weights are made once a call; only rounding differs.", anchor="middle")
     return p
 
@@ -308,7 +435,16 @@ def windows() -> Figure:
     for row in range(4):
         for column in range(5):
             inside = 0 < row < 3 and 0 < column < 4
-            p.box(x + (column - 0.5) * size, y + (row - 0.5) * size, size, size, BLUE if inside else WHITE, "" if inside else "0", size=13, dashed=not inside)
+            p.box(
+                x + (column - 0.5) * size,
+                y + (row - 0.5) * size,
+                size,
+                size,
+                BLUE if inside else WHITE,
+                "" if inside else "0",
+                size=13,
+                dashed=not inside,
+            )
     for row in range(3):
         for column in range(4):
             cx, cy = x + (column + 0.5) * size, y + (row + 0.5) * size
@@ -320,15 +456,29 @@ def windows() -> Figure:
     for row in range(6):
         for column in range(8):
             inside = 0 < row < 5 and 0 < column < 7
-            made = (row + 1) // 2 == 1 and (column + 1) // 2 == 1
             window = row // 2, column // 2
             colour = ORANGE if window == (1, 1) else GREY
             p.box(x + column * size, y + row * size, size, size, colour if inside else WHITE, dashed=not inside, size=12)
-    p.parts.append(f'<rect x="{x + size}" y="{y + size}" width="{6 * size}" height="{4 * size}" fill="none" stroke="{BLUE[1]}" stroke-width="2.4"/>')
+    p.frame(x + size, y + size, 6 * size, 4 * size, BLUE[1])
     p.note(430, 300, "6 x 8 pixels are made; the 4 x 6 in the blue frame", "are the doubled map, the rest is dropped")
-    p.note(688, 112, "The 3x3 convolution of", "the doubled map pads", "with zeros. Its zeros fall", "on the zeros around the", "small map, so the folded", "weights are right at the", "border as they are.")
+    p.note(
+        688,
+        112,
+        "The 3x3 convolution of",
+        "the doubled map pads",
+        "with zeros. Its zeros fall",
+        "on the zeros around the",
+        "small map, so the folded",
+        "weights are right at the",
+        "border as they are.",
+    )
     p.line(24, 348, 836, 348, dashed=True)
-    p.note(24, 374, "fold_upsampling writes the same sixteen sums as one 4x4 kernel: F.conv_transpose2d with stride 2 and padding 1 makes the", "4 x 6 pixels at once. Upsample runs that, so training and a GPU do; a decode in strips runs the windows.")
+    p.note(
+        24,
+        374,
+        "fold_upsampling writes the same sixteen sums as one 4x4 kernel: F.conv_transpose2d with stride 2 and padding 1 makes",
+        "the 4 x 6 pixels at once. Upsample runs that, so training and a GPU do; a decode in strips runs the windows.",
+    )
     return p
 
 
@@ -347,7 +497,13 @@ def strips() -> Figure:
     for row in range(12):
         p.box(678, 56 + row * 18, 150, 18, ORANGE if 4 <= row < 8 else GREEN if row < 4 else WHITE)
     p.note(678, 294, "out, measured as it", "is written")
-    p.note(242, 250, "A 3x3 convolution needs one row more on either", "side (blue), which is normalised twice. No row of", "out is convolved twice.")
+    p.note(
+        242,
+        250,
+        "A 3x3 convolution needs one row more on either",
+        "side (blue), which is normalised twice. No row of",
+        "out is convolved twice.",
+    )
     p.note(242, 308, "The next norm has its statistics without a pass.")
     return p
 
