@@ -392,7 +392,7 @@ def phases() -> Figure:
         "The four framed pixels lie around the middle of",
         "PQRS. Each sees a 3x3 window of the doubled",
         "map, drawn below; weights on the same letter",
-        "are added once, ahead of time.",
+        "are added before anything is multiplied.",
     )
 
     sums = {
@@ -424,7 +424,7 @@ def phases() -> Figure:
         "4 pixels x 4 products = 16 multiplications a channel pair instead of 4 x 9 = 36: 2.25 times fewer.",
         anchor="middle",
     )
-    p.note(430, 626, "Sums of weights are made once a call; only rounding differs.", anchor="middle")
+    p.note(430, 626, "The sums of weights are made in every call; only rounding differs.", anchor="middle")
     return p
 
 
