@@ -9,7 +9,8 @@ import pytest
 import torch
 
 SOURCE = Path(__file__).resolve().parents[1]
-DOCUMENTS = [SOURCE / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted((SOURCE / "docs").rglob("*.md"))
+TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+DOCUMENTS = [*(SOURCE / name for name in TOP), *sorted((SOURCE / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^()\s]+)\)|\b(?:src|href)=\"([^\"]+)\"")
 
@@ -18,7 +19,8 @@ names = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.rel
 
 def blocks(text):
     """(line, mark, code) of every block of Python; the mark is the HTML comment on the line before it."""
-    return [(text[: found.start("code")].count("\n") + 1, found["mark"], found["code"]) for found in BLOCK.finditer(text)]
+    found = BLOCK.finditer(text)
+    return [(text.count("\n", 0, block.start("code")) + 1, block["mark"], block["code"]) for block in found]
 
 
 def run_blocks(text, name):
