@@ -24,7 +24,7 @@ def blocks(text):
 
 
 def run_blocks(text, name):
-    """In order, in one namespace. Blocks marked `not run: why` are left out, and those marked `needs the emulator` where there is none."""
+    """In order, in one namespace. Left out are blocks marked `not run: why`, and `needs the emulator` where there is none."""
     namespace = {}
     for line, mark, code in blocks(text):
         if mark and (mark.startswith("not run: ") or (mark == "needs the emulator" and not emulator.available())):
