@@ -96,10 +96,14 @@ def build_info() -> dict[str, Any]:
     """How movq_ext was built and what it runs on.
 
     Returns:
-        ``version``; ``extension``: ``"loaded"`` or why not; ``built_with_torch``, ``built_with_nvcc`` and ``arch_list`` of the
-        extension (None without one); ``torch`` and ``torch_cuda``: the running versions (``torch_cuda`` is None for a CPU
-        build); ``devices``: for every visible GPU its ``name``, ``capability`` and ``kernels``: ``"compiled"`` if the extension
-        holds code for it, or why not.
+        A dictionary that JSON can hold, with the keys
+
+        - ``version`` of movq_ext;
+        - ``extension``, ``"loaded"`` or why not;
+        - ``built_with_torch``, ``built_with_nvcc`` and ``arch_list`` of the extension, None without one;
+        - ``torch`` and ``torch_cuda``, the running versions; ``torch_cuda`` is None for a CPU build;
+        - ``devices``, for every visible GPU its ``name``, ``capability`` and ``kernels``, which is ``"compiled"`` if the extension
+          holds code for it, or why not.
     """
     return {
         "version": __version__,

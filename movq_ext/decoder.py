@@ -30,7 +30,7 @@ class MOVQDecoder(ActivationCheckpointing):
         dropout: probability inside the ResNet blocks.
         resamp_with_conv: convolve after every 2x upsampling.
         in_channels: channels of the encoder's image; kept for the published configs, not used here.
-        resolution: image size that attn_resolutions refers to; any latent size can be decoded.
+        resolution: image size in pixels that attn_resolutions refers to; any latent size can be decoded.
         z_channels: channels of z.
         give_pre_end: return the features before norm_out.
         zq_ch: channels of zq; z_channels if None.
@@ -38,6 +38,9 @@ class MOVQDecoder(ActivationCheckpointing):
         mid_attn: attend in the middle; False for diffusers models with ``mid_block_add_attention=False``.
         gradient_checkpointing: train in less memory, see ActivationCheckpointing.
         **ignorekwargs: ignored (published configs hold keys of other classes).
+
+    Raises:
+        ValueError: a number of channels or levels is not positive, that of blocks is negative, or channels are no multiple of 32.
     """
 
     def __init__(
@@ -127,7 +130,8 @@ class MOVQDecoder(ActivationCheckpointing):
         """As forward, and every intermediate map by name, in execution order.
 
         The names: conv_in, mid_block_1, mid_attn_1, mid_block_2, up_{level}_block_{i}, up_{level}_attn_{i},
-        up_{level}_upsample and, unless give_pre_end, norm_out, nonlinearity, conv_out. Maps are in channels_last.
+        up_{level}_upsample and, unless give_pre_end, norm_out, nonlinearity, conv_out. Maps are ``(B, C, height, width)`` in
+        channels_last. Raises what `forward` raises.
         """
         self._check(z, zq)
         z, zq = _latents(z, zq)
