@@ -23,8 +23,8 @@ myst_heading_anchors = 4  # as GitHub makes them
 default_role = "py:obj"  # `decode_tiled` in a docstring is a link
 nitpick_ignore_regex = [  # other packages' names, whose inventories a build would have to download, and our private ones
     ("py:.*", r"(torch|np|numpy|os|pathlib|collections|typing|nn|dist|F|PIL)\..*"),
-    ("py:.*", r"(Any|Tensor|Path|Mapping|Sequence|Iterator|Literal|PathLike|optional|bool|int|float|str|tuple|list|dict|None|type|object)"),
-    ("py:.*", r"[a-z]*Error"),
+    ("py:.*", r"Any|Tensor|Path|Mapping|Sequence|Iterator|Literal|PathLike|bool|int|float|str|tuple|list|dict|None|type|object"),
+    ("py:.*", r"(Type|Value|OS|FileNotFound|Import|Runtime|FloatingPoint)Error"),
     ("py:.*", r"(movq_ext\.modulation\.)?Modulations"),
 ]
 
@@ -97,7 +97,7 @@ class CommandLine(SphinxDirective):
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    os.environ.update(COLUMNS="100", NO_COLOR="1")  # argparse's
+    os.environ.update(COLUMNS="92", NO_COLOR="1")  # for argparse; as many columns as fit the page
     app.add_directive("command-line", CommandLine)
     app.connect("source-read", of_page)
     app.connect("include-read", of_included)

@@ -102,8 +102,8 @@ def build_info() -> dict[str, Any]:
         - ``extension``, ``"loaded"`` or why not;
         - ``built_with_torch``, ``built_with_nvcc`` and ``arch_list`` of the extension, None without one;
         - ``torch`` and ``torch_cuda``, the running versions; ``torch_cuda`` is None for a CPU build;
-        - ``devices``, for every visible GPU its ``name``, ``capability`` and ``kernels``, which is ``"compiled"`` if the extension
-          holds code for it, or why not.
+        - ``devices``, for every visible GPU its ``name``, ``capability`` and ``kernels``, which is ``"compiled"`` if the
+          extension holds code for it, or why not.
     """
     return {
         "version": __version__,

@@ -102,6 +102,6 @@ class MOVQ(nn.Module):
         return self.decode(self.quantize.get_codebook_entry(indices, (*indices.shape, self.quantize.e_dim)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstruct images ``(B, in_channels, H, W)`` in [-1, 1]; returns (images of whole cells, the codebook's loss, a scalar)."""
+        """Reconstruct images ``(B, in_channels, H, W)`` in [-1, 1]; returns (images of whole cells, the codebook's loss)."""
         quant, loss, _ = self.quantize(self.encode(x))
         return self.decode(quant), loss

@@ -107,7 +107,8 @@ class MOVQDecoder(ActivationCheckpointing):
         """Decode z ``(B, z_channels, h, w)``, conditioned on zq ``(B, zq_ch, any height, any width)``.
 
         Returns:
-            ``(B, out_ch, H, W)`` with ``H = h * 2 ** (len(ch_mult) - 1)`` (with give_pre_end: the features before norm_out).
+            ``(B, out_ch, H, W)`` with ``H = h * 2 ** (len(ch_mult) - 1)``, in about [-1, 1]. With give_pre_end the features
+            before norm_out, ``(B, ch * ch_mult[0], H, W)``.
 
         Raises:
             ValueError: wrong rank, channels or device, empty, or batch sizes that differ.

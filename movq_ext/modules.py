@@ -22,7 +22,7 @@ class GroupNorm(nn.GroupNorm):
     """``nn.GroupNorm`` with SpatialNorm's signature, for blocks that are not conditioned on a latent (zq is ignored)."""
 
     def forward(self, f: Tensor, zq: object = None, activation: str | None = None, f_bias: Tensor | None = None) -> Tensor:
-        """Normalise f ``(B, C, H, W)``, with ``f_bias[c]`` added where given, and apply activation; f's shape. Raises what `spatial_norm` raises."""
+        """Normalise f ``(B, C, H, W)``, with ``f_bias[c]`` added where given; returns f's shape. Raises what `spatial_norm` raises."""
         return spatial_norm(f, None, None, self.weight, self.bias, self.num_groups, self.eps, activation, f_bias)
 
 

@@ -102,7 +102,7 @@ class VectorQuantizer(nn.Module):
         return z_q.permute(0, 3, 1, 2), loss, (None, None, indices)
 
     def remap_to_used(self, indices: Tensor) -> Tensor:
-        """Positions in ``used``, which is remap's codes, of the given ones, int64 of any shape; unknown ones become unknown_index."""
+        """Positions in ``used``, remap's codes, of the given ones, int64 of any shape; unknown ones become unknown_index."""
         order = self.used.argsort()
         position = torch.searchsorted(self.used[order], indices).clamp(max=len(order) - 1)
         remapped = order[position]

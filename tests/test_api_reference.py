@@ -49,6 +49,11 @@ def entries(section):
     return [name.lstrip("*") for names in ENTRY.findall(section) for name in names.split(", ")]
 
 
+def is_one_value(returns):
+    """Whether napoleon takes the section for a description: what stands before a colon in its first line would be a type."""
+    return ": " not in re.sub("``.*?``", "", returns.partition("\n")[0])
+
+
 def parameters(function):
     return [name for name in inspect.signature(function).parameters if name != "self"]
 
@@ -63,7 +68,9 @@ def raised(function):
 DOCUMENTED = documented(PAGES)
 CLASSES = {name: resolve(name) for name, (kind, _) in DOCUMENTED.items() if kind in ("class", "exception")}
 FUNCTIONS = {name: resolve(name) for name, (kind, _) in DOCUMENTED.items() if kind == "function"}
-METHODS = {f"{name}.{member}": inspect.getattr_static(resolve(name), member) for name in CLASSES for member in DOCUMENTED[name][1]}
+METHODS = {
+    f"{name}.{member}": inspect.getattr_static(value, member) for name, value in CLASSES.items() for member in DOCUMENTED[name][1]
+}
 
 
 def test_the_pages_have_every_public_name():
@@ -89,6 +96,7 @@ def test_a_function_says_what_it_takes_gives_and_raises(name):
     assert entries(said.get("Args", "")) == parameters(function)
     gives = inspect.signature(function).return_annotation not in ("None", "Iterator[None]", None)
     assert ("Returns" in said) == gives
+    assert is_one_value(said.get("Returns", ""))
     assert raised(function) <= set(entries(said.get("Raises", "")))
 
 
@@ -113,6 +121,7 @@ def test_a_method_says_what_it_does_and_raises(name):
     assert function.__doc__
     said = sections(function.__doc__)
     assert "Args" not in said or entries(said["Args"]) == parameters(function)
+    assert is_one_value(said.get("Returns", ""))
     assert {error for error in raised(function) if error not in function.__doc__} == set()
 
 

@@ -95,7 +95,7 @@ def test_sdist_can_be_built_from(source, tmp_path):
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
-    for folder in (".ci", "csrc", "movq_ext", "tests"):
+    for folder in (".ci", "csrc", "docs", "movq_ext", "tests"):
         for path in (source / folder).rglob("*"):
             assert (unpacked / path.relative_to(source)).exists(), path
     log, wheel = build("wheel", unpacked, tmp_path / "wheel", MOVQ_EXT_CUDA="0")
