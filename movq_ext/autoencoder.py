@@ -57,7 +57,7 @@ class MOVQ(nn.Module):
         return 2 ** (self.decoder.num_resolutions - 1)
 
     def gradient_checkpointing_enable(self) -> None:
-        """Train in less memory, see `ActivationCheckpointing <movq_ext.activation_checkpointing.ActivationCheckpointing>`."""
+        """Train in less memory, see ActivationCheckpointing."""
         self.encoder.gradient_checkpointing_enable()
         self.decoder.gradient_checkpointing_enable()
 

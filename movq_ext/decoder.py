@@ -34,7 +34,7 @@ class MOVQDecoder(ActivationCheckpointing):
         z_channels: channels of z.
         give_pre_end: return the features before norm_out.
         zq_ch: channels of zq; z_channels if None.
-        add_conv: see SpatialNorm.
+        add_conv: see `SpatialNorm`.
         mid_attn: attend in the middle; False for diffusers models with ``mid_block_add_attention=False``.
         gradient_checkpointing: train in less memory, see ActivationCheckpointing.
         **ignorekwargs: ignored (published configs hold keys of other classes).

@@ -22,7 +22,10 @@ class GroupNorm(nn.GroupNorm):
     """``nn.GroupNorm`` with SpatialNorm's signature, for blocks that are not conditioned on a latent (zq is ignored)."""
 
     def forward(self, f: Tensor, zq: object = None, activation: str | None = None, f_bias: Tensor | None = None) -> Tensor:
-        """Normalise f ``(B, C, H, W)``, with ``f_bias[c]`` added where given; returns f's shape. Raises what `spatial_norm` raises."""
+        """Normalise f ``(B, C, H, W)``, with ``f_bias[c]`` added where given; returns f's shape.
+
+        Raises what `spatial_norm` raises.
+        """
         return spatial_norm(f, None, None, self.weight, self.bias, self.num_groups, self.eps, activation, f_bias)
 
 
@@ -253,7 +256,7 @@ class ResnetBlock(nn.Module):
         dropout: probability.
         temb_channels: channels of the optional timestep embedding; 0 for none.
         zq_ch: channels of the latent the norms are conditioned on; None for plain GroupNorm.
-        add_conv: see SpatialNorm.
+        add_conv: see `SpatialNorm`.
 
     Raises:
         ValueError: channels are not a multiple of 32.
@@ -320,7 +323,7 @@ class AttnBlock(nn.Module):
     Args:
         in_channels: of the map, a multiple of 32.
         zq_ch: channels of the latent the norm is conditioned on; None for plain GroupNorm.
-        add_conv: see SpatialNorm.
+        add_conv: see `SpatialNorm`.
 
     Raises:
         ValueError: in_channels is not a multiple of 32.
