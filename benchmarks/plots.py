@@ -115,7 +115,7 @@ def bars(axis: Any, rows: Rows, key: str) -> None:
         drawn = axis.barh(names, kept, left=lengths, color=KEPT, height=0.7)
         lengths = [length + more for length, more in zip(lengths, kept, strict=True)]
     axis.bar_label(drawn, [said(row, ours, key) for row in rows], padding=4)
-    axis.set_xlim(0, 1.6 * max(lengths))  # the numbers are behind the bars
+    axis.set_xlim(0, 1.6 * max(*lengths, 0.001))  # the numbers are behind the bars
     axis.set_xticks([])
     axis.invert_yaxis()
     axis.tick_params(axis="y", length=0)
@@ -152,6 +152,8 @@ def roofline(path: Path, results: dict[str, Any], cases: dict[tuple[Any, ...], R
         points = [(row, 1e-6 * batch * operations / row["ms"]) for row in rows]
         parts = profiled(work, item, profile) if profile and (size, batch) == (256, 1) else {}
         roof(axis, rates, bandwidth)
+        lowest = min(y for _, y in [*points, *parts.values()])
+        axis.set_ylim(min(0.04 * max(rates.values()), 0.7 * lowest), 1.6 * max(rates.values()))
         for kind, (x, y) in parts.items():
             axis.plot(x, y, "D", color=OURS, markerfacecolor="white", markersize=8, markeredgewidth=1.8, zorder=3)
             text, place, side = PARTS[kind]
@@ -186,7 +188,7 @@ def roof(axis: Any, rates: dict[str, float], bandwidth: float) -> None:
         place = (4, -10 if what == low else 10)
         axis.annotate(f"{names[what]}  {rate:.0f}", (ridge, rate), xytext=place, textcoords="offset points", va="center")
     axis.annotate(f"a copy  {bandwidth:.0f} GB/s", (0.8, 0.8 * bandwidth), xytext=(9, -8), textcoords="offset points")
-    axis.set(xscale="log", yscale="log", xlim=(least, most), ylim=(0.04 * peak, 1.6 * peak))
+    axis.set(xscale="log", yscale="log", xlim=(least, most))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
