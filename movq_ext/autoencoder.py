@@ -19,6 +19,8 @@ from .tiled import decode_tiled
 class MOVQ(nn.Module):
     """MoVQ autoencoder (Zheng et al., arXiv:2209.09002), with the module names of the released checkpoints.
 
+    Wrong input is a ValueError or TypeError that names the argument, as in the methods of its parts.
+
     Args:
         ddconfig: keywords of MOVQDecoder and Encoder, as in the released configs.
         n_embed: number of codes.
@@ -67,17 +69,11 @@ class MOVQ(nn.Module):
         self.decoder.gradient_checkpointing_disable()
 
     def encode(self, x: Tensor) -> Tensor:
-        """Images ``(B, in_channels, H, W)`` in [-1, 1] to latents ``(B, embed_dim, h, w)`` before quantisation.
-
-        Raises what `Encoder.forward` raises.
-        """
+        """Images ``(B, in_channels, H, W)`` in [-1, 1] to latents ``(B, embed_dim, h, w)`` before quantisation."""
         return self.quant_conv(self.encoder(x))
 
     def encode_code(self, x: Tensor) -> Tensor:
-        """Images ``(B, in_channels, H, W)`` in [-1, 1] to code indices ``(B, h, w)`` int64.
-
-        Raises what `Encoder.forward` raises.
-        """
+        """Images ``(B, in_channels, H, W)`` in [-1, 1] to code indices ``(B, h, w)`` int64."""
         h = self.encode(x)
         return self.quantize(h)[2][2].view(h.shape[0], *h.shape[2:])
 
