@@ -6,10 +6,12 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,18 @@ import torch
 from tqdm import tqdm
 
 from . import MOVQ, ExportError, build_info, explain, export_decoder, from_pretrained
+from .bulk import Settings, run_in_process
 from .checkpoint import CheckpointError
-from .codes import CodeFile, codebook_id, decode_image, encode_image
+from .codes import CodeFile, codebook_id, encode_image
 from .demo import PHOTOS, SMALL_MODEL, round_trip
 from .files import printable, read_json, refusing, require_file
-from .images import find_images, load_image, save_image
+from .images import find_images, load_image
+from .shards import find_shards
 from .training import SMALL_MODEL as SMALL_MODEL_CONFIG
 from .training import Trainer, TrainingConfig
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MOST_COUNTED = 1000  # shards that are opened at the start to know how many pictures there are
 SAVE_SECONDS = 60.0  # how much work of ``encode`` an interruption may cost
 
 
@@ -96,25 +101,41 @@ def encode(args: argparse.Namespace) -> int:
 
 
 def decode(args: argparse.Namespace) -> int:
-    model = load_model(args)
-    file = CodeFile.load(args.codes)
-    require_codebook(file, model, args.codes)
-    failures, done, skipped = Failures(), 0, 0
+    shards = find_shards(args.codes, args.out)
     args.out.mkdir(parents=True, exist_ok=True)
-
-    def one(name: str, png: Path) -> None:
-        nonlocal done, skipped
-        if png.exists():
-            skipped += 1
-            return
-        image = decode_image(model, file.codes[name], file.sizes[name])
-        png.parent.mkdir(parents=True, exist_ok=True)
-        save_image(image, png)
-        done += 1
-
-    for name, png in progress(list(file.png_names().items())):
-        failures.attempt(name, lambda name=name, png=args.out / png: one(name, png))
-    return failures.exit_code(done, skipped, "decoded")
+    waiting = [shard for shard in shards if not shard.is_done()]
+    settings = Settings(args.model, args.device, DTYPES[args.dtype], args.max_memory, args.threads)
+    several = len(waiting) > 1
+    with_ray = args.engine == "ray" or (args.engine == "auto" and several and find_spec("ray") is not None)
+    if with_ray:
+        from .ray_engine import run_with_ray as run
+    else:
+        run = run_in_process
+    counts = [shard.count() for shard in waiting[:MOST_COUNTED]]
+    known = [count for count in counts if count is not None]
+    total = sum(known) if len(known) == len(waiting) else None
+    reports, start = [], time.monotonic()
+    with tqdm(total=total, unit="image", file=sys.stderr) as bar:
+        for report in run(waiting, settings, bar.update) if waiting else ():
+            reports.append(report)
+            bar.set_postfix_str(f"{len(reports)} of {len(waiting)} shards", refresh=False)
+            for reason in report.reasons:
+                tqdm.write(f"error: {printable(reason)}", file=sys.stderr)
+            if report.rejected > len(report.reasons):
+                tqdm.write(f"error: {report.source}: {report.rejected - len(report.reasons)} more", file=sys.stderr)
+            if report.error:
+                tqdm.write(f"error: {printable(report.error)}", file=sys.stderr)
+    decoded, present, rejected = (sum(getattr(report, field) for report in reports) for field in ("decoded", "present", "rejected"))
+    failed, seconds = sum(bool(report.error) for report in reports), time.monotonic() - start
+    print(f"decoded {decoded}, already there {present}, failed {rejected}")
+    if len(shards) > 1:
+        print(f"shards: done {len(reports) - failed}, already there {len(shards) - len(waiting)}, failed {failed}")
+    print(f"{seconds:.1f} s, {decoded / max(seconds, 1e-9):.2f} images/s, {'Ray' if with_ray else 'in one process'}")
+    if rejected or failed:
+        print(f"what could not be decoded, and why: {args.out}/**/*.rejects.jsonl")
+    if failed and failed == len(waiting):
+        return 2
+    return 1 if rejected or failed else 0
 
 
 def train(args: argparse.Namespace) -> int:
@@ -185,6 +206,15 @@ def size_range(text: str) -> tuple[int, int]:
     return int(least), int(most or least)
 
 
+def memory_size(text: str) -> int:
+    """Bytes: a number, and K, M, G or T for powers of 1024."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    size = int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " ")) if found else 0
+    if size <= 0:
+        raise ValueError(text)  # which argparse words
+    return size
+
+
 def load_model(args: argparse.Namespace) -> MOVQ:
     return from_pretrained(args.model, device=args.device, dtype=DTYPES[args.dtype])
 
@@ -205,7 +235,8 @@ def parser() -> argparse.ArgumentParser:
     def command(run: Callable[[argparse.Namespace], int], summary: str, model: bool = True) -> argparse.ArgumentParser:
         sub = commands.add_parser(run.__name__, help=summary, description=summary)
         sub.set_defaults(run=run)
-        sub.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device (%(default)s)")
+        sub.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
+                         help="torch device (a GPU if there is one)")  # fmt: skip
         if model:
             sub.add_argument("--model", type=Path, default=SMALL_MODEL, help="weights, see from_pretrained (the shipped model)")
             sub.add_argument("--dtype", choices=DTYPES, default="float32")
@@ -219,9 +250,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("images", nargs="+", type=Path, help="pictures and folders of pictures")
     sub.add_argument("-o", "--out", type=Path, default=Path("codes.safetensors"), help="file to write (%(default)s)")
 
-    sub = command(decode, "Codes to PNG pictures; those already there are skipped.")
-    sub.add_argument("codes", type=Path, help="file that encode wrote")
+    sub = command(decode, "Codes to pictures, shard by shard; what is already there is skipped.")
+    sub.set_defaults(device=None)
+    sub.add_argument("codes", nargs="+", type=Path, help="files that encode wrote, Parquet, WebDatasets (.tar), folders of these")
     sub.add_argument("-o", "--out", type=Path, default=Path("decoded"), help="folder to write to (%(default)s)")
+    sub.add_argument("--engine", choices=["auto", "ray", "process"], default="auto",
+                     help="Ray Data, this process, or Ray if it is installed and there are several shards (%(default)s)")  # fmt: skip
+    sub.add_argument("--max-memory", type=memory_size, metavar="BYTES",
+                     help="of a decode, such as 500M (most of a GPU's; on a CPU what a picture needs)")  # fmt: skip
+    sub.add_argument("--threads", type=int, help="of each worker (4 with Ray, else all)")
 
     sub = command(train, "Train a model; run it again to go on from the last checkpoint.", model=False)
     sub.add_argument("folder", type=Path, help="photographs, searched to the bottom")

@@ -48,7 +48,7 @@ class CodeFile:
 
     def add(self, name: str, codes: Tensor, size: tuple[int, int]) -> None:
         """Raises ValueError for a name that the file cannot hold."""
-        if (problem := _problem(name)) is not None:
+        if (problem := name_problem(name)) is not None:
             raise ValueError(problem)
         self.codes[name] = codes.to(torch.int32).cpu().contiguous()
         self.sizes[name] = size
@@ -81,7 +81,7 @@ class CodeFile:
             result = cls(metadata["codebook"], codes, sizes)
         for name, grid in codes.items():
             shown = printable(repr(name), MOST_SHOWN)
-            if (problem := _problem(name)) is not None:
+            if (problem := name_problem(name)) is not None:
                 raise CodeFileError(f"{path} {problem}")
             if name not in sizes:
                 raise CodeFileError(f"{path} is damaged: it has no size for {shown}")
@@ -98,7 +98,7 @@ class CodeFile:
         return {name: png if shared[png] == 1 else f"{name}.png" for name, png in names.items()}
 
 
-def _problem(name: str) -> str | None:
+def name_problem(name: str) -> str | None:
     """Why a picture cannot have this name; None if it can."""
     path, shown = PurePosixPath(name), printable(repr(name), MOST_SHOWN)
     if path.is_absolute() or ".." in path.parts or "\\" in name or not path.name:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_partials(paths: Iterable[Path]) -> None:
+    """Remove what ``replacing`` left beside these files in processes that were killed. No other process may be writing them."""
+    names: dict[Path, set[str]] = {}
+    for path in paths:
+        names.setdefault(path.parent, set()).add(path.name)
+    for folder, known in names.items():
+        for partial in folder.glob(".*.partial"):
+            if partial.name[1:].rsplit(".", 3)[0] in known:
+                partial.unlink(missing_ok=True)
 
 
 def require_file(path: str | Path) -> None:

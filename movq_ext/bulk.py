@@ -1,0 +1,231 @@
+"""Decoding the codes of many pictures: shard by shard, in batches that fit the memory, by a run that may be stopped anywhere.
+
+A shard's pictures are written at once when all are made (those of a CodeFile one by one), so whoever finds a file finds all of
+it, and a run that is begun again goes on with the shards that have none. What cannot be decoded is in ``SHARD.rejects.jsonl``,
+one JSON object a line with ``source``, ``name`` and ``reason``, which is there before the shard's pictures are.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .checkpoint import from_pretrained
+from .decoder import MOVQDecoder
+from .files import printable, remove_partials, replacing
+from .images import to_image
+from .shards import Codebook, Sample, Shard
+
+logger = logging.getLogger(__name__)
+
+CHUNK_PIXELS = 1 << 26  # of pictures that wait for the others of their chunk
+MOST_SAMPLES = 1024  # in a chunk
+SHOWN = 10  # reasons in a report
+MEMORY_SHARE = 0.8  # of a GPU's free memory, for decodes
+Tell = Callable[[int], object]  # hears that so many pictures are done
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to decode, for whoever does it.
+
+    Args:
+        model: see from_pretrained.
+        device, dtype: of the model; a GPU, where there is one, if the device is None.
+        max_memory: bytes that a decode may take beyond weights and images. If None, most of what is free on a GPU, and on a CPU
+            what one picture needs.
+        threads: that compute on a CPU, and that encode PNGs; torch's own number if None.
+    """
+
+    model: Path
+    device: str | None = None
+    dtype: torch.dtype = torch.float32
+    max_memory: int | None = None
+    threads: int | None = None
+
+
+@dataclass
+class Report:
+    """What became of a shard: how many pictures were decoded, were there already and were rejected, and the first reasons.
+
+    ``error`` says why the shard as a whole could not be decoded; nothing of it was written then.
+    """
+
+    source: str
+    decoded: int = 0
+    present: int = 0
+    rejected: int = 0
+    reasons: list[str] = field(default_factory=list)
+    error: str = ""
+    seconds: float = 0.0
+
+
+class BatchDecoder:
+    """Makes PNGs of samples, in batches of one size. On a CPU a batch is one picture: decodes there take them one by one."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        self.model = from_pretrained(settings.model, device=self.device, dtype=settings.dtype)
+        self.codebook = Codebook.of(self.model)
+        self.threads = settings.threads or torch.get_num_threads()
+        self.max_memory = settings.max_memory
+        if self.max_memory is None and self.device.type == "cuda":
+            self.max_memory = int(MEMORY_SHARE * torch.cuda.mem_get_info(self.device)[0])
+        self._most: dict[tuple[int, int], int] = {}  # pictures of so many cells that memory was found to hold
+
+    def __call__(self, samples: Sequence[Sample], pool: ThreadPoolExecutor, tell: Tell) -> list[bytes | Exception]:
+        """A PNG for each sample, or why there is none. ``tell`` hears of every one."""
+        by_grid: dict[tuple[int, int], list[int]] = defaultdict(list)
+        results: dict[int, Exception | Future[bytes]] = {}
+        for i, sample in enumerate(samples):
+            if sample.codes is None:
+                results[i] = ValueError(sample.problem)
+                tell(1)
+            else:
+                by_grid[sample.codes.shape[0], sample.codes.shape[1]].append(i)
+        for grid, members in by_grid.items():
+            while members:
+                batch = members[: self.batch_size(grid)]
+                try:
+                    images = self.decode(torch.stack([codes for i in batch if (codes := samples[i].codes) is not None]))
+                except torch.OutOfMemoryError:
+                    self._take_less(grid, len(batch))
+                    continue
+                except ValueError as error:  # too large for the memory even in strips
+                    results.update((i, error) for i in batch)
+                else:
+                    for i, image in zip(batch, images, strict=True):
+                        height, width = samples[i].size
+                        try:
+                            results[i] = pool.submit(_png, to_image(image[:, :height, :width]))
+                        except ValueError as error:  # NaN
+                            results[i] = error
+                tell(len(batch))
+                del members[: len(batch)]
+        found = (results[i] for i in range(len(samples)))
+        return [result.result() if isinstance(result, Future) else result for result in found]
+
+    @torch.inference_mode()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Images ``(B, 3, H, W)`` of codes ``(B, h, w)``."""
+        quantised = self.model.quantize.get_codebook_entry(codes.to(self.device), (*codes.shape, self.model.quantize.e_dim))
+        fits = self.max_memory is None or self.picture_bytes((codes.shape[1], codes.shape[2])) <= self.max_memory
+        return self.model.decode(quantised, max_memory=None if fits else self.max_memory)
+
+    def _take_less(self, grid: tuple[int, int], pictures: int) -> None:
+        """After so many pictures ran out of memory: half of them the next time, one in strips, in ever less memory."""
+        torch.cuda.empty_cache()
+        if pictures > 1:
+            self._most[grid] = pictures // 2
+        else:
+            self.max_memory = min(self.max_memory or sys.maxsize, self.picture_bytes(grid)) // 2
+        logger.warning("out of memory with %d pictures of %d x %d codes at once: going on with less", pictures, *grid)
+
+    def batch_size(self, grid: tuple[int, int]) -> int:
+        """How many pictures of so many cells to decode at once."""
+        if self.device.type == "cpu" or self.max_memory is None:
+            return 1
+        return self._most.get(grid) or max(1, self.max_memory // self.picture_bytes(grid))
+
+    def picture_bytes(self, grid: tuple[int, int]) -> int:
+        """About the most that a decode holds of maps for one picture of so many cells."""
+        weight = self.model.quant_conv.weight
+        return peak_values(self.model.decoder) * grid[0] * grid[1] * self.codebook.cell**2 * weight.element_size()
+
+
+def peak_values(decoder: MOVQDecoder) -> int:
+    """The most values a pixel of the image that maps have at a time: a block's input, its norm, its convolution and the sum."""
+    levels = [[2 * (block.in_channels + block.out_channels) for block in stage.block] for stage in decoder.up]
+    return max(-(-values // 4**level) for level, blocks in enumerate(levels) for values in blocks)
+
+
+def decode_shard(shard: Shard, decoder: BatchDecoder, tell: Tell = lambda pictures: None) -> Report:
+    """Decode what a shard has and its target lacks. What is the shard's or the disk's fault is reported, not raised."""
+    report, start = Report(str(shard.source)), time.monotonic()
+    if shard.is_done():  # by a worker that died before it could say so
+        report.present = shard.pictures()
+        report.rejected = len(shard.rejects.read_text().splitlines()) if shard.rejects.exists() else 0
+        tell(report.present + report.rejected)
+        return report
+    rejects: list[dict[str, str | None]] = []
+    paths = {shard.rejects}
+
+    def reject(name: str | None, reason: str) -> None:
+        rejects.append({"source": str(shard.source), "name": name, "reason": printable(reason)})
+
+    try:
+        with ThreadPoolExecutor(decoder.threads) as pool, shard.writing() as write:
+            for chunk in _chunks(shard.samples(decoder.codebook)):
+                paths |= {shard.path_of(sample) for sample in chunk}
+                missing = [sample for sample in chunk if not shard.has(sample)]
+                report.present += len(chunk) - len(missing)
+                tell(len(chunk) - len(missing))
+                for sample, png in zip(missing, decoder(missing, pool, tell), strict=True):
+                    if isinstance(png, Exception):
+                        reject(sample.name, str(png))
+                    else:
+                        write(sample, png)
+                        report.decoded += 1
+            _write_rejects(shard, rejects)  # before the pictures take their name: who finds them knows what is missing
+        report.rejected = len(rejects)
+        report.reasons = [f"{one['name']}: {one['reason']}" for one in rejects[:SHOWN]]
+        remove_partials(paths)
+    except (OSError, ValueError) as error:
+        report.decoded, report.error = 0, printable(str(error))
+        rejects = []
+        reject(None, str(error))
+        with suppress(OSError):
+            _write_rejects(shard, rejects)
+    report.seconds = time.monotonic() - start
+    return report
+
+
+def run_in_process(shards: Iterable[Shard], settings: Settings, tell: Tell) -> Iterator[Report]:
+    """Decode shards one after the other, on one device; ``tell`` hears of every picture."""
+    decoder = BatchDecoder(settings)
+    for shard in shards:
+        yield decode_shard(shard, decoder, tell)
+
+
+def _chunks(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
+    """Samples together that are decoded together, in the memory that CHUNK_PIXELS of pictures take."""
+    chunk: list[Sample] = []
+    pixels = 0
+    for sample in samples:
+        chunk.append(sample)
+        pixels += sample.size[0] * sample.size[1]
+        if pixels >= CHUNK_PIXELS or len(chunk) == MOST_SAMPLES:
+            yield chunk
+            chunk, pixels = [], 0
+    if chunk:
+        yield chunk
+
+
+def _write_rejects(shard: Shard, rejects: list[dict[str, str | None]]) -> None:
+    if not rejects:
+        shard.rejects.unlink(missing_ok=True)
+        return
+    shard.rejects.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(shard.rejects) as partial:
+        partial.write_text("".join(f"{json.dumps(one)}\n" for one in rejects))
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()
