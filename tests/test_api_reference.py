@@ -13,7 +13,7 @@ import pytest
 import movq_ext
 
 PAGES = Path(__file__).resolve().parents[1] / "docs" / "api"
-DIRECTIVE = re.compile(r"^\.\. auto(\w+):: (\S+)((?:\n   :.*)*)", re.MULTILINE)
+DIRECTIVE = re.compile(r"^\.\. (?:auto|py:)(\w+):: (\S+)((?:\n   :.*)*)", re.MULTILINE)
 SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Yields):\n((?:(?:    .*)?(?:\n|$))+)", re.MULTILINE)
 ENTRY = re.compile(r"^    ([*\w][*\w., ]*): \S", re.MULTILINE)
 
