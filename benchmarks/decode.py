@@ -26,11 +26,10 @@ from typing import Any
 
 import torch
 from peers import KINDS, peer, save_random
-from plots import bars
-from published_decoder import published
+from plots import draw
 from timing import convolution_rate, copy_bandwidth, environment, matmul_rate, milliseconds, write
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from work import Work, work
 
 import movq_ext
 
@@ -123,24 +122,6 @@ def run(name: str, options: argparse.Namespace, seconds_left: float, **case: Any
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
-def work(folder: Path, size: int) -> tuple[float, float]:
-    """Operations of the published decode of one image, and the elements of all maps that are normalised."""
-    moved = 0
-
-    def count(module: Any, inputs: Any) -> None:
-        nonlocal moved
-        moved += inputs[0].numel()
-
-    decoder = published(movq_ext.from_pretrained(folder).decoder.to("meta"))
-    for module in decoder.modules():
-        if isinstance(module, movq_ext.SpatialNorm):
-            module.register_forward_pre_hook(count)
-    z = torch.empty(1, 4, size // 8, size // 8, device="meta")
-    with FlopCounterMode(display=False) as flops:
-        decoder(z, z)
-    return flops.get_total_flops(), moved
-
-
 def peers_of(options: argparse.Namespace, mode: str, cuda: bool) -> list[str]:
     if options.peers or options.quick:
         return options.peers or list(KINDS)
@@ -148,8 +129,10 @@ def peers_of(options: argparse.Namespace, mode: str, cuda: bool) -> list[str]:
     return [f"{kind}{how}" for how in hows for kind in KINDS]
 
 
-def measure_device(device: torch.device, options: argparse.Namespace, end: float, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Adds a row for every decoder and case; returns what there is to say of the device."""
+def measure_device(
+    device: torch.device, options: argparse.Namespace, end: float, rows: list[dict[str, Any]], works: dict[str, Work]
+) -> dict[str, Any]:
+    """Adds a row for every decoder and case, and the work of every size; returns what there is to say of the device."""
     cuda = device.type == "cuda"
     bandwidth = copy_bandwidth(device)
     said = {**environment(device), "copy bandwidth, GB/s": bandwidth / 1e9, "threads": torch.get_num_threads()}
@@ -159,7 +142,9 @@ def measure_device(device: torch.device, options: argparse.Namespace, end: float
         rates["convolution"] = convolution_rate(device, 128 if cuda else 64, kind)
         said |= {f"{dtype} {name}, TFLOP/s": rate / 1e12 for name, rate in rates.items()}
         for size in options.sizes or ([64] if options.quick else [256, 512, 768, 1024, 2048] if cuda else [256]):
-            operations, moved = work(options.folder, size)
+            found = works[str(size)] = work(movq_ext.from_pretrained(options.folder).decoder, size)
+            operations = sum(found[part]["operations"] for part in ("convolution", "attention"))
+            moved = found["norm"]["elements"] / 3
             for batch in options.batches or ([1, 8] if cuda and not options.quick else [1]):
                 for mode in options.modes or (["decode", "train"] if cuda or options.quick else ["decode"]):
                     passes, maps = (1, 3) if mode == "decode" else (3, 8)
@@ -198,6 +183,7 @@ def main() -> None:
     end = time.monotonic() + 60 * options.minutes
     rows: list[dict[str, Any]] = []
     head: dict[str, Any] = {}
+    works: dict[str, Work] = {}
     with tempfile.TemporaryDirectory() as folder:
         options.folder = Path(folder)
         save_random(options.folder, small=options.quick)
@@ -206,14 +192,13 @@ def main() -> None:
                 missing: dict[str, Any] = dict.fromkeys((*CASE, "decoder", "ms", "MB", "kept MB", "images/s", "of roofline"), "-")
                 rows.append({**missing, "device": device, "ms": "missing: no GPU"})
                 continue
-            said = measure_device(torch.device(device), options, end, rows)
+            said = measure_device(torch.device(device), options, end, rows, works)
             shared = ("date", "torch", "movq_ext", "commit")
             head |= {key if key in shared else f"{device}: {key}": value for key, value in said.items()}
     head |= ratios(rows)
-    options.out.mkdir(parents=True, exist_ok=True)
-    head["chart of ms"] = bars(options.out / "decode_ms.png", rows, CASE, "decoder", "ms", "ms")
-    head["chart of memory"] = bars(options.out / "decode_memory.png", rows, CASE, "decoder", "MB", "MB at the peak")
+    head["work"] = works
     write(options.out, "decode", "Decoding and training steps", head, rows)
+    print(f"figures: {draw(options.out)}")
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, str]:

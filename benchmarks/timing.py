@@ -85,7 +85,7 @@ def write(folder: Path, name: str, title: str, head: dict[str, Any], rows: Seque
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps({**head, "rows": rows}, indent=1, default=str))
     keys = list(rows[0]) if rows else []
-    lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in head.items() if key != "movq_ext"), ""]
+    lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in head.items() if key not in ("movq_ext", "work")), ""]
     lines += [f"| {' | '.join(keys)} |", "|" + "---|" * len(keys)]
     lines += ["| " + " | ".join(f"{row[k]:.4g}" if isinstance(row[k], float) else str(row[k]) for k in keys) + " |" for row in rows]
     (folder / f"{name}.md").write_text("\n".join(lines) + "\n")

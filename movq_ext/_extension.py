@@ -93,13 +93,17 @@ def warn_once(reason: str) -> None:
 
 
 def build_info() -> dict[str, Any]:
-    """How movq_ext was built and what it runs on.
+    """How movq_ext was built and what it runs on:
+
+    - ``version`` of movq_ext;
+    - ``extension``, ``"loaded"`` or why not;
+    - ``built_with_torch``, ``built_with_nvcc`` and ``arch_list`` of the extension, None without one;
+    - ``torch`` and ``torch_cuda``, the running versions; ``torch_cuda`` is None for a CPU build;
+    - ``devices``, for every visible GPU its ``name``, ``capability`` and ``kernels``, which is ``"compiled"`` if the extension
+      holds code for it, or why not.
 
     Returns:
-        ``version``; ``extension``: ``"loaded"`` or why not; ``built_with_torch``, ``built_with_nvcc`` and ``arch_list`` of the
-        extension (None without one); ``torch`` and ``torch_cuda``: the running versions (``torch_cuda`` is None for a CPU
-        build); ``devices``: for every visible GPU its ``name``, ``capability`` and ``kernels``: ``"compiled"`` if the extension
-        holds code for it, or why not.
+        A dictionary with these keys, which JSON can hold.
     """
     return {
         "version": __version__,

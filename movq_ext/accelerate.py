@@ -76,7 +76,7 @@ def accelerate(model_or_pipeline: Any) -> AccelerationReport:
         What was replaced, and what was not and why.
 
     Raises:
-        TypeError: model_or_pipeline is neither.
+        TypeError: model_or_pipeline is neither a module nor a pipeline.
         ImportError: diffusers is not installed.
         ValueError: no part can be served; the message says why.
     """

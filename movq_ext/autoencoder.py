@@ -19,11 +19,16 @@ from .tiled import decode_tiled
 class MOVQ(nn.Module):
     """MoVQ autoencoder (Zheng et al., arXiv:2209.09002), with the module names of the released checkpoints.
 
+    Wrong input is a ValueError or TypeError that names the argument, as in the methods of its parts.
+
     Args:
         ddconfig: keywords of MOVQDecoder and Encoder, as in the released configs.
         n_embed: number of codes.
         embed_dim: channels of a code, and so of the decoder's zq.
-        beta, remap, sane_index_shape, legacy: see VectorQuantizer.
+        beta, remap, sane_index_shape, legacy: see `VectorQuantizer`.
+
+    Raises:
+        ValueError: as `MOVQDecoder`'s and `Encoder`'s.
     """
 
     def __init__(
@@ -54,7 +59,7 @@ class MOVQ(nn.Module):
         return 2 ** (self.decoder.num_resolutions - 1)
 
     def gradient_checkpointing_enable(self) -> None:
-        """Train in less memory: see ActivationCheckpointing."""
+        """Train in less memory, see ActivationCheckpointing."""
         self.encoder.gradient_checkpointing_enable()
         self.decoder.gradient_checkpointing_enable()
 
@@ -68,7 +73,7 @@ class MOVQ(nn.Module):
         return self.quant_conv(self.encoder(x))
 
     def encode_code(self, x: Tensor) -> Tensor:
-        """Images to code indices ``(B, h, w)`` int64."""
+        """Images ``(B, in_channels, H, W)`` in [-1, 1] to code indices ``(B, h, w)`` int64."""
         h = self.encode(x)
         return self.quantize(h)[2][2].view(h.shape[0], *h.shape[2:])
 
@@ -84,7 +89,7 @@ class MOVQ(nn.Module):
         return self.decoder(z, quant) if max_memory is None else decode_tiled(self.decoder, z, quant, max_memory=max_memory)
 
     def decode_code(self, indices: Tensor) -> Tensor:
-        """Code indices ``(B, h, w)``, any grid, to images.
+        """Code indices ``(B, h, w)``, any grid, to images ``(B, out_ch, h * downsampling, w * downsampling)`` in about [-1, 1].
 
         Raises ValueError for another rank or an index outside the codebook, TypeError for indices that are not integers.
         """
@@ -93,6 +98,6 @@ class MOVQ(nn.Module):
         return self.decode(self.quantize.get_codebook_entry(indices, (*indices.shape, self.quantize.e_dim)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstruct images; returns (images, the codebook's loss)."""
+        """Reconstruct images ``(B, in_channels, H, W)`` in [-1, 1]; returns (images of whole cells, the codebook's loss)."""
         quant, loss, _ = self.quantize(self.encode(x))
         return self.decode(quant), loss

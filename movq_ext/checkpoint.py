@@ -36,8 +36,16 @@ class CheckpointError(ValueError):
 def save_pretrained(model: MOVQ, folder: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write ``model.safetensors`` (weights, and the config in its metadata) and ``config.json`` (a copy to read) to folder.
 
-    The weights are stored as dtype, or as they are. An interrupted save leaves the old files whole: each is replaced at once,
-    and the one that is loaded holds weights and config together.
+    An interrupted save leaves the old files whole: each is replaced at once, and the one that is loaded holds weights and config
+    together.
+
+    Args:
+        model: is left as it is, on any device.
+        folder: is made if it is not there.
+        dtype: of the weights in the file; the model's if None.
+
+    Raises:
+        OSError: folder cannot be written to.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,16 +68,22 @@ def from_pretrained(
 
     Args:
         path: one of
-            a folder or ``.safetensors`` file that save_pretrained wrote;
-            a diffusers ``VQModel`` folder with ``norm_type="spatial"`` (Kandinsky 2.1 and 2.2);
-            an original checkpoint of Kandinsky 2.x or CogVideo (``.ckpt``, ``.pt``, ``.pth``, ``.safetensors``), its entries
-            under any prefix. It is read with ``weights_only=True``: no code in it can run.
+
+            - a folder or ``.safetensors`` file that `save_pretrained` wrote;
+            - a diffusers ``VQModel`` folder with ``norm_type="spatial"`` (Kandinsky 2.1 and 2.2);
+            - an original checkpoint of Kandinsky 2.x or CogVideo (``.ckpt``, ``.pt``, ``.pth``, ``.safetensors``), its entries
+              under any prefix. It is read with ``weights_only=True``: no code in it can run.
+
             A file from anywhere may be given: reading it takes memory in proportion to its size, whatever it claims.
-        config: keywords of MOVQ; only for original checkpoints, where it is otherwise read off the entries' shapes.
+        config: keywords of `MOVQ`; only for original checkpoints, where it is otherwise read off the entries' shapes.
         device: where to put the model.
         dtype: dtype of the parameters, whatever they are stored as.
 
+    Returns:
+        The model, its parameters on device and of dtype.
+
     Raises:
+        ValueError: config is given for a path that has its own.
         FileNotFoundError: there is no such file or folder.
         OSError: it may not be read, or what should be a file is a folder, pipe or device.
         CheckpointError: it is damaged or truncated, no MoVQ model, holds anything but tensors, or has missing, extra,

@@ -30,14 +30,17 @@ class MOVQDecoder(ActivationCheckpointing):
         dropout: probability inside the ResNet blocks.
         resamp_with_conv: convolve after every 2x upsampling.
         in_channels: channels of the encoder's image; kept for the published configs, not used here.
-        resolution: image size that attn_resolutions refers to; any latent size can be decoded.
+        resolution: image size in pixels that attn_resolutions refers to; any latent size can be decoded.
         z_channels: channels of z.
         give_pre_end: return the features before norm_out.
         zq_ch: channels of zq; z_channels if None.
-        add_conv: see SpatialNorm.
+        add_conv: see `SpatialNorm`.
         mid_attn: attend in the middle; False for diffusers models with ``mid_block_add_attention=False``.
         gradient_checkpointing: train in less memory, see ActivationCheckpointing.
         **ignorekwargs: ignored (published configs hold keys of other classes).
+
+    Raises:
+        ValueError: a number of channels or levels is not positive, that of blocks is negative, or channels are no multiple of 32.
     """
 
     def __init__(
@@ -104,7 +107,8 @@ class MOVQDecoder(ActivationCheckpointing):
         """Decode z ``(B, z_channels, h, w)``, conditioned on zq ``(B, zq_ch, any height, any width)``.
 
         Returns:
-            ``(B, out_ch, H, W)`` with ``H = h * 2 ** (len(ch_mult) - 1)`` (with give_pre_end: the features before norm_out).
+            ``(B, out_ch, H, W)`` with ``H = h * 2 ** (len(ch_mult) - 1)``, in about [-1, 1]. With give_pre_end the features
+            before norm_out, ``(B, ch * ch_mult[0], H, W)``.
 
         Raises:
             ValueError: wrong rank, channels or device, empty, or batch sizes that differ.
@@ -127,7 +131,8 @@ class MOVQDecoder(ActivationCheckpointing):
         """As forward, and every intermediate map by name, in execution order.
 
         The names: conv_in, mid_block_1, mid_attn_1, mid_block_2, up_{level}_block_{i}, up_{level}_attn_{i},
-        up_{level}_upsample and, unless give_pre_end, norm_out, nonlinearity, conv_out. Maps are in channels_last.
+        up_{level}_upsample and, unless give_pre_end, norm_out, nonlinearity, conv_out. Maps are ``(B, C, height, width)`` in
+        channels_last. Raises what `forward` raises.
         """
         self._check(z, zq)
         z, zq = _latents(z, zq)

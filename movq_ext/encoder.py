@@ -14,8 +14,23 @@ from .modules import AttnBlock, Downsample, ResnetBlock, check_latent, check_lev
 class Encoder(ActivationCheckpointing):
     """Encoder of VQGAN (Esser et al., arXiv:2012.09841): GroupNorm + SiLU ResNet blocks, stride-2 downsampling.
 
-    The arguments are those of MOVQDecoder; ``double_z`` doubles the output's channels (mean and log-variance of a KL
-    model). ``out_ch`` and other keys of the published configs are ignored.
+    Args:
+        ch: channels at full resolution; ``ch * m`` must be a multiple of 32 for every m in ch_mult.
+        ch_mult: channel multiplier of each level, from full resolution to the latent's.
+        num_res_blocks: ResNet blocks of each level.
+        attn_resolutions: levels with one of these sizes (for an image of ``resolution``) attend after every block.
+        dropout: probability inside the ResNet blocks.
+        resamp_with_conv: halve by a convolution of stride 2 rather than a 2x2 mean.
+        in_channels: channels of the image.
+        resolution: image size in pixels that attn_resolutions refers to; any image of one latent cell or more can be encoded.
+        z_channels: channels of the latent.
+        double_z: twice as many of them, mean and log-variance of a KL model.
+        mid_attn: attend in the middle; False for diffusers models with ``mid_block_add_attention=False``.
+        gradient_checkpointing: train in less memory, see ActivationCheckpointing.
+        **ignorekwargs: ignored (published configs hold keys of other classes).
+
+    Raises:
+        ValueError: a number of channels or levels is not positive, that of blocks is negative, or channels are no multiple of 32.
     """
 
     def __init__(

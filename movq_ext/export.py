@@ -142,14 +142,23 @@ def export_decoder(
 class ExportedDecoder:
     """A file of `export_decoder`, loaded. Call it like the model it was made from: ``(z, zq)`` or ``(quant)`` to an image.
 
+    Args:
+        path, device: see `load_exported`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such file, is damaged, or was compiled for another kind of device.
+
     Attributes:
         inputs: channels of each latent, by name.
-        batch, height, width: the least and the most.
-        dtype, device: of latents and image; device without an index is any device of that type.
+        batch: the least and the most images.
+        height: the least and the most rows of the latent.
+        width: the least and the most columns.
+        dtype: of latents and image.
+        device: of latents and image; without an index, any device of that type.
     """
 
     def __init__(self, path: str | Path, device: torch.device | str | None = None) -> None:
-        """See `load_exported`."""
         from torch._inductor import aoti_load_package
 
         path = Path(path)
@@ -201,6 +210,9 @@ def load_exported(path: str | Path, device: torch.device | str | None = None) ->
     Args:
         path: the file. It holds machine code: load only what you trust.
         device: ``"cuda:1"`` for a GPU other than the first; it must be of the type that the file was compiled for.
+
+    Returns:
+        The program, to be called like the model.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -196,6 +196,9 @@ def explain(x: Tensor, operator: str = "spatial_norm") -> str:
         x: features for ``"spatial_norm"`` and ``"spatial_attention"``; ``(B, heads, tokens, C)`` for ``"attention"``.
         operator: the name of the operator.
 
+    Returns:
+        ``native: ...`` or ``cuda: ...``, the reason behind the colon.
+
     Raises:
         ValueError: there is no such operator.
     """

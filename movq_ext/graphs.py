@@ -30,7 +30,7 @@ class CUDAGraphDecoder:
     see: hooks in Python, which ran at the recording for the last time, and settings such as
     ``torch.backends.cudnn.allow_tf32``; call `clear` after changing those.
 
-    On other devices than a GPU the decoder just runs, and `eager_reason` says so.
+    On other devices than a GPU the decoder just runs, and ``eager_reason`` says so.
 
     Args:
         decoder: in evaluation.

@@ -22,6 +22,10 @@ class GroupNorm(nn.GroupNorm):
     """``nn.GroupNorm`` with SpatialNorm's signature, for blocks that are not conditioned on a latent (zq is ignored)."""
 
     def forward(self, f: Tensor, zq: object = None, activation: str | None = None, f_bias: Tensor | None = None) -> Tensor:
+        """Normalise f ``(B, C, H, W)``, with ``f_bias[c]`` added where given; returns f's shape.
+
+        Raises what `spatial_norm` raises.
+        """
         return spatial_norm(f, None, None, self.weight, self.bias, self.num_groups, self.eps, activation, f_bias)
 
 
@@ -37,6 +41,9 @@ class SpatialNorm(nn.Module):
         freeze_norm_layer: keep the norm layer's parameters and running statistics as they are in training.
         add_conv: apply a 3x3 convolution to the resized zq first.
         **norm_layer_params: e.g. ``num_groups=32, eps=1e-6, affine=True``.
+
+    Raises:
+        ValueError: num_groups of a group norm is not positive or does not divide f_channels.
     """
 
     def __init__(
@@ -199,7 +206,12 @@ def fold_windows(weight: Tensor) -> Tensor:
 
 
 class Upsample(nn.Module):
-    """Nearest 2x upsampling, then a 3x3 convolution if ``with_conv``."""
+    """Nearest 2x upsampling, then a 3x3 convolution; the two are computed as one transposed convolution.
+
+    Args:
+        in_channels: of the map, before and after.
+        with_conv: whether there is the convolution.
+    """
 
     def __init__(self, in_channels: int, with_conv: bool) -> None:
         super().__init__()
@@ -217,7 +229,12 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width: a stride-2 3x3 convolution padded at the bottom and right, or a 2x2 mean."""
+    """Halve height and width: a stride-2 3x3 convolution padded at the bottom and right, or a 2x2 mean.
+
+    Args:
+        in_channels: of the map, before and after.
+        with_conv: the convolution rather than the mean.
+    """
 
     def __init__(self, in_channels: int, with_conv: bool) -> None:
         super().__init__()
@@ -239,7 +256,10 @@ class ResnetBlock(nn.Module):
         dropout: probability.
         temb_channels: channels of the optional timestep embedding; 0 for none.
         zq_ch: channels of the latent the norms are conditioned on; None for plain GroupNorm.
-        add_conv: see SpatialNorm.
+        add_conv: see `SpatialNorm`.
+
+    Raises:
+        ValueError: channels are not a multiple of 32.
     """
 
     def __init__(
@@ -299,6 +319,14 @@ class AttnBlock(nn.Module):
     """``x + proj_out(attention(q(n), k(n), v(n)))`` with ``n = norm(x)``: one head of size in_channels over all positions.
 
     q, k and v are one convolution when they run, and three in the state dict.
+
+    Args:
+        in_channels: of the map, a multiple of 32.
+        zq_ch: channels of the latent the norm is conditioned on; None for plain GroupNorm.
+        add_conv: see `SpatialNorm`.
+
+    Raises:
+        ValueError: in_channels is not a multiple of 32.
     """
 
     def __init__(self, in_channels: int, zq_ch: int | None = None, add_conv: bool = False) -> None:

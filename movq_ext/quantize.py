@@ -76,8 +76,8 @@ class VectorQuantizer(nn.Module):
         """Quantise z ``(B, e_dim, h, w)``.
 
         Returns:
-            ``(z_q, loss, (perplexity, min_encodings, indices))``: z_q has z's shape and passes its gradient to z unchanged;
-            loss is a scalar; perplexity and min_encodings are None (the released code's placeholders); indices are
+            ``(z_q, loss, (perplexity, min_encodings, indices))``. z_q has z's shape and passes its gradient to z unchanged,
+            loss is a scalar, perplexity and min_encodings are None (the released code's placeholders), and indices are
             ``(B * h * w,)`` int64, or shaped as sane_index_shape says.
 
         Raises:
@@ -102,7 +102,7 @@ class VectorQuantizer(nn.Module):
         return z_q.permute(0, 3, 1, 2), loss, (None, None, indices)
 
     def remap_to_used(self, indices: Tensor) -> Tensor:
-        """Positions in ``used`` of the given codes; unknown ones become unknown_index."""
+        """Positions in ``used``, remap's codes, of the given ones, int64 of any shape; unknown ones become unknown_index."""
         order = self.used.argsort()
         position = torch.searchsorted(self.used[order], indices).clamp(max=len(order) - 1)
         remapped = order[position]
@@ -114,7 +114,7 @@ class VectorQuantizer(nn.Module):
         return torch.where(known, remapped, unknown)
 
     def unmap_to_all(self, indices: Tensor) -> Tensor:
-        """The codes at the given positions of ``used``; positions past its end give the first."""
+        """The codes at the given positions of ``used``, int64 of any shape; positions past its end give the first."""
         return self.used[torch.where(indices >= len(self.used), 0, indices)]
 
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None = None) -> Tensor:

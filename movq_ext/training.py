@@ -25,7 +25,7 @@ from .images import find_images, load_image, to_tensor
 
 log = logging.getLogger(__name__)
 
-#: The model that ships with the package: 8x downsampling, 4 latent channels, 3.0 million parameters.
+#: MOVQ's keywords for the model that ships with the package, with 8x downsampling, 4 latent channels and 3.0 million parameters.
 SMALL_MODEL: dict[str, Any] = {
     "ddconfig": {
         "ch": 32,
@@ -44,18 +44,35 @@ SMALL_MODEL: dict[str, Any] = {
 
 @dataclass
 class TrainingConfig:
-    """What a run depends on; a checkpoint resumes only under the config it was made with (``steps`` may grow)."""
+    """What a run depends on; a checkpoint resumes only under the config it was made with (``steps`` may grow).
+
+    Args:
+        steps: of the optimiser.
+        batch_size: crops a step, in each process.
+        crop: height and width in pixels; a multiple of the model's downsampling.
+        learning_rate: of AdamW, the highest; it falls along half a cosine to zero.
+        warmup_steps: in which it rises from zero.
+        continuous_steps: steps before the codebook is put between encoder and decoder.
+        restart_every: steps between moving unused codes to latents that were seen.
+        codebook_weight: of the codebook's loss beside the mean squared error.
+        ema_decay: share of itself that the averaged model keeps in a step.
+        amp: bfloat16 autocast.
+        seed: of all randomness.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
 
     steps: int = 20_000
-    batch_size: int = 8  # per process
-    crop: int = 128  # pixels; a multiple of the model's downsampling
+    batch_size: int = 8
+    crop: int = 128
     learning_rate: float = 1e-3
     warmup_steps: int = 100
-    continuous_steps: int = 500  # steps before the codebook is put between encoder and decoder
-    restart_every: int = 100  # steps between moving unused codes to latents that were seen
+    continuous_steps: int = 500
+    restart_every: int = 100
     codebook_weight: float = 0.25
     ema_decay: float = 0.999
-    amp: bool = False  # bfloat16 autocast
+    amp: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -144,6 +161,8 @@ class Objective(nn.Module):
 class Trainer:
     """Trains, checkpoints and resumes.
 
+    Under torchrun every process calls this; gradients are averaged and process 0 writes the files.
+
     Args:
         model: the model to train; moved to device.
         folder: photographs, searched to the bottom.
@@ -152,7 +171,9 @@ class Trainer:
         device: torch device.
         checkpoint_activations: train in less memory and more time, the very same steps; see ActivationCheckpointing.
 
-    Under torchrun every process calls this; gradients are averaged and process 0 writes the files.
+    Raises:
+        ValueError: folder holds no pictures, or config's crop is not a multiple of the model's downsampling.
+        FileNotFoundError: there is no such folder.
     """
 
     def __init__(
@@ -185,10 +206,14 @@ class Trainer:
 
     @property
     def checkpoint(self) -> Path:
+        """The file that `save` writes and `resume` reads."""
         return self.out / "training.pt"
 
     def run(self, save_every: int = 500) -> None:
-        """Train from the current step to the last, saving every ``save_every`` steps and at the end."""
+        """Train from the current step to the last, saving every ``save_every`` steps and at the end.
+
+        Raises what `train_step` raises, and OSError where ``out`` cannot be written to.
+        """
         self.out.mkdir(parents=True, exist_ok=True)
         steps = range(self.step, self.config.steps)
         with tqdm(steps, initial=self.step, total=self.config.steps, disable=self.rank > 0, unit="step") as progress:
@@ -201,7 +226,10 @@ class Trainer:
                     self.save()
 
     def train_step(self) -> tuple[Tensor, Tensor]:
-        """One optimiser step; returns (loss, mean squared error) of this process's batch."""
+        """One optimiser step; returns (loss, mean squared error) of this process's batch, two scalars.
+
+        Raises FloatingPointError where the loss is not finite, and ValueError where no picture of the folder can be read.
+        """
         config, quantized = self.config, self.step >= self.config.continuous_steps
         if self.step == config.continuous_steps:
             self._initialize_codebook()
@@ -244,7 +272,10 @@ class Trainer:
             dist.barrier()
 
     def resume(self) -> None:
-        """Continue from the checkpoint in ``out``. Raises ValueError if it is damaged or was made with another config."""
+        """Continue from the checkpoint in ``out``.
+
+        Raises FileNotFoundError if there is none, and ValueError if it is damaged or was made with another config.
+        """
         require_file(self.checkpoint)
         with refusing(ValueError, f"{self.checkpoint} is damaged"):
             state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
