@@ -136,7 +136,11 @@ def judged(case: dict[str, str], found: dict[str, list[tuple[float, float]] | st
         row |= dict.fromkeys(("max", "of the best peer", "allowed", VERDICT), "-")
         if not isinstance(result, str):
             row |= {"relative L2": fmean(error for error, _ in result), "max": fmean(largest for _, largest in result)}
-            sort = [other for other in found if not other.startswith("ours") and ("compiled" if "compiled" in name else "nhwc") in other]
+            sort = [
+                other
+                for other in found
+                if not other.startswith("ours") and ("compiled" if "compiled" in name else "nhwc") in other
+            ]
             peers = [errors for errors in (found[other] for other in sort) if not isinstance(errors, str)]
             if name.startswith("ours") and peers:
                 best = min(peers, key=lambda errors: fmean(error for error, _ in errors))

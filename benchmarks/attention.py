@@ -45,7 +45,11 @@ def by(backend: SDPBackend) -> Attention:
 def peers(quick: bool) -> dict[str, Attention | None]:
     """None for what is not installed. Those whose name ends in N^2 hold all scores."""
     found: dict[str, Attention | None] = {"ours": movq_ext.attention, "math N^2": by(SDPBackend.MATH), "bmm N^2": formula}
-    found |= {"efficient": by(SDPBackend.EFFICIENT_ATTENTION), "cudnn": by(SDPBackend.CUDNN_ATTENTION), "flash": by(SDPBackend.FLASH_ATTENTION)}
+    found |= {
+        "efficient": by(SDPBackend.EFFICIENT_ATTENTION),
+        "cudnn": by(SDPBackend.CUDNN_ATTENTION),
+        "flash": by(SDPBackend.FLASH_ATTENTION),
+    }
     if quick:
         return found
     found["compile N^2"] = torch.compile(formula, dynamic=False)
@@ -113,7 +117,12 @@ def main() -> None:
         torch.manual_seed(0)
         *inputs, dout = (torch.randn(batch, 1, tokens, SIZE, device=device, dtype=dtype) for _ in range(4))
         inputs = [x.requires_grad_(backward) for x in inputs]
-        row: dict[str, Any] = {"pass": "forward+backward" if backward else "forward", "dtype": str(dtype)[6:], "N": tokens, "batch": batch}
+        row: dict[str, Any] = {
+            "pass": "forward+backward" if backward else "forward",
+            "dtype": str(dtype)[6:],
+            "N": tokens,
+            "batch": batch,
+        }
         took: dict[str, float] = {}
         for name, attention in found.items():
             if attention is None:
@@ -153,8 +162,14 @@ def plot(path: Path, rows: list[dict[str, Any]], names: list[str], device: str) 
     figure, pair = plt.subplots(1, 2, figsize=(13, 5), sharey=True)
     for axes, kind, factor in zip(pair, ("forward", "forward+backward"), (4, 14), strict=True):
         for name in names:
-            points = [(row["N"], factor * row["N"] ** 2 * SIZE / row[f"{name} ms"] / 1e9) for row in rows
-                      if row["pass"] == kind and row["batch"] == 1 and row["dtype"] == rows[0]["dtype"] and isinstance(row[f"{name} ms"], float)]
+            points = [
+                (row["N"], factor * row["N"] ** 2 * SIZE / row[f"{name} ms"] / 1e9)
+                for row in rows
+                if row["pass"] == kind
+                and row["batch"] == 1
+                and row["dtype"] == rows[0]["dtype"]
+                and isinstance(row[f"{name} ms"], float)
+            ]
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=3 if name == "ours" else 1)
         axes.set(title=f"{kind}, {rows[0]['dtype']}, batch 1", xlabel="tokens", xscale="log", ylim=0)

@@ -64,7 +64,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             for budget in [*([0] if size <= options.whole_up_to else []), *options.max_memory]:
                 save = Path(folder) / f"{budget}.pt"
-                command = [sys.executable, __file__, f"--size={size}", f"--max-memory-one={budget}", f"--save={save}", f"--device={options.device}"]
+                command = [
+                    sys.executable,
+                    __file__,
+                    f"--size={size}",
+                    f"--max-memory-one={budget}",
+                    f"--save={save}",
+                    f"--device={options.device}",
+                ]
                 done = subprocess.run(command, capture_output=True, text=True)
                 row = {"image": f"{size}x{size}", "max_memory, MiB": budget or "whole", "seconds": "-", "MB": (done.stderr.strip().splitlines() or ["died"])[-1][:80],
                        "error": "-"}  # fmt: skip

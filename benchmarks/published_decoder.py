@@ -43,7 +43,12 @@ class PublishedUpsample(Upsample):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-CLASSES = {SpatialNorm: PublishedNorm, AttnBlock: PublishedAttention, movq_ext.ResnetBlock: PublishedResnetBlock, Upsample: PublishedUpsample}
+CLASSES = {
+    SpatialNorm: PublishedNorm,
+    AttnBlock: PublishedAttention,
+    movq_ext.ResnetBlock: PublishedResnetBlock,
+    Upsample: PublishedUpsample,
+}
 
 
 class PublishedDecoder(MOVQDecoder):

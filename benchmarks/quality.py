@@ -1,6 +1,6 @@
 """How well does a model reconstruct a folder of photographs, and how much of its codebook does it use?
 
-    python benchmarks/quality.py FOLDER [--model PATH] [--out RESULT.md]
+python benchmarks/quality.py FOLDER [--model PATH] [--out RESULT.md]
 """
 
 import argparse

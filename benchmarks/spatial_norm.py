@@ -88,22 +88,44 @@ def main() -> None:
                     for layout in (torch.contiguous_format, torch.channels_last):
                         torch.manual_seed(0)
                         norm = movq_ext.SpatialNorm(channels, 4, num_groups=32, eps=1e-6).to(device, dtype)
-                        f = torch.randn(batch, channels, size, size, device=device, dtype=dtype).to(memory_format=layout).requires_grad_()
-                        zq = torch.randn(batch, 4, max(size // 8, min(32, size)), max(size // 8, min(32, size)), device=device, dtype=dtype)
+                        f = (
+                            torch.randn(batch, channels, size, size, device=device, dtype=dtype)
+                            .to(memory_format=layout)
+                            .requires_grad_()
+                        )
+                        zq = torch.randn(
+                            batch, 4, max(size // 8, min(32, size)), max(size // 8, min(32, size)), device=device, dtype=dtype
+                        )
                         zq.requires_grad_()
-                        row: dict[str, Any] = {"pass": "forward+backward" if backward else "forward", "dtype": str(dtype)[6:], "C": channels,
-                                               "H=W": size, "batch": batch, "layout": "nhwc" if layout == torch.channels_last else "nchw"}
+                        row: dict[str, Any] = {
+                            "pass": "forward+backward" if backward else "forward",
+                            "dtype": str(dtype)[6:],
+                            "C": channels,
+                            "H=W": size,
+                            "batch": batch,
+                            "layout": "nhwc" if layout == torch.channels_last else "nchw",
+                        }
                         layers = peers(norm, channels, not options.quick)
                         for name, layer in layers.items():
                             late = time.monotonic() - start > 60 * options.minutes
-                            row[f"{name} ms"] = "missing" if layer is None else "no time" if late else measure(layer, layers["eager"], f, zq, backward)
+                            row[f"{name} ms"] = (
+                                "missing"
+                                if layer is None
+                                else "no time"
+                                if late
+                                else measure(layer, layers["eager"], f, zq, backward)
+                            )
                         torch._dynamo.reset()
                         ours = row["ours ms"]
                         passes = 8 if backward else 3
                         if isinstance(ours, float):
                             row["GB/s"] = passes * f.numel() * f.element_size() / ours / 1e6
                             row["of copy"] = row["GB/s"] * 1e9 / bandwidth
-                            row |= {f"x {n}": row[f"{n} ms"] / ours if isinstance(row[f"{n} ms"], float) else "-" for n in layers if n != "ours"}
+                            row |= {
+                                f"x {n}": row[f"{n} ms"] / ours if isinstance(row[f"{n} ms"], float) else "-"
+                                for n in layers
+                                if n != "ours"
+                            }
                         else:
                             row |= dict.fromkeys(("GB/s", "of copy", *(f"x {n}" for n in layers if n != "ours")), "-")
                         rows.append(row)
@@ -127,7 +149,9 @@ def plot(path: Path, rows: list[dict[str, Any]], device: str) -> None:
         if row["batch"] == 1 and row["of copy"] != "-":
             lines.setdefault((row["pass"], row["dtype"], row["layout"]), []).append(row)
     for name, points in lines.items():
-        axes.plot([f"{p['C']}x{p['H=W']}x{p['H=W']}" for p in points], [p["of copy"] for p in points], marker="o", label=", ".join(name))
+        axes.plot(
+            [f"{p['C']}x{p['H=W']}x{p['H=W']}" for p in points], [p["of copy"] for p in points], marker="o", label=", ".join(name)
+        )
     axes.set(title=f"SpatialNorm + SiLU on {device}, batch 1", xlabel="C x H x W", ylabel="share of copy bandwidth", ylim=0)
     axes.legend(fontsize=8)
     figure.tight_layout()

@@ -18,8 +18,15 @@ import movq_ext
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Device, driver, versions and commit: what a number is worth nothing without."""
-    info: dict[str, Any] = {"date": str(date.today()), "torch": torch.__version__, "movq_ext": movq_ext.build_info(), "device": "cpu"}
-    info["commit"] = _output("git", "rev-parse", "--short", "HEAD") + ("+" if _output("git", "status", "--porcelain", "-uno") else "")
+    info: dict[str, Any] = {
+        "date": str(date.today()),
+        "torch": torch.__version__,
+        "movq_ext": movq_ext.build_info(),
+        "device": "cpu",
+    }
+    info["commit"] = _output("git", "rev-parse", "--short", "HEAD") + (
+        "+" if _output("git", "status", "--porcelain", "-uno") else ""
+    )
     if device.type == "cuda":
         info["device"] = torch.cuda.get_device_name(device)
         info["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -87,5 +94,7 @@ def write(folder: Path, name: str, title: str, head: dict[str, Any], rows: Seque
     keys = list(rows[0]) if rows else []
     lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in head.items() if key != "movq_ext"), ""]
     lines += [f"| {' | '.join(keys)} |", "|" + "---|" * len(keys)]
-    lines += ["| " + " | ".join(f"{row[k]:.4g}" if isinstance(row[k], float) else str(row[k]) for k in keys) + " |" for row in rows]
+    lines += [
+        "| " + " | ".join(f"{row[k]:.4g}" if isinstance(row[k], float) else str(row[k]) for k in keys) + " |" for row in rows
+    ]
     (folder / f"{name}.md").write_text("\n".join(lines) + "\n")

@@ -52,7 +52,9 @@ def demo(args: argparse.Namespace) -> int:
     photo = PHOTOS.get(args.photo, Path(args.photo))
     result = round_trip(model, photo, args.out)
     print(f"photograph  {photo.name} ({'shipped, held out of training' if args.photo in PHOTOS else photo})")
-    print(f"codes       {result.codes} of {model.quantize.n_e} ({result.distinct_codes} distinct, {result.bits_per_pixel:.3f} bit/pixel)")
+    print(
+        f"codes       {result.codes} of {model.quantize.n_e} ({result.distinct_codes} distinct, {result.bits_per_pixel:.3f} bit/pixel)"
+    )
     print(f"quality     PSNR {result.quality.psnr:.2f} dB, SSIM {result.quality.ssim:.4f}")
     print(f"time        encode {result.encode_seconds:.3f} s, decode {result.decode_seconds:.3f} s")
     print(f"device      {args.device}, {args.dtype}")
@@ -205,7 +207,12 @@ def parser() -> argparse.ArgumentParser:
     def command(run: Callable[[argparse.Namespace], int], summary: str, model: bool = True) -> argparse.ArgumentParser:
         sub = commands.add_parser(run.__name__, help=summary, description=summary)
         sub.set_defaults(run=run)
-        sub.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device (%(default)s)")
+        sub.add_argument(
+            "--device",
+            type=usable_device,
+            default="cuda" if torch.cuda.is_available() else "cpu",
+            help="torch device (%(default)s)",
+        )
         if model:
             sub.add_argument("--model", type=Path, default=SMALL_MODEL, help="weights, see from_pretrained (the shipped model)")
             sub.add_argument("--dtype", choices=DTYPES, default="float32")

@@ -10,8 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .activation_checkpointing import ActivationCheckpointing
-from .modules import AttnBlock, ResnetBlock, SpatialNorm, Upsample, check_batch, check_latent, check_levels, check_positive, is_plain_network, make_norm
 from .modulation import Modulations
+from .modules import (
+    AttnBlock,
+    ResnetBlock,
+    SpatialNorm,
+    Upsample,
+    check_batch,
+    check_latent,
+    check_levels,
+    check_positive,
+    is_plain_network,
+    make_norm,
+)
 from .native import is_inference
 from .strips import STRIP_BYTES, decode_in_strips
 

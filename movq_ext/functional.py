@@ -75,7 +75,15 @@ def spatial_norm(
         wanted = f"three rows and columns for each cell of 2 or more of f's {tuple(f.shape[2:])}"
         raise ValueError(f"bordered zq_y must have {wanted}, got {None if zq_y is None else tuple(zq_y.shape)}")
     if f_bias is not None or bordered:
-        _check_no_gradient(f"spatial_norm with {'bordered' if bordered else 'f_bias'}", f=f, zq_y=zq_y, zq_b=zq_b, weight=weight, bias=bias, f_bias=f_bias)
+        _check_no_gradient(
+            f"spatial_norm with {'bordered' if bordered else 'f_bias'}",
+            f=f,
+            zq_y=zq_y,
+            zq_b=zq_b,
+            weight=weight,
+            bias=bias,
+            f_bias=f_bias,
+        )
 
     if not f.is_cuda:
         return native.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation, f_bias, bordered)

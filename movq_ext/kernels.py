@@ -37,7 +37,14 @@ class SpatialNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
+        f: Tensor,
+        zq_y: Tensor | None,
+        zq_b: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        groups: int,
+        eps: float,
+        silu: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.movq_ext.spatial_norm_forward(f, zq_y, zq_b, weight, bias, groups, eps, silu)  # type: ignore[no-any-return]
 
@@ -52,7 +59,9 @@ class SpatialNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         *inputs, mean, rstd = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:5]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True: the gradient's own gradient is native
+        if (
+            torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        ):  # create_graph=True: the gradient's own gradient is native
             grads = _native_gradients(dout, inputs, wanted, ctx.groups, ctx.eps, ctx.silu)
         else:
             f = inputs[0]
@@ -60,7 +69,9 @@ class SpatialNormFunction(torch.autograd.Function):
         return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None, None
 
 
-def _native_gradients(dout: Tensor, inputs: list[Tensor | None], wanted: tuple[bool, ...], groups: int, eps: float, silu: bool) -> Optionals:
+def _native_gradients(
+    dout: Tensor, inputs: list[Tensor | None], wanted: tuple[bool, ...], groups: int, eps: float, silu: bool
+) -> Optionals:
     out = native.spatial_norm(*inputs, groups, eps, "silu" if silu else None)  # type: ignore[arg-type]
     sources = [x for x, want in zip(inputs, wanted, strict=True) if want and x is not None]
     grads = iter(torch.autograd.grad(out, sources, dout, create_graph=True))
@@ -90,7 +101,9 @@ class AttentionFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True: the gradient's own gradient is native
+        if (
+            torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        ):  # create_graph=True: the gradient's own gradient is native
             grads = _native_attention_gradients(dout, (q, k, v), ctx.needs_input_grad[:3], ctx.scale)
         else:
             grads = torch.ops.movq_ext.attention_backward(dout.to(q.dtype), q, k, v, out, lse, ctx.scale)
@@ -126,7 +139,9 @@ def _forward_cpu(
         f = f.float() + f_bias.float()[:, None, None]
         zq_y, zq_b, weight, bias = (None if x is None else x.float() for x in (zq_y, zq_b, weight, bias))
     activation = "silu" if silu else None
-    return out.copy_(native.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation, bordered=bordered)), *_statistics(f, groups, eps)
+    return out.copy_(native.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation, bordered=bordered)), *_statistics(
+        f, groups, eps
+    )
 
 
 def _backward_cpu(
@@ -153,7 +168,9 @@ def _backward_cpu(
     dweight = f.new_empty(0) if weight is None else (dv * n).sum((0, 2, 3)).to(weight.dtype)
     dbias = f.new_empty(0) if bias is None else dv.sum((0, 2, 3)).to(bias.dtype)
     dn = dv if w is None else dv * w
-    means = (x.reshape(size[0], groups, -1).mean(2).repeat_interleave(size[1] // groups, dim=1)[:, :, None, None] for x in (dn, dn * n))
+    means = (
+        x.reshape(size[0], groups, -1).mean(2).repeat_interleave(size[1] // groups, dim=1)[:, :, None, None] for x in (dn, dn * n)
+    )
     df = rstd * (dn - next(means) - n * next(means))
     return torch.empty_like(_like(f, f)).copy_(df), dy, db, dweight, dbias
 

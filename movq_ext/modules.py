@@ -98,7 +98,9 @@ class SpatialNorm(nn.Module):
 
     def is_product(self) -> bool:
         """Whether conv_y and conv_b of a latent are one matrix product."""
-        return all(is_plain(layer) and layer.kernel_size == (1, 1) and layer.bias is not None for layer in (self.conv_y, self.conv_b))
+        return all(
+            is_plain(layer) and layer.kernel_size == (1, 1) and layer.bias is not None for layer in (self.conv_y, self.conv_b)
+        )
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -128,7 +130,9 @@ def is_untouched(module: nn.Module) -> bool:
 
 
 # Those of torch itself (FlopCounterMode) only look on.
-HOOKS_ON_ALL = [getattr(torch.nn.modules.module, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")]
+HOOKS_ON_ALL = [
+    getattr(torch.nn.modules.module, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
+]
 
 
 def is_plain_network(network: nn.Module) -> bool:
@@ -149,7 +153,9 @@ def begin(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     if not (runs_kernels(x) and is_plain(conv) and conv.bias is not None and is_inference(x, conv.weight, conv.bias)):
         return conv(x), None
     h, bias = F.conv2d(x, conv.weight, padding=conv.padding), conv.bias
-    return (h, bias) if bias.dtype in (h.dtype, torch.float32) else (h.add_(bias[:, None, None]), None)  # under autocast h has its own
+    return (
+        (h, bias) if bias.dtype in (h.dtype, torch.float32) else (h.add_(bias[:, None, None]), None)
+    )  # under autocast h has its own
 
 
 def finish(h: Tensor, bias: Tensor | None, x: Tensor, made_by: nn.Module) -> Tensor:
@@ -193,7 +199,9 @@ def fold_upsampling(weight: Tensor) -> Tensor:
 def fold_windows(weight: Tensor) -> Tensor:
     """The same as ``(4 * out, in, 2, 2)``, a convolution of windows of 2x2 pixels: it makes the four pixels of the large map around the middle
     of a window, upper left, upper right, lower left and lower right."""
-    taps = torch.tensor([[[1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 1]]], dtype=weight.dtype, device=weight.device)  # by pixel, row, tap
+    taps = torch.tensor(
+        [[[1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 1]]], dtype=weight.dtype, device=weight.device
+    )  # by pixel, row, tap
     kernels = torch.einsum("dyi,rxj->drijyx", taps, taps).reshape(4, 9, 4)  # for each of the four pixels
     return (weight.reshape(-1, 9) @ kernels).view(-1, weight.shape[1], 2, 2)
 

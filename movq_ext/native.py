@@ -65,7 +65,9 @@ def is_inference(*tensors: Tensor) -> bool:
 
 def _modulate(x: Tensor, y: Tensor, b: Tensor, in_place: bool) -> Tensor:
     """``x * up(y) + up(b)`` with y and b resized to x's grid by torch's nearest rule."""
-    if not torch.compiler.is_compiling() and all(is_whole_ratio(small, large) for small, large in zip(y.shape[2:], x.shape[2:], strict=True)):
+    if not torch.compiler.is_compiling() and all(
+        is_whole_ratio(small, large) for small, large in zip(y.shape[2:], x.shape[2:], strict=True)
+    ):
         return scale_by_cells(x, y, b, out=x if in_place else None)
     y, b = (F.interpolate(map_, size=x.shape[2:], mode="nearest") for map_ in (y, b))
     return torch.addcmul(b, x, y, out=x) if in_place else x * y + b
@@ -73,7 +75,10 @@ def _modulate(x: Tensor, y: Tensor, b: Tensor, in_place: bool) -> Tensor:
 
 def is_bordered(zq: Tensor, f: Tensor) -> bool:
     """Whether zq has three rows and columns for each cell of two or more of f's."""
-    return all(small % 3 == 0 and large % (small // 3) == 0 and large // (small // 3) > 1 for small, large in zip(zq.shape[2:], f.shape[2:], strict=True))
+    return all(
+        small % 3 == 0 and large % (small // 3) == 0 and large // (small // 3) > 1
+        for small, large in zip(zq.shape[2:], f.shape[2:], strict=True)
+    )
 
 
 def spread_borders(zq: Tensor, f: Tensor) -> Tensor:

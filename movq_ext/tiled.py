@@ -41,6 +41,10 @@ def decode_tiled(decoder: MOVQDecoder, z: Tensor, zq: Tensor, *, max_memory: int
     computed_in = torch.float32 if z.dtype == torch.float16 and z.device.type == "cpu" else z.dtype
     least = 2 * (1 + HALO) * values * z.shape[3] * scale * computed_in.itemsize
     if max_memory < least:
-        raise ValueError(f"max_memory must be at least {least} bytes ({-(-least // MIB)} MiB) for z of shape {tuple(z.shape)}, got {max_memory}")
-    working = min(max_memory // 2, STRIP_BYTES) if z.device.type == "cpu" else max_memory // 2  # on a CPU more would leave the cache
+        raise ValueError(
+            f"max_memory must be at least {least} bytes ({-(-least // MIB)} MiB) for z of shape {tuple(z.shape)}, got {max_memory}"
+        )
+    working = (
+        min(max_memory // 2, STRIP_BYTES) if z.device.type == "cpu" else max_memory // 2
+    )  # on a CPU more would leave the cache
     return decode_in_strips(decoder, z, zq, working, max_memory - working, folder)

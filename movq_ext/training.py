@@ -250,7 +250,9 @@ class Trainer:
             state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
             theirs = dict(state["config"])
         ours = asdict(self.config)
-        changed = [f"{key}={theirs.get(key)!r}, now {ours[key]!r}" for key in ours if key != "steps" and theirs.get(key) != ours[key]]
+        changed = [
+            f"{key}={theirs.get(key)!r}, now {ours[key]!r}" for key in ours if key != "steps" and theirs.get(key) != ours[key]
+        ]
         if changed:
             raise ValueError(f"{self.checkpoint} was made with {'; '.join(changed)}")
         self.model.load_state_dict(state["model"])

@@ -45,7 +45,9 @@ def toolkit(tmp_path):
 def stand_in_for_torch(folder, version, cuda):
     (folder / "torch/utils").mkdir(parents=True)
     (folder / "torch/__init__.py").write_text(f"__version__ = {version!r}\nclass version: cuda = {cuda!r}\n")
-    (folder / "torch/utils/cpp_extension.py").write_text("class BuildExtension: pass\ndef CUDAExtension(name, **args): return args\n")
+    (folder / "torch/utils/cpp_extension.py").write_text(
+        "class BuildExtension: pass\ndef CUDAExtension(name, **args): return args\n"
+    )
     return {"PYTHONPATH": str(folder)}
 
 
@@ -185,7 +187,9 @@ def test_an_isolated_build_finds_the_torch_beside_the_interpreter(source, tmp_pa
     for package in [*Path(setuptools.__file__).parents[1].glob("setuptools*")]:
         (tmp_path / package.name).symlink_to(package)
     isolated = {"PYTHONPATH": str(tmp_path), "PYTHONNOUSERSITE": "1", "CUDA_HOME": str(toolkit)}
-    hidden = subprocess.run([sys.executable, "-c", "import torch"], env={**os.environ, **isolated}, capture_output=True, text=True)
+    hidden = subprocess.run(
+        [sys.executable, "-c", "import torch"], env={**os.environ, **isolated}, capture_output=True, text=True
+    )
     assert "No module named 'torch'" in hidden.stderr
     status, log, requires = backend("get_requires_for_build_wheel", source, **isolated)
     assert (status, requires) == (0, []), log

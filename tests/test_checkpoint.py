@@ -60,7 +60,11 @@ WRAPPINGS = {
     "nested": lambda state: {"state_dict": state, "epoch": 3, "global_step": 7},
     "prefix": lambda state: {f"model.{name}": tensor for name, tensor in state.items()},
     "prefixes": lambda state: {"state_dict": {f"module.first_stage_model.{name}": tensor for name, tensor in state.items()}},
-    "discriminator": lambda state: {**state, "loss.discriminator.main.0.weight": torch.zeros(1), "model_ema.decay": torch.zeros(1)},
+    "discriminator": lambda state: {
+        **state,
+        "loss.discriminator.main.0.weight": torch.zeros(1),
+        "model_ema.decay": torch.zeros(1),
+    },
     "prefixed discriminator": lambda state: {**{f"movq.{n}": t for n, t in state.items()}, "movq.loss.logvar": torch.zeros(1)},
 }
 CONFIGS = {
@@ -125,10 +129,20 @@ def test_entries_that_do_not_fit_are_named(tmp_path, damage, message, ours):
         from_pretrained(path)
 
 
-@pytest.mark.parametrize("state", [{}, {"weight": torch.zeros(1)}, {"a.quantize.embedding.weight": torch.zeros(2, 2), "b.quantize.embedding.weight": torch.zeros(2, 2)}], ids=["empty", "other", "two"])
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"weight": torch.zeros(1)},
+        {"a.quantize.embedding.weight": torch.zeros(2, 2), "b.quantize.embedding.weight": torch.zeros(2, 2)},
+    ],
+    ids=["empty", "other", "two"],
+)
 def test_other_models_are_refused(tmp_path, state):
     torch.save(state, tmp_path / "other.pt")
-    with pytest.raises(CheckpointError, match=r"must have one entry named ...quantize.embedding.weight, it has [02]: no MoVQ model"):
+    with pytest.raises(
+        CheckpointError, match=r"must have one entry named ...quantize.embedding.weight, it has [02]: no MoVQ model"
+    ):
         from_pretrained(tmp_path / "other.pt")
 
 

@@ -104,7 +104,11 @@ def test_decoder_is_the_published_one(changes):
 
 
 @settings(max_examples=15, deadline=None)
-@given(grid=st.tuples(st.integers(1, 9), st.integers(1, 9)), zq_grid=st.tuples(st.integers(1, 9), st.integers(1, 9)), batch=st.integers(1, 2))
+@given(
+    grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    zq_grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    batch=st.integers(1, 2),
+)
 def test_any_latent_size(grid, zq_grid, batch):
     decoder = make(ch_mult=(1, 1), num_res_blocks=0)
     z, zq = latents(grid, batch, zq_grid=zq_grid)
@@ -216,7 +220,11 @@ def test_torch_compile_fullgraph():
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_torch_export(dynamic):
     decoder = make(ch_mult=(1, 1), num_res_blocks=0)
-    height, width, batch = torch.export.Dim("height", min=2, max=64), torch.export.Dim("width", min=2, max=64), torch.export.Dim("batch", min=1, max=8)
+    height, width, batch = (
+        torch.export.Dim("height", min=2, max=64),
+        torch.export.Dim("width", min=2, max=64),
+        torch.export.Dim("batch", min=1, max=8),
+    )
     sizes = {0: batch, 2: height, 3: width}
     program = torch.export.export(decoder, tuple(latents()), dynamic_shapes=(sizes, sizes) if dynamic else None)
     other = latents((5, 3), 3) if dynamic else latents()
@@ -260,7 +268,9 @@ def test_meta_device():
     assert out.shape == (2, 3, 768, 512) and out.is_meta
 
 
-@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda decoder: pickle.loads(pickle.dumps(decoder))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "twin_of", [copy.deepcopy, lambda decoder: pickle.loads(pickle.dumps(decoder))], ids=["deepcopy", "pickle"]
+)
 def test_copies(twin_of):
     decoder = make()
     twin = twin_of(decoder)
@@ -368,7 +378,11 @@ class Copies(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default) and out.shape[0] == self.batch and out.numel() >= self.least:
+        if (
+            func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default)
+            and out.shape[0] == self.batch
+            and out.numel() >= self.least
+        ):
             self.seen.append((str(func), tuple(out.shape)))
         return out
 
@@ -380,7 +394,10 @@ def test_maps_stay_in_channels_last(batch):
     names, layouts = [], []
 
     def note(name):
-        return lambda _, x: (names.append(name), layouts.append(torch._prims_common.suggest_memory_format(x[0]) == torch.channels_last))[2:] or None
+        return lambda _, x: (
+            (names.append(name), layouts.append(torch._prims_common.suggest_memory_format(x[0]) == torch.channels_last))[2:]
+            or None
+        )
 
     for name, module in decoder.named_modules():
         if isinstance(module, nn.Conv2d) and module.in_channels >= 32:
@@ -395,4 +412,6 @@ def test_every_map_is_in_channels_last():
     """So that each layer's convolution finds it so too, where no hook changes the layers' way."""
     with torch.no_grad():
         _, features = make().forward_with_features_output(*latents((8, 8), 1))
-    assert {name: torch._prims_common.suggest_memory_format(x) for name, x in features.items()} == dict.fromkeys(FEATURES, torch.channels_last)
+    assert {name: torch._prims_common.suggest_memory_format(x) for name, x in features.items()} == dict.fromkeys(
+        FEATURES, torch.channels_last
+    )

@@ -90,7 +90,15 @@ def test_a_killed_run_goes_on(folder, tmp_path, config_file):
 
 
 def test_two_processes_hold_one_model(folder, tmp_path, config_file):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(20000 + os.getpid() % 20000)]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(20000 + os.getpid() % 20000),
+    ]
     command = cli(folder, tmp_path / "out", config_file)
     subprocess.run(torchrun + command[1:], check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     state = torch.load(tmp_path / "out/training.pt", weights_only=True)

@@ -37,8 +37,10 @@ EXPORT({name}, {PROBLEM}, {", ".join(map(parameter, SIDES[name]))}, {"" if name 
 
 @functools.cache
 def library():
-    return emulator.build(*(emulator.KERNELS / f"attention_{name}.cu" for name in SIDES),
-                          glue='#include "attention.h"\n' + "".join(map(_export, SIDES)))
+    return emulator.build(
+        *(emulator.KERNELS / f"attention_{name}.cu" for name in SIDES),
+        glue='#include "attention.h"\n' + "".join(map(_export, SIDES)),
+    )
 
 
 def _arguments(tensors):
@@ -64,8 +66,18 @@ class Emulator:
 
     def _call(self, function, scale, lse, **tensors):
         batch, heads, queries, size = tensors["q"].shape
-        given = dict(_arguments(tensors), batch=batch, heads=heads, queries=queries, keys=tensors["k"].shape[2], size=size,
-                     dtype=DTYPES.index(tensors["q"].dtype), scale=scale, lse=lse, bytes=torch.zeros(1, dtype=torch.int64))
+        given = dict(
+            _arguments(tensors),
+            batch=batch,
+            heads=heads,
+            queries=queries,
+            keys=tensors["k"].shape[2],
+            size=size,
+            dtype=DTYPES.index(tensors["q"].dtype),
+            scale=scale,
+            lse=lse,
+            bytes=torch.zeros(1, dtype=torch.int64),
+        )
         library().call(function, **given, workspace=None, seeds=(0,), **self.device)
         self.workspace = int(given["bytes"])
         workspace = torch.full((max(1, self.workspace),), 0xFF, dtype=torch.uint8)

@@ -31,9 +31,14 @@ class Emulator:
     def add_(self, x, bias, residual):
         """x afterwards. A residual is of x's layout, as the operator makes it."""
         batch, channels, height, width = x.shape
-        problem = {"batch": batch, "channels": channels, "pixels": height * width, "dtype": DTYPES.index(x.dtype),
-                   "channels_last": is_channels_last(x),
-                   "bias_dtype": DTYPES.index(torch.float32 if bias is None else bias.dtype)}
+        problem = {
+            "batch": batch,
+            "channels": channels,
+            "pixels": height * width,
+            "dtype": DTYPES.index(x.dtype),
+            "channels_last": is_channels_last(x),
+            "bias_dtype": DTYPES.index(torch.float32 if bias is None else bias.dtype),
+        }
         self.cost = library().call("add", **problem, x=x, bias=bias, residual=residual, seeds=self.seeds)
         return x
 
