@@ -2,9 +2,9 @@
 
     python benchmarks/attention.py --out benchmarks/results/attention
 
-Every result is compared with the formula in float64, on 64 of its rows, before it is timed. TFLOP/s count 4 N^2 C operations forward and
-10 N^2 C more backward, whatever is computed again; "of matmul" is their share of an 8192^3 bfloat16 product's. "MB" is the peak
-of memory beyond the inputs.
+Every result is compared with the formula in float64, on 64 of its rows, before it is timed. TFLOP/s count 4 N^2 C operations
+forward and 10 N^2 C more backward, whatever is computed again; "of matmul" is their share of an 8192^3 bfloat16 product's. "MB"
+is the peak of memory beyond the inputs.
 """
 
 from __future__ import annotations
@@ -109,8 +109,14 @@ def main() -> None:
     rate = matmul_rate(device, 256 if options.quick else 8192)
     rows: list[dict[str, Any]] = []
     found = peers(options.quick)
-    cases = [(dtype, batch, tokens, backward) for dtype in (torch.bfloat16, torch.float32) for backward in (False, True) for batch in (1, 8)
-             for tokens in TOKENS if dtype == torch.bfloat16 or tokens <= 4096]  # fmt: skip
+    cases = [
+        (dtype, batch, tokens, backward)
+        for dtype in (torch.bfloat16, torch.float32)
+        for backward in (False, True)
+        for batch in (1, 8)
+        for tokens in TOKENS
+        if dtype == torch.bfloat16 or tokens <= 4096
+    ]
     if options.quick:
         cases = [(torch.float32, 1, 100, False), (torch.float32, 1, 100, True)]
     for dtype, batch, tokens, backward in cases:

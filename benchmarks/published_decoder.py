@@ -53,8 +53,8 @@ CLASSES = {
 
 class PublishedDecoder(MOVQDecoder):
     def forward(self, z: Tensor, zq: Tensor) -> Tensor:
-        for _, h in self._stages(z, zq):
-            pass
+        for _, made in self._stages(z, zq):
+            h = made
         return self.conv_out(self.norm_out(h, zq, activation="silu"))
 
 

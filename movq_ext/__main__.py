@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,8 @@ def demo(args: argparse.Namespace) -> int:
     photo = PHOTOS.get(args.photo, Path(args.photo))
     result = round_trip(model, photo, args.out)
     print(f"photograph  {photo.name} ({'shipped, held out of training' if args.photo in PHOTOS else photo})")
-    print(
-        f"codes       {result.codes} of {model.quantize.n_e} ({result.distinct_codes} distinct, {result.bits_per_pixel:.3f} bit/pixel)"
-    )
+    detail = f"{result.distinct_codes} distinct, {result.bits_per_pixel:.3f} bit/pixel"
+    print(f"codes       {result.codes} of {model.quantize.n_e} ({detail})")
     print(f"quality     PSNR {result.quality.psnr:.2f} dB, SSIM {result.quality.ssim:.4f}")
     print(f"time        encode {result.encode_seconds:.3f} s, decode {result.decode_seconds:.3f} s")
     print(f"device      {args.device}, {args.dtype}")
@@ -87,7 +87,7 @@ def encode(args: argparse.Namespace) -> int:
 
     try:
         for path, relative in progress(list(find_images(args.images))):
-            failures.attempt(path, lambda path=path, name=relative.as_posix(): one(path, name))
+            failures.attempt(path, partial(one, path, relative.as_posix()))
             if time.monotonic() - saved > SAVE_SECONDS:
                 file.save(args.out)
                 saved = time.monotonic()

@@ -77,7 +77,7 @@ class MOVQ(nn.Module):
 
         With ``max_memory``, in so many bytes, strip by strip and without gradients: see `decode_tiled`.
 
-        Raises ValueError (rank, channels, device, empty, a max_memory that is too small) or TypeError (dtype) naming the argument.
+        Raises ValueError (rank, channels, device, empty, a too small max_memory) or TypeError (dtype) naming the argument.
         """
         check_latent("quant", quant, self.post_quant_conv.in_channels, self.post_quant_conv.weight)
         z = self.post_quant_conv(quant)

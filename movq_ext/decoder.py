@@ -129,8 +129,8 @@ class MOVQDecoder(ActivationCheckpointing):
         norms = self._norms() if free else []
         shared = bool(norms) and all(norm.is_product() and not norm.add_conv for norm in norms)
         condition = Modulations(norms, zq) if shared else zq
-        for _, h in self._stages(z, condition):
-            pass
+        for _, made in self._stages(z, condition):
+            h = made
         out = h if self.give_pre_end else self._run(self._image, h, condition)
         return out.contiguous()
 

@@ -20,8 +20,8 @@ MAX_HEAD_SIZE = 512
 
 
 def spatial_norm(
-    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool,
-    f_bias: Tensor | None = None, bordered: bool = False,
+    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float,
+    silu: bool, f_bias: Tensor | None = None, bordered: bool = False,
 ) -> Tensor:  # fmt: skip
     """functional.spatial_norm by kernels: the arguments are checked, and zq_y and zq_b have f's dtype."""
     out: Tensor
@@ -59,9 +59,8 @@ class SpatialNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         *inputs, mean, rstd = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:5]
-        if (
-            torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        ):  # create_graph=True: the gradient's own gradient is native
+        # create_graph=True: the gradient's own gradient is native.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _native_gradients(dout, inputs, wanted, ctx.groups, ctx.eps, ctx.silu)
         else:
             f = inputs[0]
@@ -101,9 +100,8 @@ class AttentionFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        if (
-            torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        ):  # create_graph=True: the gradient's own gradient is native
+        # create_graph=True: the gradient's own gradient is native.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _native_attention_gradients(dout, (q, k, v), ctx.needs_input_grad[:3], ctx.scale)
         else:
             grads = torch.ops.movq_ext.attention_backward(dout.to(q.dtype), q, k, v, out, lse, ctx.scale)
@@ -131,17 +129,16 @@ def _statistics(f: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _forward_cpu(
-    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool,
-    f_bias: Tensor | None = None, bordered: bool = False,
+    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float,
+    silu: bool, f_bias: Tensor | None = None, bordered: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     out = torch.empty_like(_like(f, f))
     if f_bias is not None:
         f = f.float() + f_bias.float()[:, None, None]
         zq_y, zq_b, weight, bias = (None if x is None else x.float() for x in (zq_y, zq_b, weight, bias))
     activation = "silu" if silu else None
-    return out.copy_(native.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation, bordered=bordered)), *_statistics(
-        f, groups, eps
-    )
+    out.copy_(native.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation, bordered=bordered))
+    return out, *_statistics(f, groups, eps)
 
 
 def _backward_cpu(
@@ -183,8 +180,8 @@ def _like(f: Tensor, x: Tensor) -> Tensor:
 
 
 def _forward_fake(
-    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool,
-    f_bias: Tensor | None = None, bordered: bool = False,
+    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float,
+    silu: bool, f_bias: Tensor | None = None, bordered: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     statistics = [f.new_empty(f.shape[0], groups, dtype=torch.float32) for _ in range(2)]
     return torch.empty_like(_like(f, f)), statistics[0], statistics[1]

@@ -1,4 +1,5 @@
-"""Feature maps that are written and read by rows, each with the moments of its channels; in memory, or in temporary files beyond a budget."""
+"""Feature maps that are written and read by rows, each with the moments of its channels; in memory, or in temporary files beyond
+a budget."""
 
 from __future__ import annotations
 
@@ -65,8 +66,8 @@ class FeatureMap:
         self._kept.keep(first * self._row, rows.permute(0, 2, 3, 1).flatten())
 
     def successor(self, channels: int) -> FeatureMap:
-        """A map of as many pixels and at most as many channels that takes this one's place row by row: row r of this map can be read until
-        row r of that one is written."""
+        """A map of as many pixels and at most as many channels that takes this one's place row by row: row r of this map can be
+        read until row r of that one is written."""
         assert channels <= self.channels
         return FeatureMap(channels, self.height, self.width, self._kept)
 

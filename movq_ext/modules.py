@@ -68,7 +68,8 @@ class SpatialNorm(nn.Module):
         return self
 
     def forward(self, f: Tensor, zq: Tensor | Modulations, activation: str | None = None, f_bias: Tensor | None = None) -> Tensor:
-        """Normalise f ``(B, f_channels, H, W)``, with ``f_bias[c]`` added where given, on zq ``(B, zq_channels, h, w)``; returns f's shape.
+        """Normalise f ``(B, f_channels, H, W)``, with ``f_bias[c]`` added where given, on zq ``(B, zq_channels, h, w)``; returns
+        f's shape.
 
         Raises ValueError (rank, channels, batch, device) or TypeError (dtype) naming the argument.
         """
@@ -104,8 +105,8 @@ class SpatialNorm(nn.Module):
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether the layer does no more than a dense ``nn.Conv2d`` of 1x1 or 3x3 that keeps a map's size: nobody put in his own (LoRA, quantised
-    ones), patched it (circular padding) or hooked on to it."""
+    """Whether the layer does no more than a dense ``nn.Conv2d`` of 1x1 or 3x3 that keeps a map's size: nobody put in his own
+    (LoRA, quantised ones), patched it (circular padding) or hooked on to it."""
     if type(layer) is not nn.Conv2d or not is_untouched(layer):
         return False
     if any(getattr(getattr(layer, name), "__func__", None) is not function for name, function in CONV_FUNCTIONS.items()):
@@ -136,7 +137,7 @@ HOOKS_ON_ALL = [
 
 
 def is_plain_network(network: nn.Module) -> bool:
-    """Whether all of the network are the layers of this file as they are, which may then be computed without calling them one by one."""
+    """Whether the network is all layers of this file as they are, which may then be computed without calling each one."""
     return all(is_untouched(module) and _is_known(module) for module in network.modules() if module is not network)
 
 
@@ -153,9 +154,9 @@ def begin(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     if not (runs_kernels(x) and is_plain(conv) and conv.bias is not None and is_inference(x, conv.weight, conv.bias)):
         return conv(x), None
     h, bias = F.conv2d(x, conv.weight, padding=conv.padding), conv.bias
-    return (
-        (h, bias) if bias.dtype in (h.dtype, torch.float32) else (h.add_(bias[:, None, None]), None)
-    )  # under autocast h has its own
+    if bias.dtype in (h.dtype, torch.float32):
+        return h, bias
+    return h.add_(bias[:, None, None]), None  # under autocast h has a dtype of its own
 
 
 def finish(h: Tensor, bias: Tensor | None, x: Tensor, made_by: nn.Module) -> Tensor:
@@ -183,11 +184,11 @@ def make_norm(channels: int, zq_ch: int | None, add_conv: bool) -> GroupNorm | S
 
 
 def fold_upsampling(weight: Tensor) -> Tensor:
-    """The kernel ``(in, out, 4, 4)`` of the transposed convolution (stride 2, padding 1) that a nearest 2x upsampling and a convolution by
-    ``weight`` ``(out, in, 3, 3)`` are together.
+    """The kernel ``(in, out, 4, 4)`` of the transposed convolution (stride 2, padding 1) that a nearest 2x upsampling and a
+    convolution by ``weight`` ``(out, in, 3, 3)`` are together.
 
-    Each pixel of the large map sees 2x2 pixels of the small one, by one of four kernels that hold sums of neighbouring weights: 16
-    multiplications for what takes 36 on the large map.
+    Each pixel of the large map sees 2x2 pixels of the small one, by one of four kernels that hold sums of neighbouring weights:
+    16 multiplications for what takes 36 on the large map.
     """
     weight = weight.flip(2, 3)
     weight = F.pad(weight, (0, 1)) + F.pad(weight, (1, 0))
@@ -197,11 +198,10 @@ def fold_upsampling(weight: Tensor) -> Tensor:
 
 
 def fold_windows(weight: Tensor) -> Tensor:
-    """The same as ``(4 * out, in, 2, 2)``, a convolution of windows of 2x2 pixels: it makes the four pixels of the large map around the middle
-    of a window, upper left, upper right, lower left and lower right."""
-    taps = torch.tensor(
-        [[[1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 1]]], dtype=weight.dtype, device=weight.device
-    )  # by pixel, row, tap
+    """The same as ``(4 * out, in, 2, 2)``, a convolution of windows of 2x2 pixels: it makes the four pixels of the large map
+    around the middle of a window, upper left, upper right, lower left and lower right."""
+    by_pixel_row_tap = [[[1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 1]]]
+    taps = torch.tensor(by_pixel_row_tap, dtype=weight.dtype, device=weight.device)
     kernels = torch.einsum("dyi,rxj->drijyx", taps, taps).reshape(4, 9, 4)  # for each of the four pixels
     return (weight.reshape(-1, 9) @ kernels).view(-1, weight.shape[1], 2, 2)
 

@@ -82,7 +82,7 @@ def is_bordered(zq: Tensor, f: Tensor) -> bool:
 
 
 def spread_borders(zq: Tensor, f: Tensor) -> Tensor:
-    """A bordered zq on f's grid: of three rows for each cell the first, as often as needed the second, the third; so too columns."""
+    """A bordered zq on f's grid: of each cell's three rows the first, the second as often as needed, the third; and columns."""
     for dim in (2, 3):
         cell = f.shape[dim] // (zq.shape[dim] // 3)
         place = torch.arange(f.shape[dim], device=zq.device)
@@ -92,7 +92,7 @@ def spread_borders(zq: Tensor, f: Tensor) -> Tensor:
 
 
 def is_whole_ratio(small: int, large: int) -> bool:
-    """Whether each of `small` cells covers as many of `large`, and torch's nearest rule, which multiplies in float32, says so too."""
+    """Whether each of `small` cells covers as many of `large`, also by torch's nearest rule, which multiplies in float32."""
     ratio, rest = divmod(large, small)
     return rest == 0 and ratio & (ratio - 1) == 0 and ratio > 0
 

@@ -1,11 +1,12 @@
-"""The decoder's layers, strip by strip: the working memory is that of a strip, and nothing is computed otherwise than for the whole map.
+"""The decoder's layers, strip by strip: the working memory is that of a strip, and nothing is computed otherwise than for the
+whole map.
 
-A convolution's strip takes one more row of its input on either side; group norm's mean and variance come from the moments that every map
-gathers while it is written; attention keeps the keys and values of all positions and walks over queries. So, unlike tiles that are decoded
-apart and blended, strips leave no seams: the result is that of decoding whole, up to rounding.
+A convolution's strip takes one more row of its input on either side; group norm's mean and variance come from the moments that
+every map gathers while it is written; attention keeps the keys and values of all positions and walks over queries. So, unlike
+tiles that are decoded apart and blended, strips leave no seams: the result is that of decoding whole, up to rounding.
 
-On a CPU this is also the fast way: a strip is normalised, convolved, added to and measured while it is in the cache, and no map is written
-but the layers' results.
+On a CPU this is also the fast way: a strip is normalised, convolved, added to and measured while it is in the cache, and no map
+is written but the layers' results.
 """
 
 from __future__ import annotations
@@ -38,9 +39,8 @@ from .onednn import Convolution
 STRIP_BYTES = 32 << 20  # of a strip's tensors together at the most: 32 rows of 256 pixels with 128 channels in float32
 HALO = 2  # rows that a strip has beyond those it makes
 Rows = Callable[[int, int, Tensor], object]  # makes rows first to last - 1 of something, in or on top of a tensor
-Modulated = Callable[
-    [int, int], Iterable[tuple[int, int, Tensor, Tensor]]
-]  # rows first to last - 1 in parts: each with its scale and shift
+# Of rows first to last - 1 in parts: each with its scale and shift.
+Modulated = Callable[[int, int], Iterable[tuple[int, int, Tensor, Tensor]]]
 
 
 def decode_in_strips(
@@ -325,11 +325,8 @@ def check_decoder(decoder: Any) -> None:
     for name, module in decoder.named_modules():
         convolutions = [child for child_name, child in module.named_children() if child_name in CONVOLUTIONS]
         for conv in convolutions:
-            if (
-                not isinstance(conv, nn.Conv2d)
-                or (conv.kernel_size, conv.stride, conv.padding_mode) != ((3, 3), (1, 1), "zeros")
-                or conv.padding != (1, 1)
-            ):
+            plain = ((3, 3), (1, 1), (1, 1), "zeros")
+            if not isinstance(conv, nn.Conv2d) or (conv.kernel_size, conv.stride, conv.padding, conv.padding_mode) != plain:
                 raise TypeError(
                     f"a decoder in strips takes 3x3 nn.Conv2d padded with zeros, got {conv} in {name or 'the decoder'}"
                 )

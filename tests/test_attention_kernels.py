@@ -204,7 +204,7 @@ def test_any_shape(backend, data):
 def test_forward_moves_the_keys_once_for_every_row_tile(counted, dtype):
     counted.device = {"multiprocessors": 2}
     q, k, v, _ = case(1, 1, 256, 256, 512, dtype)
-    out, _ = counted.forward(q, k, v, 0.1)
+    counted.forward(q, k, v, 0.1)
     rows = 128 // dtype.itemsize
     tiles, size = 256 // rows, q.numel() * q.element_size()
     assert counted.workspace == 0
@@ -247,7 +247,7 @@ def test_a_head_that_is_too_large_for_the_device_is_an_error_with_the_kernel_s_n
     counted.device = {"shared_limit": 48 << 10}
     q, k, v, _ = case(1, 1, 8, 8, 64, BF16)
     with pytest.raises(
-        emulator.EmulatorError, match="attention forward: needs .* bytes of shared memory a block, the device has 49152"
+        emulator.EmulatorError, match=r"attention forward: needs .* bytes of shared memory a block, the device has 49152"
     ):
         counted.forward(q, k, v, 0.1)
 

@@ -106,13 +106,16 @@ def test_autocast():
 
 CODES = torch.randint(0, 64, (1, 4, 6))
 BAD = {
-    "codes rank": (ValueError, r"indices must have shape \(batch, height, width\) and not be empty, got \(4, 6\)", "decode_code", CODES[0]),
+    "codes rank": (ValueError, r"indices must have shape \(batch, height, width\) and not be empty, got \(4, 6\)",
+                   "decode_code", CODES[0]),
     "codes empty": (ValueError, r"indices must have shape .* got \(1, 0, 6\)", "decode_code", CODES[:, :0]),
-    "codes range": (ValueError, r"indices must be in \[0, 64\), got values from 64 to 64", "decode_code", torch.full((1, 2, 2), 64)),
+    "codes range": (ValueError, r"indices must be in \[0, 64\), got values from 64 to 64",
+                    "decode_code", torch.full((1, 2, 2), 64)),
     "codes float": (TypeError, "indices must be integers, got torch.float32", "decode_code", CODES.float()),
     "image": (ValueError, r"x must have shape \(batch, 3, height, width\), got \(2, 1, 16, 24\)", "encode", X[:, :1]),
     "quant": (ValueError, r"quant must have shape \(batch, 5, height, width\), got \(2, 3, 16, 24\)", "decode", X),
-    "quant dtype": (TypeError, "quant must have the model's dtype torch.float32, got torch.float64", "decode", torch.zeros(1, 5, 2, 2).double()),
+    "quant dtype": (TypeError, "quant must have the model's dtype torch.float32, got torch.float64",
+                    "decode", torch.zeros(1, 5, 2, 2).double()),
 }  # fmt: skip
 
 

@@ -76,11 +76,12 @@ import sys, torch, movq_ext
 from pathlib import Path
 
 def resident(what):
-    return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(what))
 
 torch.manual_seed(0)
-decoder = movq_ext.MOVQDecoder(ch=64, out_ch=3, ch_mult=(1, 2, 4), num_res_blocks=1, attn_resolutions=[], in_channels=3, resolution=256,
-                               z_channels=4, zq_ch=4, mid_attn=False).eval()
+decoder = movq_ext.MOVQDecoder(ch=64, out_ch=3, ch_mult=(1, 2, 4), num_res_blocks=1, attn_resolutions=[], in_channels=3,
+                               resolution=256, z_channels=4, zq_ch=4, mid_attn=False).eval()
 z = torch.randn(int(sys.argv[1]), 4, 96, 96)
 with torch.no_grad():
     decoder(z, z)

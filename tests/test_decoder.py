@@ -13,8 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from movq_ext import AttnBlock, MOVQDecoder, SpatialNorm
 
-KANDINSKY = dict(ch=128, out_ch=3, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_resolutions=[32], in_channels=3, resolution=256, z_channels=4, zq_ch=4)  # fmt: skip
-TINY = dict(ch=32, out_ch=3, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=[8], in_channels=3, resolution=16, z_channels=4, zq_ch=5)  # fmt: skip
+KANDINSKY = dict(ch=128, out_ch=3, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_resolutions=[32], in_channels=3, resolution=256,
+                 z_channels=4, zq_ch=4)  # fmt: skip
+TINY = dict(ch=32, out_ch=3, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=[8], in_channels=3, resolution=16,
+            z_channels=4, zq_ch=5)  # fmt: skip
 
 
 def make(seed=0, **changes):
@@ -91,7 +93,8 @@ def test_the_released_model_has_300_entries_and_its_names():
 
 
 @pytest.mark.parametrize("changes", [{}, {"resamp_with_conv": False}, {"attn_resolutions": []}, {"attn_resolutions": [8, 16]},
-                                     {"ch_mult": (1,)}, {"ch_mult": (2, 1, 1)}, {"num_res_blocks": 0}, {"out_ch": 1}], ids=str)  # fmt: skip
+                                     {"ch_mult": (1,)}, {"ch_mult": (2, 1, 1)}, {"num_res_blocks": 0}, {"out_ch": 1}],
+                         ids=str)  # fmt: skip
 def test_decoder_is_the_published_one(changes):
     decoder = make(**changes).double()
     upsamples = decoder.num_resolutions - 1 if changes.get("resamp_with_conv", True) else 0
@@ -171,7 +174,8 @@ def test_features_in_execution_order():
     z, zq = latents()
     seen = {}
     watched = {"conv_in": decoder.conv_in, "mid_attn_1": decoder.mid.attn_1, "up_1_block_0": decoder.up[1].block[0],
-               "up_1_attn_1": decoder.up[1].attn[1], "up_1_upsample": decoder.up[1].upsample, "up_0_block_1": decoder.up[0].block[1]}  # fmt: skip
+               "up_1_attn_1": decoder.up[1].attn[1], "up_1_upsample": decoder.up[1].upsample,
+               "up_0_block_1": decoder.up[0].block[1]}  # fmt: skip
     for name, module in watched.items():
         module.register_forward_hook(lambda module, inputs, output, name=name: seen.__setitem__(name, output))
     out, features = decoder.forward_with_features_output(z, zq)
@@ -220,11 +224,8 @@ def test_torch_compile_fullgraph():
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_torch_export(dynamic):
     decoder = make(ch_mult=(1, 1), num_res_blocks=0)
-    height, width, batch = (
-        torch.export.Dim("height", min=2, max=64),
-        torch.export.Dim("width", min=2, max=64),
-        torch.export.Dim("batch", min=1, max=8),
-    )
+    height, width = torch.export.Dim("height", min=2, max=64), torch.export.Dim("width", min=2, max=64)
+    batch = torch.export.Dim("batch", min=1, max=8)
     sizes = {0: batch, 2: height, 3: width}
     program = torch.export.export(decoder, tuple(latents()), dynamic_shapes=(sizes, sizes) if dynamic else None)
     other = latents((5, 3), 3) if dynamic else latents()

@@ -1,4 +1,4 @@
-"""The compiled operators as PyTorch sees them: schemas, fake kernels, autograd, compilation. Their CPU version stands in for a GPU's."""
+"""The compiled operators as PyTorch sees them: schemas, fake kernels, autograd, compilation. The CPU's stand in for a GPU's."""
 
 import pytest
 import torch

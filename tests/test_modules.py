@@ -252,7 +252,8 @@ def test_upsample_calls_a_convolution_that_is_not_plain():
 
 
 @pytest.mark.parametrize("make, names", [(lambda: ResnetBlock(in_channels=32), ("conv1", "conv2")),
-                                         (lambda: AttnBlock(32), ("q", "k", "v", "proj_out")), (lambda: Upsample(32, True), ("conv",))])  # fmt: skip
+                                         (lambda: AttnBlock(32), ("q", "k", "v", "proj_out")),
+                                         (lambda: Upsample(32, True), ("conv",))])  # fmt: skip
 def test_hooks_on_layers_see_what_the_layers_made(make, names):
     module, x, seen = randomize(make().double()), draw(1, 32, 4, 6), {}
     with torch.no_grad():
@@ -267,8 +268,9 @@ def test_hooks_on_layers_see_what_the_layers_made(make, names):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("make", [lambda: ResnetBlock(in_channels=32, zq_ch=4), lambda: ResnetBlock(in_channels=32, out_channels=64),
-                                  lambda: AttnBlock(32, 4), lambda: GroupNorm(32, 32, 1e-6)])  # fmt: skip
+@pytest.mark.parametrize("make", [lambda: ResnetBlock(in_channels=32, zq_ch=4),
+                                  lambda: ResnetBlock(in_channels=32, out_channels=64), lambda: AttnBlock(32, 4),
+                                  lambda: GroupNorm(32, 32, 1e-6)])  # fmt: skip
 def test_without_gradients_results_are_the_same_and_inputs_are_left_alone(make, layout):
     """Where nothing is recorded, modules write over what they have just computed: never over what they were given."""
     module, x, zq = randomize(make().double()), draw(2, 32, 4, 6).contiguous(memory_format=layout), draw(2, 4, 2, 3)

@@ -31,7 +31,7 @@ def z():
 
 
 def seen(model, run, *more, layer_by_layer=True):
-    """The ranges of the model's layers while run runs, in order, each with its parent's name. With gradients every layer is called."""
+    """The ranges of the model's layers while run runs, in order, with their parents' names. With gradients layers are called."""
     names = {name for name, _ in model.named_modules()} | {type(model).__name__, *more}
     with profile(activities=[ProfilerActivity.CPU]) as profiler, torch.set_grad_enabled(layer_by_layer):
         run()

@@ -76,7 +76,8 @@ def test_forward_and_backward_are_the_published_formula(backend, shape, groups, 
         assert is_channels_last(out) == (layout == "channels_last")
     assert_close(out, expected_forward(c, groups, 1e-6, silu))
     grads = backend.backward(c.dout, c.f, c.zq_y, c.zq_b, c.weight, c.bias, mean, rstd, groups, silu)
-    for name, grad, expected in zip(("f", "zq_y", "zq_b", "weight", "bias"), grads, expected_backward(c, groups, 1e-6, silu)):
+    wanted = expected_backward(c, groups, 1e-6, silu)
+    for name, grad, expected in zip(("f", "zq_y", "zq_b", "weight", "bias"), grads, wanted, strict=True):
         assert (grad is None) == (expected is None)
         if grad is not None:
             assert grad.shape == expected.shape
@@ -214,7 +215,7 @@ def test_any_shape(backend, data):
     out, mean, rstd = backend.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, groups, eps, silu)
     assert_close(out, expected_forward(c, groups, eps, silu), slack=2.0)
     grads = backend.backward(c.dout, c.f, c.zq_y, c.zq_b, c.weight, c.bias, mean, rstd, groups, silu)
-    for grad, expected in zip(grads, expected_backward(c, groups, eps, silu)):
+    for grad, expected in zip(grads, expected_backward(c, groups, eps, silu), strict=True):
         if grad is not None:
             near(grad, expected)
 

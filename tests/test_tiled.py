@@ -105,10 +105,8 @@ def circular(decoder):
 
 
 def adapted(decoder):
-    decoder.up[0].block[0].conv2, decoder.up[1].upsample.conv = (
-        scaled(decoder.up[0].block[0].conv2),
-        scaled(decoder.up[1].upsample.conv),
-    )
+    decoder.up[0].block[0].conv2 = scaled(decoder.up[0].block[0].conv2)
+    decoder.up[1].upsample.conv = scaled(decoder.up[1].upsample.conv)
     decoder.mid.attn_1.v, decoder.norm_out.conv_y = scaled(decoder.mid.attn_1.v), scaled(decoder.norm_out.conv_y)
 
 
@@ -229,7 +227,7 @@ def test_autocast(max_memory):
 def test_a_circular_convolution_of_the_latent_is_refused():
     decoder, (z, zq) = make(add_conv=True), latents((6, 4))
     decoder.up[0].block[0].norm1.conv.padding_mode = "circular"
-    with pytest.raises(TypeError, match="padded with zeros, got .*circular.* in up.0.block.0.norm1"):
+    with pytest.raises(TypeError, match=r"padded with zeros, got .*circular.* in up.0.block.0.norm1"):
         decode_tiled(decoder, z, zq, max_memory=PLENTY)
     assert_close(decode(decoder, z, zq, None), decoder(z, zq).double(), slack=5)
 
@@ -247,8 +245,12 @@ def test_without_onednn(monkeypatch, onednn):
 
 
 @settings(max_examples=25, deadline=None)
-@given(grid=st.tuples(st.integers(1, 9), st.integers(1, 9)), zq_grid=st.tuples(st.integers(1, 9), st.integers(1, 9)), batch=st.integers(1, 2),
-       add_conv=st.booleans())  # fmt: skip
+@given(
+    grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    zq_grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    batch=st.integers(1, 2),
+    add_conv=st.booleans(),
+)
 def test_any_latent_size(grid, zq_grid, batch, add_conv):
     decoder = make(ch_mult=(1, 1), num_res_blocks=0, add_conv=add_conv)
     z, zq = latents(grid, batch, zq_grid=zq_grid)
@@ -285,21 +287,9 @@ def test_files_are_closed_when_it_fails(monkeypatch, files):
 
 def test_the_whole_model_takes_max_memory():
     torch.manual_seed(0)
-    model = MOVQ(
-        dict(
-            ch=32,
-            out_ch=3,
-            ch_mult=(1, 2),
-            num_res_blocks=1,
-            attn_resolutions=[],
-            in_channels=3,
-            resolution=16,
-            z_channels=4,
-            double_z=False,
-        ),
-        16,
-        4,
-    ).eval()
+    ddconfig = dict(ch=32, out_ch=3, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=[], in_channels=3, resolution=16,
+                    z_channels=4, double_z=False)  # fmt: skip
+    model = MOVQ(ddconfig, 16, 4).eval()
     quant = torch.randn(1, 4, 6, 5)
     assert_close(model.decode(quant, max_memory=LITTLE), model.decode(quant).double(), slack=5)
 
@@ -314,9 +304,14 @@ def test_it_refuses():
         decode_tiled(decoder, z, z, max_memory=PLENTY)
     with pytest.raises(ValueError, match="decoder must be in evaluation mode"):
         decode_tiled(make(dropout=0.1).train(), z, zq, max_memory=PLENTY)
-    for change, message in ((circular, "nn.Conv2d padded with zeros, got .*circular"), (quantised, "nn.Conv2d padded with zeros, got Sequential"),
-                            (larger, r"3x3 nn.Conv2d .* got .*\(5, 5\).* in up.1.upsample"), (other_norm, "nn.GroupNorm as it is, got Trebled"),
-                            (hooked_norm, "nn.GroupNorm as it is"), (lambda decoder: setattr(decoder.mid, "block_1", nn.Identity()), "takes ResnetBlock, .* got Identity")):  # fmt: skip
+    for change, message in (
+        (circular, r"nn.Conv2d padded with zeros, got .*circular"),
+        (quantised, r"nn.Conv2d padded with zeros, got Sequential"),
+        (larger, r"3x3 nn.Conv2d .* got .*\(5, 5\).* in up.1.upsample"),
+        (other_norm, r"nn.GroupNorm as it is, got Trebled"),
+        (hooked_norm, r"nn.GroupNorm as it is"),
+        (lambda decoder: setattr(decoder.mid, "block_1", nn.Identity()), r"takes ResnetBlock, .* got Identity"),
+    ):
         changed = make()
         change(changed)
         with pytest.raises(TypeError, match=message):

@@ -130,7 +130,7 @@ def _memory(array):
         return address, 0, 0
     if any(stride < 0 for stride in strides):
         raise ValueError("negative strides")
-    return address, sum((n - 1) * stride for n, stride in zip(array.shape, strides)) + size, offset
+    return address, sum((n - 1) * stride for n, stride in zip(array.shape, strides, strict=True)) + size, offset
 
 
 def _buffers(pointers):
@@ -167,7 +167,8 @@ class Library:
         names, types = self._signature(function)
         if set(names) != set(arguments):
             raise TypeError(f"{function}() takes {', '.join(names)}; given {', '.join(arguments)}")
-        pointers = {n: (arguments[n], t == "P") for n, t in zip(names, types) if t in "rP" and arguments[n] is not None}
+        given = ((name, kind, arguments[name]) for name, kind in zip(names, types, strict=True))
+        pointers = {name: (value, kind == "P") for name, kind, value in given if kind in "rP" and value is not None}
         buffers, where = _buffers(pointers)
         answer = self._ask(
             {
@@ -184,7 +185,7 @@ class Library:
         )
         if "error" in answer:
             raise EmulatorError(answer["error"])
-        for buffer, data in zip(buffers, answer["contents"]):
+        for buffer, data in zip(buffers, answer["contents"], strict=True):
             if buffer.writable:
                 ctypes.memmove(buffer.address, data, len(data))
         report = answer["report"]

@@ -256,7 +256,7 @@ def test_votes(sound, threads):
     for t in range(threads):
         warp = range(t // 32 * 32, min(t // 32 * 32 + 32, threads))
         bits = [(int(x[i]) << i % 32) for i in warp]
-        peers = [bit for i, bit in zip(warp, bits) if i % 2 == t % 2]
+        peers = [bit for i, bit in zip(warp, bits, strict=True) if i % 2 == t % 2]
         assert y[t].tolist() == [sum(bits), any(bits), all(bits), sum(peers), x.sum(), x.any(), x.all(), t]
 
 

@@ -55,7 +55,7 @@ def run(library, call):
             return {"error": f"{error} (seed {seed})"}
         if first is None:
             first = report, contents
-        for (name, *_), was, now in zip(call["buffers"], first[1], contents):
+        for (name, *_), was, now in zip(call["buffers"], first[1], contents, strict=True):
             if was != now:
                 return {
                     "error": f"'{name}' depends on the order in which threads run: seeds {call['seeds'][0]} and {seed} differ"

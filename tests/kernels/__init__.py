@@ -1,4 +1,4 @@
-"""Kernels as functions of tensors, one module for each operator: on the emulator everywhere, and on the GPU where one is present."""
+"""Kernels as functions of tensors, one module for each operator: on the emulator everywhere, on the GPU where there is one."""
 
 import emulator
 import pytest

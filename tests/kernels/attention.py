@@ -23,8 +23,8 @@ def _export(name):
     sides = [tokens(t) for t in SIDES[name]]
     sides.insert({"forward": 4, "backward": 5}[name], "lse")
     return f"""
-EXPORT({name}, {PROBLEM}, {", ".join(map(parameter, SIDES[name]))}, {"" if name == "forward" else "const "}float* lse, void* workspace,
-       int64_t* bytes) {{
+EXPORT({name}, {PROBLEM}, {", ".join(map(parameter, SIDES[name]))}, {"" if name == "forward" else "const "}float* lse,
+       void* workspace, int64_t* bytes) {{
   const movq::AttentionProblem p = {{batch, heads, queries, keys, size, movq::DType(dtype), scale}};
   if (workspace) {{
     movq::attention_{name}(p, {{{", ".join(sides)}, workspace}}, nullptr);
@@ -98,7 +98,8 @@ class Gpu:
         arguments = [x.cuda() if isinstance(x, torch.Tensor) else x for x in arguments]
         first, *others = ([x.cpu() for x in op(*arguments)] for _ in range(3))
         for other in others:
-            assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, other)), "not deterministic"
+            pairs = zip(first, other, strict=True)
+            assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs), "not deterministic"
         return first
 
 

@@ -20,8 +20,8 @@ static void tell(int64_t* size, size_t bytes) {
   emu::copy_to_device(size, &value, sizeof value);
 }
 
-EXPORT(forward, PROBLEM, const void* f, const void* zq_y, const void* zq_b, const void* weight, const void* bias, const void* f_bias,
-       int f_bias_dtype, bool bordered, void* out, float* mean, float* rstd, void* workspace, int64_t* size) {
+EXPORT(forward, PROBLEM, const void* f, const void* zq_y, const void* zq_b, const void* weight, const void* bias,
+       const void* f_bias, int f_bias_dtype, bool bordered, void* out, float* mean, float* rstd, void* workspace, int64_t* size) {
   movq::SpatialNormProblem p = THE_PROBLEM;
   p.f_bias_dtype = movq::DType(f_bias_dtype);
   p.bordered = bordered;
@@ -30,11 +30,12 @@ EXPORT(forward, PROBLEM, const void* f, const void* zq_y, const void* zq_b, cons
   else tell(size, movq::spatial_norm_forward_workspace(p, a));
 }
 
-EXPORT(backward, PROBLEM, const void* dout, const void* f, const void* zq_y, const void* zq_b, const void* weight, const void* bias,
-       const float* mean, const float* rstd, void* df, void* dzq_y, void* dzq_b, void* dweight, void* dbias, void* workspace,
-       int64_t* size) {
+EXPORT(backward, PROBLEM, const void* dout, const void* f, const void* zq_y, const void* zq_b, const void* weight,
+       const void* bias, const float* mean, const float* rstd, void* df, void* dzq_y, void* dzq_b, void* dweight, void* dbias,
+       void* workspace, int64_t* size) {
   const movq::SpatialNormProblem p = THE_PROBLEM;
-  const movq::SpatialNormBackward a = {dout, f, zq_y, zq_b, weight, bias, mean, rstd, df, dzq_y, dzq_b, dweight, dbias, workspace};
+  const movq::SpatialNormBackward a = {dout, f, zq_y, zq_b, weight, bias, mean, rstd,
+                                       df, dzq_y, dzq_b, dweight, dbias, workspace};
   if (workspace) movq::spatial_norm_backward(p, a, nullptr);
   else tell(size, movq::spatial_norm_backward_workspace(p, a));
 }
@@ -133,7 +134,7 @@ class Emulator:
             bias=bias,
             mean=mean,
             rstd=rstd,
-            **dict(zip(names, grads)),
+            **dict(zip(names, grads, strict=True)),
         )
         return grads
 
@@ -151,14 +152,15 @@ class Gpu:
             torch.ops.movq_ext.spatial_norm_backward, dout, f, zq_y, zq_b, weight, bias, mean, rstd, groups, silu
         )
         given = (f, zq_y, zq_b, weight, bias)
-        return [None if x is None else grad for x, grad in zip(given, grads)]
+        return [None if x is None else grad for x, grad in zip(given, grads, strict=True)]
 
     @staticmethod
     def _repeat(op, *arguments):
         arguments = [x.cuda() if isinstance(x, torch.Tensor) else x for x in arguments]
         first, *others = ([x.cpu() for x in op(*arguments)] for _ in range(3))
         for other in others:
-            assert all(torch.equal(a, b) or (a.isnan() == b.isnan()).all() for a, b in zip(first, other)), "not deterministic"
+            pairs = zip(first, other, strict=True)
+            assert all(torch.equal(a, b) or (a.isnan() == b.isnan()).all() for a, b in pairs), "not deterministic"
         return first
 
 
@@ -176,14 +178,10 @@ def case(shape, zq_size, dtype, layout, *, affine=torch.float32, offset=0, seed=
         return view.permute(0, 3, 1, 2) if layout == "channels_last" else view
 
     channels = shape[1]
-    weight, bias = (
-        (None, None)
-        if affine is None
-        else (
-            (torch.randn(channels, generator=generator) * 0.3 + 1).to(affine),
-            (torch.randn(channels, generator=generator) * 0.3).to(affine),
-        )
-    )
+    weight = bias = None
+    if affine is not None:
+        weight = (torch.randn(channels, generator=generator) * 0.3 + 1).to(affine)
+        bias = (torch.randn(channels, generator=generator) * 0.3).to(affine)
     zq_shape = None if zq_size is None else (shape[0], channels, *zq_size)
     return SimpleNamespace(
         f=tensor(*shape, shift=0.5),
