@@ -135,7 +135,8 @@ def main() -> None:
     text = (
         f"# Resources of the kernels, by `benchmarks/resources.py`, nvcc {release[1] if release else '?'}\n\n"
         f"Registers and resident warps (of {', '.join(str(LIMITS[t][0]) for t in options.targets)}; by registers and "
-        f"threads alone) are for sm_{', sm_'.join(options.targets)}, in this order. An access is `.128` for 16 bytes, `.64` for 8, none for 4; "
+        f"threads alone) are for sm_{', sm_'.join(options.targets)}, in this order. An access is `.128` for 16 bytes, `.64` "
+        "for 8, none for 4; "
         f"x counts instructions in the code, not executions. Shared memory is asked for at launch, by size of the problem; "
         f"the tests hold it to what lets these warps reside.\n{table(kernels)}\n"
     )

@@ -115,7 +115,7 @@ def decode(args: argparse.Namespace) -> int:
         done += 1
 
     for name, png in progress(list(file.png_names().items())):
-        failures.attempt(name, lambda name=name, png=args.out / png: one(name, png))
+        failures.attempt(name, partial(one, name, args.out / png))
     return failures.exit_code(done, skipped, "decoded")
 
 
@@ -256,7 +256,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
-        return args.run(args)
+        code: int = args.run(args)
+        return code
     except (OSError, ValueError, TypeError, FloatingPointError, ExportError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class MOVQ(nn.Module):
     @property
     def downsampling(self) -> int:
         """Image pixels per latent cell along one side."""
-        return 2 ** (self.decoder.num_resolutions - 1)
+        return 1 << (self.decoder.num_resolutions - 1)
 
     def gradient_checkpointing_enable(self) -> None:
         """Train in less memory: see ActivationCheckpointing."""
@@ -65,12 +65,12 @@ class MOVQ(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Images ``(B, in_channels, H, W)`` in [-1, 1] to latents ``(B, embed_dim, h, w)`` before quantisation."""
-        return self.quant_conv(self.encoder(x))
+        return cast(Tensor, self.quant_conv(self.encoder(x)))
 
     def encode_code(self, x: Tensor) -> Tensor:
         """Images to code indices ``(B, h, w)`` int64."""
         h = self.encode(x)
-        return self.quantize(h)[2][2].view(h.shape[0], *h.shape[2:])
+        return cast(Tensor, self.quantize(h)[2][2]).view(h.shape[0], *h.shape[2:])
 
     def decode(self, quant: Tensor, max_memory: int | None = None) -> Tensor:
         """Quantised latents ``(B, embed_dim, h, w)`` to images in about [-1, 1], ``h * downsampling`` high.

@@ -153,10 +153,11 @@ def spatial_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = Non
         _check_map(name, tensor)
         if tensor.shape != q.shape:
             raise ValueError(f"{name} must have q's shape {tuple(q.shape)}, got {tuple(tensor.shape)}")
-    out = attention(*(tensor.flatten(2).transpose(1, 2).unsqueeze(1) for tensor in (q, k, v)), scale)
+    heads = [tensor.flatten(2).transpose(1, 2).unsqueeze(1) for tensor in (q, k, v)]
+    attended = attention(heads[0], heads[1], heads[2], scale)
     # By way of (tokens, C): what it comes with as the stride of a batch of one would keep a convolution from taking it for
     # channels_last.
-    out = out.flatten(0, 2).unflatten(0, (q.shape[0], *q.shape[2:])).permute(0, 3, 1, 2)
+    out: Tensor = attended.flatten(0, 2).unflatten(0, (q.shape[0], *q.shape[2:])).permute(0, 3, 1, 2)
     return out.contiguous() if q.is_cuda and q.is_contiguous() else out
 
 
@@ -226,7 +227,8 @@ def _reason(x: Tensor) -> str | None:
         return f"the CUDA kernels take {', '.join(str(dtype)[6:] for dtype in KERNEL_DTYPES)}, got {str(x.dtype)[6:]}"
     if x.dim() == 4 and x.shape[2] * x.shape[3] >= 2**31:
         return f"the CUDA kernels take fewer than 2**31 pixels, got shape {tuple(x.shape)}"
-    return device_reason(x.device.index)
+    reason: str | None = device_reason(x.device.index)
+    return reason
 
 
 def _attention_reason(q: Tensor) -> str | None:

@@ -28,7 +28,7 @@ def spatial_norm(
     if f_bias is not None or bordered:  # for inference: the function below does not know them
         out, _, _ = torch.ops.movq_ext.spatial_norm_forward(f, zq_y, zq_b, weight, bias, groups, eps, silu, f_bias, bordered)
         return out
-    out = SpatialNormFunction.apply(f, zq_y, zq_b, weight, bias, groups, eps, silu)[0]
+    out = SpatialNormFunction.apply(f, zq_y, zq_b, weight, bias, groups, eps, silu)[0]  # type: ignore[no-untyped-call]
     return out
 
 
@@ -57,21 +57,26 @@ class SpatialNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        *inputs, mean, rstd = ctx.saved_tensors
+        f, zq_y, zq_b, weight, bias, mean, rstd = ctx.saved_tensors
+        inputs = (f, zq_y, zq_b, weight, bias)
         wanted = ctx.needs_input_grad[:5]
         # create_graph=True: the gradient's own gradient is native.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _native_gradients(dout, inputs, wanted, ctx.groups, ctx.eps, ctx.silu)
         else:
-            f = inputs[0]
             grads = torch.ops.movq_ext.spatial_norm_backward(dout.to(f.dtype), *inputs, mean, rstd, ctx.groups, ctx.silu)
         return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None, None
 
 
 def _native_gradients(
-    dout: Tensor, inputs: list[Tensor | None], wanted: tuple[bool, ...], groups: int, eps: float, silu: bool
+    dout: Tensor,
+    inputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    wanted: tuple[bool, ...],
+    groups: int,
+    eps: float,
+    silu: bool,
 ) -> Optionals:
-    out = native.spatial_norm(*inputs, groups, eps, "silu" if silu else None)  # type: ignore[arg-type]
+    out = native.spatial_norm(*inputs, groups, eps, "silu" if silu else None)
     sources = [x for x, want in zip(inputs, wanted, strict=True) if want and x is not None]
     grads = iter(torch.autograd.grad(out, sources, dout, create_graph=True))
     return tuple(next(grads) if want else None for want in wanted)
@@ -79,7 +84,7 @@ def _native_gradients(
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """functional.attention by kernels: the arguments are checked, and heads are no larger than MAX_HEAD_SIZE."""
-    out: Tensor = AttentionFunction.apply(q, k, v, scale)[0]
+    out: Tensor = AttentionFunction.apply(q, k, v, scale)[0]  # type: ignore[no-untyped-call]
     return out
 
 
@@ -108,7 +113,9 @@ class AttentionFunction(torch.autograd.Function):
         return *(grad if want else None for grad, want in zip(grads, ctx.needs_input_grad[:3], strict=True)), None
 
 
-def _native_attention_gradients(dout: Tensor, inputs: tuple[Tensor, ...], wanted: tuple[bool, ...], scale: float) -> Optionals:
+def _native_attention_gradients(
+    dout: Tensor, inputs: tuple[Tensor, Tensor, Tensor], wanted: tuple[bool, ...], scale: float
+) -> Optionals:
     with sdpa_kernel(SDPBackend.MATH):  # the others cannot be differentiated twice
         out = native.attention(*inputs, scale)
         sources = [x for x, want in zip(inputs, wanted, strict=True) if want]
@@ -159,8 +166,8 @@ def _backward_cpu(
         slope = torch.sigmoid(u := v if y is None else v * y + b)
         h = h * slope * (1 + u * (1 - slope))
     if zq_y is not None:
-        shrink = lambda x: torch.ops.aten.upsample_nearest2d_backward(x.contiguous(), size[2:], zq_y.shape)
-        dy, db = (torch.empty_like(_like(f, zq_y)).copy_(shrink(x)) for x in (h * v, h))
+        shrink = torch.ops.aten.upsample_nearest2d_backward
+        dy, db = (torch.empty_like(_like(f, zq_y)).copy_(shrink(x.contiguous(), size[2:], zq_y.shape)) for x in (h * v, h))
     dv = h if y is None else h * y
     dweight = f.new_empty(0) if weight is None else (dv * n).sum((0, 2, 3)).to(weight.dtype)
     dbias = f.new_empty(0) if bias is None else dv.sum((0, 2, 3)).to(bias.dtype)

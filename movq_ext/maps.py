@@ -105,7 +105,7 @@ class Filed(Kept):
     def read(self, first: int, count: int) -> Tensor:
         values = torch.empty(count, dtype=self.like.dtype)
         self.file.seek(first * values.itemsize)
-        if self.file.readinto(memoryview(values.view(torch.uint8).numpy())) != values.nbytes:  # type: ignore[attr-defined]
+        if self.file.readinto(values.view(torch.uint8).numpy().data) != values.nbytes:  # type: ignore[attr-defined]
             raise OSError("a temporary file of decode_tiled is shorter than what was written to it")
         return values.to(self.like.device)
 
@@ -114,7 +114,7 @@ class Filed(Kept):
 
     def keep(self, first: int, place: Tensor) -> None:
         self.file.seek(first * place.itemsize)
-        self.file.write(memoryview(place.cpu().view(torch.uint8).numpy()))
+        self.file.write(place.cpu().view(torch.uint8).numpy().data)
 
 
 class MapStore:

@@ -42,7 +42,7 @@ def _centred(f: Tensor, groups: int) -> Tensor:
     if f.device.type != "cpu" or f.is_contiguous() or f.itemsize < 4 or torch.compiler.is_compiling():
         return f
     with torch.no_grad():
-        means = f.mean((2, 3)).unflatten(1, (groups, -1)).mean(2).repeat_interleave(f.shape[1] // groups, dim=1)
+        means: Tensor = f.mean((2, 3)).unflatten(1, (groups, -1)).mean(2).repeat_interleave(f.shape[1] // groups, dim=1)
     return f - means[:, :, None, None]
 
 
@@ -100,7 +100,7 @@ def is_whole_ratio(small: int, large: int) -> bool:
 def scale_by_cells(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
     """``x * up(scale) + up(shift)`` where every cell of scale and shift covers a block of x: broadcast, not written out."""
     rows, columns = (large // small for small, large in zip(scale.shape[2:], x.shape[2:], strict=True))
-    blocks = x.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
+    blocks: Tensor = x.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
     scale, shift = (t[:, :, :, None, :, None] for t in (scale, shift))
     if out is None:
         return (blocks * scale + shift).flatten(4, 5).flatten(2, 3)

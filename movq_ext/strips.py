@@ -301,13 +301,17 @@ class Strips:
         scales, shifts = combine(*norm.modulation(self.zq))
         if is_whole_ratio(height, x.height) and is_whole_ratio(width, x.width):
             size = x.height // height
-            return lambda first, last: (
-                (begin, end, *(t[:, :, begin // size : -(-end // size)] for t in (scales, shifts)))
-                for begin, end in whole_cells(first, last, size)
-            )
+
+            def whole(first: int, last: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+                for begin, end in whole_cells(first, last, size):
+                    cells = slice(begin // size, -(-end // size))
+                    yield begin, end, scales[:, :, cells], shifts[:, :, cells]
+
+            return whole
 
         def gathered(first: int, last: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-            yield first, last, *(t[:, :, rows[first:last]][:, :, :, columns] for t in (scales, shifts))
+            cells = rows[first:last]
+            yield first, last, scales[:, :, cells][:, :, :, columns], shifts[:, :, cells][:, :, :, columns]
 
         return gathered
 

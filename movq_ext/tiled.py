@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .decoder import MOVQDecoder
+from .modules import ResnetBlock
 from .strips import HALO, STRIP_BYTES, check_evaluation, convolution_values, decode_in_strips
 
 MIB = 1 << 20
@@ -38,7 +39,8 @@ def decode_tiled(decoder: MOVQDecoder, z: Tensor, zq: Tensor, *, max_memory: int
     decoder._check(z, zq)
     check_evaluation(decoder)
     scale = 2 ** (decoder.num_resolutions - 1)
-    values = max(convolution_values(block.in_channels, block.out_channels) for stage in decoder.up for block in stage.block)
+    blocks = [layer for _, layer, _ in decoder._steps() if isinstance(layer, ResnetBlock)]
+    values = max((convolution_values(block.in_channels, block.out_channels) for block in blocks), default=0)
     computed_in = torch.float32 if z.dtype == torch.float16 and z.device.type == "cpu" else z.dtype
     least = 2 * (1 + HALO) * values * z.shape[3] * scale * computed_in.itemsize
     if max_memory < least:

@@ -307,7 +307,8 @@ class Trainer:
     @torch.no_grad()
     def _update_average(self) -> None:
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-        average, weights = list(self.average.parameters()), list(self.model.parameters())
+        average: list[Tensor] = list(self.average.parameters())
+        weights: list[Tensor] = list(self.model.parameters())
         torch._foreach_lerp_(average, weights, 1 - decay)
 
 
