@@ -9,7 +9,6 @@ is the peak of memory beyond the inputs.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import environment, matmul_rate, milliseconds, write
+from timing import arguments, environment, matmul_rate, milliseconds, write
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -97,15 +96,8 @@ def measure(attention: Attention, inputs: list[Tensor], dout: Tensor, backward: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/attention"), help="folder for the results")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes and nothing compiled, to rehearse")
-    parser.add_argument("--minutes", type=float, default=3.0, help="start no measurement after this long")
-    options = parser.parse_args()
-    device, start = torch.device(options.device), time.monotonic()
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
+    options, device = arguments(__doc__, "attention", 3.0, "tiny sizes and nothing compiled")
+    start = time.monotonic()
     rate = matmul_rate(device, 256 if options.quick else 8192)
     rows: list[dict[str, Any]] = []
     found = peers(options.quick)

@@ -8,7 +8,6 @@ backward 2 reads of f and of dout and 1 write of its gradient more: the least fo
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import copy_bandwidth, environment, milliseconds, write
+from timing import arguments, copy_bandwidth, environment, milliseconds, write
 from torch import Tensor
 
 import movq_ext
@@ -70,15 +69,8 @@ def measure(layer: Layer, expected: Layer, f: Tensor, zq: Tensor, backward: bool
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/spatial_norm"), help="folder for the results")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes and no torch.compile, to rehearse")
-    parser.add_argument("--minutes", type=float, default=4.0, help="start no measurement after this long")
-    options = parser.parse_args()
-    device, start = torch.device(options.device), time.monotonic()
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
+    options, device = arguments(__doc__, "spatial_norm", 4.0, "tiny sizes and no torch.compile")
+    start = time.monotonic()
     bandwidth = copy_bandwidth(device)
     rows: list[dict[str, Any]] = []
     for backward in (False, True):

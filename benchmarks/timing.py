@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import time
@@ -38,6 +39,18 @@ def _output(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     except FileNotFoundError:
         return ""
+
+
+def arguments(description: str | None, name: str, minutes: float, rehearsal: str) -> tuple[argparse.Namespace, torch.device]:
+    """What benchmarks of an operator take: ``out``, ``quick`` and ``minutes``; and the device, a GPU with its number."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path(f"benchmarks/results/{name}"), help="folder for the results")
+    parser.add_argument("--quick", action="store_true", help=f"{rehearsal}, to rehearse")
+    parser.add_argument("--minutes", type=float, default=minutes, help="start no measurement after this long")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    return options, torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
 
 
 def milliseconds(run: Callable[[], object], device: torch.device, seconds: float = 0.3) -> float:

@@ -281,23 +281,28 @@ def test_copies(twin_of):
     assert not torch.equal(twin(*latents()), decoder(*latents()))
 
 
-def _ddp_worker(rank, store):
+def _ddp_worker(rank, store, changes, options):
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}/rendezvous", rank=rank, world_size=2)
-    decoder = nn.parallel.DistributedDataParallel(make().train())
+    decoder = nn.parallel.DistributedDataParallel(make(**changes).train(), **options)
     z, zq = latents()
     decoder(z[rank : rank + 1], zq[rank : rank + 1]).square().mean().backward()
     torch.save({name: p.grad for name, p in decoder.module.named_parameters()}, f"{store}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_ddp_averages_the_gradients(tmp_path):
-    torch.multiprocessing.spawn(_ddp_worker, (str(tmp_path),), nprocs=2)
+def assert_ddp_averages_the_gradients(folder, changes, **options):
+    """Of two processes, each with one of two images: those of one process with both."""
+    torch.multiprocessing.spawn(_ddp_worker, (str(folder), changes, options), nprocs=2)
     decoder = make().train()
     decoder(*latents()).square().mean().backward()
     for rank in range(2):
-        grads = torch.load(tmp_path / f"{rank}.pt")
+        grads = torch.load(folder / f"{rank}.pt")
         for name, parameter in decoder.named_parameters():
             assert (grads[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-7, name
+
+
+def test_ddp_averages_the_gradients(tmp_path):
+    assert_ddp_averages_the_gradients(tmp_path, {})
 
 
 def test_nothing_prints(capfd):
