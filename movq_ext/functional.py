@@ -153,12 +153,16 @@ def spatial_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = Non
         _check_map(name, tensor)
         if tensor.shape != q.shape:
             raise ValueError(f"{name} must have q's shape {tuple(q.shape)}, got {tuple(tensor.shape)}")
-    heads = [tensor.flatten(2).transpose(1, 2).unsqueeze(1) for tensor in (q, k, v)]
-    attended = attention(heads[0], heads[1], heads[2], scale)
+    attended = attention(_head(q), _head(k), _head(v), scale)
     # By way of (tokens, C): what it comes with as the stride of a batch of one would keep a convolution from taking it for
     # channels_last.
     out: Tensor = attended.flatten(0, 2).unflatten(0, (q.shape[0], *q.shape[2:])).permute(0, 3, 1, 2)
     return out.contiguous() if q.is_cuda and q.is_contiguous() else out
+
+
+def _head(x: Tensor) -> Tensor:
+    """``(B, C, H, W)`` as ``(B, 1, H * W, C)``."""
+    return x.flatten(2).transpose(1, 2).unsqueeze(1)
 
 
 def add_bias_residual_(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
