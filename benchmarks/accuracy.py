@@ -8,9 +8,10 @@ seeds (latents, or photographs). Under autocast weights and latents are float32.
 float16, the large model is left out there.
 
 Ours is not worse than the best peer (the one with the smallest error in that dtype, of those in their fastest layout, which is
-channels_last; compiled ones are compared with each other) if the mean ratio of their errors is at most 1.05, with two standard errors
-of that mean over the seeds on top. "of the best peer" is that ratio, "allowed" the limit. Exit status 1 if ours is worse anywhere. Peers
-in NCHW are listed too: on a CPU their convolutions take about twice as long and add up in shorter sums, so in float32 they are more exact.
+channels_last; compiled ones are compared with each other) if the mean ratio of their errors is at most 1.05, with two standard
+errors of that mean over the seeds on top. "of the best peer" is that ratio, "allowed" the limit. Exit status 1 if ours is worse
+anywhere. Peers in NCHW are listed too: on a CPU their convolutions take about twice as long and add up in shorter sums, so in
+float32 they are more exact.
 """
 
 from __future__ import annotations
@@ -136,7 +137,11 @@ def judged(case: dict[str, str], found: dict[str, list[tuple[float, float]] | st
         row |= dict.fromkeys(("max", "of the best peer", "allowed", VERDICT), "-")
         if not isinstance(result, str):
             row |= {"relative L2": fmean(error for error, _ in result), "max": fmean(largest for _, largest in result)}
-            sort = [other for other in found if not other.startswith("ours") and ("compiled" if "compiled" in name else "nhwc") in other]
+            sort = [
+                other
+                for other in found
+                if not other.startswith("ours") and ("compiled" if "compiled" in name else "nhwc") in other
+            ]
             peers = [errors for errors in (found[other] for other in sort) if not isinstance(errors, str)]
             if name.startswith("ours") and peers:
                 best = min(peers, key=lambda errors: fmean(error for error, _ in errors))

@@ -2,14 +2,13 @@
 
     python benchmarks/attention.py --out benchmarks/results/attention
 
-Every result is compared with the formula in float64, on 64 of its rows, before it is timed. TFLOP/s count 4 N^2 C operations forward and
-10 N^2 C more backward, whatever is computed again; "of matmul" is their share of an 8192^3 bfloat16 product's. "MB" is the peak
-of memory beyond the inputs.
+Every result is compared with the formula in float64, on 64 of its rows, before it is timed. TFLOP/s count 4 N^2 C operations
+forward and 10 N^2 C more backward, whatever is computed again; "of matmul" is their share of an 8192^3 bfloat16 product's. "MB"
+is the peak of memory beyond the inputs.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import environment, matmul_rate, milliseconds, write
+from timing import arguments, environment, matmul_rate, milliseconds, write
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -45,7 +44,11 @@ def by(backend: SDPBackend) -> Attention:
 def peers(quick: bool) -> dict[str, Attention | None]:
     """None for what is not installed. Those whose name ends in N^2 hold all scores."""
     found: dict[str, Attention | None] = {"ours": movq_ext.attention, "math N^2": by(SDPBackend.MATH), "bmm N^2": formula}
-    found |= {"efficient": by(SDPBackend.EFFICIENT_ATTENTION), "cudnn": by(SDPBackend.CUDNN_ATTENTION), "flash": by(SDPBackend.FLASH_ATTENTION)}
+    found |= {
+        "efficient": by(SDPBackend.EFFICIENT_ATTENTION),
+        "cudnn": by(SDPBackend.CUDNN_ATTENTION),
+        "flash": by(SDPBackend.FLASH_ATTENTION),
+    }
     if quick:
         return found
     found["compile N^2"] = torch.compile(formula, dynamic=False)
@@ -93,27 +96,31 @@ def measure(attention: Attention, inputs: list[Tensor], dout: Tensor, backward: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/attention"), help="folder for the results")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes and nothing compiled, to rehearse")
-    parser.add_argument("--minutes", type=float, default=3.0, help="start no measurement after this long")
-    options = parser.parse_args()
-    device, start = torch.device(options.device), time.monotonic()
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
+    options, device = arguments(__doc__, "attention", 3.0, "tiny sizes and nothing compiled")
+    start = time.monotonic()
     rate = matmul_rate(device, 256 if options.quick else 8192)
     rows: list[dict[str, Any]] = []
     found = peers(options.quick)
-    cases = [(dtype, batch, tokens, backward) for dtype in (torch.bfloat16, torch.float32) for backward in (False, True) for batch in (1, 8)
-             for tokens in TOKENS if dtype == torch.bfloat16 or tokens <= 4096]  # fmt: skip
+    cases = [
+        (dtype, batch, tokens, backward)
+        for dtype in (torch.bfloat16, torch.float32)
+        for backward in (False, True)
+        for batch in (1, 8)
+        for tokens in TOKENS
+        if dtype == torch.bfloat16 or tokens <= 4096
+    ]
     if options.quick:
         cases = [(torch.float32, 1, 100, False), (torch.float32, 1, 100, True)]
     for dtype, batch, tokens, backward in cases:
         torch.manual_seed(0)
         *inputs, dout = (torch.randn(batch, 1, tokens, SIZE, device=device, dtype=dtype) for _ in range(4))
         inputs = [x.requires_grad_(backward) for x in inputs]
-        row: dict[str, Any] = {"pass": "forward+backward" if backward else "forward", "dtype": str(dtype)[6:], "N": tokens, "batch": batch}
+        row: dict[str, Any] = {
+            "pass": "forward+backward" if backward else "forward",
+            "dtype": str(dtype)[6:],
+            "N": tokens,
+            "batch": batch,
+        }
         took: dict[str, float] = {}
         for name, attention in found.items():
             if attention is None:
@@ -153,8 +160,14 @@ def plot(path: Path, rows: list[dict[str, Any]], names: list[str], device: str) 
     figure, pair = plt.subplots(1, 2, figsize=(13, 5), sharey=True)
     for axes, kind, factor in zip(pair, ("forward", "forward+backward"), (4, 14), strict=True):
         for name in names:
-            points = [(row["N"], factor * row["N"] ** 2 * SIZE / row[f"{name} ms"] / 1e9) for row in rows
-                      if row["pass"] == kind and row["batch"] == 1 and row["dtype"] == rows[0]["dtype"] and isinstance(row[f"{name} ms"], float)]
+            points = [
+                (row["N"], factor * row["N"] ** 2 * SIZE / row[f"{name} ms"] / 1e9)
+                for row in rows
+                if row["pass"] == kind
+                and row["batch"] == 1
+                and row["dtype"] == rows[0]["dtype"]
+                and isinstance(row[f"{name} ms"], float)
+            ]
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=3 if name == "ours" else 1)
         axes.set(title=f"{kind}, {rows[0]['dtype']}, batch 1", xlabel="tokens", xscale="log", ylim=0)

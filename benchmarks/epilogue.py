@@ -8,13 +8,11 @@ least for maps that do not stay on chip.
 
 from __future__ import annotations
 
-import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from timing import copy_bandwidth, environment, milliseconds, write
+from timing import arguments, copy_bandwidth, environment, milliseconds, write
 from torch import Tensor
 
 import movq_ext
@@ -48,15 +46,8 @@ def measure(function: Any, x: Tensor, bias: Tensor, residual: Tensor | None) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/epilogue"), help="folder for the results")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to rehearse")
-    parser.add_argument("--minutes", type=float, default=2.0, help="start no measurement after this long")
-    options = parser.parse_args()
-    device, start = torch.device(options.device), time.monotonic()
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
+    options, device = arguments(__doc__, "epilogue", 2.0, "tiny sizes")
+    start = time.monotonic()
     bandwidth = copy_bandwidth(device)
     rows: list[dict[str, Any]] = []
     for dtype in (torch.bfloat16, torch.float32):

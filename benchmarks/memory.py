@@ -2,8 +2,9 @@
 
     python benchmarks/memory.py --out benchmarks/results/memory --sizes 256 512 1024 2048 --max-memory 1000
 
-Each decode of Kandinsky 2.x's decoder, with random weights, runs in a process of its own. MB is that process's peak resident memory on a CPU (interpreter,
-torch and 211 MB of weights included), and the allocator's peak on a GPU. "error" is the relative difference from the whole decode.
+Each decode of Kandinsky 2.x's decoder, with random weights, runs in a process of its own. MB is that process's peak resident
+memory on a CPU (interpreter, torch and 211 MB of weights included), and the allocator's peak on a GPU. "error" is the relative
+difference from the whole decode.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ import movq_ext
 def measure_one(options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(options.device)
     torch.manual_seed(0)
-    decoder = movq_ext.MOVQDecoder(ch=128, out_ch=3, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_resolutions=[32], in_channels=3, resolution=256,
-                                   z_channels=4, zq_ch=4).eval().to(device)  # fmt: skip
+    decoder = movq_ext.MOVQDecoder(ch=128, out_ch=3, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_resolutions=[32], in_channels=3,
+                                   resolution=256, z_channels=4, zq_ch=4).eval().to(device)  # fmt: skip
     z = torch.randn(1, 4, options.size // 8, options.size // 8, device=device)
     start = time.perf_counter()
     if options.max_memory_one:
@@ -64,10 +65,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             for budget in [*([0] if size <= options.whole_up_to else []), *options.max_memory]:
                 save = Path(folder) / f"{budget}.pt"
-                command = [sys.executable, __file__, f"--size={size}", f"--max-memory-one={budget}", f"--save={save}", f"--device={options.device}"]
+                arguments = [f"--size={size}", f"--max-memory-one={budget}", f"--save={save}", f"--device={options.device}"]
+                command = [sys.executable, __file__, *arguments]
                 done = subprocess.run(command, capture_output=True, text=True)
-                row = {"image": f"{size}x{size}", "max_memory, MiB": budget or "whole", "seconds": "-", "MB": (done.stderr.strip().splitlines() or ["died"])[-1][:80],
-                       "error": "-"}  # fmt: skip
+                row = {"image": f"{size}x{size}", "max_memory, MiB": budget or "whole", "seconds": "-"}
+                row |= {"MB": (done.stderr.strip().splitlines() or ["died"])[-1][:80], "error": "-"}
                 if done.returncode == 0:
                     row |= json.loads(done.stdout.splitlines()[-1])
                     if budget and (Path(folder) / "0.pt").exists():

@@ -43,13 +43,18 @@ class PublishedUpsample(Upsample):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-CLASSES = {SpatialNorm: PublishedNorm, AttnBlock: PublishedAttention, movq_ext.ResnetBlock: PublishedResnetBlock, Upsample: PublishedUpsample}
+CLASSES = {
+    SpatialNorm: PublishedNorm,
+    AttnBlock: PublishedAttention,
+    movq_ext.ResnetBlock: PublishedResnetBlock,
+    Upsample: PublishedUpsample,
+}
 
 
 class PublishedDecoder(MOVQDecoder):
     def forward(self, z: Tensor, zq: Tensor) -> Tensor:
-        for _, h in self._stages(z, zq):
-            pass
+        for _, made in self._stages(z, zq):
+            h = made
         return self.conv_out(self.norm_out(h, zq, activation="silu"))
 
 

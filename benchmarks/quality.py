@@ -1,6 +1,6 @@
 """How well does a model reconstruct a folder of photographs, and how much of its codebook does it use?
 
-    python benchmarks/quality.py FOLDER [--model PATH] [--out RESULT.md]
+Usage: python benchmarks/quality.py FOLDER [--model PATH] [--out RESULT.md]
 """
 
 import argparse
@@ -37,7 +37,8 @@ def main() -> None:
     report = [
         f"# Quality of codebook {codebook_id(model)}, movq_ext {__version__}, torch {torch.__version__}",
         "",
-        f"{len(rows)} photographs: **PSNR {fmean(row[2] for row in rows):.2f} dB, SSIM {fmean(row[3] for row in rows):.4f}** (means).",
+        f"{len(rows)} photographs: **PSNR {fmean(row[2] for row in rows):.2f} dB, "
+        f"SSIM {fmean(row[3] for row in rows):.4f}** (means).",
         f"Of {model.quantize.n_e} codes {len(used)} are used by these {tokens} latent cells (perplexity {perplexity:.0f}).",
         "",
         "| photograph | size | PSNR (dB) | SSIM |",

@@ -1,4 +1,4 @@
-"""What the compiler made of every kernel for every target: registers, spills, shared memory, occupancy, widths of loads and stores.
+"""What the compiler made of every kernel for every target: registers, spills, shared memory, occupancy, access widths.
 
     python benchmarks/resources.py --out benchmarks/results/resources.md
 
@@ -39,7 +39,7 @@ class Kernel(NamedTuple):
     accesses: Counter[str]
 
     def warps(self) -> int:
-        """Warps that fit a multiprocessor by registers and threads; shared memory that is asked for at launch is not known here."""
+        """Warps that fit a multiprocessor by registers and threads; shared memory asked for at launch is not known here."""
         most, blocks = LIMITS[self.target]
         a_block = -(-self.threads // 32)
         by_registers = 65536 // (-(-self.registers * 32 // 256) * 256) // a_block
@@ -59,15 +59,17 @@ def short(name: str) -> str:
     """`void movq::spatial_norm::(anonymous namespace)::f<float, 4>(args)` -> `f<float, 4>`."""
     name = name.replace("(anonymous namespace)::", "").replace("__nv_", "").replace("__half", "half")
     name = re.sub(r"\(bool\)([01])|\(int\)(\d+)", lambda m: m[2] or ("false", "true")[int(m[1])], name)
-    return name.split("(")[0].removeprefix("void ").split("::")[-1] if "<" not in name else re.sub(
-        r".*?(\w+<)", r"\1", re.sub(r"\w+::", "", name.split(">(")[0] + ">").removeprefix("void "), count=1)
+    if "<" not in name:
+        return name.split("(")[0].removeprefix("void ").split("::")[-1]
+    return re.sub(r".*?(\w+<)", r"\1", re.sub(r"\w+::", "", name.split(">(")[0] + ">").removeprefix("void "), count=1)
 
 
 def compile_one(source: Path, target: str) -> list[Kernel]:
     nvcc, cuobjdump = find_tool("nvcc"), find_tool("cuobjdump")
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
-        command = [nvcc, "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", f"-arch=sm_{target}", "-Xptxas=-v", "-cubin", "-o", cubin, source]
+        options = ["-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", f"-arch=sm_{target}", "-Xptxas=-v", "-cubin"]
+        command = [nvcc, *options, "-o", cubin, source]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{source.name} does not compile for sm_{target}:\n{done.stderr}")
@@ -77,14 +79,19 @@ def compile_one(source: Path, target: str) -> list[Kernel]:
     for part in re.split(r"Function : ", sass)[1:]:
         widths = (f"{m[1]}{''.join(re.findall(r'[.](?:128|64|U16|S16|U8|S8)', m[2]))}" for m in ACCESS.finditer(part))
         accesses[part.split()[0]] = Counter(widths)
-    report = re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers(.*)",
-                        done.stderr.replace("\n", " ").replace("ptxas info    : Compiling", "\nptxas info    : Compiling"))
-    names = subprocess.run(["c++filt"], input="\n".join(row[0] for row in report), check=True, capture_output=True, text=True).stdout
-    return [
-        Kernel(source.stem, short(name), target, int(registers), int(stores) + int(loads),
-               int(found[1]) if (found := re.search(r"(\d+) bytes smem", rest)) else 0, int(bounds.get(mangled, 1024)), accesses[mangled])
-        for (mangled, stores, loads, registers, rest), name in zip(report, names.splitlines(), strict=True)
-    ]  # fmt: skip
+    report = re.findall(
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers(.*)",
+        done.stderr.replace("\n", " ").replace("ptxas info    : Compiling", "\nptxas info    : Compiling"),
+    )
+    names = subprocess.run(
+        ["c++filt"], input="\n".join(row[0] for row in report), check=True, capture_output=True, text=True
+    ).stdout
+    kernels = []
+    for (mangled, stores, loads, registers, rest), name in zip(report, names.splitlines(), strict=True):
+        shared = int(found[1]) if (found := re.search(r"(\d+) bytes smem", rest)) else 0
+        threads, spills = int(bounds.get(mangled, 1024)), int(stores) + int(loads)
+        kernels.append(Kernel(source.stem, short(name), target, int(registers), spills, shared, threads, accesses[mangled]))
+    return kernels
 
 
 def ptx(source: Path, target: str) -> str:
@@ -95,22 +102,30 @@ def ptx(source: Path, target: str) -> str:
 def table(kernels: list[Kernel]) -> str:
     lines = []
     for source in sorted({k.source for k in kernels}):
-        lines += [f"\n## {source}.cu\n", "| kernel | registers | warps resident | spilled bytes | static shared bytes | global loads, stores on sm_90 | "
-                  "shared on sm_90 |", "|---|---|---|---:|---:|---|---|"]
+        lines += [
+            f"\n## {source}.cu\n",
+            "| kernel | registers | warps resident | spilled bytes | static shared bytes | global loads, stores on sm_90 | "
+            "shared on sm_90 |",
+            "|---|---|---|---:|---:|---|---|",
+        ]
         for name in sorted({k.name for k in kernels if k.source == source}):
             rows = [k for k in kernels if (k.source, k.name) == (source, name)]
             widths = next((k for k in rows if k.target == "90"), rows[0]).accesses
             listed = [" ".join(f"{w} x{n}" for w, n in sorted(widths.items()) if w.startswith(kinds)) for kinds in
                       (("LDG", "STG"), ("LDS", "STS"))]  # fmt: skip
-            lines.append(f"| `{name}` | {' '.join(str(k.registers) for k in rows)} | {' '.join(str(k.warps()) for k in rows)} | "
-                         f"{max(k.spills for k in rows)} | {max(k.shared for k in rows)} | {listed[0]} | {listed[1]} |")
+            lines.append(
+                f"| `{name}` | {' '.join(str(k.registers) for k in rows)} | {' '.join(str(k.warps()) for k in rows)} | "
+                f"{max(k.spills for k in rows)} | {max(k.shared for k in rows)} | {listed[0]} | {listed[1]} |"
+            )
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the table here")
-    parser.add_argument("--targets", nargs="+", choices=LIMITS, default=list(LIMITS), metavar="SM", help="compute capabilities, as 90")
+    parser.add_argument(
+        "--targets", nargs="+", choices=LIMITS, default=list(LIMITS), metavar="SM", help="compute capabilities, as 90"
+    )
     options = parser.parse_args()
     jobs = [(source, target) for source in sorted(KERNELS.glob("*.cu")) for target in options.targets]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -119,10 +134,11 @@ def main() -> None:
     release = re.search(r"release ([\d.]+)", version)
     text = (
         f"# Resources of the kernels, by `benchmarks/resources.py`, nvcc {release[1] if release else '?'}\n\n"
-        f"Registers and resident warps (of {', '.join(str(LIMITS[t][0]) for t in options.targets)}; by registers and threads alone) are for "
-        f"sm_{', sm_'.join(options.targets)}, in this order. An access is `.128` for 16 bytes, `.64` for 8, none for 4; "
-        f"x counts instructions in the code, not executions. Shared memory is asked for at launch, by size of the problem; the tests hold it "
-        f"to what lets these warps reside.\n{table(kernels)}\n"
+        f"Registers and resident warps (of {', '.join(str(LIMITS[t][0]) for t in options.targets)}; by registers and "
+        f"threads alone) are for sm_{', sm_'.join(options.targets)}, in this order. An access is `.128` for 16 bytes, `.64` "
+        "for 8, none for 4; "
+        f"x counts instructions in the code, not executions. Shared memory is asked for at launch, by size of the problem; "
+        f"the tests hold it to what lets these warps reside.\n{table(kernels)}\n"
     )
     if options.out:
         options.out.write_text(text)

@@ -8,7 +8,6 @@ backward 2 reads of f and of dout and 1 write of its gradient more: the least fo
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import copy_bandwidth, environment, milliseconds, write
+from timing import arguments, copy_bandwidth, environment, milliseconds, write
 from torch import Tensor
 
 import movq_ext
@@ -70,15 +69,8 @@ def measure(layer: Layer, expected: Layer, f: Tensor, zq: Tensor, backward: bool
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/spatial_norm"), help="folder for the results")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes and no torch.compile, to rehearse")
-    parser.add_argument("--minutes", type=float, default=4.0, help="start no measurement after this long")
-    options = parser.parse_args()
-    device, start = torch.device(options.device), time.monotonic()
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
+    options, device = arguments(__doc__, "spatial_norm", 4.0, "tiny sizes and no torch.compile")
+    start = time.monotonic()
     bandwidth = copy_bandwidth(device)
     rows: list[dict[str, Any]] = []
     for backward in (False, True):
@@ -88,22 +80,44 @@ def main() -> None:
                     for layout in (torch.contiguous_format, torch.channels_last):
                         torch.manual_seed(0)
                         norm = movq_ext.SpatialNorm(channels, 4, num_groups=32, eps=1e-6).to(device, dtype)
-                        f = torch.randn(batch, channels, size, size, device=device, dtype=dtype).to(memory_format=layout).requires_grad_()
-                        zq = torch.randn(batch, 4, max(size // 8, min(32, size)), max(size // 8, min(32, size)), device=device, dtype=dtype)
+                        f = (
+                            torch.randn(batch, channels, size, size, device=device, dtype=dtype)
+                            .to(memory_format=layout)
+                            .requires_grad_()
+                        )
+                        zq = torch.randn(
+                            batch, 4, max(size // 8, min(32, size)), max(size // 8, min(32, size)), device=device, dtype=dtype
+                        )
                         zq.requires_grad_()
-                        row: dict[str, Any] = {"pass": "forward+backward" if backward else "forward", "dtype": str(dtype)[6:], "C": channels,
-                                               "H=W": size, "batch": batch, "layout": "nhwc" if layout == torch.channels_last else "nchw"}
+                        row: dict[str, Any] = {
+                            "pass": "forward+backward" if backward else "forward",
+                            "dtype": str(dtype)[6:],
+                            "C": channels,
+                            "H=W": size,
+                            "batch": batch,
+                            "layout": "nhwc" if layout == torch.channels_last else "nchw",
+                        }
                         layers = peers(norm, channels, not options.quick)
                         for name, layer in layers.items():
                             late = time.monotonic() - start > 60 * options.minutes
-                            row[f"{name} ms"] = "missing" if layer is None else "no time" if late else measure(layer, layers["eager"], f, zq, backward)
+                            row[f"{name} ms"] = (
+                                "missing"
+                                if layer is None
+                                else "no time"
+                                if late
+                                else measure(layer, layers["eager"], f, zq, backward)
+                            )
                         torch._dynamo.reset()
                         ours = row["ours ms"]
                         passes = 8 if backward else 3
                         if isinstance(ours, float):
                             row["GB/s"] = passes * f.numel() * f.element_size() / ours / 1e6
                             row["of copy"] = row["GB/s"] * 1e9 / bandwidth
-                            row |= {f"x {n}": row[f"{n} ms"] / ours if isinstance(row[f"{n} ms"], float) else "-" for n in layers if n != "ours"}
+                            row |= {
+                                f"x {n}": row[f"{n} ms"] / ours if isinstance(row[f"{n} ms"], float) else "-"
+                                for n in layers
+                                if n != "ours"
+                            }
                         else:
                             row |= dict.fromkeys(("GB/s", "of copy", *(f"x {n}" for n in layers if n != "ours")), "-")
                         rows.append(row)
@@ -127,7 +141,9 @@ def plot(path: Path, rows: list[dict[str, Any]], device: str) -> None:
         if row["batch"] == 1 and row["of copy"] != "-":
             lines.setdefault((row["pass"], row["dtype"], row["layout"]), []).append(row)
     for name, points in lines.items():
-        axes.plot([f"{p['C']}x{p['H=W']}x{p['H=W']}" for p in points], [p["of copy"] for p in points], marker="o", label=", ".join(name))
+        axes.plot(
+            [f"{p['C']}x{p['H=W']}x{p['H=W']}" for p in points], [p["of copy"] for p in points], marker="o", label=", ".join(name)
+        )
     axes.set(title=f"SpatialNorm + SiLU on {device}, batch 1", xlabel="C x H x W", ylabel="share of copy bandwidth", ylim=0)
     axes.legend(fontsize=8)
     figure.tight_layout()

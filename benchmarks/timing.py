@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import time
@@ -18,8 +19,15 @@ import movq_ext
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Device, driver, versions and commit: what a number is worth nothing without."""
-    info: dict[str, Any] = {"date": str(date.today()), "torch": torch.__version__, "movq_ext": movq_ext.build_info(), "device": "cpu"}
-    info["commit"] = _output("git", "rev-parse", "--short", "HEAD") + ("+" if _output("git", "status", "--porcelain", "-uno") else "")
+    info: dict[str, Any] = {
+        "date": str(date.today()),
+        "torch": torch.__version__,
+        "movq_ext": movq_ext.build_info(),
+        "device": "cpu",
+    }
+    info["commit"] = _output("git", "rev-parse", "--short", "HEAD") + (
+        "+" if _output("git", "status", "--porcelain", "-uno") else ""
+    )
     if device.type == "cuda":
         info["device"] = torch.cuda.get_device_name(device)
         info["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -31,6 +39,18 @@ def _output(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     except FileNotFoundError:
         return ""
+
+
+def arguments(description: str | None, name: str, minutes: float, rehearsal: str) -> tuple[argparse.Namespace, torch.device]:
+    """What benchmarks of an operator take: ``out``, ``quick`` and ``minutes``; and the device, a GPU with its number."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path(f"benchmarks/results/{name}"), help="folder for the results")
+    parser.add_argument("--quick", action="store_true", help=f"{rehearsal}, to rehearse")
+    parser.add_argument("--minutes", type=float, default=minutes, help="start no measurement after this long")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    return options, torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
 
 
 def milliseconds(run: Callable[[], object], device: torch.device, seconds: float = 0.3) -> float:
@@ -87,5 +107,7 @@ def write(folder: Path, name: str, title: str, head: dict[str, Any], rows: Seque
     keys = list(rows[0]) if rows else []
     lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in head.items() if key not in ("movq_ext", "work")), ""]
     lines += [f"| {' | '.join(keys)} |", "|" + "---|" * len(keys)]
-    lines += ["| " + " | ".join(f"{row[k]:.4g}" if isinstance(row[k], float) else str(row[k]) for k in keys) + " |" for row in rows]
+    lines += [
+        "| " + " | ".join(f"{row[k]:.4g}" if isinstance(row[k], float) else str(row[k]) for k in keys) + " |" for row in rows
+    ]
     (folder / f"{name}.md").write_text("\n".join(lines) + "\n")

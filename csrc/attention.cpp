@@ -40,13 +40,18 @@ struct Inputs {
   movq::AttentionProblem problem;
 
   Inputs(const Tensor& q_, const Tensor& k_, const Tensor& v_, double scale) {
-    TORCH_CHECK_VALUE(q_.dim() == 4 && q_.numel() > 0, "q must have 4 dimensions (batch, heads, tokens, head size), none empty, got shape ", q_.sizes());
-    TORCH_CHECK_VALUE(q_.size(3) <= movq::kMaxHeadSize, "q must have a head size of at most ", movq::kMaxHeadSize, ", got ", q_.size(3));
+    TORCH_CHECK_VALUE(q_.dim() == 4 && q_.numel() > 0,
+                      "q must have 4 dimensions (batch, heads, tokens, head size), none empty, got shape ", q_.sizes());
+    TORCH_CHECK_VALUE(q_.size(3) <= movq::kMaxHeadSize, "q must have a head size of at most ", movq::kMaxHeadSize, ", got ",
+                      q_.size(3));
     for (const auto& [name, t] : {std::pair("k", &k_), std::pair("v", &v_)}) {
-      TORCH_CHECK_VALUE(t->dim() == 4 && t->numel() > 0 && t->size(0) == q_.size(0) && t->size(1) == q_.size(1) && t->size(3) == q_.size(3), name,
-                        " must have 4 dimensions, none empty, with q's batch, heads and head size ", q_.sizes(), ", got shape ", t->sizes());
+      TORCH_CHECK_VALUE(
+          t->dim() == 4 && t->numel() > 0 && t->size(0) == q_.size(0) && t->size(1) == q_.size(1) && t->size(3) == q_.size(3),
+          name, " must have 4 dimensions, none empty, with q's batch, heads and head size ", q_.sizes(), ", got shape ",
+          t->sizes());
       TORCH_CHECK_VALUE(t->device() == q_.device(), name, " must be on q's device ", q_.device(), ", got ", t->device());
-      TORCH_CHECK_TYPE(t->scalar_type() == q_.scalar_type(), name, " must have q's dtype ", q_.scalar_type(), ", got ", t->scalar_type());
+      TORCH_CHECK_TYPE(t->scalar_type() == q_.scalar_type(), name, " must have q's dtype ", q_.scalar_type(), ", got ",
+                       t->scalar_type());
     }
     TORCH_CHECK_VALUE(k_.size(2) == v_.size(2), "k and v must have the same tokens, got ", k_.size(2), " and ", v_.size(2));
     constexpr int64_t most = INT32_MAX - 128;  // of which the last tile may reach beyond
@@ -76,26 +81,32 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   const Tensor out = i.empty_like(i.q);
   const Tensor lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
   const Tensor scratch = movq::workspace(movq::attention_forward_workspace(i.problem), q);
-  const movq::AttentionForward a = {tokens(i.q), tokens(i.k), tokens(i.v), tokens(out), lse.mutable_data_ptr<float>(), scratch.mutable_data_ptr()};
+  const movq::AttentionForward a = {
+      tokens(i.q), tokens(i.k), tokens(i.v), tokens(out), lse.mutable_data_ptr<float>(), scratch.mutable_data_ptr()};
   movq::attention_forward(i.problem, a, c10::cuda::getCurrentCUDAStream());
   return {trimmed(out, q.size(3)), lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                                            const Tensor& lse, double scale) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                                            const Tensor& out, const Tensor& lse, double scale) {
   const c10::cuda::CUDAGuard guard(q.device());
   const Inputs i(q, k, v, scale);
   for (const auto& [name, t] : {std::pair("dout", &dout), std::pair("out", &out)}) {
-    TORCH_CHECK_VALUE(t->sizes() == q.sizes() && t->device() == q.device(), name, " must have q's shape and device, got ", t->sizes(), " on ", t->device());
-    TORCH_CHECK_TYPE(t->scalar_type() == q.scalar_type(), name, " must have q's dtype ", q.scalar_type(), ", got ", t->scalar_type());
+    TORCH_CHECK_VALUE(t->sizes() == q.sizes() && t->device() == q.device(), name, " must have q's shape and device, got ",
+                      t->sizes(), " on ", t->device());
+    TORCH_CHECK_TYPE(t->scalar_type() == q.scalar_type(), name, " must have q's dtype ", q.scalar_type(), ", got ",
+                     t->scalar_type());
   }
-  TORCH_CHECK_VALUE(lse.sizes() == q.sizes().slice(0, 3) && lse.scalar_type() == at::kFloat && lse.is_contiguous() && lse.device() == q.device(),
+  TORCH_CHECK_VALUE(lse.sizes() == q.sizes().slice(0, 3) && lse.scalar_type() == at::kFloat && lse.is_contiguous() &&
+                        lse.device() == q.device(),
                     "lse must be what the forward operator returned");
   const Tensor d = usable(dout), o = usable(out);
   const Tensor dq = i.empty_like(i.q), dk = i.empty_like(i.k), dv = i.empty_like(i.v);
   const Tensor scratch = movq::workspace(movq::attention_backward_workspace(i.problem), q);
+  // clang-format off
   const movq::AttentionBackward a = {tokens(d), tokens(i.q), tokens(i.k), tokens(i.v), tokens(o), lse.const_data_ptr<float>(),
                                      tokens(dq), tokens(dk), tokens(dv), scratch.mutable_data_ptr()};
+  // clang-format on
   movq::attention_backward(i.problem, a, c10::cuda::getCurrentCUDAStream());
   return {trimmed(dq, q.size(3)), trimmed(dk, q.size(3)), trimmed(dv, q.size(3))};
 }

@@ -33,8 +33,8 @@ Tensor laid_out(const Tensor& residual, const Tensor& x, at::MemoryFormat layout
 void add_bias_residual_(Tensor& x, const OptionalTensor& bias, const OptionalTensor& residual) {
   const c10::cuda::CUDAGuard guard(x.device());
   TORCH_CHECK_VALUE(x.dim() == 4 && x.numel() > 0, "x must have 4 dimensions, none empty, got shape ", x.sizes());
-  TORCH_CHECK_VALUE(x.size(1) <= INT32_MAX && x.size(2) * x.size(3) <= INT32_MAX, "x must have fewer than 2^31 channels and "
-                    "pixels, got shape ", x.sizes());
+  TORCH_CHECK_VALUE(x.size(1) <= INT32_MAX && x.size(2) * x.size(3) <= INT32_MAX,
+                    "x must have fewer than 2^31 channels and pixels, got shape ", x.sizes());
   TORCH_CHECK_VALUE(bias || residual, "bias or residual must be given");
   const at::MemoryFormat layout = layout_of(x);
   movq::EpilogueProblem problem;
@@ -45,21 +45,24 @@ void add_bias_residual_(Tensor& x, const OptionalTensor& bias, const OptionalTen
   problem.channels_last = layout == at::MemoryFormat::ChannelsLast;
   Tensor b, r;
   if (bias) {
-    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == x.size(1), "bias must have shape (", x.size(1), "), got ", bias->sizes());
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == x.size(1), "bias must have shape (", x.size(1), "), got ",
+                      bias->sizes());
     TORCH_CHECK_VALUE(bias->device() == x.device(), "bias must be on x's device ", x.device(), ", got ", bias->device());
-    TORCH_CHECK_TYPE(bias->scalar_type() == at::kFloat || bias->scalar_type() == x.scalar_type(), "bias must be float32 or have x's "
-                     "dtype ", x.scalar_type(), ", got ", bias->scalar_type());
+    TORCH_CHECK_TYPE(bias->scalar_type() == at::kFloat || bias->scalar_type() == x.scalar_type(),
+                     "bias must be float32 or have x's dtype ", x.scalar_type(), ", got ", bias->scalar_type());
     b = bias->contiguous();
     problem.bias_dtype = movq::dtype_of(b, "bias");
   }
   if (residual) {
     TORCH_CHECK_VALUE(residual->sizes() == x.sizes(), "residual must have x's shape ", x.sizes(), ", got ", residual->sizes());
-    TORCH_CHECK_VALUE(residual->device() == x.device(), "residual must be on x's device ", x.device(), ", got ", residual->device());
+    TORCH_CHECK_VALUE(residual->device() == x.device(), "residual must be on x's device ", x.device(), ", got ",
+                      residual->device());
     TORCH_CHECK_TYPE(residual->scalar_type() == x.scalar_type(), "residual must have x's dtype ", x.scalar_type(), ", got ",
                      residual->scalar_type());
     r = laid_out(*residual, x, layout);
   }
-  const movq::Epilogue a = {x.mutable_data_ptr(), b.defined() ? b.const_data_ptr() : nullptr, r.defined() ? r.const_data_ptr() : nullptr};
+  const movq::Epilogue a = {x.mutable_data_ptr(), b.defined() ? b.const_data_ptr() : nullptr,
+                            r.defined() ? r.const_data_ptr() : nullptr};
   movq::add_bias_residual(problem, a, c10::cuda::getCurrentCUDAStream());
 }
 

@@ -19,7 +19,9 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // What the kernels work in: f as it is where it is dense in NCHW or NHWC, and the others in the same layout.
-at::MemoryFormat layout_of(const Tensor& f) { return f.is_contiguous() ? at::MemoryFormat::Contiguous : f.suggest_memory_format(); }
+at::MemoryFormat layout_of(const Tensor& f) {
+  return f.is_contiguous() ? at::MemoryFormat::Contiguous : f.suggest_memory_format();
+}
 
 void check_like(const char* name, const Tensor& t, const Tensor& f) {
   TORCH_CHECK_VALUE(t.device() == f.device(), name, " must be on f's device ", f.device(), ", got ", t.device());
@@ -37,8 +39,8 @@ struct Inputs {
     TORCH_CHECK_VALUE(f_.dim() == 4 && f_.numel() > 0, "f must have 4 dimensions, none empty, got shape ", f_.sizes());
     TORCH_CHECK_VALUE(groups > 0 && f_.size(1) % groups == 0, "groups must be a positive divisor of f's ", f_.size(1),
                       " channels, got ", groups);
-    TORCH_CHECK_VALUE(f_.size(1) <= INT32_MAX && f_.size(2) * f_.size(3) <= INT32_MAX, "f must have fewer than 2^31 channels and "
-                      "pixels, got shape ", f_.sizes());
+    TORCH_CHECK_VALUE(f_.size(1) <= INT32_MAX && f_.size(2) * f_.size(3) <= INT32_MAX,
+                      "f must have fewer than 2^31 channels and pixels, got shape ", f_.sizes());
     TORCH_CHECK_VALUE(zq_y_.has_value() == zq_b_.has_value(), "zq_y and zq_b must be given together or not at all");
     layout = layout_of(f_);
     f = f_.contiguous(layout);
@@ -54,7 +56,8 @@ struct Inputs {
     if (zq_y_) {
       zq_y = map("zq_y", *zq_y_);
       zq_b = map("zq_b", *zq_b_);
-      TORCH_CHECK_VALUE(zq_y.sizes() == zq_b.sizes(), "zq_y and zq_b must have one shape, got ", zq_y.sizes(), " and ", zq_b.sizes());
+      TORCH_CHECK_VALUE(zq_y.sizes() == zq_b.sizes(), "zq_y and zq_b must have one shape, got ", zq_y.sizes(), " and ",
+                        zq_b.sizes());
       problem.zq_height = zq_y.size(2);
       problem.zq_width = zq_y.size(3);
     }
@@ -62,7 +65,9 @@ struct Inputs {
     bias = parameter("bias", bias_);
     TORCH_CHECK_TYPE(!weight.defined() || !bias.defined() || weight.scalar_type() == bias.scalar_type(),
                      "weight and bias must have one dtype");
-    problem.param_dtype = weight.defined() ? movq::dtype_of(weight, "weight") : bias.defined() ? movq::dtype_of(bias, "bias") : problem.dtype;
+    problem.param_dtype = weight.defined() ? movq::dtype_of(weight, "weight")
+                          : bias.defined() ? movq::dtype_of(bias, "bias")
+                                           : problem.dtype;
   }
 
   Tensor map(const char* name, const Tensor& t) const {
@@ -76,8 +81,8 @@ struct Inputs {
     if (!t) return {};
     TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == f.size(1), name, " must have shape (", f.size(1), "), got ", t->sizes());
     TORCH_CHECK_VALUE(t->device() == f.device(), name, " must be on f's device ", f.device(), ", got ", t->device());
-    TORCH_CHECK_TYPE(t->scalar_type() == at::kFloat || t->scalar_type() == f.scalar_type(), name, " must be float32 or have f's "
-                     "dtype ", f.scalar_type(), ", got ", t->scalar_type());
+    TORCH_CHECK_TYPE(t->scalar_type() == at::kFloat || t->scalar_type() == f.scalar_type(), name,
+                     " must be float32 or have f's dtype ", f.scalar_type(), ", got ", t->scalar_type());
     return t->contiguous();
   }
 };
@@ -93,7 +98,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& f, const OptionalTensor
   if (bordered) {
     const auto& p = i.problem;
     for (const auto& [size, zq_size] : {std::pair(p.height, p.zq_height), std::pair(p.width, p.zq_width)}) {
-      TORCH_CHECK_VALUE(zq_size > 0 && zq_size % 3 == 0 && size % (zq_size / 3) == 0 && size / (zq_size / 3) > 1, "a bordered zq_y must have "
+      TORCH_CHECK_VALUE(zq_size > 0 && zq_size % 3 == 0 && size % (zq_size / 3) == 0 && size / (zq_size / 3) > 1,
+                        "a bordered zq_y must have "
                         "three rows and columns for each of its cells, which are as many of f's and two at least, got shape ",
                         i.zq_y.defined() ? i.zq_y.sizes() : at::IntArrayRef(), " for f of ", f.sizes());
     }
@@ -103,8 +109,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& f, const OptionalTensor
   if (moved.defined()) i.problem.f_bias_dtype = movq::dtype_of(moved, "f_bias");
   Tensor result = at::empty_like(i.f, i.layout);
   Tensor mean = at::empty({f.size(0), groups}, f.options().dtype(at::kFloat)), rstd = at::empty_like(mean);
+  // clang-format off
   movq::SpatialNormForward a = {in(i.f), in(i.zq_y), in(i.zq_b), in(i.weight), in(i.bias), in(moved), out(result),
                                 mean.mutable_data_ptr<float>(), rstd.mutable_data_ptr<float>(), nullptr};
+  // clang-format on
   const Tensor scratch = movq::workspace(movq::spatial_norm_forward_workspace(i.problem, a), i.f);
   a.workspace = scratch.mutable_data_ptr();
   movq::spatial_norm_forward(i.problem, a, c10::cuda::getCurrentCUDAStream());
@@ -122,13 +130,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout, 
   check_like("dout", dout, f);
   for (const auto& [name, t] : {std::pair("mean", &mean), std::pair("rstd", &rstd)}) {
     TORCH_CHECK_VALUE(t->dim() == 2 && t->size(0) == f.size(0) && t->size(1) == groups && t->scalar_type() == at::kFloat &&
-                      t->is_contiguous() && t->device() == f.device(), name, " must be what the forward operator returned");
+                          t->is_contiguous() && t->device() == f.device(),
+                      name, " must be what the forward operator returned");
   }
   const Tensor d = dout.contiguous(i.layout);
   auto grad = [&](const Tensor& t) { return t.defined() ? at::empty_like(t) : at::empty({0}, i.f.options()); };
   Tensor df = at::empty_like(i.f, i.layout), dy = grad(i.zq_y), db = grad(i.zq_b), dweight = grad(i.weight), dbias = grad(i.bias);
+  // clang-format off
   movq::SpatialNormBackward a = {in(d), in(i.f), in(i.zq_y), in(i.zq_b), in(i.weight), in(i.bias), mean.const_data_ptr<float>(),
                                  rstd.const_data_ptr<float>(), out(df), out(dy), out(db), out(dweight), out(dbias), nullptr};
+  // clang-format on
   const Tensor scratch = movq::workspace(movq::spatial_norm_backward_workspace(i.problem, a), i.f);
   a.workspace = scratch.mutable_data_ptr();
   movq::spatial_norm_backward(i.problem, a, c10::cuda::getCurrentCUDAStream());

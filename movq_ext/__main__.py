@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import fields
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def demo(args: argparse.Namespace) -> int:
     photo = PHOTOS.get(args.photo, Path(args.photo))
     result = round_trip(model, photo, args.out)
     print(f"photograph  {photo.name} ({'shipped, held out of training' if args.photo in PHOTOS else photo})")
-    print(f"codes       {result.codes} of {model.quantize.n_e} ({result.distinct_codes} distinct, {result.bits_per_pixel:.3f} bit/pixel)")
+    detail = f"{result.distinct_codes} distinct, {result.bits_per_pixel:.3f} bit/pixel"
+    print(f"codes       {result.codes} of {model.quantize.n_e} ({detail})")
     print(f"quality     PSNR {result.quality.psnr:.2f} dB, SSIM {result.quality.ssim:.4f}")
     print(f"time        encode {result.encode_seconds:.3f} s, decode {result.decode_seconds:.3f} s")
     print(f"device      {args.device}, {args.dtype}")
@@ -90,7 +92,7 @@ def encode(args: argparse.Namespace) -> int:
 
     try:
         for path, relative in progress(list(find_images(args.images))):
-            failures.attempt(path, lambda path=path, name=relative.as_posix(): one(path, name))
+            failures.attempt(path, partial(one, path, relative.as_posix()))
             if time.monotonic() - saved > SAVE_SECONDS:
                 file.save(args.out)
                 saved = time.monotonic()
@@ -125,7 +127,9 @@ def decode(args: argparse.Namespace) -> int:
                 tqdm.write(f"error: {report.source}: {report.rejected - len(report.reasons)} more", file=sys.stderr)
             if report.error:
                 tqdm.write(f"error: {printable(report.error)}", file=sys.stderr)
-    decoded, present, rejected = (sum(getattr(report, field) for report in reports) for field in ("decoded", "present", "rejected"))
+    decoded, present, rejected = (
+        sum(getattr(report, field) for report in reports) for field in ("decoded", "present", "rejected")
+    )
     failed, seconds = sum(bool(report.error) for report in reports), time.monotonic() - start
     print(f"decoded {decoded}, already there {present}, failed {rejected}")
     if len(shards) > 1:
@@ -286,7 +290,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
-        return args.run(args)
+        code: int = args.run(args)
+        return code
     except (OSError, ValueError, TypeError, FloatingPointError, ExportError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class MOVQ(nn.Module):
     @property
     def downsampling(self) -> int:
         """Image pixels per latent cell along one side."""
-        return 2 ** (self.decoder.num_resolutions - 1)
+        return 1 << (self.decoder.num_resolutions - 1)
 
     def gradient_checkpointing_enable(self) -> None:
         """Train in less memory, see ActivationCheckpointing."""
@@ -70,19 +70,19 @@ class MOVQ(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Images ``(B, in_channels, H, W)`` in [-1, 1] to latents ``(B, embed_dim, h, w)`` before quantisation."""
-        return self.quant_conv(self.encoder(x))
+        return cast(Tensor, self.quant_conv(self.encoder(x)))
 
     def encode_code(self, x: Tensor) -> Tensor:
         """Images ``(B, in_channels, H, W)`` in [-1, 1] to code indices ``(B, h, w)`` int64."""
         h = self.encode(x)
-        return self.quantize(h)[2][2].view(h.shape[0], *h.shape[2:])
+        return cast(Tensor, self.quantize(h)[2][2]).view(h.shape[0], *h.shape[2:])
 
     def decode(self, quant: Tensor, max_memory: int | None = None) -> Tensor:
         """Quantised latents ``(B, embed_dim, h, w)`` to images in about [-1, 1], ``h * downsampling`` high.
 
         With ``max_memory``, in so many bytes, strip by strip and without gradients: see `decode_tiled`.
 
-        Raises ValueError (rank, channels, device, empty, a max_memory that is too small) or TypeError (dtype) naming the argument.
+        Raises ValueError (rank, channels, device, empty, a too small max_memory) or TypeError (dtype) naming the argument.
         """
         check_latent("quant", quant, self.post_quant_conv.in_channels, self.post_quant_conv.weight)
         z = self.post_quant_conv(quant)

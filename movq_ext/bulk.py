@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from PIL import Image
@@ -27,6 +28,7 @@ from .checkpoint import from_pretrained
 from .decoder import MOVQDecoder
 from .files import printable, remove_partials, replacing
 from .images import to_image
+from .modules import ResnetBlock, Stage
 from .shards import Codebook, Sample, Shard
 
 logger = logging.getLogger(__name__)
@@ -150,8 +152,9 @@ class BatchDecoder:
 
 def peak_values(decoder: MOVQDecoder) -> int:
     """The most values a pixel of the image that maps have at a time: a block's input, its norm, its convolution and the sum."""
-    levels = [[2 * (block.in_channels + block.out_channels) for block in stage.block] for stage in decoder.up]
-    return max(-(-values // 4**level) for level, blocks in enumerate(levels) for values in blocks)
+    stages = enumerate(cast(Stage, stage) for stage in decoder.up)
+    blocks = ((level, cast(ResnetBlock, block)) for level, stage in stages for block in stage.block)
+    return max(-(-2 * (block.in_channels + block.out_channels) // 4**level) for level, block in blocks)
 
 
 def decode_shard(shard: Shard, decoder: BatchDecoder, tell: Tell = lambda pictures: None) -> Report:

@@ -99,7 +99,9 @@ def from_pretrained(
     elif (path / "model.safetensors").exists():
         state, stored = _read(path / "model.safetensors")
         if stored is None:
-            raise CheckpointError(f"{path / 'model.safetensors'} has no {CONFIG_KEY!r} in its metadata: save_pretrained did not write it")
+            raise CheckpointError(
+                f"{path / 'model.safetensors'} has no {CONFIG_KEY!r} in its metadata: save_pretrained did not write it"
+            )
     else:
         state, stored = _read_diffusers(path)
     if stored is not None and config is not None:
@@ -205,7 +207,9 @@ def _infer_config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
                 "out_ch": state["decoder.conv_out.weight"].shape[0],
                 "ch_mult": [state[f"decoder.up.{level}.block.0.conv1.weight"].shape[0] // ch for level in range(levels)],
                 "num_res_blocks": _count(state, r"encoder\.down\.0\.block\.(\d+)\."),
-                "attn_resolutions": [RESOLUTION >> level for level in range(levels) if f"decoder.up.{level}.attn.0.q.weight" in state],
+                "attn_resolutions": [
+                    RESOLUTION >> level for level in range(levels) if f"decoder.up.{level}.attn.0.q.weight" in state
+                ],
                 "resamp_with_conv": levels == 1 or "decoder.up.1.upsample.conv.weight" in state,
                 "in_channels": in_channels,
                 "resolution": RESOLUTION,
@@ -318,11 +322,7 @@ def _check_entries(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], 
     ]
     unsuitable = [f"{name} {given[name].dtype}" for name in expected.keys() & given.keys() if not _is_suitable(given[name])]
     kinds = {"missing": missing, "extra": extra, "misshapen": misshapen, "no plain tensors of floating-point numbers": unsuitable}
-    problems = [
-        f"{len(names)} {what}: {_names(names)}"
-        for what, names in kinds.items()
-        if names
-    ]
+    problems = [f"{len(names)} {what}: {_names(names)}" for what, names in kinds.items() if names]
     if problems:
         raise CheckpointError(f"{path} does not fit the model; entries {'; '.join(problems)}")
 

@@ -10,8 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .activation_checkpointing import ActivationCheckpointing
-from .modules import AttnBlock, ResnetBlock, SpatialNorm, Upsample, check_batch, check_latent, check_levels, check_positive, is_plain_network, make_norm
 from .modulation import Modulations
+from .modules import (
+    AttnBlock,
+    Middle,
+    ResnetBlock,
+    SpatialNorm,
+    Stage,
+    Upsample,
+    check_batch,
+    check_latent,
+    check_levels,
+    check_positive,
+    is_plain_network,
+    make_norm,
+)
 from .native import is_inference
 from .strips import STRIP_BYTES, decode_in_strips
 
@@ -76,20 +89,16 @@ class MOVQDecoder(ActivationCheckpointing):
         self.z_channels = z_channels
         self.zq_ch = zq_ch
         self.give_pre_end = give_pre_end
-        norm = {"zq_ch": zq_ch, "add_conv": add_conv}
+        norm: dict[str, Any] = {"zq_ch": zq_ch, "add_conv": add_conv}
 
         channels = ch * ch_mult[-1]
         self.conv_in = nn.Conv2d(z_channels, channels, kernel_size=3, padding=1)
-        self.mid = nn.Module()
-        self.mid.block_1 = ResnetBlock(in_channels=channels, dropout=dropout, **norm)
-        self.mid.attn_1 = AttnBlock(channels, **norm) if mid_attn else None
-        self.mid.block_2 = ResnetBlock(in_channels=channels, dropout=dropout, **norm)
+        self.mid = Middle(channels, dropout, mid_attn, **norm)
 
         self.up = nn.ModuleList()  # up[level] is level's stage; the highest level (smallest map) runs first
         for level in reversed(range(self.num_resolutions)):
             attends = resolution // 2**level in attn_resolutions
-            stage = nn.Module()
-            stage.block, stage.attn = nn.ModuleList(), nn.ModuleList()
+            stage = Stage()
             for _ in range(num_res_blocks + 1):
                 out_channels = ch * ch_mult[level]
                 stage.block.append(ResnetBlock(in_channels=channels, out_channels=out_channels, dropout=dropout, **norm))
@@ -122,8 +131,8 @@ class MOVQDecoder(ActivationCheckpointing):
         norms = self._norms() if free else []
         shared = bool(norms) and all(norm.is_product() and not norm.add_conv for norm in norms)
         condition = Modulations(norms, zq) if shared else zq
-        for _, h in self._stages(z, condition):
-            pass
+        for _, made in self._stages(z, condition):
+            h = made
         out = h if self.give_pre_end else self._run(self._image, h, condition)
         return out.contiguous()
 
@@ -162,7 +171,7 @@ class MOVQDecoder(ActivationCheckpointing):
             yield "mid_attn_1", self.mid.attn_1, True
         yield "mid_block_2", self.mid.block_2, True
         for level in reversed(range(self.num_resolutions)):
-            stage = self.up[level]
+            stage = cast(Stage, self.up[level])
             for i, block in enumerate(stage.block):
                 yield f"up_{level}_block_{i}", block, True
                 if len(stage.attn):

@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from .activation_checkpointing import ActivationCheckpointing
-from .modules import AttnBlock, Downsample, ResnetBlock, check_latent, check_levels, check_positive, make_norm
+from .modules import AttnBlock, Downsample, Middle, ResnetBlock, Stage, check_latent, check_levels, check_positive, make_norm
 
 
 class Encoder(ActivationCheckpointing):
@@ -61,8 +61,7 @@ class Encoder(ActivationCheckpointing):
         self.down = nn.ModuleList()
         for level, multiplier in enumerate(ch_mult):
             attends = resolution // 2**level in attn_resolutions
-            stage = nn.Module()
-            stage.block, stage.attn = nn.ModuleList(), nn.ModuleList()
+            stage = Stage()
             for _ in range(num_res_blocks):
                 stage.block.append(ResnetBlock(in_channels=channels, out_channels=ch * multiplier, dropout=dropout))
                 channels = ch * multiplier
@@ -71,10 +70,7 @@ class Encoder(ActivationCheckpointing):
             if level < self.num_resolutions - 1:
                 stage.downsample = Downsample(channels, resamp_with_conv)
             self.down.append(stage)
-        self.mid = nn.Module()
-        self.mid.block_1 = ResnetBlock(in_channels=channels, dropout=dropout)
-        self.mid.attn_1 = AttnBlock(channels) if mid_attn else None
-        self.mid.block_2 = ResnetBlock(in_channels=channels, dropout=dropout)
+        self.mid = Middle(channels, dropout, mid_attn)
         self.norm_out = make_norm(channels, None, False)
         self.conv_out = nn.Conv2d(channels, 2 * z_channels if double_z else z_channels, kernel_size=3, padding=1)
 
@@ -88,7 +84,8 @@ class Encoder(ActivationCheckpointing):
         if min(x.shape[-2:]) < cell:
             raise ValueError(f"x must be at least {cell} x {cell} (height x width), got {x.shape[-2]} x {x.shape[-1]}")
         h = self.conv_in(x)
-        for stage in self.down:
+        for module in self.down:
+            stage = cast(Stage, module)
             for i, block in enumerate(stage.block):
                 h = self._run(block, h)
                 if len(stage.attn):

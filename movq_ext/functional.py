@@ -38,10 +38,11 @@ def spatial_norm(
         groups: number of groups; divides C.
         eps: added to the variance.
         activation: None or ``"silu"``, applied last.
-        f_bias: ``(C,)`` in f's dtype or float32, or None: the norm is of ``f + f_bias[c]``, to the kernels without another pass over f
-            and in float32. For the bias of the convolution that made f, in inference: no gradient is recorded.
-        bordered: zq_y and zq_b are ``(B, C, 3h, 3w)``: of each of ``h x w`` cells, which are of 2 rows and columns of f at least, the first
-            row and column, those between, and the last. For a latent that a 3x3 convolution has seen after its resize; in inference.
+        f_bias: ``(C,)`` in f's dtype or float32, or None: the norm is of ``f + f_bias[c]``, to the kernels without another pass
+            over f and in float32. For the bias of the convolution that made f, in inference: no gradient is recorded.
+        bordered: zq_y and zq_b are ``(B, C, 3h, 3w)``: of each of ``h x w`` cells, which are of 2 rows and columns of f at least,
+            the first row and column, those between, and the last. For a latent that a 3x3 convolution has seen after its resize;
+            in inference.
 
     Returns:
         ``(B, C, H, W)`` in f's dtype and, from the CUDA kernels, in f's memory format. Under autocast f keeps its dtype, zq_y
@@ -75,7 +76,15 @@ def spatial_norm(
         wanted = f"three rows and columns for each cell of 2 or more of f's {tuple(f.shape[2:])}"
         raise ValueError(f"bordered zq_y must have {wanted}, got {None if zq_y is None else tuple(zq_y.shape)}")
     if f_bias is not None or bordered:
-        _check_no_gradient(f"spatial_norm with {'bordered' if bordered else 'f_bias'}", f=f, zq_y=zq_y, zq_b=zq_b, weight=weight, bias=bias, f_bias=f_bias)
+        _check_no_gradient(
+            f"spatial_norm with {'bordered' if bordered else 'f_bias'}",
+            f=f,
+            zq_y=zq_y,
+            zq_b=zq_b,
+            weight=weight,
+            bias=bias,
+            f_bias=f_bias,
+        )
 
     if not f.is_cuda:
         return native.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation, f_bias, bordered)
@@ -94,15 +103,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     ``out = softmax(scale * q @ k^T) @ v`` per image and head (Vaswani et al., arXiv:1706.03762, equation 1).
 
     Args:
-        q: ``(B, heads, queries, C)``, floating point, any strides; no copy is made where the elements of a token are adjacent, C is
-            a multiple of 8 and addresses are of 16 bytes.
+        q: ``(B, heads, queries, C)``, floating point, any strides; no copy is made where the elements of a token are adjacent, C
+            is a multiple of 8 and addresses are of 16 bytes.
         k, v: ``(B, heads, keys, C)`` of q's dtype and device.
         scale: factor on the scores; ``C ** -0.5`` if None.
 
     Returns:
-        ``(B, heads, queries, C)`` in q's dtype; under autocast, which casts all three, in its dtype. On a GPU, float32 is as exact
-        as the native path (products of three TF32 terms), whatever ``torch.backends.cuda.matmul.allow_tf32`` says, but an infinite
-        element makes NaN of all it meets.
+        ``(B, heads, queries, C)`` in q's dtype; under autocast, which casts all three, in its dtype. On a GPU, float32 is as
+        exact as the native path (products of three TF32 terms), whatever ``torch.backends.cuda.matmul.allow_tf32`` says, but an
+        infinite element makes NaN of all it meets.
 
     Raises:
         ValueError: an argument has the wrong rank, size or device.
@@ -144,10 +153,16 @@ def spatial_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = Non
         _check_map(name, tensor)
         if tensor.shape != q.shape:
             raise ValueError(f"{name} must have q's shape {tuple(q.shape)}, got {tuple(tensor.shape)}")
-    out = attention(*(tensor.flatten(2).transpose(1, 2).unsqueeze(1) for tensor in (q, k, v)), scale)
-    # By way of (tokens, C): what it comes with as the stride of a batch of one would keep a convolution from taking it for channels_last.
-    out = out.flatten(0, 2).unflatten(0, (q.shape[0], *q.shape[2:])).permute(0, 3, 1, 2)
+    attended = attention(_head(q), _head(k), _head(v), scale)
+    # By way of (tokens, C): what it comes with as the stride of a batch of one would keep a convolution from taking it for
+    # channels_last.
+    out: Tensor = attended.flatten(0, 2).unflatten(0, (q.shape[0], *q.shape[2:])).permute(0, 3, 1, 2)
     return out.contiguous() if q.is_cuda and q.is_contiguous() else out
+
+
+def _head(x: Tensor) -> Tensor:
+    """``(B, C, H, W)`` as ``(B, 1, H * W, C)``."""
+    return x.flatten(2).transpose(1, 2).unsqueeze(1)
 
 
 def add_bias_residual_(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -156,8 +171,8 @@ def add_bias_residual_(x: Tensor, bias: Tensor | None, residual: Tensor | None) 
     Args:
         x: ``(B, C, H, W)``, floating point, dense in NCHW or channels_last; it is overwritten.
         bias: ``(C,)`` in x's dtype or float32, or None.
-        residual: ``(B, C, H, W)`` of x's dtype and device in any memory format, or None if there is a bias. x's memory format takes
-            no copy. It may be x itself, but must not overlap it in part.
+        residual: ``(B, C, H, W)`` of x's dtype and device in any memory format, or None if there is a bias. x's memory format
+            takes no copy. It may be x itself, but must not overlap it in part.
 
     Returns:
         x. The CUDA kernel adds in float32 and rounds once.
@@ -219,7 +234,8 @@ def _reason(x: Tensor) -> str | None:
         return f"the CUDA kernels take {', '.join(str(dtype)[6:] for dtype in KERNEL_DTYPES)}, got {str(x.dtype)[6:]}"
     if x.dim() == 4 and x.shape[2] * x.shape[3] >= 2**31:
         return f"the CUDA kernels take fewer than 2**31 pixels, got shape {tuple(x.shape)}"
-    return device_reason(x.device.index)
+    reason: str | None = device_reason(x.device.index)
+    return reason
 
 
 def _attention_reason(q: Tensor) -> str | None:

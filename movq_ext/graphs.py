@@ -104,11 +104,11 @@ class DecodeGraph:
 
     def __init__(self, decoder: MOVQDecoder, z: Tensor, zq: Tensor, shared: DecodeGraph | None) -> None:
         self._pool = shared._pool if shared else torch.cuda.graph_pool_handle()
-        self._done = shared._done if shared else torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._done = shared._done if shared else torch.cuda.Event()
         self._graph = torch.cuda.CUDAGraph()
         # Not in inference mode, though the caller may be: its tensors could not be written outside of it.
         with torch.cuda.device(z.device), torch.inference_mode(False), torch.no_grad(), _autocast_uncached():
-            current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
             self._inputs = [torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x) for x in (z, zq)]
             side.wait_stream(current)
             with torch.cuda.stream(side):

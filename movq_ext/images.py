@@ -21,7 +21,6 @@ class ImageError(OSError):
     """The file is no picture, or not a whole one."""
 
 
-
 def find_images(paths: Iterable[str | Path]) -> Iterator[tuple[Path, Path]]:
     """(file, name relative to the argument it came from) of every image; folders are searched to the bottom, sorted.
 

@@ -20,15 +20,15 @@ MAX_HEAD_SIZE = 512
 
 
 def spatial_norm(
-    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool,
-    f_bias: Tensor | None = None, bordered: bool = False,
+    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float,
+    silu: bool, f_bias: Tensor | None = None, bordered: bool = False,
 ) -> Tensor:  # fmt: skip
     """functional.spatial_norm by kernels: the arguments are checked, and zq_y and zq_b have f's dtype."""
     out: Tensor
     if f_bias is not None or bordered:  # for inference: the function below does not know them
         out, _, _ = torch.ops.movq_ext.spatial_norm_forward(f, zq_y, zq_b, weight, bias, groups, eps, silu, f_bias, bordered)
         return out
-    out = SpatialNormFunction.apply(f, zq_y, zq_b, weight, bias, groups, eps, silu)[0]
+    out = SpatialNormFunction.apply(f, zq_y, zq_b, weight, bias, groups, eps, silu)[0]  # type: ignore[no-untyped-call]
     return out
 
 
@@ -37,7 +37,14 @@ class SpatialNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
+        f: Tensor,
+        zq_y: Tensor | None,
+        zq_b: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        groups: int,
+        eps: float,
+        silu: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.movq_ext.spatial_norm_forward(f, zq_y, zq_b, weight, bias, groups, eps, silu)  # type: ignore[no-any-return]
 
@@ -50,18 +57,26 @@ class SpatialNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        *inputs, mean, rstd = ctx.saved_tensors
+        f, zq_y, zq_b, weight, bias, mean, rstd = ctx.saved_tensors
+        inputs = (f, zq_y, zq_b, weight, bias)
         wanted = ctx.needs_input_grad[:5]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True: the gradient's own gradient is native
+        # create_graph=True: the gradient's own gradient is native.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _native_gradients(dout, inputs, wanted, ctx.groups, ctx.eps, ctx.silu)
         else:
-            f = inputs[0]
             grads = torch.ops.movq_ext.spatial_norm_backward(dout.to(f.dtype), *inputs, mean, rstd, ctx.groups, ctx.silu)
         return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None, None
 
 
-def _native_gradients(dout: Tensor, inputs: list[Tensor | None], wanted: tuple[bool, ...], groups: int, eps: float, silu: bool) -> Optionals:
-    out = native.spatial_norm(*inputs, groups, eps, "silu" if silu else None)  # type: ignore[arg-type]
+def _native_gradients(
+    dout: Tensor,
+    inputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    wanted: tuple[bool, ...],
+    groups: int,
+    eps: float,
+    silu: bool,
+) -> Optionals:
+    out = native.spatial_norm(*inputs, groups, eps, "silu" if silu else None)
     sources = [x for x, want in zip(inputs, wanted, strict=True) if want and x is not None]
     grads = iter(torch.autograd.grad(out, sources, dout, create_graph=True))
     return tuple(next(grads) if want else None for want in wanted)
@@ -69,7 +84,7 @@ def _native_gradients(dout: Tensor, inputs: list[Tensor | None], wanted: tuple[b
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """functional.attention by kernels: the arguments are checked, and heads are no larger than MAX_HEAD_SIZE."""
-    out: Tensor = AttentionFunction.apply(q, k, v, scale)[0]
+    out: Tensor = AttentionFunction.apply(q, k, v, scale)[0]  # type: ignore[no-untyped-call]
     return out
 
 
@@ -90,14 +105,17 @@ class AttentionFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True: the gradient's own gradient is native
+        # create_graph=True: the gradient's own gradient is native.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _native_attention_gradients(dout, (q, k, v), ctx.needs_input_grad[:3], ctx.scale)
         else:
             grads = torch.ops.movq_ext.attention_backward(dout.to(q.dtype), q, k, v, out, lse, ctx.scale)
         return *(grad if want else None for grad, want in zip(grads, ctx.needs_input_grad[:3], strict=True)), None
 
 
-def _native_attention_gradients(dout: Tensor, inputs: tuple[Tensor, ...], wanted: tuple[bool, ...], scale: float) -> Optionals:
+def _native_attention_gradients(
+    dout: Tensor, inputs: tuple[Tensor, Tensor, Tensor], wanted: tuple[bool, ...], scale: float
+) -> Optionals:
     with sdpa_kernel(SDPBackend.MATH):  # the others cannot be differentiated twice
         out = native.attention(*inputs, scale)
         sources = [x for x, want in zip(inputs, wanted, strict=True) if want]
@@ -118,15 +136,16 @@ def _statistics(f: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _forward_cpu(
-    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool,
-    f_bias: Tensor | None = None, bordered: bool = False,
+    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float,
+    silu: bool, f_bias: Tensor | None = None, bordered: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     out = torch.empty_like(_like(f, f))
     if f_bias is not None:
         f = f.float() + f_bias.float()[:, None, None]
         zq_y, zq_b, weight, bias = (None if x is None else x.float() for x in (zq_y, zq_b, weight, bias))
     activation = "silu" if silu else None
-    return out.copy_(native.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation, bordered=bordered)), *_statistics(f, groups, eps)
+    out.copy_(native.spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps, activation, bordered=bordered))
+    return out, *_statistics(f, groups, eps)
 
 
 def _backward_cpu(
@@ -147,13 +166,15 @@ def _backward_cpu(
         slope = torch.sigmoid(u := v if y is None else v * y + b)
         h = h * slope * (1 + u * (1 - slope))
     if zq_y is not None:
-        shrink = lambda x: torch.ops.aten.upsample_nearest2d_backward(x.contiguous(), size[2:], zq_y.shape)
-        dy, db = (torch.empty_like(_like(f, zq_y)).copy_(shrink(x)) for x in (h * v, h))
+        shrink = torch.ops.aten.upsample_nearest2d_backward
+        dy, db = (torch.empty_like(_like(f, zq_y)).copy_(shrink(x.contiguous(), size[2:], zq_y.shape)) for x in (h * v, h))
     dv = h if y is None else h * y
     dweight = f.new_empty(0) if weight is None else (dv * n).sum((0, 2, 3)).to(weight.dtype)
     dbias = f.new_empty(0) if bias is None else dv.sum((0, 2, 3)).to(bias.dtype)
     dn = dv if w is None else dv * w
-    means = (x.reshape(size[0], groups, -1).mean(2).repeat_interleave(size[1] // groups, dim=1)[:, :, None, None] for x in (dn, dn * n))
+    means = (
+        x.reshape(size[0], groups, -1).mean(2).repeat_interleave(size[1] // groups, dim=1)[:, :, None, None] for x in (dn, dn * n)
+    )
     df = rstd * (dn - next(means) - n * next(means))
     return torch.empty_like(_like(f, f)).copy_(df), dy, db, dweight, dbias
 
@@ -166,8 +187,8 @@ def _like(f: Tensor, x: Tensor) -> Tensor:
 
 
 def _forward_fake(
-    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool,
-    f_bias: Tensor | None = None, bordered: bool = False,
+    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float,
+    silu: bool, f_bias: Tensor | None = None, bordered: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     statistics = [f.new_empty(f.shape[0], groups, dtype=torch.float32) for _ in range(2)]
     return torch.empty_like(_like(f, f)), statistics[0], statistics[1]

@@ -1,4 +1,5 @@
-"""Feature maps that are written and read by rows, each with the moments of its channels; in memory, or in temporary files beyond a budget."""
+"""Feature maps that are written and read by rows, each with the moments of its channels; in memory, or in temporary files beyond
+a budget."""
 
 from __future__ import annotations
 
@@ -65,8 +66,8 @@ class FeatureMap:
         self._kept.keep(first * self._row, rows.permute(0, 2, 3, 1).flatten())
 
     def successor(self, channels: int) -> FeatureMap:
-        """A map of as many pixels and at most as many channels that takes this one's place row by row: row r of this map can be read until
-        row r of that one is written."""
+        """A map of as many pixels and at most as many channels that takes this one's place row by row: row r of this map can be
+        read until row r of that one is written."""
         assert channels <= self.channels
         return FeatureMap(channels, self.height, self.width, self._kept)
 
@@ -104,7 +105,7 @@ class Filed(Kept):
     def read(self, first: int, count: int) -> Tensor:
         values = torch.empty(count, dtype=self.like.dtype)
         self.file.seek(first * values.itemsize)
-        if self.file.readinto(memoryview(values.view(torch.uint8).numpy())) != values.nbytes:  # type: ignore[attr-defined]
+        if self.file.readinto(values.view(torch.uint8).numpy().data) != values.nbytes:  # type: ignore[attr-defined]
             raise OSError("a temporary file of decode_tiled is shorter than what was written to it")
         return values.to(self.like.device)
 
@@ -113,7 +114,7 @@ class Filed(Kept):
 
     def keep(self, first: int, place: Tensor) -> None:
         self.file.seek(first * place.itemsize)
-        self.file.write(memoryview(place.cpu().view(torch.uint8).numpy()))
+        self.file.write(place.cpu().view(torch.uint8).numpy().data)
 
 
 class MapStore:

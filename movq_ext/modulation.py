@@ -15,7 +15,7 @@ MOST_BYTES = 64 << 20  # of one product, where several norms could share it
 
 
 def modulate(norms: Sequence[Any], zq: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(conv_y(zq), conv_b(zq)), ``(B, C, h, w)`` in channels_last each, for norms of C channels whose convolutions are plain 1x1."""
+    """(conv_y(zq), conv_b(zq)), ``(B, C, h, w)`` in channels_last each, for norms of C channels with plain 1x1 convolutions."""
     layers = [layer for norm in norms for layer in (norm.conv_y, norm.conv_b)]
     weight, bias = torch.stack([layer.weight.flatten(1) for layer in layers]), torch.stack([layer.bias for layer in layers])
     cells = zq.permute(0, 2, 3, 1).reshape(1, -1, zq.shape[1]).expand(len(layers), -1, -1)
@@ -25,8 +25,8 @@ def modulate(norms: Sequence[Any], zq: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 class Modulations:
-    """``modulate(norms, zq)``, in place of zq: as few products as fit their bound, each made when the first of its norms asks and given up
-    when a norm of another does.
+    """``modulate(norms, zq)``, in place of zq: as few products as fit their bound, each made when the first of its norms asks and
+    given up when a norm of another does.
 
     Args:
         norms: SpatialNorm layers with plain convolutions and no add_conv, in the order of their use.
@@ -61,15 +61,15 @@ class Modulations:
 
 
 def is_convolved_by_cells(zq: Tensor, size: Sequence[int]) -> bool:
-    """Whether convolve_cells gives what a convolution of the zq resized to this height and width does, in fewer rows and columns."""
+    """Whether convolve_cells gives what a convolution of zq resized to this height and width does, in fewer rows."""
     return all(is_whole_ratio(small, large) and large // small >= 4 for small, large in zip(zq.shape[2:], size, strict=True))
 
 
 def convolve_cells(conv: nn.Conv2d, zq: Tensor) -> Tensor:
-    """``(B, zq_ch, 3h, 3w)``: a 3x3 convolution of zq after its resize, for the first row and column of each cell, those between and the last.
+    """``(B, zq_ch, 3h, 3w)``: a 3x3 convolution of zq after its resize, for the first, inner and last rows and columns of cells.
 
-    Inside a cell the resized zq is constant: between its borders the kernel sees that value alone, and at a border one neighbour too. So the
-    nine values of a cell are one convolution of zq itself with nine kernels, which are sums of conv's weights.
+    Inside a cell the resized zq is constant: between its borders the kernel sees that value alone, and at a border one neighbour
+    too. So the nine values of a cell are one convolution of zq itself with nine kernels, which are sums of conv's weights.
     """
     weight = conv.weight
     for dim in (-1, -2):  # of rows of weights those of the cells before, here and behind, for each part of a cell

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +75,8 @@ class SpatialNorm(nn.Module):
         return self
 
     def forward(self, f: Tensor, zq: Tensor | Modulations, activation: str | None = None, f_bias: Tensor | None = None) -> Tensor:
-        """Normalise f ``(B, f_channels, H, W)``, with ``f_bias[c]`` added where given, on zq ``(B, zq_channels, h, w)``; returns f's shape.
+        """Normalise f ``(B, f_channels, H, W)``, with ``f_bias[c]`` added where given, on zq ``(B, zq_channels, h, w)``; returns
+        f's shape.
 
         Raises ValueError (rank, channels, batch, device) or TypeError (dtype) naming the argument.
         """
@@ -84,14 +85,16 @@ class SpatialNorm(nn.Module):
             check_latent("zq", zq, self.conv_y.in_channels, self.conv_y.weight)
             check_batch(f=f, zq=zq)
         norm, bordered = self.norm_layer, False
-        fused = type(norm) is nn.GroupNorm and is_untouched(norm)
+        group_norm = norm if type(norm) is nn.GroupNorm and is_untouched(norm) else None
         if self.add_conv:  # a 3x3 convolution does not commute with the resize
-            free = fused and is_plain_3x3(self.conv) and is_inference(f, zq, *self.parameters())
+            assert isinstance(zq, Tensor), "Modulations are of norms without add_conv"
+            free = group_norm is not None and is_plain_3x3(self.conv) and is_inference(f, zq, *self.parameters())
             bordered = free and is_convolved_by_cells(zq, f.shape[2:])
             zq = convolve_cells(self.conv, zq) if bordered else self.conv(F.interpolate(zq, size=f.shape[2:], mode="nearest"))
         y, b = self.modulation(zq)
-        if fused:
-            return spatial_norm(f, y, b, norm.weight, norm.bias, norm.num_groups, norm.eps, activation, f_bias, bordered)
+        if group_norm is not None:
+            weight, bias, groups, eps = group_norm.weight, group_norm.bias, group_norm.num_groups, group_norm.eps
+            return spatial_norm(f, y, b, weight, bias, groups, eps, activation, f_bias, bordered)
         f = f if f_bias is None else f + f_bias[:, None, None]
         y, b = (F.interpolate(x, size=f.shape[-2:], mode="nearest") for x in (y, b))
         out = cast(Tensor, norm(f) * y + b)
@@ -105,12 +108,14 @@ class SpatialNorm(nn.Module):
 
     def is_product(self) -> bool:
         """Whether conv_y and conv_b of a latent are one matrix product."""
-        return all(is_plain(layer) and layer.kernel_size == (1, 1) and layer.bias is not None for layer in (self.conv_y, self.conv_b))
+        return all(
+            is_plain(layer) and layer.kernel_size == (1, 1) and layer.bias is not None for layer in (self.conv_y, self.conv_b)
+        )
 
 
-def is_plain(layer: nn.Module) -> bool:
-    """Whether the layer does no more than a dense ``nn.Conv2d`` of 1x1 or 3x3 that keeps a map's size: nobody put in his own (LoRA, quantised
-    ones), patched it (circular padding) or hooked on to it."""
+def is_plain(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether the layer does no more than a dense ``nn.Conv2d`` of 1x1 or 3x3 that keeps a map's size: nobody put in his own
+    (LoRA, quantised ones), patched it (circular padding) or hooked on to it."""
     if type(layer) is not nn.Conv2d or not is_untouched(layer):
         return False
     if any(getattr(getattr(layer, name), "__func__", None) is not function for name, function in CONV_FUNCTIONS.items()):
@@ -122,7 +127,7 @@ def is_plain(layer: nn.Module) -> bool:
 CONV_FUNCTIONS = {name: getattr(nn.Conv2d, name) for name in ("forward", "_conv_forward")}
 
 
-def is_plain_3x3(layer: nn.Module) -> bool:
+def is_plain_3x3(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
     return is_plain(layer) and layer.kernel_size == (3, 3)
 
 
@@ -135,11 +140,13 @@ def is_untouched(module: nn.Module) -> bool:
 
 
 # Those of torch itself (FlopCounterMode) only look on.
-HOOKS_ON_ALL = [getattr(torch.nn.modules.module, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")]
+HOOKS_ON_ALL = [
+    getattr(torch.nn.modules.module, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
+]
 
 
 def is_plain_network(network: nn.Module) -> bool:
-    """Whether all of the network are the layers of this file as they are, which may then be computed without calling them one by one."""
+    """Whether the network is all layers of this file as they are, which may then be computed without calling each one."""
     return all(is_untouched(module) and _is_known(module) for module in network.modules() if module is not network)
 
 
@@ -148,7 +155,8 @@ def _is_known(module: nn.Module) -> bool:
         return is_plain(module)
     if type(module) is nn.Dropout:
         return module.p == 0 or not module.training
-    return type(module) in (nn.Module, nn.ModuleList, nn.GroupNorm, GroupNorm, SpatialNorm, ResnetBlock, AttnBlock, Upsample)
+    containers = (nn.Module, nn.ModuleList, Stage, Middle)
+    return type(module) in (*containers, nn.GroupNorm, GroupNorm, SpatialNorm, ResnetBlock, AttnBlock, Upsample)
 
 
 def begin(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -156,7 +164,9 @@ def begin(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     if not (runs_kernels(x) and is_plain(conv) and conv.bias is not None and is_inference(x, conv.weight, conv.bias)):
         return conv(x), None
     h, bias = F.conv2d(x, conv.weight, padding=conv.padding), conv.bias
-    return (h, bias) if bias.dtype in (h.dtype, torch.float32) else (h.add_(bias[:, None, None]), None)  # under autocast h has its own
+    if bias.dtype in (h.dtype, torch.float32):
+        return h, bias
+    return h.add_(bias[:, None, None]), None  # under autocast h has a dtype of its own
 
 
 def finish(h: Tensor, bias: Tensor | None, x: Tensor, made_by: nn.Module) -> Tensor:
@@ -184,11 +194,11 @@ def make_norm(channels: int, zq_ch: int | None, add_conv: bool) -> GroupNorm | S
 
 
 def fold_upsampling(weight: Tensor) -> Tensor:
-    """The kernel ``(in, out, 4, 4)`` of the transposed convolution (stride 2, padding 1) that a nearest 2x upsampling and a convolution by
-    ``weight`` ``(out, in, 3, 3)`` are together.
+    """The kernel ``(in, out, 4, 4)`` of the transposed convolution (stride 2, padding 1) that a nearest 2x upsampling and a
+    convolution by ``weight`` ``(out, in, 3, 3)`` are together.
 
-    Each pixel of the large map sees 2x2 pixels of the small one, by one of four kernels that hold sums of neighbouring weights: 16
-    multiplications for what takes 36 on the large map.
+    Each pixel of the large map sees 2x2 pixels of the small one, by one of four kernels that hold sums of neighbouring weights:
+    16 multiplications for what takes 36 on the large map.
     """
     weight = weight.flip(2, 3)
     weight = F.pad(weight, (0, 1)) + F.pad(weight, (1, 0))
@@ -198,9 +208,10 @@ def fold_upsampling(weight: Tensor) -> Tensor:
 
 
 def fold_windows(weight: Tensor) -> Tensor:
-    """The same as ``(4 * out, in, 2, 2)``, a convolution of windows of 2x2 pixels: it makes the four pixels of the large map around the middle
-    of a window, upper left, upper right, lower left and lower right."""
-    taps = torch.tensor([[[1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 1]]], dtype=weight.dtype, device=weight.device)  # by pixel, row, tap
+    """The same as ``(4 * out, in, 2, 2)``, a convolution of windows of 2x2 pixels: it makes the four pixels of the large map
+    around the middle of a window, upper left, upper right, lower left and lower right."""
+    by_pixel_row_tap = [[[1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 1]]]
+    taps = torch.tensor(by_pixel_row_tap, dtype=weight.dtype, device=weight.device)
     kernels = torch.einsum("dyi,rxj->drijyx", taps, taps).reshape(4, 9, 4)  # for each of the four pixels
     return (weight.reshape(-1, 9) @ kernels).view(-1, weight.shape[1], 2, 2)
 
@@ -297,21 +308,23 @@ class ResnetBlock(nn.Module):
         if (temb is not None) != hasattr(self, "temb_proj"):
             raise ValueError("temb must be given exactly when the block was made with temb_channels > 0")
         h = self.norm1(x, zq, activation="silu")  # named again and again, so that what was there before is freed
-        norm2 = self.norm2
+        norm = self.norm2
+        norm2: Callable[..., Tensor] = norm
         if temb is not None:
             h = self.conv1(h) + self.temb_proj(F.silu(temb))[:, :, None, None]
-        elif type(norm2) in (GroupNorm, SpatialNorm) and is_inference(*norm2.parameters(), *_tensors(zq)) and is_untouched(norm2):
+        elif type(norm) in (GroupNorm, SpatialNorm) and is_inference(*norm.parameters(), *_tensors(zq)) and is_untouched(norm):
             h, bias = begin(self.conv1, h)
-            norm2 = partial(norm2, f_bias=bias)
+            norm2 = partial(norm, f_bias=bias)
         else:
             h = self.conv1(h)
         h, bias = begin(self.conv2, self.dropout(norm2(h, zq, activation="silu")))
         shortcut = next((getattr(self, name) for name in ("conv_shortcut", "nin_shortcut") if hasattr(self, name)), None)
-        if shortcut is not None and bias is None:
-            x = shortcut(x)
-        elif shortcut is not None:
-            x, more = begin(shortcut, x)
-            bias = bias if more is None else bias + more
+        if shortcut is not None:
+            if bias is None:
+                x = shortcut(x)
+            else:
+                x, more = begin(shortcut, x)
+                bias = bias if more is None else bias + more
         return finish(h, bias, x, self.conv2)
 
 
@@ -341,12 +354,34 @@ class AttnBlock(nn.Module):
         """``(B, C, H, W) -> (B, C, H, W)``; zq ``(B, zq_ch, h, w)`` where the norm is conditioned."""
         return finish(*begin(self.proj_out, spatial_attention(*self._project(self.norm(x, zq)))), x, self.proj_out)
 
-    def _project(self, h: Tensor) -> Sequence[Tensor]:
+    def _project(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         layers = (self.q, self.k, self.v)
         if not all(is_plain(layer) and layer.bias is not None for layer in layers):
-            return [layer(h) for layer in layers]
+            return self.q(h), self.k(h), self.v(h)
         weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
-        return F.conv2d(h, weight, bias).chunk(3, dim=1)
+        q, k, v = F.conv2d(h, weight, bias).chunk(3, dim=1)
+        return q, k, v
+
+
+class Stage(nn.Module):
+    """The layers of one level, of the encoder or the decoder."""
+
+    downsample: Downsample
+    upsample: Upsample
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.attn = nn.ModuleList(), nn.ModuleList()
+
+
+class Middle(nn.Module):
+    """The layers of the smallest map: two blocks and, if ``attends``, attention between them."""
+
+    def __init__(self, channels: int, dropout: float, attends: bool, zq_ch: int | None = None, add_conv: bool = False) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(in_channels=channels, dropout=dropout, zq_ch=zq_ch, add_conv=add_conv)
+        self.attn_1 = AttnBlock(channels, zq_ch, add_conv) if attends else None
+        self.block_2 = ResnetBlock(in_channels=channels, dropout=dropout, zq_ch=zq_ch, add_conv=add_conv)
 
 
 def _check_groups(channels: int, groups: int | None) -> None:

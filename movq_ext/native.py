@@ -42,7 +42,7 @@ def _centred(f: Tensor, groups: int) -> Tensor:
     if f.device.type != "cpu" or f.is_contiguous() or f.itemsize < 4 or torch.compiler.is_compiling():
         return f
     with torch.no_grad():
-        means = f.mean((2, 3)).unflatten(1, (groups, -1)).mean(2).repeat_interleave(f.shape[1] // groups, dim=1)
+        means: Tensor = f.mean((2, 3)).unflatten(1, (groups, -1)).mean(2).repeat_interleave(f.shape[1] // groups, dim=1)
     return f - means[:, :, None, None]
 
 
@@ -65,7 +65,9 @@ def is_inference(*tensors: Tensor) -> bool:
 
 def _modulate(x: Tensor, y: Tensor, b: Tensor, in_place: bool) -> Tensor:
     """``x * up(y) + up(b)`` with y and b resized to x's grid by torch's nearest rule."""
-    if not torch.compiler.is_compiling() and all(is_whole_ratio(small, large) for small, large in zip(y.shape[2:], x.shape[2:], strict=True)):
+    if not torch.compiler.is_compiling() and all(
+        is_whole_ratio(small, large) for small, large in zip(y.shape[2:], x.shape[2:], strict=True)
+    ):
         return scale_by_cells(x, y, b, out=x if in_place else None)
     y, b = (F.interpolate(map_, size=x.shape[2:], mode="nearest") for map_ in (y, b))
     return torch.addcmul(b, x, y, out=x) if in_place else x * y + b
@@ -73,11 +75,14 @@ def _modulate(x: Tensor, y: Tensor, b: Tensor, in_place: bool) -> Tensor:
 
 def is_bordered(zq: Tensor, f: Tensor) -> bool:
     """Whether zq has three rows and columns for each cell of two or more of f's."""
-    return all(small % 3 == 0 and large % (small // 3) == 0 and large // (small // 3) > 1 for small, large in zip(zq.shape[2:], f.shape[2:], strict=True))
+    return all(
+        small % 3 == 0 and large % (small // 3) == 0 and large // (small // 3) > 1
+        for small, large in zip(zq.shape[2:], f.shape[2:], strict=True)
+    )
 
 
 def spread_borders(zq: Tensor, f: Tensor) -> Tensor:
-    """A bordered zq on f's grid: of three rows for each cell the first, as often as needed the second, the third; so too columns."""
+    """A bordered zq on f's grid: of each cell's three rows the first, the second as often as needed, the third; and columns."""
     for dim in (2, 3):
         cell = f.shape[dim] // (zq.shape[dim] // 3)
         place = torch.arange(f.shape[dim], device=zq.device)
@@ -87,7 +92,7 @@ def spread_borders(zq: Tensor, f: Tensor) -> Tensor:
 
 
 def is_whole_ratio(small: int, large: int) -> bool:
-    """Whether each of `small` cells covers as many of `large`, and torch's nearest rule, which multiplies in float32, says so too."""
+    """Whether each of `small` cells covers as many of `large`, also by torch's nearest rule, which multiplies in float32."""
     ratio, rest = divmod(large, small)
     return rest == 0 and ratio & (ratio - 1) == 0 and ratio > 0
 
@@ -95,7 +100,7 @@ def is_whole_ratio(small: int, large: int) -> bool:
 def scale_by_cells(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
     """``x * up(scale) + up(shift)`` where every cell of scale and shift covers a block of x: broadcast, not written out."""
     rows, columns = (large // small for small, large in zip(scale.shape[2:], x.shape[2:], strict=True))
-    blocks = x.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
+    blocks: Tensor = x.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
     scale, shift = (t[:, :, :, None, :, None] for t in (scale, shift))
     if out is None:
         return (blocks * scale + shift).flatten(4, 5).flatten(2, 3)

@@ -1,7 +1,7 @@
 """Convolutions of many strips on a CPU: the weight is rearranged for oneDNN once, and the result is added to what is there.
 
-These are the operators that Inductor's programs for CPUs call. Where a PyTorch has none or oneDNN is switched off, its public functions
-do the same, a little slower.
+These are the operators that Inductor's programs for CPUs call. Where a PyTorch has none or oneDNN is switched off, its public
+functions do the same, a little slower.
 """
 
 from __future__ import annotations

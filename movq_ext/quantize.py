@@ -46,6 +46,8 @@ class VectorQuantizer(nn.Module):
         legacy: as released, weight the codebook's term by beta instead of the encoder's.
     """
 
+    used: Tensor  # with remap alone
+
     def __init__(
         self,
         n_e: int,
@@ -130,5 +132,5 @@ class VectorQuantizer(nn.Module):
                 raise ValueError(f"indices must be in [0, {self.re_embed}), got values from {low} to {high}")
         if self.remap is not None:
             indices = self.unmap_to_all(indices)
-        codes = self.embedding(indices)
+        codes: Tensor = self.embedding(indices)
         return codes if shape is None else codes.view(shape).permute(0, 3, 1, 2).contiguous()

@@ -23,13 +23,13 @@ class Range:
 
     def __enter__(self) -> None:
         self._record = torch.profiler.record_function(self._name)
-        self._record.__enter__()  # type: ignore[no-untyped-call]
+        self._record.__enter__()
         if self._nvtx:
-            torch.cuda.nvtx.range_push(self._name)  # type: ignore[no-untyped-call]
+            torch.cuda.nvtx.range_push(self._name)
 
     def __exit__(self, *error: object) -> None:
         if self._nvtx:
-            torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
+            torch.cuda.nvtx.range_pop()
         self._record.__exit__(None, None, None)
 
 

@@ -1,11 +1,12 @@
-"""The decoder's layers, strip by strip: the working memory is that of a strip, and nothing is computed otherwise than for the whole map.
+"""The decoder's layers, strip by strip: the working memory is that of a strip, and nothing is computed otherwise than for the
+whole map.
 
-A convolution's strip takes one more row of its input on either side; group norm's mean and variance come from the moments that every map
-gathers while it is written; attention keeps the keys and values of all positions and walks over queries. So, unlike tiles that are decoded
-apart and blended, strips leave no seams: the result is that of decoding whole, up to rounding.
+A convolution's strip takes one more row of its input on either side; group norm's mean and variance come from the moments that
+every map gathers while it is written; attention keeps the keys and values of all positions and walks over queries. So, unlike
+tiles that are decoded apart and blended, strips leave no seams: the result is that of decoding whole, up to rounding.
 
-On a CPU this is also the fast way: a strip is normalised, convolved, added to and measured while it is in the cache, and no map is written
-but the layers' results.
+On a CPU this is also the fast way: a strip is normalised, convolved, added to and measured while it is in the cache, and no map
+is written but the layers' results.
 """
 
 from __future__ import annotations
@@ -21,17 +22,30 @@ from torch import Tensor, nn
 from . import ranges
 from .functional import attention
 from .maps import FeatureMap, MapStore, widened
-from .modules import AttnBlock, ResnetBlock, SpatialNorm, Upsample, fold_windows, is_plain, is_plain_3x3, is_plain_network, is_untouched
+from .modules import (
+    AttnBlock,
+    ResnetBlock,
+    SpatialNorm,
+    Upsample,
+    fold_windows,
+    is_plain,
+    is_plain_3x3,
+    is_plain_network,
+    is_untouched,
+)
 from .native import is_whole_ratio, scale_by_cells
 from .onednn import Convolution
 
 STRIP_BYTES = 32 << 20  # of a strip's tensors together at the most: 32 rows of 256 pixels with 128 channels in float32
 HALO = 2  # rows that a strip has beyond those it makes
 Rows = Callable[[int, int, Tensor], object]  # makes rows first to last - 1 of something, in or on top of a tensor
-Modulated = Callable[[int, int], Iterable[tuple[int, int, Tensor, Tensor]]]  # rows first to last - 1 in parts: each with its scale and shift
+# Of rows first to last - 1 in parts: each with its scale and shift.
+Modulated = Callable[[int, int], Iterable[tuple[int, int, Tensor, Tensor]]]
 
 
-def decode_in_strips(decoder: Any, z: Tensor, zq: Tensor, working: int, budget: int | None = None, folder: str | None = None) -> Tensor:
+def decode_in_strips(
+    decoder: Any, z: Tensor, zq: Tensor, working: int, budget: int | None = None, folder: str | None = None
+) -> Tensor:
     """What a MOVQDecoder makes of z and zq, image by image and without gradients; see Strips and MapStore for the bytes.
 
     float16 on a CPU is computed in float32, which is more exact and, as oneDNN has it, some fifty times as fast.
@@ -93,7 +107,9 @@ class Strips:
     # --- Layers
 
     def _resnet_block(self, block: ResnetBlock, x: FeatureMap) -> FeatureMap:
-        h = self._convolve(x, self._normalised(block.norm1, x, "silu"), block.conv1, self.store.new(block.out_channels, x.height, x.width))
+        h = self._convolve(
+            x, self._normalised(block.norm1, x, "silu"), block.conv1, self.store.new(block.out_channels, x.height, x.width)
+        )
         in_place = block.out_channels <= block.in_channels and not hasattr(block, "conv_shortcut")
         out = x.successor(block.out_channels) if in_place else self.store.new(block.out_channels, x.height, x.width)
         self._convolve(h, self._normalised(block.norm2, h, "silu"), block.conv2, out, self._shortcut(block, x))
@@ -117,7 +133,9 @@ class Strips:
         for first, last in self._spans(x, 8 * x.channels):
             n = self._strip(x, last - first)
             normalise(first, last, n)
-            attended = attention(_projected(block.q, n), k, v).flatten(0, 2).unflatten(0, (1, last - first, x.width)).permute(0, 3, 1, 2)
+            attended = (
+                attention(_projected(block.q, n), k, v).flatten(0, 2).unflatten(0, (1, last - first, x.width)).permute(0, 3, 1, 2)
+            )
             out.write(first, block.proj_out(attended).add_(x.read(first, last)))
         return out
 
@@ -148,7 +166,9 @@ class Strips:
     def _upsample_by_windows(self, layer: Upsample, x: FeatureMap, out: FeatureMap) -> None:
         """Every window of 2x2 pixels makes the four pixels of the large map around its middle, by one convolution."""
         size = (1, x.channels, x.height + 1, x.width)
-        four = Convolution(fold_windows(layer.conv.weight), None if layer.conv.bias is None else layer.conv.bias.repeat(4), (0, 1), size)
+        four = Convolution(
+            fold_windows(layer.conv.weight), None if layer.conv.bias is None else layer.conv.bias.repeat(4), (0, 1), size
+        )
         for first, last in self._spans(x, 10 * x.channels):
             strip, *_ = self._haloed(x, self._copied(x), first, last)
             made = self.store.like.new_zeros(1, last - first + 1, x.width + 1, 4 * x.channels).permute(0, 3, 1, 2)
@@ -240,7 +260,11 @@ class Strips:
         shift = -mean * scale if layer.bias is None else layer.bias - mean * scale
         wide = torch.promote_types(self.store.like.dtype, torch.float32)
         scale, shift = (t.to(wide)[None, :, None, None] for t in (scale, shift))
-        modulate = self._modulated(norm, x, scale, shift) if isinstance(norm, SpatialNorm) else lambda first, last: [(first, last, scale, shift)]
+        modulate = (
+            self._modulated(norm, x, scale, shift)
+            if isinstance(norm, SpatialNorm)
+            else lambda first, last: [(first, last, scale, shift)]
+        )
 
         def normalise(first: int, last: int, out: Tensor) -> None:
             values = widened(x.read(first, last))
@@ -277,12 +301,17 @@ class Strips:
         scales, shifts = combine(*norm.modulation(self.zq))
         if is_whole_ratio(height, x.height) and is_whole_ratio(width, x.width):
             size = x.height // height
-            return lambda first, last: (
-                (begin, end, *(t[:, :, begin // size : -(-end // size)] for t in (scales, shifts))) for begin, end in whole_cells(first, last, size)
-            )
+
+            def whole(first: int, last: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+                for begin, end in whole_cells(first, last, size):
+                    cells = slice(begin // size, -(-end // size))
+                    yield begin, end, scales[:, :, cells], shifts[:, :, cells]
+
+            return whole
 
         def gathered(first: int, last: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-            yield first, last, *(t[:, :, rows[first:last]][:, :, :, columns] for t in (scales, shifts))
+            cells = rows[first:last]
+            yield first, last, scales[:, :, cells][:, :, :, columns], shifts[:, :, cells][:, :, :, columns]
 
         return gathered
 
@@ -300,9 +329,14 @@ def check_decoder(decoder: Any) -> None:
     for name, module in decoder.named_modules():
         convolutions = [child for child_name, child in module.named_children() if child_name in CONVOLUTIONS]
         for conv in convolutions:
-            if not isinstance(conv, nn.Conv2d) or (conv.kernel_size, conv.stride, conv.padding_mode) != ((3, 3), (1, 1), "zeros") or conv.padding != (1, 1):
-                raise TypeError(f"a decoder in strips takes 3x3 nn.Conv2d padded with zeros, got {conv} in {name or 'the decoder'}")
-        if isinstance(module, SpatialNorm) and (type(module.norm_layer) is not nn.GroupNorm or not is_untouched(module.norm_layer)):
+            plain = ((3, 3), (1, 1), (1, 1), "zeros")
+            if not isinstance(conv, nn.Conv2d) or (conv.kernel_size, conv.stride, conv.padding, conv.padding_mode) != plain:
+                raise TypeError(
+                    f"a decoder in strips takes 3x3 nn.Conv2d padded with zeros, got {conv} in {name or 'the decoder'}"
+                )
+        if isinstance(module, SpatialNorm) and (
+            type(module.norm_layer) is not nn.GroupNorm or not is_untouched(module.norm_layer)
+        ):
             raise TypeError(f"a decoder in strips takes nn.GroupNorm as it is, got {module.norm_layer} in {name}")
 
 

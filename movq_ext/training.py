@@ -281,7 +281,9 @@ class Trainer:
             state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
             theirs = dict(state["config"])
         ours = asdict(self.config)
-        changed = [f"{key}={theirs.get(key)!r}, now {ours[key]!r}" for key in ours if key != "steps" and theirs.get(key) != ours[key]]
+        changed = [
+            f"{key}={theirs.get(key)!r}, now {ours[key]!r}" for key in ours if key != "steps" and theirs.get(key) != ours[key]
+        ]
         if changed:
             raise ValueError(f"{self.checkpoint} was made with {'; '.join(changed)}")
         self.model.load_state_dict(state["model"])
@@ -336,7 +338,8 @@ class Trainer:
     @torch.no_grad()
     def _update_average(self) -> None:
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-        average, weights = list(self.average.parameters()), list(self.model.parameters())
+        average: list[Tensor] = list(self.average.parameters())
+        weights: list[Tensor] = list(self.model.parameters())
         torch._foreach_lerp_(average, weights, 1 - decay)
 
 

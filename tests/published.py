@@ -17,7 +17,7 @@ def resize(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    batch, channels, height, width = x.shape
+    batch, channels = x.shape[:2]
     grouped = x.reshape(batch, groups, -1)
     centred = grouped - grouped.mean(2, keepdim=True)
     out = (centred / (centred.square().mean(2, keepdim=True) + eps).sqrt()).reshape(x.shape)

@@ -2,9 +2,8 @@ import copy
 
 import pytest
 import torch
-from test_decoder import latents, make
+from test_decoder import assert_ddp_averages_the_gradients, latents, make
 from test_training import CONFIG, CPU, MODEL, folder  # noqa: F401
-from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from movq_ext import MOVQ, AttnBlock, Downsample, Encoder, MOVQDecoder, ResnetBlock, Upsample, activation_checkpointing
@@ -140,23 +139,8 @@ def test_compiled():
         assert (ours - theirs).norm() < 1e-5 * (theirs.norm() + scale)
 
 
-def _ddp_worker(rank, store):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}/rendezvous", rank=rank, world_size=2)
-    decoder = nn.parallel.DistributedDataParallel(make(gradient_checkpointing=True).train(), find_unused_parameters=True)
-    z, zq = latents()
-    decoder(z[rank : rank + 1], zq[rank : rank + 1]).square().mean().backward()
-    torch.save({name: p.grad for name, p in decoder.module.named_parameters()}, f"{store}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
 def test_ddp(tmp_path):
-    torch.multiprocessing.spawn(_ddp_worker, (str(tmp_path),), nprocs=2)
-    decoder = make().train()
-    decoder(*latents()).square().mean().backward()
-    for rank in range(2):
-        grads = torch.load(tmp_path / f"{rank}.pt")
-        for name, parameter in decoder.named_parameters():
-            assert (grads[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-7, name
+    assert_ddp_averages_the_gradients(tmp_path, {"gradient_checkpointing": True}, find_unused_parameters=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -190,7 +190,10 @@ def test_any_shape(backend, data):
     dtype = data.draw(st.sampled_from(DTYPES))
     size = data.draw(st.integers(1, 40)) * (16 // dtype.itemsize)
     if isinstance(backend, Emulator):
-        backend.device = {"multiprocessors": data.draw(st.integers(1, 8)), "shared_limit": data.draw(st.sampled_from([99, 163, 227])) << 10}
+        backend.device = {
+            "multiprocessors": data.draw(st.integers(1, 8)),
+            "shared_limit": data.draw(st.sampled_from([99, 163, 227])) << 10,
+        }
     assert_right(backend, *case(*shape, min(size, 512), dtype), slack=2.0)
 
 
@@ -201,7 +204,7 @@ def test_any_shape(backend, data):
 def test_forward_moves_the_keys_once_for_every_row_tile(counted, dtype):
     counted.device = {"multiprocessors": 2}
     q, k, v, _ = case(1, 1, 256, 256, 512, dtype)
-    out, _ = counted.forward(q, k, v, 0.1)
+    counted.forward(q, k, v, 0.1)
     rows = 128 // dtype.itemsize
     tiles, size = 256 // rows, q.numel() * q.element_size()
     assert counted.workspace == 0
@@ -210,7 +213,7 @@ def test_forward_moves_the_keys_once_for_every_row_tile(counted, dtype):
     assert buffers["k"].read_bytes == buffers["v"].read_bytes == tiles * size
     for name in "qkv":
         assert buffers[name].read_sectors * 32 == buffers[name].read_bytes
-    launch, = counted.cost.launches
+    (launch,) = counted.cost.launches
     products = 2 * 256 * 256 * 512 / (16 * 8 * (32 / dtype.itemsize))
     assert launch.mma == products * (3 if dtype == F32 else 1)
     if dtype != F32:
@@ -243,7 +246,9 @@ def test_one_image_fills_a_gpu(counted, tokens):
 def test_a_head_that_is_too_large_for_the_device_is_an_error_with_the_kernel_s_name(counted):
     counted.device = {"shared_limit": 48 << 10}
     q, k, v, _ = case(1, 1, 8, 8, 64, BF16)
-    with pytest.raises(emulator.EmulatorError, match="attention forward: needs .* bytes of shared memory a block, the device has 49152"):
+    with pytest.raises(
+        emulator.EmulatorError, match=r"attention forward: needs .* bytes of shared memory a block, the device has 49152"
+    ):
         counted.forward(q, k, v, 0.1)
 
 

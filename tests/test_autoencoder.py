@@ -6,7 +6,9 @@ import torch
 
 from movq_ext import MOVQ
 
-DDCONFIG = dict(ch=32, out_ch=3, ch_mult=(1, 1, 2), num_res_blocks=1, attn_resolutions=[8], in_channels=3, resolution=32, z_channels=4)
+DDCONFIG = dict(
+    ch=32, out_ch=3, ch_mult=(1, 1, 2), num_res_blocks=1, attn_resolutions=[8], in_channels=3, resolution=32, z_channels=4
+)
 
 
 def make(**changes):
@@ -65,7 +67,12 @@ def test_gradients_reach_every_parameter():
 @pytest.mark.parametrize("method", ["forward", "decode", "decode_code", "encode_code"])
 def test_compile_export_and_meta(method):
     model = make()
-    argument = {"forward": X, "encode_code": X, "decode": torch.randn(1, 5, 4, 6), "decode_code": torch.randint(0, 64, (1, 4, 6))}[method]
+    argument = {
+        "forward": X,
+        "encode_code": X,
+        "decode": torch.randn(1, 5, 4, 6),
+        "decode_code": torch.randint(0, 64, (1, 4, 6)),
+    }[method]
 
     class Method(torch.nn.Module):
         def __init__(self):
@@ -76,7 +83,9 @@ def test_compile_export_and_meta(method):
             return getattr(self.model, method)(x)
 
     expected = Method()(argument)
-    torch.testing.assert_close(torch.compile(Method(), fullgraph=True, backend="aot_eager")(argument), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        torch.compile(Method(), fullgraph=True, backend="aot_eager")(argument), expected, rtol=1e-3, atol=1e-4
+    )
     torch.testing.assert_close(torch.export.export(Method(), (argument,)).module()(argument), expected, rtol=1e-3, atol=1e-4)
     meta = copy.deepcopy(Method()).to("meta")(argument.to("meta"))
     assert torch.utils._pytree.tree_map(lambda t: t.shape, meta) == torch.utils._pytree.tree_map(lambda t: t.shape, expected)
@@ -97,13 +106,16 @@ def test_autocast():
 
 CODES = torch.randint(0, 64, (1, 4, 6))
 BAD = {
-    "codes rank": (ValueError, r"indices must have shape \(batch, height, width\) and not be empty, got \(4, 6\)", "decode_code", CODES[0]),
+    "codes rank": (ValueError, r"indices must have shape \(batch, height, width\) and not be empty, got \(4, 6\)",
+                   "decode_code", CODES[0]),
     "codes empty": (ValueError, r"indices must have shape .* got \(1, 0, 6\)", "decode_code", CODES[:, :0]),
-    "codes range": (ValueError, r"indices must be in \[0, 64\), got values from 64 to 64", "decode_code", torch.full((1, 2, 2), 64)),
+    "codes range": (ValueError, r"indices must be in \[0, 64\), got values from 64 to 64",
+                    "decode_code", torch.full((1, 2, 2), 64)),
     "codes float": (TypeError, "indices must be integers, got torch.float32", "decode_code", CODES.float()),
     "image": (ValueError, r"x must have shape \(batch, 3, height, width\), got \(2, 1, 16, 24\)", "encode", X[:, :1]),
     "quant": (ValueError, r"quant must have shape \(batch, 5, height, width\), got \(2, 3, 16, 24\)", "decode", X),
-    "quant dtype": (TypeError, "quant must have the model's dtype torch.float32, got torch.float64", "decode", torch.zeros(1, 5, 2, 2).double()),
+    "quant dtype": (TypeError, "quant must have the model's dtype torch.float32, got torch.float64",
+                    "decode", torch.zeros(1, 5, 2, 2).double()),
 }  # fmt: skip
 
 

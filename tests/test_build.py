@@ -45,7 +45,9 @@ def toolkit(tmp_path):
 def stand_in_for_torch(folder, version, cuda):
     (folder / "torch/utils").mkdir(parents=True)
     (folder / "torch/__init__.py").write_text(f"__version__ = {version!r}\nclass version: cuda = {cuda!r}\n")
-    (folder / "torch/utils/cpp_extension.py").write_text("class BuildExtension: pass\ndef CUDAExtension(name, **args): return args\n")
+    (folder / "torch/utils/cpp_extension.py").write_text(
+        "class BuildExtension: pass\ndef CUDAExtension(name, **args): return args\n"
+    )
     return {"PYTHONPATH": str(folder)}
 
 
@@ -186,7 +188,9 @@ def test_an_isolated_build_finds_the_torch_beside_the_interpreter(source, tmp_pa
     for package in [*Path(setuptools.__file__).parents[1].glob("setuptools*")]:
         (tmp_path / package.name).symlink_to(package)
     isolated = {"PYTHONPATH": str(tmp_path), "PYTHONNOUSERSITE": "1", "CUDA_HOME": str(toolkit)}
-    hidden = subprocess.run([sys.executable, "-c", "import torch"], env={**os.environ, **isolated}, capture_output=True, text=True)
+    hidden = subprocess.run(
+        [sys.executable, "-c", "import torch"], env={**os.environ, **isolated}, capture_output=True, text=True
+    )
     assert "No module named 'torch'" in hidden.stderr
     status, log, requires = backend("get_requires_for_build_wheel", source, **isolated)
     assert (status, requires) == (0, []), log
@@ -224,7 +228,8 @@ def test_a_damaged_extension_gives_one_warning_and_the_native_path(native_wheel,
     wheel.extractall(tmp_path)
     (tmp_path / "movq_ext/_build_record.json").write_text(json.dumps({"torch": torch.__version__}))
     (tmp_path / "movq_ext/_C.abi3.so").write_bytes(b"no library")
-    script = "import movq_ext, torch; print(movq_ext.build_info()['extension']); print(movq_ext.GroupNorm(2, 4)(torch.zeros(1, 4, 2, 2)).shape)"
+    script = "import movq_ext, torch; print(movq_ext.build_info()['extension'])"
+    script += "; print(movq_ext.GroupNorm(2, 4)(torch.zeros(1, 4, 2, 2)).shape)"
     run = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(tmp_path)},
                          capture_output=True, text=True, check=True)  # fmt: skip
     assert run.stdout.startswith("movq_ext._C cannot be loaded: ") and "torch.Size([1, 4, 2, 2])" in run.stdout
@@ -262,7 +267,8 @@ def test_a_device_without_code_is_named_with_what_there_is(monkeypatch):
     _extension.device_reason.cache_clear()
     monkeypatch.setattr(_extension, "extension", Extension())
     monkeypatch.setattr(_extension, "_record", {"arch_list": "8.0 9.0"})
-    reason = "movq_ext._C was compiled for compute capability 8.0 9.0, device 0 has 7.5; reinstall movq_ext with TORCH_CUDA_ARCH_LIST=7.5"
+    reason = "movq_ext._C was compiled for compute capability 8.0 9.0, device 0 has 7.5"
+    reason += "; reinstall movq_ext with TORCH_CUDA_ARCH_LIST=7.5"
     assert _extension.device_reason(0) == reason
     assert _extension.device_reason(1) == "device 1 cannot be asked: busy"
     assert _extension.device_reason(2) is None
@@ -294,5 +300,5 @@ def test_device_support():
         support = _C.device_support(index)
         assert support["device_capability"] == 10 * major + minor
         assert 0 < support["binary_version"] <= 10 * major + minor
-    with pytest.raises(RuntimeError, match="probe_device: cuda.*: "):
+    with pytest.raises(RuntimeError, match=r"probe_device: cuda.*: "):
         _C.device_support(torch.cuda.device_count())

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from movq_ext import MOVQ, CheckpointError, checkpoint, from_pretrained, save_pretrained
 
-DDCONFIG = dict(ch=32, out_ch=3, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[128], in_channels=3, resolution=256, z_channels=4, double_z=False)  # fmt: skip
+DDCONFIG = dict(ch=32, out_ch=3, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[128], in_channels=3, resolution=256,
+                z_channels=4, double_z=False)  # fmt: skip
 
 
 def make(seed=0, n_embed=16, embed_dim=5, **changes):
@@ -60,7 +61,11 @@ WRAPPINGS = {
     "nested": lambda state: {"state_dict": state, "epoch": 3, "global_step": 7},
     "prefix": lambda state: {f"model.{name}": tensor for name, tensor in state.items()},
     "prefixes": lambda state: {"state_dict": {f"module.first_stage_model.{name}": tensor for name, tensor in state.items()}},
-    "discriminator": lambda state: {**state, "loss.discriminator.main.0.weight": torch.zeros(1), "model_ema.decay": torch.zeros(1)},
+    "discriminator": lambda state: {
+        **state,
+        "loss.discriminator.main.0.weight": torch.zeros(1),
+        "model_ema.decay": torch.zeros(1),
+    },
     "prefixed discriminator": lambda state: {**{f"movq.{n}": t for n, t in state.items()}, "movq.loss.logvar": torch.zeros(1)},
 }
 CONFIGS = {
@@ -103,7 +108,7 @@ def test_a_config_can_be_given(tmp_path):
     save_pretrained(model, tmp_path)
     with pytest.raises(ValueError, match="config is for original checkpoints"):
         from_pretrained(tmp_path, config=model.config)
-    with pytest.raises(CheckpointError, match="its config is no config of MOVQ: .*n_embed"):
+    with pytest.raises(CheckpointError, match=r"its config is no config of MOVQ: .*n_embed"):
         from_pretrained(tmp_path / "movq.pt", config={"ddconfig": DDCONFIG})
 
 
@@ -111,9 +116,12 @@ def test_a_config_can_be_given(tmp_path):
 @pytest.mark.parametrize(("damage", "message"), [
     (lambda state: state.pop("decoder.conv_in.bias"), "1 missing: decoder.conv_in.bias$"),
     (lambda state: state.update({"decoder.spare": torch.zeros(1)}), "1 extra: decoder.spare$"),
-    (lambda state: state.update({"decoder.conv_in.bias": torch.zeros(7)}), r"1 misshapen: decoder.conv_in.bias \(7,\) instead of \(64,\)$"),
-    (lambda state: [state.pop(name) for name in list(state) if ".norm1.weight" in name and "encoder" in name], "missing: encoder.down.0.block.0.norm1.weight, "),
-    (lambda state: [state.update({f"decoder.{i}": torch.zeros(1)}) for i in range(100)], "100 extra: decoder.0, decoder.1, .* and 92 more$"),
+    (lambda state: state.update({"decoder.conv_in.bias": torch.zeros(7)}),
+     r"1 misshapen: decoder.conv_in.bias \(7,\) instead of \(64,\)$"),
+    (lambda state: [state.pop(name) for name in list(state) if ".norm1.weight" in name and "encoder" in name],
+     "missing: encoder.down.0.block.0.norm1.weight, "),
+    (lambda state: [state.update({f"decoder.{i}": torch.zeros(1)}) for i in range(100)],
+     "100 extra: decoder.0, decoder.1, .* and 92 more$"),
 ])  # fmt: skip
 def test_entries_that_do_not_fit_are_named(tmp_path, damage, message, ours):
     model = make()
@@ -125,16 +133,26 @@ def test_entries_that_do_not_fit_are_named(tmp_path, damage, message, ours):
         from_pretrained(path)
 
 
-@pytest.mark.parametrize("state", [{}, {"weight": torch.zeros(1)}, {"a.quantize.embedding.weight": torch.zeros(2, 2), "b.quantize.embedding.weight": torch.zeros(2, 2)}], ids=["empty", "other", "two"])
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"weight": torch.zeros(1)},
+        {"a.quantize.embedding.weight": torch.zeros(2, 2), "b.quantize.embedding.weight": torch.zeros(2, 2)},
+    ],
+    ids=["empty", "other", "two"],
+)
 def test_other_models_are_refused(tmp_path, state):
     torch.save(state, tmp_path / "other.pt")
-    with pytest.raises(CheckpointError, match=r"must have one entry named ...quantize.embedding.weight, it has [02]: no MoVQ model"):
+    with pytest.raises(
+        CheckpointError, match=r"must have one entry named ...quantize.embedding.weight, it has [02]: no MoVQ model"
+    ):
         from_pretrained(tmp_path / "other.pt")
 
 
 def test_entries_outside_the_model_are_refused(tmp_path):
     torch.save({**{f"movq.{n}": t for n, t in make().state_dict().items()}, "unet.weight": torch.zeros(1)}, tmp_path / "both.pt")
-    with pytest.raises(CheckpointError, match="has entries outside 'movq.': unet.weight"):
+    with pytest.raises(CheckpointError, match=r"has entries outside 'movq.': unet.weight"):
         from_pretrained(tmp_path / "both.pt")
 
 
@@ -183,9 +201,9 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, legacy):
 
 
 def test_what_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file or folder: .*/nothing"):
+    with pytest.raises(FileNotFoundError, match=r"no such file or folder: .*/nothing"):
         from_pretrained(tmp_path / "nothing")
-    with pytest.raises(CheckpointError, match="neither model.safetensors .* nor config.json"):
+    with pytest.raises(CheckpointError, match=r"neither model.safetensors .* nor config.json"):
         from_pretrained(tmp_path)
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="save_pretrained did not write it"):

@@ -14,7 +14,9 @@ from movq_ext.__main__ import main
 from movq_ext.codes import CodeFile
 from movq_ext.demo import PHOTOS, SMALL_MODEL
 
-DDCONFIG = dict(ch=32, out_ch=3, ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=(), in_channels=3, resolution=32, z_channels=4)
+DDCONFIG = dict(
+    ch=32, out_ch=3, ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=(), in_channels=3, resolution=32, z_channels=4
+)
 SIZES = {"a.png": (9, 14), "deep/b.png": (1, 1), "c.jpg": (16, 8)}
 
 
@@ -155,5 +157,7 @@ def test_the_shipped_model(capsys):
 
 
 def test_as_a_program(tmp_path):
-    run = subprocess.run([sys.executable, "-P", "-m", "movq_ext", "demo", tmp_path / "out", "--device", "cpu"], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-P", "-m", "movq_ext", "demo", tmp_path / "out", "--device", "cpu"], capture_output=True, text=True
+    )
     assert run.returncode == 0 and "PSNR" in run.stdout and run.stderr == ""

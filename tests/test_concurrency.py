@@ -12,8 +12,9 @@ from movq_ext import MOVQ, annotate, decode_tiled
 from movq_ext.files import replacing
 
 THREADS, ROUNDS = 8, 3
-DDCONFIG = dict(ch=32, out_ch=3, ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=(16,), in_channels=3, resolution=32,
-z_channels=4)
+DDCONFIG = dict(
+    ch=32, out_ch=3, ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=(16,), in_channels=3, resolution=32, z_channels=4
+)
 LEAST = 10_752  # bytes for each column of the latents: the second map of the decode goes to a file
 SIZES = [(4, 4), (3, 5), (8, 4), (6, 6), (2, 9), (7, 1), (1, 1), (5, 8)]
 

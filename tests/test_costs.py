@@ -56,7 +56,9 @@ def test_operations_of_strips(max_memory, more):
     """Convolutions compute no row twice; upsampling makes a row and a column too many, and a row for each strip."""
     decoder, (z, zq) = make(attn_resolutions=[], mid_attn=False), latents((24, 8), 1)  # torch does not count attention on a CPU
     with torch.no_grad():
-        counted = operations(lambda: decoder(z, zq) if max_memory is None else decode_tiled(decoder, z, zq, max_memory=max_memory))
+        counted = operations(
+            lambda: decoder(z, zq) if max_memory is None else decode_tiled(decoder, z, zq, max_memory=max_memory)
+        )
     least = expected_operations(decoder, 24, 8)
     assert 0.999 * least <= counted <= (1 + more) * least
 
@@ -74,11 +76,12 @@ import sys, torch, movq_ext
 from pathlib import Path
 
 def resident(what):
-    return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(what))
 
 torch.manual_seed(0)
-decoder = movq_ext.MOVQDecoder(ch=64, out_ch=3, ch_mult=(1, 2, 4), num_res_blocks=1, attn_resolutions=[], in_channels=3, resolution=256,
-                               z_channels=4, zq_ch=4, mid_attn=False).eval()
+decoder = movq_ext.MOVQDecoder(ch=64, out_ch=3, ch_mult=(1, 2, 4), num_res_blocks=1, attn_resolutions=[], in_channels=3,
+                               resolution=256, z_channels=4, zq_ch=4, mid_attn=False).eval()
 z = torch.randn(int(sys.argv[1]), 4, 96, 96)
 with torch.no_grad():
     decoder(z, z)
@@ -110,6 +113,10 @@ def test_kernels_of_a_decode_on_a_gpu():
             torch.cuda.synchronize()
     names = [event.name for event in profile.events()]
     blocks = sum(conditioned for _, _, conditioned in decoder._steps())
-    for kernel, count in {"statistics<": len(decoder._norms()), "modulate<": len(decoder._norms()), "add_bias_residual": blocks}.items():
+    for kernel, count in {
+        "statistics<": len(decoder._norms()),
+        "modulate<": len(decoder._norms()),
+        "add_bias_residual": blocks,
+    }.items():
         assert sum("movq" in name and kernel in name for name in names) == count, (kernel, names)
     assert not [name for name in names if "nchwToNhwc" in name or "nhwcToNchw" in name]

@@ -13,8 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from movq_ext import AttnBlock, MOVQDecoder, SpatialNorm
 
-KANDINSKY = dict(ch=128, out_ch=3, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_resolutions=[32], in_channels=3, resolution=256, z_channels=4, zq_ch=4)  # fmt: skip
-TINY = dict(ch=32, out_ch=3, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=[8], in_channels=3, resolution=16, z_channels=4, zq_ch=5)  # fmt: skip
+KANDINSKY = dict(ch=128, out_ch=3, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_resolutions=[32], in_channels=3, resolution=256,
+                 z_channels=4, zq_ch=4)  # fmt: skip
+TINY = dict(ch=32, out_ch=3, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=[8], in_channels=3, resolution=16,
+            z_channels=4, zq_ch=5)  # fmt: skip
 
 
 def make(seed=0, **changes):
@@ -91,7 +93,8 @@ def test_the_released_model_has_300_entries_and_its_names():
 
 
 @pytest.mark.parametrize("changes", [{}, {"resamp_with_conv": False}, {"attn_resolutions": []}, {"attn_resolutions": [8, 16]},
-                                     {"ch_mult": (1,)}, {"ch_mult": (2, 1, 1)}, {"num_res_blocks": 0}, {"out_ch": 1}], ids=str)  # fmt: skip
+                                     {"ch_mult": (1,)}, {"ch_mult": (2, 1, 1)}, {"num_res_blocks": 0}, {"out_ch": 1}],
+                         ids=str)  # fmt: skip
 def test_decoder_is_the_published_one(changes):
     decoder = make(**changes).double()
     upsamples = decoder.num_resolutions - 1 if changes.get("resamp_with_conv", True) else 0
@@ -104,7 +107,11 @@ def test_decoder_is_the_published_one(changes):
 
 
 @settings(max_examples=15, deadline=None)
-@given(grid=st.tuples(st.integers(1, 9), st.integers(1, 9)), zq_grid=st.tuples(st.integers(1, 9), st.integers(1, 9)), batch=st.integers(1, 2))
+@given(
+    grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    zq_grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    batch=st.integers(1, 2),
+)
 def test_any_latent_size(grid, zq_grid, batch):
     decoder = make(ch_mult=(1, 1), num_res_blocks=0)
     z, zq = latents(grid, batch, zq_grid=zq_grid)
@@ -167,7 +174,8 @@ def test_features_in_execution_order():
     z, zq = latents()
     seen = {}
     watched = {"conv_in": decoder.conv_in, "mid_attn_1": decoder.mid.attn_1, "up_1_block_0": decoder.up[1].block[0],
-               "up_1_attn_1": decoder.up[1].attn[1], "up_1_upsample": decoder.up[1].upsample, "up_0_block_1": decoder.up[0].block[1]}  # fmt: skip
+               "up_1_attn_1": decoder.up[1].attn[1], "up_1_upsample": decoder.up[1].upsample,
+               "up_0_block_1": decoder.up[0].block[1]}  # fmt: skip
     for name, module in watched.items():
         module.register_forward_hook(lambda module, inputs, output, name=name: seen.__setitem__(name, output))
     out, features = decoder.forward_with_features_output(z, zq)
@@ -216,7 +224,8 @@ def test_torch_compile_fullgraph():
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_torch_export(dynamic):
     decoder = make(ch_mult=(1, 1), num_res_blocks=0)
-    height, width, batch = torch.export.Dim("height", min=2, max=64), torch.export.Dim("width", min=2, max=64), torch.export.Dim("batch", min=1, max=8)
+    height, width = torch.export.Dim("height", min=2, max=64), torch.export.Dim("width", min=2, max=64)
+    batch = torch.export.Dim("batch", min=1, max=8)
     sizes = {0: batch, 2: height, 3: width}
     program = torch.export.export(decoder, tuple(latents()), dynamic_shapes=(sizes, sizes) if dynamic else None)
     other = latents((5, 3), 3) if dynamic else latents()
@@ -260,7 +269,9 @@ def test_meta_device():
     assert out.shape == (2, 3, 768, 512) and out.is_meta
 
 
-@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda decoder: pickle.loads(pickle.dumps(decoder))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "twin_of", [copy.deepcopy, lambda decoder: pickle.loads(pickle.dumps(decoder))], ids=["deepcopy", "pickle"]
+)
 def test_copies(twin_of):
     decoder = make()
     twin = twin_of(decoder)
@@ -270,23 +281,28 @@ def test_copies(twin_of):
     assert not torch.equal(twin(*latents()), decoder(*latents()))
 
 
-def _ddp_worker(rank, store):
+def _ddp_worker(rank, store, changes, options):
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}/rendezvous", rank=rank, world_size=2)
-    decoder = nn.parallel.DistributedDataParallel(make().train())
+    decoder = nn.parallel.DistributedDataParallel(make(**changes).train(), **options)
     z, zq = latents()
     decoder(z[rank : rank + 1], zq[rank : rank + 1]).square().mean().backward()
     torch.save({name: p.grad for name, p in decoder.module.named_parameters()}, f"{store}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_ddp_averages_the_gradients(tmp_path):
-    torch.multiprocessing.spawn(_ddp_worker, (str(tmp_path),), nprocs=2)
+def assert_ddp_averages_the_gradients(folder, changes, **options):
+    """Of two processes, each with one of two images: those of one process with both."""
+    torch.multiprocessing.spawn(_ddp_worker, (str(folder), changes, options), nprocs=2)
     decoder = make().train()
     decoder(*latents()).square().mean().backward()
     for rank in range(2):
-        grads = torch.load(tmp_path / f"{rank}.pt")
+        grads = torch.load(folder / f"{rank}.pt")
         for name, parameter in decoder.named_parameters():
             assert (grads[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-7, name
+
+
+def test_ddp_averages_the_gradients(tmp_path):
+    assert_ddp_averages_the_gradients(tmp_path, {})
 
 
 def test_nothing_prints(capfd):
@@ -368,7 +384,11 @@ class Copies(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default) and out.shape[0] == self.batch and out.numel() >= self.least:
+        if (
+            func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default)
+            and out.shape[0] == self.batch
+            and out.numel() >= self.least
+        ):
             self.seen.append((str(func), tuple(out.shape)))
         return out
 
@@ -380,7 +400,10 @@ def test_maps_stay_in_channels_last(batch):
     names, layouts = [], []
 
     def note(name):
-        return lambda _, x: (names.append(name), layouts.append(torch._prims_common.suggest_memory_format(x[0]) == torch.channels_last))[2:] or None
+        return lambda _, x: (
+            (names.append(name), layouts.append(torch._prims_common.suggest_memory_format(x[0]) == torch.channels_last))[2:]
+            or None
+        )
 
     for name, module in decoder.named_modules():
         if isinstance(module, nn.Conv2d) and module.in_channels >= 32:
@@ -395,4 +418,6 @@ def test_every_map_is_in_channels_last():
     """So that each layer's convolution finds it so too, where no hook changes the layers' way."""
     with torch.no_grad():
         _, features = make().forward_with_features_output(*latents((8, 8), 1))
-    assert {name: torch._prims_common.suggest_memory_format(x) for name, x in features.items()} == dict.fromkeys(FEATURES, torch.channels_last)
+    assert {name: torch._prims_common.suggest_memory_format(x) for name, x in features.items()} == dict.fromkeys(
+        FEATURES, torch.channels_last
+    )

@@ -26,9 +26,12 @@ SHAPES = {
     "many-images": (70, 3, 4, 4),
 }
 LAYOUTS = ("nchw", "channels_last")
-CASES = [pytest.param(shape, dtype, layout, offset, id=f"{name}-{str(dtype)[6:]}-{layout}{'-unaligned' * (offset > 0)}")
-         for name, shape in SHAPES.items() for layout in LAYOUTS
-         for dtype, offset in ((F32, 0), (BF16, 0), *(((F16, 0), (F16, 1)) if "small" in name else ()))]
+CASES = [
+    pytest.param(shape, dtype, layout, offset, id=f"{name}-{str(dtype)[6:]}-{layout}{'-unaligned' * (offset > 0)}")
+    for name, shape in SHAPES.items()
+    for layout in LAYOUTS
+    for dtype, offset in ((F32, 0), (BF16, 0), *(((F16, 0), (F16, 1)) if "small" in name else ()))
+]
 
 
 def total(x, bias, residual):

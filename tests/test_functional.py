@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 from movq_ext import attention, explain, native, spatial_attention, spatial_norm
 from movq_ext.functional import add_bias_residual_
 
-GRIDS = [((8, 8), (8, 8)), ((8, 8), (1, 1)), ((16, 8), (4, 4)), ((7, 9), (3, 4)), ((5, 5), (7, 11)), ((1, 1), (1, 1)), ((1, 13), (2, 5)), ((41, 49), (1, 1)), ((9, 27), (3, 9))]  # fmt: skip
+GRIDS = [((8, 8), (8, 8)), ((8, 8), (1, 1)), ((16, 8), (4, 4)), ((7, 9), (3, 4)), ((5, 5), (7, 11)),
+         ((1, 1), (1, 1)), ((1, 13), (2, 5)), ((41, 49), (1, 1)), ((9, 27), (3, 9))]  # fmt: skip
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -173,7 +174,8 @@ BAD_NORM = {
     "rank": (ValueError, r"f must have 4 dimensions .* got shape \(6, 8, 8\)", dict(f=F_[0])),
     "empty": (ValueError, r"f must not be empty, got shape \(0, 6, 8, 8\)", dict(f=F_[:0])),
     "integer": (TypeError, r"f must be floating point, got torch.int64", dict(f=F_.long())),
-    "zero groups": (ValueError, r"groups must be a positive divisor of f's channels, got groups=0 for 6 channels", dict(groups=0)),
+    "zero groups": (ValueError, r"groups must be a positive divisor of f's channels, got groups=0 for 6 channels",
+                    dict(groups=0)),
     "groups": (ValueError, r"groups must be .*, got groups=4 for 6 channels", dict(groups=4)),
     "activation": (ValueError, r"activation must be one of .*, got 'relu'", dict(activation="relu")),
     "half a latent": (ValueError, r"zq_y and zq_b must be given together", dict(zq_b=None)),
@@ -188,7 +190,8 @@ BAD_NORM = {
     "f_bias": (ValueError, r"f_bias must have shape \(6,\), got \(5,\)", dict(f_bias=BIAS[:5])),
     "f_bias dtype": (TypeError, r"f_bias must be float32 or have f's dtype torch.float64, got", dict(f_bias=BIAS.half())),
     "f_bias device": (ValueError, r"f_bias must be on f's device cpu, got meta", dict(f_bias=BIAS.to("meta"))),
-    "bordered": (ValueError, r"bordered zq_y must have three rows and columns for each cell of 2 or more of f's .*, got", dict(bordered=True)),
+    "bordered": (ValueError, r"bordered zq_y must have three rows and columns for each cell of 2 or more of f's .*, got",
+                 dict(bordered=True)),
     "gradient": (ValueError, r"weight must not require a gradient: spatial_norm with f_bias records none",
                  dict(f_bias=BIAS, weight=WEIGHT.clone().requires_grad_())),
 }  # fmt: skip

@@ -34,13 +34,18 @@ DEEP = "[" * 10**6 + "]" * 10**6
 def test_fuzz():
     """In a process of its own, which nothing has used before: its peak is that of the cases."""
     run = subprocess.run(
-        [sys.executable, Path(__file__).with_name("fuzz.py"), "--cases", str(CASES)], capture_output=True, text=True,
-        timeout=60 + CASES
+        [sys.executable, Path(__file__).with_name("fuzz.py"), "--cases", str(CASES)],
+        capture_output=True,
+        text=True,
+        timeout=60 + CASES,
     )
     assert run.returncode == 0, run.stderr[-3000:] + run.stdout
     report = json.loads(run.stdout)
-    assert report["cases"] == CASES and {outcome.split()[1] for outcome in report["outcomes"]} >= {"read", "CheckpointError",
-    "ImageError"}
+    assert report["cases"] == CASES and {outcome.split()[1] for outcome in report["outcomes"]} >= {
+        "read",
+        "CheckpointError",
+        "ImageError",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +117,10 @@ def test_tensors_of_other_kinds(tmp_path, state, new, message):
 
 def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path, state):
     torch.save(state, tmp_path / "movq.ckpt")
-    with zipfile.ZipFile(tmp_path / "movq.ckpt") as old, zipfile.ZipFile(tmp_path / "bomb.ckpt", "w",
-    zipfile.ZIP_DEFLATED) as new:
+    with (
+        zipfile.ZipFile(tmp_path / "movq.ckpt") as old,
+        zipfile.ZipFile(tmp_path / "bomb.ckpt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
         for name in old.namelist():
             new.writestr(name, bytes(50 << 20) if name.endswith("/data/0") else old.read(name))
     with pytest.raises(CheckpointError, match=r"its \d+ bytes claim to hold 5\d{7}"):
@@ -208,8 +215,11 @@ def test_names_of_many_escapes(tmp_path):
 
 
 def png(width, height):
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(10**6))),
-    (b"IEND", b"")]
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(bytes(10**6))),
+        (b"IEND", b""),
+    ]
     packed = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
@@ -232,8 +242,15 @@ def test_no_program_is_started_for_a_picture(tmp_path, monkeypatch):
 
 def test_whatever_pillow_raises(tmp_path, monkeypatch):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
-    for error in (struct.error("x"), MemoryError(), OverflowError("x"), KeyError("x"), zlib.error("x"), RecursionError("x"),
-    OSError("x")):
+    for error in (
+        struct.error("x"),
+        MemoryError(),
+        OverflowError("x"),
+        KeyError("x"),
+        zlib.error("x"),
+        RecursionError("x"),
+        OSError("x"),
+    ):
         monkeypatch.setattr(Image.Image, "getexif", lambda self, error=error: (_ for _ in ()).throw(error))
         with pytest.raises(ImageError, match=f"cannot read .*a.png: {type(error).__name__}: "):
             load_image(tmp_path / "a.png")

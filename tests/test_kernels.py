@@ -1,4 +1,4 @@
-"""The compiled operators as PyTorch sees them: schemas, fake kernels, autograd, compilation. Their CPU version stands in for a GPU's."""
+"""The compiled operators as PyTorch sees them: schemas, fake kernels, autograd, compilation. The CPU's stand in for a GPU's."""
 
 import pytest
 import torch
@@ -20,7 +20,9 @@ GROUPS = 8
 
 def arguments(dtype=torch.float32, layout="nchw", zq_size=(2, 4), affine=torch.float32, device="cpu", **options):
     c = case((2, 32, 8, 12), zq_size, dtype, layout, affine=affine, **options)
-    return [None if x is None else x.to(device).requires_grad_() for x in (c.f, c.zq_y, c.zq_b, c.weight, c.bias)], c.dout.to(device)
+    return [None if x is None else x.to(device).requires_grad_() for x in (c.f, c.zq_y, c.zq_b, c.weight, c.bias)], c.dout.to(
+        device
+    )
 
 
 def plain(tensors):
@@ -29,7 +31,9 @@ def plain(tensors):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype, affine", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, None)])
+@pytest.mark.parametrize(
+    "dtype, affine", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, None)]
+)
 @pytest.mark.parametrize("zq_size", [(2, 4), None])
 def test_opcheck(device, layout, dtype, affine, zq_size):
     inputs, dout = arguments(dtype, layout, zq_size, affine, device)
@@ -322,7 +326,12 @@ class TestOnGpu:
     def test_attention_of_unaligned_and_strided_tensors(self):
         wanted = torch.randn(1, 1, 50, 40, device="cuda")
         store = torch.empty(wanted.numel() + 1, device="cuda")[1:].view(wanted.shape)
-        tensors = [store.copy_(wanted), wanted.mT.contiguous().mT, torch.cat([wanted, wanted], 3)[..., :40], wanted.expand(2, 3, -1, -1)]
+        tensors = [
+            store.copy_(wanted),
+            wanted.mT.contiguous().mT,
+            torch.cat([wanted, wanted], 3)[..., :40],
+            wanted.expand(2, 3, -1, -1),
+        ]
         for x in tensors:
             assert_close(movq_ext.attention(x, x, x), native.attention(*[x.double()] * 3, None))
 

@@ -37,10 +37,14 @@ def test_add_conv_runs_on_the_resized_latent():
     f, zq = draw(2, 64, 8, 6), draw(2, 4, 4, 3, seed=1)
     convolved = F.conv2d(published.resize(zq, 8, 6), layer.conv.weight, layer.conv.bias, padding=1)
     assert_close(layer(f, zq), published.spatial_norm_layer(layer.state_dict(), f, convolved))
-    assert set(layer.state_dict()) == {f"{name}.{kind}" for name in ("norm_layer", "conv", "conv_y", "conv_b") for kind in ("weight", "bias")}
+    assert set(layer.state_dict()) == {
+        f"{name}.{kind}" for name in ("norm_layer", "conv", "conv_y", "conv_b") for kind in ("weight", "bias")
+    }
 
 
-@pytest.mark.parametrize("grid, cell", [((4, 3), (4, 4)), ((1, 2), (8, 4)), ((3, 1), (16, 8)), ((4, 3), (2, 4)), ((4, 3), (1, 1)), ((4, 3), (3, 5))])
+@pytest.mark.parametrize(
+    "grid, cell", [((4, 3), (4, 4)), ((1, 2), (8, 4)), ((3, 1), (16, 8)), ((4, 3), (2, 4)), ((4, 3), (1, 1)), ((4, 3), (3, 5))]
+)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_add_conv_runs_on_the_cells_of_the_latent(monkeypatch, grid, cell, layout):
     """Where cells are of whole powers of two and nothing records a gradient, the resized latent is not made."""
@@ -74,7 +78,9 @@ def test_any_norm_layer():
     layer = randomize(SpatialNorm(6, 3, norm_layer=BatchNorm, momentum=1.0).double())
     f, zq = draw(2, 6, 4, 4), draw(2, 3, 2, 2)
     up = F.interpolate(zq, size=(4, 4), mode="nearest")
-    expected = F.batch_norm(f, None, None, layer.norm_layer.weight, layer.norm_layer.bias, training=True) * layer.conv_y(up) + layer.conv_b(up)
+    expected = F.batch_norm(f, None, None, layer.norm_layer.weight, layer.norm_layer.bias, training=True) * layer.conv_y(
+        up
+    ) + layer.conv_b(up)
     assert_close(layer(f, zq), expected)
     assert_close(layer(f, zq, activation="silu"), F.silu(expected))
 
@@ -99,10 +105,16 @@ def test_group_norm_is_torchs():
 
 
 @pytest.mark.parametrize("zq_ch", [None, 4])
-@pytest.mark.parametrize(("out_channels", "conv_shortcut", "shortcut"), [(None, False, None), (64, False, "nin_shortcut"), (64, True, "conv_shortcut")])
+@pytest.mark.parametrize(
+    ("out_channels", "conv_shortcut", "shortcut"), [(None, False, None), (64, False, "nin_shortcut"), (64, True, "conv_shortcut")]
+)
 @pytest.mark.parametrize("temb_channels", [0, 16])
 def test_resnet_block(zq_ch, out_channels, conv_shortcut, shortcut, temb_channels):
-    block = randomize(ResnetBlock(in_channels=32, out_channels=out_channels, conv_shortcut=conv_shortcut, temb_channels=temb_channels, zq_ch=zq_ch).double())
+    block = randomize(
+        ResnetBlock(
+            in_channels=32, out_channels=out_channels, conv_shortcut=conv_shortcut, temb_channels=temb_channels, zq_ch=zq_ch
+        ).double()
+    )
     assert [name for name in ("nin_shortcut", "conv_shortcut") if hasattr(block, name)] == ([shortcut] if shortcut else [])
     x, zq, temb = draw(2, 32, 6, 4), draw(2, 4, 3, 2), draw(2, 16) if temb_channels else None
 
@@ -142,7 +154,11 @@ def test_dropout_acts_in_training_only():
 def test_attn_block(zq_ch):
     block = randomize(AttnBlock(32, zq_ch).double())
     x, zq = draw(2, 32, 5, 3), draw(2, 4, 2, 3)
-    n = published.group_norm(x, 32, block.norm.weight, block.norm.bias, 1e-6) if zq_ch is None else published.spatial_norm_layer(block.norm.state_dict(), x, zq)
+    n = (
+        published.group_norm(x, 32, block.norm.weight, block.norm.bias, 1e-6)
+        if zq_ch is None
+        else published.spatial_norm_layer(block.norm.state_dict(), x, zq)
+    )
     q, k, v = (published.conv1x1(n, layer.weight, layer.bias) for layer in (block.q, block.k, block.v))
     out = published.conv1x1(published.attention(q, k, v), block.proj_out.weight, block.proj_out.bias)
     assert_close(block(x, zq), x + out)
@@ -155,7 +171,8 @@ def test_attn_block_projects_with_one_convolution_and_saves_three():
     calls = {event.key: event.count for event in profile.key_averages()}
     assert calls["aten::conv2d"] == 2  # q, k and v; proj_out
     assert sorted(name for name in block.state_dict() if "norm" not in name) == sorted(
-        f"{layer}.{kind}" for layer in ("q", "k", "v", "proj_out") for kind in ("weight", "bias"))
+        f"{layer}.{kind}" for layer in ("q", "k", "v", "proj_out") for kind in ("weight", "bias")
+    )
 
 
 @pytest.mark.parametrize("replace", ["a subclass", "no bias"])
@@ -198,7 +215,9 @@ def test_upsample_is_four_convolutions_of_the_small_map(grid):
     published_out = F.conv2d(published.resize(x, 2 * grid[0], 2 * grid[1]), up.conv.weight, up.conv.bias, padding=1)
     dout = draw(*published_out.shape)
     assert_close(up(x), published_out)
-    for grad, want in zip(torch.autograd.grad(up(x), inputs, dout), torch.autograd.grad(published_out, inputs, dout), strict=True):
+    for grad, want in zip(
+        torch.autograd.grad(up(x), inputs, dout), torch.autograd.grad(published_out, inputs, dout), strict=True
+    ):
         assert_close(grad, want)
 
 
@@ -233,7 +252,8 @@ def test_upsample_calls_a_convolution_that_is_not_plain():
 
 
 @pytest.mark.parametrize("make, names", [(lambda: ResnetBlock(in_channels=32), ("conv1", "conv2")),
-                                         (lambda: AttnBlock(32), ("q", "k", "v", "proj_out")), (lambda: Upsample(32, True), ("conv",))])  # fmt: skip
+                                         (lambda: AttnBlock(32), ("q", "k", "v", "proj_out")),
+                                         (lambda: Upsample(32, True), ("conv",))])  # fmt: skip
 def test_hooks_on_layers_see_what_the_layers_made(make, names):
     module, x, seen = randomize(make().double()), draw(1, 32, 4, 6), {}
     with torch.no_grad():
@@ -248,8 +268,9 @@ def test_hooks_on_layers_see_what_the_layers_made(make, names):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("make", [lambda: ResnetBlock(in_channels=32, zq_ch=4), lambda: ResnetBlock(in_channels=32, out_channels=64),
-                                  lambda: AttnBlock(32, 4), lambda: GroupNorm(32, 32, 1e-6)])  # fmt: skip
+@pytest.mark.parametrize("make", [lambda: ResnetBlock(in_channels=32, zq_ch=4),
+                                  lambda: ResnetBlock(in_channels=32, out_channels=64), lambda: AttnBlock(32, 4),
+                                  lambda: GroupNorm(32, 32, 1e-6)])  # fmt: skip
 def test_without_gradients_results_are_the_same_and_inputs_are_left_alone(make, layout):
     """Where nothing is recorded, modules write over what they have just computed: never over what they were given."""
     module, x, zq = randomize(make().double()), draw(2, 32, 4, 6).contiguous(memory_format=layout), draw(2, 4, 2, 3)
@@ -306,7 +327,9 @@ def epilogues(monkeypatch):
     """As if tensors were on a GPU: the (bias, residual) that were added in one pass, and f_bias of every norm."""
     seen, add, norm = [], modules.add_bias_residual_, modules.spatial_norm
     monkeypatch.setattr(modules, "runs_kernels", lambda x: True)
-    monkeypatch.setattr(modules, "add_bias_residual_", lambda x, bias, residual: (seen.append((bias, residual)), add(x, bias, residual))[1])
+    monkeypatch.setattr(
+        modules, "add_bias_residual_", lambda x, bias, residual: (seen.append((bias, residual)), add(x, bias, residual))[1]
+    )
     monkeypatch.setattr(modules, "spatial_norm", lambda *a: (seen.append(a[8]), norm(*a))[1])
     return seen
 
@@ -354,7 +377,11 @@ def test_biases_stay_where_somebody_looks(epilogues, touch):
 
 
 def test_biases_under_autocast(epilogues):
-    block, x, zq = randomize(ResnetBlock(in_channels=32, out_channels=64, zq_ch=4)), draw(2, 32, 4, 6).float(), draw(2, 4, 2, 3).float()
+    block, x, zq = (
+        randomize(ResnetBlock(in_channels=32, out_channels=64, zq_ch=4)),
+        draw(2, 32, 4, 6).float(),
+        draw(2, 4, 2, 3).float(),
+    )
     wanted = block(x, zq=zq)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         out = block(x, zq=zq)

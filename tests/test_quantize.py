@@ -95,7 +95,9 @@ USED = np.array([7, 3, 40, 11])
 @pytest.mark.parametrize("unknown_index", ["random", "extra", 2])
 def test_remap(tmp_path, as_file, sane_index_shape, unknown_index):
     np.save(tmp_path / "used.npy", USED)
-    quantizer = make(remap=tmp_path / "used.npy" if as_file else USED, unknown_index=unknown_index, sane_index_shape=sane_index_shape)
+    quantizer = make(
+        remap=tmp_path / "used.npy" if as_file else USED, unknown_index=unknown_index, sane_index_shape=sane_index_shape
+    )
     wanted = torch.tensor([[[40, 7], [3, 25]]])  # 25 is not in use
     z = quantizer.embedding(wanted).permute(0, 3, 1, 2)
     indices = quantizer(z)[2][2]
@@ -115,7 +117,9 @@ def test_codebook_entry():
     quantizer = make()
     indices = torch.randint(0, 50, (2, 3, 5), dtype=torch.int32)
     assert torch.equal(quantizer.get_codebook_entry(indices), quantizer.embedding.weight[indices])
-    assert torch.equal(quantizer.get_codebook_entry(indices, (2, 3, 5, 4)), quantizer.embedding.weight[indices].permute(0, 3, 1, 2))
+    assert torch.equal(
+        quantizer.get_codebook_entry(indices, (2, 3, 5, 4)), quantizer.embedding.weight[indices].permute(0, 3, 1, 2)
+    )
 
 
 @pytest.mark.parametrize(("indices", "error", "message"), [

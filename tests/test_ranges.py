@@ -31,7 +31,7 @@ def z():
 
 
 def seen(model, run, *more, layer_by_layer=True):
-    """The ranges of the model's layers while run runs, in order, each with its parent's name. With gradients every layer is called."""
+    """The ranges of the model's layers while run runs, in order, with their parents' names. With gradients layers are called."""
     names = {name for name, _ in model.named_modules()} | {type(model).__name__, *more}
     with profile(activities=[ProfilerActivity.CPU]) as profiler, torch.set_grad_enabled(layer_by_layer):
         run()
@@ -72,7 +72,11 @@ def test_every_layer_is_a_range_inside_its_block(decoder, z):
 def test_layers_in_strips_have_a_range_for_each_strip(decoder, z):
     with movq_ext.annotate(decoder):
         parents, names = seen(decoder, lambda: decoder(z, z), layer_by_layer=False)
-    expected = [name for name, layer in decoder.named_modules() if isinstance(layer, (movq_ext.ResnetBlock, movq_ext.AttnBlock, movq_ext.Upsample))]
+    expected = [
+        name
+        for name, layer in decoder.named_modules()
+        if isinstance(layer, (movq_ext.ResnetBlock, movq_ext.AttnBlock, movq_ext.Upsample))
+    ]
     expected += [f"{name}.{part}" for name in expected if "block" in name for part in ("norm1", "conv1", "norm2", "conv2")]
     assert {"conv_in", "norm_out", "conv_out", *expected} <= set(names)
     assert parents["up.1.block.0.norm1"] == parents["up.1.block.0.conv1"] == "up.1.block.0"

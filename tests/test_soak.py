@@ -17,8 +17,9 @@ WARM_UP = 40
 RSS_GROWTH = 24 << 20  # bytes: what the allocator may come to keep after the warm-up, whatever the number of decodes
 SIZES = [(1, 1), (3, 5), (8, 4), (6, 6), (2, 9), (7, 1)]
 LEAST = 43_008  # bytes for latents 4 wide: half of that holds less than one map of (1, 32, 48, 8)
-SETTINGS = dict(ch=32, out_ch=3, ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=(), in_channels=3, resolution=32,
-z_channels=4)
+SETTINGS = dict(
+    ch=32, out_ch=3, ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=(), in_channels=3, resolution=32, z_channels=4
+)
 
 
 def make(seed=0, **changes):
@@ -110,8 +111,9 @@ def annotated(decoder, i):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads memory and open files from /proc")
-@pytest.mark.parametrize("work", [in_strips, of_changing_size, in_files, in_half_precision, under_autocast, with_gradients,
-with_features, annotated])
+@pytest.mark.parametrize(
+    "work", [in_strips, of_changing_size, in_files, in_half_precision, under_autocast, with_gradients, with_features, annotated]
+)
 def test_decodes(work, files):
     decoder = make()
     if work is in_half_precision:

@@ -35,9 +35,12 @@ SHAPES = {
     "one-group": ((3, 24, 5, 8), 1, (5, 1)),
 }
 LAYOUTS = ("nchw", "channels_last")
-CASES = [pytest.param(*SHAPES[name], dtype, layout, offset, id=f"{name}-{str(dtype)[6:]}-{layout}{'-unaligned' * (offset > 0)}")
-         for name in SHAPES for layout in LAYOUTS
-         for dtype, offset in ((F32, 0), (BF16, 0), *(((F16, 0), (F16, 1)) if "small" in name or name == "prime" else ()))]
+CASES = [
+    pytest.param(*SHAPES[name], dtype, layout, offset, id=f"{name}-{str(dtype)[6:]}-{layout}{'-unaligned' * (offset > 0)}")
+    for name in SHAPES
+    for layout in LAYOUTS
+    for dtype, offset in ((F32, 0), (BF16, 0), *(((F16, 0), (F16, 1)) if "small" in name or name == "prime" else ()))
+]
 
 
 def float64(x):
@@ -73,7 +76,8 @@ def test_forward_and_backward_are_the_published_formula(backend, shape, groups, 
         assert is_channels_last(out) == (layout == "channels_last")
     assert_close(out, expected_forward(c, groups, 1e-6, silu))
     grads = backend.backward(c.dout, c.f, c.zq_y, c.zq_b, c.weight, c.bias, mean, rstd, groups, silu)
-    for name, grad, expected in zip(("f", "zq_y", "zq_b", "weight", "bias"), grads, expected_backward(c, groups, 1e-6, silu)):
+    wanted = expected_backward(c, groups, 1e-6, silu)
+    for name, grad, expected in zip(("f", "zq_y", "zq_b", "weight", "bias"), grads, wanted, strict=True):
         assert (grad is None) == (expected is None)
         if grad is not None:
             assert grad.shape == expected.shape
@@ -106,7 +110,9 @@ def test_f_bias_is_added_before_the_norm(backend, shape, groups, zq_size, dtype,
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape, groups", [((1, 32, 16, 16), 8), ((1, 2064, 4, 8), 2), ((1, 6, 7, 13), 2)], ids=["tile", "wide-group", "single"])
+@pytest.mark.parametrize(
+    "shape, groups", [((1, 32, 16, 16), 8), ((1, 2064, 4, 8), 2), ((1, 6, 7, 13), 2)], ids=["tile", "wide-group", "single"]
+)
 def test_a_large_f_bias_costs_no_accuracy(backend, shape, groups, layout):
     """What is lost is half a unit in the last place of the mean, 2^-15. The variance has nothing of it."""
     c = case(shape, None, F32, layout, affine=None)
@@ -127,8 +133,12 @@ BORDERED = {"small-four-by-two": ((4, 2), (2, 8)), "large-cells": ((8, 16), (2, 
 @pytest.mark.parametrize("name", BORDERED)
 def test_bordered_zq(backend, name, dtype, layout):
     cell, grid = BORDERED[name]
-    c = case((2, 16, *(size * many for size, many in zip(cell, grid, strict=True))), tuple(3 * many for many in grid), dtype, layout)
-    rows, columns = ([3 * i + part for i in range(many) for part in [0, *[1] * (size - 2), 2]] for size, many in zip(cell, grid, strict=True))
+    c = case(
+        (2, 16, *(size * many for size, many in zip(cell, grid, strict=True))), tuple(3 * many for many in grid), dtype, layout
+    )
+    rows, columns = (
+        [3 * i + part for i in range(many) for part in [0, *[1] * (size - 2), 2]] for size, many in zip(cell, grid, strict=True)
+    )
     y, b = (zq.double()[:, :, rows][:, :, :, columns] for zq in (c.zq_y, c.zq_b))
     out, _, _ = backend.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 4, 1e-6, True, bordered=True)
     assert_close(out, published.spatial_norm(c.f.double(), y, b, c.weight.double(), c.bias.double(), 4, 1e-6, "silu"))
@@ -190,8 +200,14 @@ def test_any_shape(backend, data):
     zq_size = data.draw(st.none() | st.tuples(st.integers(1, 24), st.integers(1, 24)))
     dtype, layout = data.draw(st.sampled_from([F32, BF16, F16])), data.draw(st.sampled_from(LAYOUTS))
     silu = data.draw(st.booleans())
-    c = case((data.draw(st.integers(1, 2)), channels, *size), zq_size, dtype, layout, affine=data.draw(st.sampled_from([None, F32, dtype])),
-             offset=data.draw(st.integers(0, 1)))
+    c = case(
+        (data.draw(st.integers(1, 2)), channels, *size),
+        zq_size,
+        dtype,
+        layout,
+        affine=data.draw(st.sampled_from([None, F32, dtype])),
+        offset=data.draw(st.integers(0, 1)),
+    )
     eps = 1e-2  # groups of one value have no scale of their own: their gradients are all rounding
     f_bias, sums = biased(c, data.draw(st.sampled_from([F32, dtype])))
     out, _, _ = backend.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, groups, eps, silu, f_bias)
@@ -199,7 +215,7 @@ def test_any_shape(backend, data):
     out, mean, rstd = backend.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, groups, eps, silu)
     assert_close(out, expected_forward(c, groups, eps, silu), slack=2.0)
     grads = backend.backward(c.dout, c.f, c.zq_y, c.zq_b, c.weight, c.bias, mean, rstd, groups, silu)
-    for grad, expected in zip(grads, expected_backward(c, groups, eps, silu)):
+    for grad, expected in zip(grads, expected_backward(c, groups, eps, silu), strict=True):
         if grad is not None:
             near(grad, expected)
 

@@ -105,7 +105,8 @@ def circular(decoder):
 
 
 def adapted(decoder):
-    decoder.up[0].block[0].conv2, decoder.up[1].upsample.conv = scaled(decoder.up[0].block[0].conv2), scaled(decoder.up[1].upsample.conv)
+    decoder.up[0].block[0].conv2 = scaled(decoder.up[0].block[0].conv2)
+    decoder.up[1].upsample.conv = scaled(decoder.up[1].upsample.conv)
     decoder.mid.attn_1.v, decoder.norm_out.conv_y = scaled(decoder.mid.attn_1.v), scaled(decoder.norm_out.conv_y)
 
 
@@ -152,7 +153,9 @@ def quantised(decoder):
     decoder.conv_out = nn.Sequential(decoder.conv_out, nn.Hardtanh())
 
 
-@pytest.mark.parametrize("change", [circular, adapted, patched, patched_inside, larger, hooked, other_norm, hooked_norm, patched_block, quantised])
+@pytest.mark.parametrize(
+    "change", [circular, adapted, patched, patched_inside, larger, hooked, other_norm, hooked_norm, patched_block, quantised]
+)
 def test_a_decoder_that_somebody_changed_is_called_layer_by_layer(spans, change):
     decoder, (z, zq) = make(), latents((6, 4))
     before = decoder(z, zq)
@@ -174,7 +177,9 @@ def test_convolutions_that_somebody_changed_are_called_in_strips(change):
 def test_what_hooks_keep_is_left_alone(spans):
     decoder, (z, zq), seen, kept = make(), latents((40, 4)), [], []
     conv = decoder.up[0].block[0].conv2
-    conv.register_forward_hook(lambda layer, inputs, out: (seen.extend((inputs[0], out)), kept.extend((inputs[0].clone(), out.clone())))[2:] or None)
+    conv.register_forward_hook(
+        lambda layer, inputs, out: (seen.extend((inputs[0], out)), kept.extend((inputs[0].clone(), out.clone())))[2:] or None
+    )
     decode_tiled(decoder, z, zq, max_memory=LITTLE)
     assert len(seen) > 4 and all(torch.equal(a, b) for a, b in zip(seen, kept, strict=True))
 
@@ -222,7 +227,7 @@ def test_autocast(max_memory):
 def test_a_circular_convolution_of_the_latent_is_refused():
     decoder, (z, zq) = make(add_conv=True), latents((6, 4))
     decoder.up[0].block[0].norm1.conv.padding_mode = "circular"
-    with pytest.raises(TypeError, match="padded with zeros, got .*circular.* in up.0.block.0.norm1"):
+    with pytest.raises(TypeError, match=r"padded with zeros, got .*circular.* in up.0.block.0.norm1"):
         decode_tiled(decoder, z, zq, max_memory=PLENTY)
     assert_close(decode(decoder, z, zq, None), decoder(z, zq).double(), slack=5)
 
@@ -231,15 +236,21 @@ def test_a_circular_convolution_of_the_latent_is_refused():
 def test_without_onednn(monkeypatch, onednn):
     packed, decoder, (z, zq) = [], make(), latents((6, 4))
     pack = strips.Convolution.__init__
-    monkeypatch.setattr(strips.Convolution, "__init__", lambda self, *a: (pack(self, *a), packed.append(self.packed is not None))[2:] or None)
+    monkeypatch.setattr(
+        strips.Convolution, "__init__", lambda self, *a: (pack(self, *a), packed.append(self.packed is not None))[2:] or None
+    )
     with torch.backends.mkldnn.flags(enabled=onednn):
         assert_close(decode(decoder, z, zq, None), decoder(z, zq).double(), slack=5)
     assert any(packed) == (onednn and torch.backends.mkldnn.is_available())
 
 
 @settings(max_examples=25, deadline=None)
-@given(grid=st.tuples(st.integers(1, 9), st.integers(1, 9)), zq_grid=st.tuples(st.integers(1, 9), st.integers(1, 9)), batch=st.integers(1, 2),
-       add_conv=st.booleans())  # fmt: skip
+@given(
+    grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    zq_grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    batch=st.integers(1, 2),
+    add_conv=st.booleans(),
+)
 def test_any_latent_size(grid, zq_grid, batch, add_conv):
     decoder = make(ch_mult=(1, 1), num_res_blocks=0, add_conv=add_conv)
     z, zq = latents(grid, batch, zq_grid=zq_grid)
@@ -276,23 +287,31 @@ def test_files_are_closed_when_it_fails(monkeypatch, files):
 
 def test_the_whole_model_takes_max_memory():
     torch.manual_seed(0)
-    model = MOVQ(dict(ch=32, out_ch=3, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=[], in_channels=3, resolution=16, z_channels=4,
-                      double_z=False), 16, 4).eval()
+    ddconfig = dict(ch=32, out_ch=3, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=[], in_channels=3, resolution=16,
+                    z_channels=4, double_z=False)  # fmt: skip
+    model = MOVQ(ddconfig, 16, 4).eval()
     quant = torch.randn(1, 4, 6, 5)
     assert_close(model.decode(quant, max_memory=LITTLE), model.decode(quant).double(), slack=5)
 
 
 def test_it_refuses():
     decoder, (z, zq) = make(), latents((4, 6))
-    with pytest.raises(ValueError, match=r"max_memory must be at least \d+ bytes \(1 MiB\) for z of shape \(2, 4, 4, 6\), got 1000"):
+    with pytest.raises(
+        ValueError, match=r"max_memory must be at least \d+ bytes \(1 MiB\) for z of shape \(2, 4, 4, 6\), got 1000"
+    ):
         decode_tiled(decoder, z, zq, max_memory=1000)
     with pytest.raises(ValueError, match="zq must have shape"):
         decode_tiled(decoder, z, z, max_memory=PLENTY)
     with pytest.raises(ValueError, match="decoder must be in evaluation mode"):
         decode_tiled(make(dropout=0.1).train(), z, zq, max_memory=PLENTY)
-    for change, message in ((circular, "nn.Conv2d padded with zeros, got .*circular"), (quantised, "nn.Conv2d padded with zeros, got Sequential"),
-                            (larger, r"3x3 nn.Conv2d .* got .*\(5, 5\).* in up.1.upsample"), (other_norm, "nn.GroupNorm as it is, got Trebled"),
-                            (hooked_norm, "nn.GroupNorm as it is"), (lambda decoder: setattr(decoder.mid, "block_1", nn.Identity()), "takes ResnetBlock, .* got Identity")):  # fmt: skip
+    for change, message in (
+        (circular, r"nn.Conv2d padded with zeros, got .*circular"),
+        (quantised, r"nn.Conv2d padded with zeros, got Sequential"),
+        (larger, r"3x3 nn.Conv2d .* got .*\(5, 5\).* in up.1.upsample"),
+        (other_norm, r"nn.GroupNorm as it is, got Trebled"),
+        (hooked_norm, r"nn.GroupNorm as it is"),
+        (lambda decoder: setattr(decoder.mid, "block_1", nn.Identity()), r"takes ResnetBlock, .* got Identity"),
+    ):
         changed = make()
         change(changed)
         with pytest.raises(TypeError, match=message):

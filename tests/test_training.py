@@ -15,7 +15,9 @@ from movq_ext import MOVQ, from_pretrained
 from movq_ext.training import Photographs, Trainer, TrainingConfig
 
 CPU = torch.device("cpu")
-MODEL = dict(ddconfig=dict(ch=32, out_ch=3, ch_mult=[1, 1], num_res_blocks=0, attn_resolutions=[], in_channels=3, resolution=32, z_channels=4, dropout=0.1), n_embed=32, embed_dim=4)  # fmt: skip
+DDCONFIG = dict(ch=32, out_ch=3, ch_mult=[1, 1], num_res_blocks=0, attn_resolutions=[], in_channels=3, resolution=32,
+                z_channels=4, dropout=0.1)  # fmt: skip
+MODEL = dict(ddconfig=DDCONFIG, n_embed=32, embed_dim=4)
 CONFIG = TrainingConfig(steps=12, batch_size=2, crop=8, warmup_steps=2, continuous_steps=4, restart_every=3)
 
 
@@ -65,8 +67,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder, tmp_path, amp, stop):
 
 
 def cli(folder, out, config, *more):
-    return [sys.executable, "-m", "movq_ext", "train", str(folder), "-o", str(out), "--config", str(config), "--steps", "60", "--batch-size", "2",
-            "--crop", "8", "--continuous-steps", "4", "--restart-every", "5", "--save-every", "5", "--device", "cpu", *more]  # fmt: skip
+    options = "--steps 60 --batch-size 2 --crop 8 --continuous-steps 4 --restart-every 5 --save-every 5 --device cpu".split()
+    files = [str(folder), "-o", str(out), "--config", str(config)]
+    return [sys.executable, "-m", "movq_ext", "train", *files, *options, *more]
 
 
 @pytest.fixture
@@ -90,7 +93,8 @@ def test_a_killed_run_goes_on(folder, tmp_path, config_file):
 
 
 def test_two_processes_hold_one_model(folder, tmp_path, config_file):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(20000 + os.getpid() % 20000)]
+    port = str(20000 + os.getpid() % 20000)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
     command = cli(folder, tmp_path / "out", config_file)
     subprocess.run(torchrun + command[1:], check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     state = torch.load(tmp_path / "out/training.pt", weights_only=True)
@@ -151,8 +155,13 @@ def test_refusals(folder, tmp_path):
         trainer(tmp_path, tmp_path)
     with pytest.raises(ValueError, match="crop must be a multiple of the model's downsampling 2, got 9"):
         trainer(folder, tmp_path, crop=9)
-    for name, value, message in [("steps", 0, "must be positive, got 0"), ("batch_size", -1, "must be positive"), ("learning_rate", float("nan"), "must be positive"),
-                                 ("warmup_steps", -1, "must not be negative"), ("ema_decay", 1.0, r"must be in \[0, 1\)")]:  # fmt: skip
+    for name, value, message in [
+        ("steps", 0, "must be positive, got 0"),
+        ("batch_size", -1, "must be positive"),
+        ("learning_rate", float("nan"), "must be positive"),
+        ("warmup_steps", -1, "must not be negative"),
+        ("ema_decay", 1.0, r"must be in \[0, 1\)"),
+    ]:
         with pytest.raises(ValueError, match=f"{name} {message}"):
             dataclasses.replace(CONFIG, **{name: value})
 
@@ -160,7 +169,7 @@ def test_refusals(folder, tmp_path):
 def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(folder, tmp_path):
     run = trainer(folder, tmp_path)
     run.save()
-    with pytest.raises(ValueError, match="was made with learning_rate=0.001, now 0.5; seed=0, now 3"):
+    with pytest.raises(ValueError, match=r"was made with learning_rate=0.001, now 0.5; seed=0, now 3"):
         trainer(folder, tmp_path, learning_rate=0.5, seed=3).resume()
     trainer(folder, tmp_path, steps=20).resume()
     run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:1000])

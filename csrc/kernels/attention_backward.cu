@@ -4,8 +4,8 @@
 //   with delta = sum(dout out) over a query's elements (FlashAttention-2, arXiv:2307.08691, algorithm 2).
 //
 // Every gradient has a walk of its own, over tiles that no other block adds to: no atomics, the same bits every run. That is 8
-// products of 2 N^2 size operations where 5 are counted; one walk for dk and dv would make it 7, but with both sums in registers a
-// tile has 32 rows instead of 64, and it would move twice the bytes from L2, which is what limits it.
+// products of 2 N^2 size operations where 5 are counted; one walk for dk and dv would make it 7, but with both sums in registers
+// a tile has 32 rows instead of 64, and it would move twice the bytes from L2, which is what limits it.
 #include "attention_plan.h"
 
 namespace movq {
@@ -83,7 +83,8 @@ class Gradient {
 
 // A warp a query.
 template <class T>
-__global__ void __launch_bounds__(kThreads) dot_out(Source<T> dout, Source<T> out, int64_t queries, int heads, int size, int64_t count, float* delta) {
+__global__ void __launch_bounds__(kThreads)
+    dot_out(Source<T> dout, Source<T> out, int64_t queries, int heads, int size, int64_t count, float* delta) {
   constexpr int kPer16 = Tile<T>::kPer16;
   const int64_t query = int64_t(blockIdx.x) * kWarps + warp_id();
   if (query >= count) return;
@@ -137,7 +138,8 @@ void attention_backward(const AttentionProblem& problem, const AttentionBackward
 
     const int64_t count = problem.batch * problem.heads * problem.queries;
     const Launch how = {grid("attention dot_out", ceil_div<int64_t>(count, kWarps)), kThreads};
-    launch(dot_out<T>, "attention dot_out", how, stream, dout, out, problem.queries, int(problem.heads), int(problem.size), count, delta);
+    launch(dot_out<T>, "attention dot_out", how, stream, dout, out, problem.queries, int(problem.heads), int(problem.size), count,
+           delta);
     // One after the other: they share the place for parts.
     run<T, Gradient<T, Of::q>>(plans.q, {{q, dout}, {k, v}, k}, {destination<T>(a.dq, parts), a.lse, delta}, nullptr, nullptr,
                                "attention dq", stream);

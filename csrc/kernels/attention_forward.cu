@@ -1,6 +1,6 @@
 // Attention forward: see attention_tile.cuh for the tile, its budget and what limits it. Here is the softmax, online (Milakov and
-// Gimelshein, arXiv:1805.02867; FlashAttention-2, arXiv:2307.08691): each row keeps its maximum and the sum of its weights so far.
-// The maximum is raised only when it would grow by more than 2^8: weights up to 256 are as exact as those up to 1, and the
+// Gimelshein, arXiv:1805.02867; FlashAttention-2, arXiv:2307.08691): each row keeps its maximum and the sum of its weights so
+// far. The maximum is raised only when it would grow by more than 2^8: weights up to 256 are as exact as those up to 1, and the
 // sums, 128 registers of every thread, are rescaled almost never.
 #include "attention_plan.h"
 
@@ -137,7 +137,9 @@ class Softmax {
 };
 
 template <class T>
-Plan forward_plan(const AttentionProblem& problem) { return plan<T, Softmax<T>>(problem, "attention forward"); }
+Plan forward_plan(const AttentionProblem& problem) {
+  return plan<T, Softmax<T>>(problem, "attention forward");
+}
 
 }  // namespace
 }  // namespace attention

@@ -1,5 +1,5 @@
-// Host side of attention: how a problem is cut. The number of blocks and the room for rows depend on the device, so the last bits of
-// a result may differ between devices, never between runs on one.
+// Host side of attention: how a problem is cut. The number of blocks and the room for rows depend on the device, so the last bits
+// of a result may differ between devices, never between runs on one.
 #pragma once
 
 #include <algorithm>
@@ -75,20 +75,25 @@ inline bool has_parts(const Plan& p) {
 
 // Floats behind the parts: of a block's first and last row tile.
 template <class T>
-int64_t part_rows(const Plan& p) { return has_parts(p) ? 2 * int64_t(p.blocks) * Tile<T>::kRows : 0; }
+int64_t part_rows(const Plan& p) {
+  return has_parts(p) ? 2 * int64_t(p.blocks) * Tile<T>::kRows : 0;
+}
 
 template <class T>
-Source<T> source(const Tokens& t) { return {static_cast<const T*>(t.data), t.batch_stride, t.head_stride, t.token_stride}; }
+Source<T> source(const Tokens& t) {
+  return {static_cast<const T*>(t.data), t.batch_stride, t.head_stride, t.token_stride};
+}
 
 template <class T>
 Destination<T> destination(const Tokens& t, float* parts) {
   return {static_cast<T*>(t.data), t.batch_stride, t.head_stride, t.token_stride, parts};
 }
 
-// Puts together the row tiles that blocks share, a warp a row: sum of parts, weighed by exp(part_lse - lse) where there is part_lse.
+// Puts together the row tiles that blocks share, a warp a row: sum of parts, weighed by exp(part_lse - lse) where there is
+// part_lse.
 template <class T>
-__global__ void __launch_bounds__(kThreads) combine(const __grid_constant__ Plan p, const __grid_constant__ Destination<T> to,
-                                                    const float* part_lse, float* lse) {
+__global__ void __launch_bounds__(kThreads)
+    combine(const __grid_constant__ Plan p, const __grid_constant__ Destination<T> to, const float* part_lse, float* lse) {
   constexpr int kBlocksATile = Tile<T>::kRows / kWarps;
   const int tile = blockIdx.x / kBlocksATile, row = blockIdx.x % kBlocksATile * kWarps + warp_id();
   const int first = tile * p.column_tiles, from = block_of(p, first), until = block_of(p, first + p.column_tiles - 1);

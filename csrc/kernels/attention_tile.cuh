@@ -9,20 +9,21 @@
 //   dk       keys     queries  k      q          v      dout       q      p (t - delta)
 //   dv       keys     queries  k      q                            dout   p
 //
-// The tile, for a head of 512 and 16-bit types: 64 rows, 8 warps. What 64 x 512 sums need, 128 registers of every thread, decides all
-// else. Values: warp w owns columns 64 w .. 64 w + 63 of all 64 rows, so that no value is read from shared memory twice: 8 ldmatrix.x4
-// (16 keys) for 32 mma. Scores: a warp computes 32 x 32, 4 ldmatrix.x4 for 8 mma. float: 32 rows, half of everything per row.
+// The tile, for a head of 512 and 16-bit types: 64 rows, 8 warps. What 64 x 512 sums need, 128 registers of every thread, decides
+// all else. Values: warp w owns columns 64 w .. 64 w + 63 of all 64 rows, so that no value is read from shared memory twice: 8
+// ldmatrix.x4 (16 keys) for 32 mma. Scores: a warp computes 32 x 32, 4 ldmatrix.x4 for 8 mma. float: 32 rows, half of everything
+// per row.
 // Registers: 128 for the sums, 32 for each of s and t, 24 for operands: at most 255, one block of 256 threads a multiprocessor.
-// Shared memory: the rows (66 KB an operand) stay where there is room for them; columns and values stream through a ring of stages of
-// 18 KB (128 tokens x 128 bytes of scores, or 16 tokens x 512 values); the weights take 17 KB.
+// Shared memory: the rows (66 KB an operand) stay where there is room for them; columns and values stream through a ring of
+// stages of 18 KB (128 tokens x 128 bytes of scores, or 16 tokens x 512 values); the weights take 17 KB.
 // Limits, for a tile of 64 x 128, which is 4096 mma of 16 x 8 x 16:
 //   tensor cores    2 cycles an mma on sm_80; on sm_90 about 1.6 by mma.sync (1 at wgmma's rate)
-//   shared memory   2.2 cycles an mma, counted by the emulator: 1.5 for ldmatrix, 0.5 for the copies from L2, the rest for weights
+//   shared memory   2.2 cycles an mma, counted by the emulator: 1.5 for ldmatrix, 0.5 for copies from L2, the rest for weights
 //   L2              256 KB, 64 flop a byte: 360 TFLOP/s on an H100 that reads 5.5 TB/s
-// So some 90% of an A100's tensor-core peak and 36% of an H100's are what this tile can reach at best. More takes wgmma, whose operands
-// are read from shared memory once for 4 warps, and columns that a cluster loads once for 2 blocks.
-// Blocks: (row tile, column tile) pairs are units of work in one line, of which every block takes an equal, contiguous share, so the GPU
-// is full whatever the number of tokens. A row tile that two or more blocks share is combined, in order, by a second kernel.
+// So some 90% of an A100's tensor-core peak and 36% of an H100's are what this tile can reach at best. More takes wgmma, whose
+// operands are read from shared memory once for 4 warps, and columns that a cluster loads once for 2 blocks.
+// Blocks: (row tile, column tile) pairs are units of work in one line, of which every block takes an equal, contiguous share, so
+// the GPU is full whatever the number of tokens. A row tile that blocks share is combined, in order, by a second kernel.
 #pragma once
 
 #include "attention.h"
@@ -38,23 +39,23 @@ namespace attention {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int kColumns = 128;
-constexpr int kStripe = kWarps * 8;         // columns of the values: 8 of every warp
+constexpr int kStripe = kWarps * 8;  // columns of the values: 8 of every warp
 constexpr int kStripes = kMaxHeadSize / kStripe;
-constexpr int kScorePitch = 64 + 8;         // of a score chunk, in 16-bit units; the 8 put eight rows into different banks
+constexpr int kScorePitch = 64 + 8;  // of a score chunk, in 16-bit units; the 8 put eight rows into different banks
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-constexpr int kStatistics = 5 * 64;         // floats at the start of shared memory for the passes' own use
+constexpr int kStatistics = 5 * 64;  // floats at the start of shared memory for the passes' own use
 
-using Unit = uint16_t;                      // what shared memory is counted in
+using Unit = uint16_t;  // what shared memory is counted in
 
 template <class T>
 struct Tile {
   static constexpr int kUnits = sizeof(T) / sizeof(Unit);
   static constexpr int kRows = 128 / sizeof(T);
-  static constexpr int kHeight = kRows / 16;          // mma tiles down all rows, as one warp sees them among the values
-  static constexpr int kScoreHeight = kRows / 32;     // and among the scores: two warps share the rows, four the columns
-  static constexpr int kDepth = 32 / sizeof(T);       // tokens of one product
-  static constexpr int kPer16 = 16 / sizeof(T);       // elements of one copy
+  static constexpr int kHeight = kRows / 16;       // mma tiles down all rows, as one warp sees them among the values
+  static constexpr int kScoreHeight = kRows / 32;  // and among the scores: two warps share the rows, four the columns
+  static constexpr int kDepth = 32 / sizeof(T);    // tokens of one product
+  static constexpr int kPer16 = 16 / sizeof(T);    // elements of one copy
   static constexpr int kWeightPitch = kColumns * kUnits + 8;
 };
 
@@ -74,14 +75,14 @@ struct Source {
 struct Plan {
   int rows, columns, size, heads;
   int row_tiles, column_tiles;
-  int tiles;                  // row tiles of all heads and images
-  int blocks, share, rest;    // each block takes `share` of the tiles * column_tiles units, the first `rest` blocks one more
-  int products;               // scores of one tile: 1 or 2
-  int score_chunks;           // of one product
-  int value_chunk;            // tokens of one
-  int token_step;             // whole tokens of values that the block's threads copy at once
-  int stripes;                // in the head size, rounded up to an even number
-  int residents;              // row operands that stay in shared memory
+  int tiles;                // row tiles of all heads and images
+  int blocks, share, rest;  // each block takes `share` of the tiles * column_tiles units, the first `rest` blocks one more
+  int products;             // scores of one tile: 1 or 2
+  int score_chunks;         // of one product
+  int value_chunk;          // tokens of one
+  int token_step;           // whole tokens of values that the block's threads copy at once
+  int stripes;              // in the head size, rounded up to an even number
+  int residents;            // row operands that stay in shared memory
   int resident_pitch, value_pitch;
   int weights, rows_at, stage_at, stage;  // places in shared memory, behind the statistics, and the size of a stage, in units
   int stages;
@@ -169,7 +170,8 @@ class Stream {
       uint32_t b[2][4];
 #pragma unroll
       for (int n = 0; n < 2; ++n) ldmatrix(b[n], memory_, columns + n * 16 * kScorePitch + k);
-      const Fragment<T, 2> right[4] = {Fragment<T, 2>(b[0]), Fragment<T, 2>(b[0] + 2), Fragment<T, 2>(b[1]), Fragment<T, 2>(b[1] + 2)};
+      const Fragment<T, 2> right[4] = {Fragment<T, 2>(b[0]), Fragment<T, 2>(b[0] + 2), Fragment<T, 2>(b[1]),
+                                       Fragment<T, 2>(b[1] + 2)};
 #pragma unroll
       for (int m = 0; m < Sizes::kScoreHeight; ++m) {
         uint32_t a[4];
@@ -252,10 +254,11 @@ class Stream {
 
   MOVQ_DEVICE void load_scores(const Source<T>& row, const Source<T>& column, int to, int chunk, bool resident) const {
     load_block<kColumns>(column, tile_ * kColumns, p_.columns, chunk, to, kScorePitch);
-    if (!resident) load_block<Sizes::kRows>(row, segment_.first_row * Sizes::kRows, p_.rows, chunk, to + kColumns * kScorePitch, kScorePitch);
+    if (!resident)
+      load_block<Sizes::kRows>(row, segment_.first_row * Sizes::kRows, p_.rows, chunk, to + kColumns * kScorePitch, kScorePitch);
   }
 
-  // Copies 128 bytes of each of `Count` tokens from `first` on; zeros beyond either end. A thread keeps to its 16 bytes of the 128.
+  // Copies 128 bytes of each of `Count` tokens from `first` on; zeros beyond either end. A thread keeps to 16 bytes of the 128.
   template <int Count>
   MOVQ_DEVICE void load_block(const Source<T>& source, int first, int limit, int chunk, int to, int pitch) const {
     const int token = threadIdx.x / 8, piece = threadIdx.x % 8, element = (chunk * 8 + piece) * Sizes::kPer16;
@@ -284,7 +287,9 @@ class Stream {
     }
   }
 
-  MOVQ_DEVICE void copy(int to, const T* from, bool valid) const { cp_async<8>(memory_, to, reinterpret_cast<const Unit*>(from), valid); }
+  MOVQ_DEVICE void copy(int to, const T* from, bool valid) const {
+    cp_async<8>(memory_, to, reinterpret_cast<const Unit*>(from), valid);
+  }
 
   const Plan& p_;
   const Operands<T>& operands_;
@@ -296,7 +301,9 @@ class Stream {
 
 // Which element of a tile of scores or sums a thread's registers hold: register e of mma tile (m, n).
 template <class T>
-MOVQ_DEVICE int score_row(int m, int e) { return warp_id() / 4 * 16 * Tile<T>::kScoreHeight + m * 16 + lane_id() / 4 + e / 2 * 8; }
+MOVQ_DEVICE int score_row(int m, int e) {
+  return warp_id() / 4 * 16 * Tile<T>::kScoreHeight + m * 16 + lane_id() / 4 + e / 2 * 8;
+}
 MOVQ_DEVICE int score_column(int n) { return warp_id() % 4 * 32 + n * 8 + lane_id() % 4 * 2; }
 MOVQ_DEVICE int sum_row(int m, int e) { return m * 16 + lane_id() / 4 + e / 2 * 8; }
 MOVQ_DEVICE int sum_column(const Plan& p, int n) { return (warp_id() * p.stripes + n) * 8 + lane_id() % 4 * 2; }
@@ -341,7 +348,7 @@ struct Destination {
 //   finish(sums)
 template <class T, class Pass>
 __global__ void __launch_bounds__(kThreads, 1) walk(const __grid_constant__ Plan p, const __grid_constant__ Operands<T> operands,
-                                                      const __grid_constant__ typename Pass::Arguments arguments) {
+                                                    const __grid_constant__ typename Pass::Arguments arguments) {
   const int first = first_unit(p, blockIdx.x), last = first_unit(p, blockIdx.x + 1);
   for (int unit = first; unit < last;) {
     const Segment segment(p, unit, first, last);

@@ -2,11 +2,11 @@
 //
 // Bytes: x and residual are read once and x is written once.
 // An access is V adjacent elements (16 bytes, or 1 element where alignment or sizes forbid more): V channels of one pixel in NHWC
-// (`Last`), V pixels of one channel in NCHW. A block takes a run of adjacent accesses, whatever the shape, and a thread reads the bias
-// again only where it comes to another channel.
-// Registers: at most 64 (__launch_bounds__) keep 4 blocks of 256 threads on a multiprocessor, each thread with 2 loads of x and 2 of
-// residual in flight: 64 KB, or 32 KB in small maps, where it makes one of each; latency of memory times the bandwidth is about 20 KB
-// a multiprocessor on an H100. See benchmarks/results/resources.md for what the compiler made of it.
+// (`Last`), V pixels of one channel in NCHW. A block takes a run of adjacent accesses, whatever the shape, and a thread reads the
+// bias again only where it comes to another channel.
+// Registers: at most 64 (__launch_bounds__) keep 4 blocks of 256 threads on a multiprocessor, each thread with 2 loads of x and 2
+// of residual in flight: 64 KB, or 32 KB in small maps, where it makes one of each; latency of memory times the bandwidth is
+// about 20 KB a multiprocessor on an H100. See benchmarks/results/resources.md for what the compiler made of it.
 #include "epilogue.h"
 
 #include <algorithm>
@@ -28,9 +28,9 @@ constexpr int kMostRounds = 16;          // accesses of a thread
 // channel in NCHW, which holds for all accesses of a map.
 struct Run {
   int64_t accesses;
-  int span;             // accesses of a block
+  int span;  // accesses of a block
   unsigned unit_accesses;
-  unsigned units;       // of one period: all channels
+  unsigned units;  // of one period: all channels
   bool float_bias;
 };
 

@@ -25,8 +25,8 @@ struct Axis {
 
 struct Geometry {
   int64_t batch;
-  int channels, groups, depth;  // depth: channels per group
-  int height, width, pixels;    // (1, pixels) where rows do not matter: without zq, or with one of the same grid
+  int channels, groups, depth;         // depth: channels per group
+  int height, width, pixels;           // (1, pixels) where rows do not matter: without zq, or with one of the same grid
   int zq_height, zq_width, zq_pixels;  // all 0 without zq
   Axis rows, columns;
   bool silu;
@@ -78,7 +78,7 @@ MOVQ_DEVICE int source(int dst, const Axis& a) {
 }
 
 // The first position whose source is not before `src`: source cell i is [first_dst(i), first_dst(i + 1)), which is empty where a
-// larger zq is thinned out, or between the borders of a cell of two. Division finds it up to rounding, and the rule itself decides.
+// larger zq is thinned out, or between the borders of a cell of two. Division finds it up to rounding, then the rule decides.
 MOVQ_DEVICE int first_dst(int src, const Axis& a) {
   if (src >= a.zq_size) return a.size;
   if (a.zq_size == a.size) return src;

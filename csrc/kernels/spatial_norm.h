@@ -2,9 +2,9 @@
 //
 // `up` is torch's nearest resize from zq's own resolution to f's: source = min(int(floor(dst * (float)(in / out))), in - 1).
 // With zq_height == 0 there is no zq and this is plain GroupNorm (+ SiLU). f, out, df, dout and the four zq tensors share one
-// dtype and one layout (contiguous NCHW, or contiguous NHWC when channels_last). Statistics are float32. Forward alone knows f_bias, the
-// bias of the convolution that made f, and a bordered zq: what a 3x3 convolution makes of a resized map is the same all over a cell but for
-// its borders, so three rows and columns of zq hold a cell: its first, those between, its last.
+// dtype and one layout (contiguous NCHW, or contiguous NHWC when channels_last). Statistics are float32. Forward alone knows
+// f_bias, the bias of the convolution that made f, and a bordered zq: what a 3x3 convolution makes of a resized map is the same
+// all over a cell but for its borders, so three rows and columns of zq hold a cell: its first, those between, its last.
 #pragma once
 
 #include <cstddef>
@@ -20,8 +20,8 @@ struct SpatialNormProblem {
   int64_t batch = 0, channels = 0, height = 0, width = 0;  // height * width < 2^31; the whole tensor may exceed it
   int64_t groups = 1;
   int64_t zq_height = 0, zq_width = 0;
-  DType dtype = DType::float32;         // of f and everything of its kind
-  DType param_dtype = DType::float32;   // of weight and bias: float32 or `dtype`
+  DType dtype = DType::float32;        // of f and everything of its kind
+  DType param_dtype = DType::float32;  // of weight and bias: float32 or `dtype`
   bool channels_last = false;
   bool silu = false;
   float eps = 1e-6f;
@@ -31,15 +31,15 @@ struct SpatialNormProblem {
 
 struct SpatialNormForward {
   const void* f;
-  const void* zq_y;    // null exactly when zq_height == 0
+  const void* zq_y;  // null exactly when zq_height == 0
   const void* zq_b;
   const void* weight;  // null means 1
   const void* bias;    // null means 0
   const void* f_bias;  // [channels], added to f before anything else; null means 0
   void* out;
-  float* mean;         // [batch, groups]
-  float* rstd;         // [batch, groups]
-  void* workspace;     // spatial_norm_forward_workspace() bytes
+  float* mean;      // [batch, groups]
+  float* rstd;      // [batch, groups]
+  void* workspace;  // spatial_norm_forward_workspace() bytes
 };
 
 struct SpatialNormBackward {
@@ -52,7 +52,7 @@ struct SpatialNormBackward {
   const float* mean;
   const float* rstd;
   void* df;
-  void* dzq_y;    // null exactly when zq_height == 0
+  void* dzq_y;  // null exactly when zq_height == 0
   void* dzq_b;
   void* dweight;  // [channels] in param_dtype; null when weight is
   void* dbias;    // [channels] in param_dtype; null when bias is

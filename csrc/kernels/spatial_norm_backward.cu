@@ -15,8 +15,8 @@
 //           ratio; the columns of a cell are then added from shared memory (16 KB).
 //   walk    NHWC, cells up to 64 pixels: one thread takes a cell and V channels.
 //   share   all else: one block takes a cell.
-// Registers: at most 128: 2 blocks of 256 threads on a multiprocessor, each thread with 2 loads of f and 2 of dout in flight (1 and 1
-// in the walk and share of 8 channels, and for df beside 2 of zq): 16 to 32 KB.
+// Registers: at most 128: 2 blocks of 256 threads on a multiprocessor, each thread with 2 loads of f and 2 of dout in flight (1
+// and 1 in the walk and share of 8 channels, and for df beside 2 of zq): 16 to 32 KB.
 #include "spatial_norm_plan.h"
 
 namespace movq {
@@ -94,8 +94,8 @@ MOVQ_DEVICE void finish_cell(const Geometry& g, const Arrays<T>& a, int channel,
 // --- share and walk
 
 struct Cells {
-  int count;    // in an image
-  int run;      // cells of one block: 1 when it shares a cell
+  int count;  // in an image
+  int run;    // cells of one block: 1 when it shares a cell
   int chunks;
   int stretch;  // pixels of a made-up cell
   bool share;
@@ -345,7 +345,8 @@ __global__ void __launch_bounds__(kThreads) merge_sums(Geometry g, int chunks, i
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) parameter_gradients(Geometry g, const float* channel_sums, void* dweight, void* dbias) {
+__global__ void __launch_bounds__(kThreads)
+    parameter_gradients(Geometry g, const float* channel_sums, void* dweight, void* dbias) {
   const int channel = blockIdx.x * blockDim.x + threadIdx.x;
   if (channel >= g.channels) return;
   Pair s = {};
@@ -471,9 +472,11 @@ void spatial_norm_backward(const SpatialNormProblem& p, const SpatialNormBackwar
     using T = typename decltype(type)::type;
     constexpr int V = decltype(v)::value;
     constexpr bool Last = decltype(last)::value;
+    // clang-format off
     Arrays<T> arrays = {static_cast<const T*>(a.dout), static_cast<const T*>(a.f), static_cast<const T*>(a.zq_y),
                         static_cast<const T*>(a.zq_b), a.weight, a.bias, a.mean, a.rstd, static_cast<T*>(a.df),
                         static_cast<T*>(a.dzq_y), static_cast<T*>(a.dzq_b)};
+    // clang-format on
     arrays.chunk_sums = static_cast<float*>(a.workspace);
     arrays.channel_sums = arrays.chunk_sums + 2 * g.batch * plan.chunks * g.channels;
     arrays.group_sums = arrays.channel_sums + 2 * g.batch * g.channels;
@@ -494,7 +497,8 @@ void spatial_norm_backward(const SpatialNormProblem& p, const SpatialNormBackwar
     launch(merge_sums<T>, "spatial_norm merge_sums", merge, stream, g, int(plan.chunks), inner, arrays);
     if (a.dweight || a.dbias) {
       const Launch channels = {unsigned(ceil_div(g.channels, kThreads)), kThreads};
-      launch(parameter_gradients<T>, "spatial_norm parameter_gradients", channels, stream, g, arrays.channel_sums, a.dweight, a.dbias);
+      launch(parameter_gradients<T>, "spatial_norm parameter_gradients", channels, stream, g, arrays.channel_sums, a.dweight,
+             a.dbias);
     }
     const Launch pixels = {grid("spatial_norm input_gradient", g.batch * t.tiles * t.chunks), unsigned(t.threads())};
     launch(input_gradient<T, V, Last>, "spatial_norm input_gradient", pixels, stream, g, t, arrays);

@@ -1,18 +1,18 @@
 // SpatialNorm forward in three kernels: statistics of chunks of f, their merge per (image, group), and the output.
 //
-// Bytes: f is read twice and written once. A chunk leaves 16 bytes of statistics per group behind, under 2% of all bytes where there
-// is work for 256 blocks of 4 rounds. Why not once, with f kept on chip by a cluster or a cooperative grid: up to the L2 cache (50 MB
-// on an H100; 256x256x256 in bfloat16 is 34 MB) the second read does not go to memory as it is, since the output's blocks run
-// backwards and so begin with what the statistics read last; and the largest maps cannot be kept, for one group of
+// Bytes: f is read twice and written once. A chunk leaves 16 bytes of statistics per group behind, under 2% of all bytes where
+// there is work for 256 blocks of 4 rounds. Why not once, with f kept on chip by a cluster or a cooperative grid: up to the L2
+// cache (50 MB on an H100; 256x256x256 in bfloat16 is 34 MB) the second read does not go to memory as it is, since the output's
+// blocks run backwards and so begin with what the statistics read last; and the largest maps cannot be kept, for one group of
 // 128x1024x1024 is 8 MB and a cluster of 8 blocks holds 1.8 MB. Between the two lie batches of middle-sized maps alone.
-// Blocks: the passes cut (image, group) and (image, channels) into up to 32 and 16 rounds of 256 accesses of 16 bytes, fewer where
-// that would leave fewer than 256 and 1024 blocks: 512x32x32 in bfloat16 makes 256 blocks per pass at batch 1, 128x1024x1024
-// thousands, against 32 groups.
-// A bias of f costs no pass and no addition per value: it moves the mean of a channel's values and leaves their squared distances from
-// it alone, and the output subtracts mean - bias. In NCHW this makes part statistics of 16 bytes per channel instead of per group, 0.5% of
-// all bytes for maps of 32x32 in bfloat16.
-// Registers: at most 80 (__launch_bounds__) keep 3 blocks of 256 threads on a multiprocessor, each thread with 4 (statistics) or 2
-// (output) loads of 16 bytes in flight: 24 to 48 KB, above the latency of memory times the bandwidth (about 20 KB a
+// Blocks: the passes cut (image, group) and (image, channels) into up to 32 and 16 rounds of 256 accesses of 16 bytes, fewer
+// where that would leave fewer than 256 and 1024 blocks: 512x32x32 in bfloat16 makes 256 blocks per pass at batch 1,
+// 128x1024x1024 thousands, against 32 groups.
+// A bias of f costs no pass and no addition per value: it moves the mean of a channel's values and leaves their squared distances
+// from it alone, and the output subtracts mean - bias. In NCHW this makes part statistics of 16 bytes per channel instead of per
+// group, 0.5% of all bytes for maps of 32x32 in bfloat16.
+// Registers: at most 80 (__launch_bounds__) keep 3 blocks of 256 threads on a multiprocessor, each thread with 4 (statistics) or
+// 2 (output) loads of 16 bytes in flight: 24 to 48 KB, above the latency of memory times the bandwidth (about 20 KB a
 // multiprocessor on an H100). See benchmarks/results/resources.md for what the compiler made of it.
 #include "spatial_norm_plan.h"
 
@@ -23,20 +23,21 @@ namespace {
 // Two blocks a multiprocessor keep 32 KB of loads in flight; more blocks would only leave more part results behind.
 constexpr int64_t kStatisticsBlocks = 256;
 
-// A tile (one group in NCHW, or one channel where f has a bias; whole groups side by side in NHWC) of one image as a matrix of accesses: `columns` wide, `pitch`
-// elements from row to row, its elements inside [0, extent). In NCHW a group is one run of memory, and the matrix is that run
-// folded to the width of a block. A thread keeps to its column, unless the tile is one group wider than the block.
+// A tile (one group in NCHW, or one channel where f has a bias; whole groups side by side in NHWC) of one image as a matrix of
+// accesses: `columns` wide, `pitch` elements from row to row, its elements inside [0, extent). In NCHW a group is one run of
+// memory, and the matrix is that run folded to the width of a block. A thread keeps to its column, unless the tile is one group
+// wider than the block.
 struct Statistics {
   int64_t image_stride, tile_stride, extent, pitch, chunk;
   int tiles, chunks;
-  int columns, last_columns;   // of a tile, and of the last tile, which may be smaller
-  int inner, outer;            // threads along the columns, and rows at once
+  int columns, last_columns;  // of a tile, and of the last tile, which may be smaller
+  int inner, outer;           // threads along the columns, and rows at once
   int groups, tile_groups;
-  int span;                    // moments of one group in one row
-  int column_pitch;            // of the moments in shared memory, words from column to column
+  int span;          // moments of one group in one row
+  int column_pitch;  // of the moments in shared memory, words from column to column
   int depth;
-  bool lanes_merge;            // the channels of one access belong to one group
-  bool columns_are_channels;   // NHWC: column c holds channels c * V and on of the tile
+  bool lanes_merge;           // the channels of one access belong to one group
+  bool columns_are_channels;  // NHWC: column c holds channels c * V and on of the tile
   bool float_f_bias;
   int threads, shared_bytes;
 };
@@ -87,8 +88,8 @@ MOVQ_DEVICE void store_moments(float* partial, int64_t at, const Moments& m) {
   store_vec(partial + 4 * at, Vec<float, 4>{{m.mean, m.m2, m.count, 0}});
 }
 
-// Writes the moments of every (image, group, chunk) to partial[image][group][chunk]. A group is the plan's: in NCHW one channel where
-// f has a bias.
+// Writes the moments of every (image, group, chunk) to partial[image][group][chunk]. A group is the plan's: in NCHW one channel
+// where f has a bias.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads, 3) statistics(const T* f, const void* f_bias, Statistics s, float* partial) {
   constexpr int kAhead = 4;  // loads in flight
@@ -179,7 +180,8 @@ __global__ void __launch_bounds__(kThreads, 3) statistics(const T* f, const void
 }
 
 // One block merges the chunks of one (image, group). Always in the same order, whatever order the chunks were finished in.
-__global__ void __launch_bounds__(kThreads) merge_statistics(const float* partial, int chunks, float eps, float* mean, float* rstd) {
+__global__ void __launch_bounds__(kThreads)
+    merge_statistics(const float* partial, int chunks, float eps, float* mean, float* rstd) {
   const int64_t unit = blockIdx.x;
   Moments m = {};
   for (int chunk = threadIdx.x; chunk < chunks; chunk += blockDim.x) {
@@ -195,8 +197,8 @@ __global__ void __launch_bounds__(kThreads) merge_statistics(const float* partia
 
 template <class T, int V, bool Last>
 __global__ void __launch_bounds__(kThreads, 3)
-    modulate(Geometry g, Tiling t, const T* f, const T* zq_y, const T* zq_b, const void* weight, const void* bias, const void* f_bias,
-             const float* mean, const float* rstd, T* out) {
+    modulate(Geometry g, Tiling t, const T* f, const T* zq_y, const T* zq_b, const void* weight, const void* bias,
+             const void* f_bias, const float* mean, const float* rstd, T* out) {
   using Here = Place<V, Last>;
   constexpr int kAhead = 2;
   const Here here(g, t, gridDim.x - 1 - int64_t(blockIdx.x));
@@ -265,7 +267,8 @@ void spatial_norm_forward(const SpatialNormProblem& p, const SpatialNormForward&
     using T = typename decltype(type)::type;
     constexpr int V = decltype(v)::value;
     constexpr bool Last = decltype(last)::value;
-    const Launch first = {grid("spatial_norm statistics", g.batch * s.tiles * s.chunks), unsigned(s.threads), size_t(s.shared_bytes)};
+    const Launch first = {grid("spatial_norm statistics", g.batch * s.tiles * s.chunks), unsigned(s.threads),
+                          size_t(s.shared_bytes)};
     launch(statistics<T, V>, "spatial_norm statistics", first, stream, static_cast<const T*>(a.f), a.f_bias, s, partial);
     const unsigned threads = std::min(kThreads, ceil_div(parts, kWarp) * kWarp);
     const Launch second = {grid("spatial_norm merge_statistics", g.batch * g.groups), threads, threads / kWarp * sizeof(Moments)};

@@ -33,8 +33,18 @@ CXX = os.environ.get("CXX", "g++")
 COMMON = ["-std=c++17", "-fPIC", "-g1", "-Wall", "-fno-gnu-unique", "-ffp-contract=off"]
 # The runtime is not instrumented: it alone may touch device memory, which AddressSanitizer takes for poisoned.
 RUNTIME = [*COMMON, "-O2"]
-KERNEL = [*COMMON, "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer",
-          "-Wno-unknown-pragmas", "-DMOVQ_EMULATOR", f"-I{HERE / 'include'}", f"-I{KERNELS}", f"-I{KERNELS.parent}"]
+KERNEL = [
+    *COMMON,
+    "-O1",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+    "-Wno-unknown-pragmas",
+    "-DMOVQ_EMULATOR",
+    f"-I{HERE / 'include'}",
+    f"-I{KERNELS}",
+    f"-I{KERNELS.parent}",
+]
 
 
 class EmulatorError(RuntimeError):
@@ -75,8 +85,10 @@ def build(*sources, glue=""):
     version = subprocess.run([CXX, "--version"], capture_output=True, text=True, check=True).stdout
     common = _digest(version, *(h.read_text() for h in headers))
     cache = _cache()
-    jobs = [(f"runtime_{path.stem}", path, RUNTIME, "".join(h.read_text() for h in (HERE / "runtime").glob("*.h")))
-            for path in sorted((HERE / "runtime").glob("*.cpp"))]
+    jobs = [
+        (f"runtime_{path.stem}", path, RUNTIME, "".join(h.read_text() for h in (HERE / "runtime").glob("*.h")))
+        for path in sorted((HERE / "runtime").glob("*.cpp"))
+    ]
     jobs += [(Path(path).stem, Path(path), [*KERNEL, f"-I{Path(path).resolve().parent}"], "") for path in sources]
     if glue:
         text = f'#include "export.h"\n{glue}'
@@ -118,7 +130,7 @@ def _memory(array):
         return address, 0, 0
     if any(stride < 0 for stride in strides):
         raise ValueError("negative strides")
-    return address, sum((n - 1) * stride for n, stride in zip(array.shape, strides)) + size, offset
+    return address, sum((n - 1) * stride for n, stride in zip(array.shape, strides, strict=True)) + size, offset
 
 
 def _buffers(pointers):
@@ -155,22 +167,33 @@ class Library:
         names, types = self._signature(function)
         if set(names) != set(arguments):
             raise TypeError(f"{function}() takes {', '.join(names)}; given {', '.join(arguments)}")
-        pointers = {n: (arguments[n], t == "P") for n, t in zip(names, types) if t in "rP" and arguments[n] is not None}
+        given = ((name, kind, arguments[name]) for name, kind in zip(names, types, strict=True))
+        pointers = {name: (value, kind == "P") for name, kind, value in given if kind in "rP" and value is not None}
         buffers, where = _buffers(pointers)
-        answer = self._ask({
-            "function": function, "seeds": tuple(seeds), "multiprocessors": multiprocessors, "shared_limit": shared_limit,
-            "values": [where.get(name, arguments[name]) for name in names],
-            "buffers": [("+".join(b.names), ctypes.string_at(b.address, b.size), b.offset % 256, b.writable) for b in buffers],
-        }, timeout)
+        answer = self._ask(
+            {
+                "function": function,
+                "seeds": tuple(seeds),
+                "multiprocessors": multiprocessors,
+                "shared_limit": shared_limit,
+                "values": [where.get(name, arguments[name]) for name in names],
+                "buffers": [
+                    ("+".join(b.names), ctypes.string_at(b.address, b.size), b.offset % 256, b.writable) for b in buffers
+                ],
+            },
+            timeout,
+        )
         if "error" in answer:
             raise EmulatorError(answer["error"])
-        for buffer, data in zip(buffers, answer["contents"]):
+        for buffer, data in zip(buffers, answer["contents"], strict=True):
             if buffer.writable:
                 ctypes.memmove(buffer.address, data, len(data))
         report = answer["report"]
         counters = [SimpleNamespace(**b) for b in report["buffers"]]
-        return SimpleNamespace(launches=[SimpleNamespace(**launch) for launch in report["launches"]],
-                               buffers={name: counters[i] for name, (i, _) in where.items()})
+        return SimpleNamespace(
+            launches=[SimpleNamespace(**launch) for launch in report["launches"]],
+            buffers={name: counters[i] for name, (i, _) in where.items()},
+        )
 
     def _signature(self, function):
         if function not in self.signatures:
@@ -180,13 +203,24 @@ class Library:
         return self.signatures[function]
 
     def _start(self):
-        runtime = [subprocess.run([CXX, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-                   for name in ("libasan.so", "libstdc++.so")]  # in this order: AddressSanitizer must find the C++ library's throw
-        environment = dict(os.environ, LD_PRELOAD=":".join(runtime), UBSAN_OPTIONS="print_stacktrace=1",
-                           ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0:handle_segv=1")
+        runtime = [
+            subprocess.run([CXX, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+            for name in ("libasan.so", "libstdc++.so")
+        ]  # in this order: AddressSanitizer must find the C++ library's throw
+        environment = dict(
+            os.environ,
+            LD_PRELOAD=":".join(runtime),
+            UBSAN_OPTIONS="print_stacktrace=1",
+            ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0:handle_segv=1",
+        )
         self.log = tempfile.TemporaryFile()
-        self.process = subprocess.Popen([sys.executable, "-I", "-S", str(HERE / "worker.py"), str(self.path)], env=environment,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(HERE / "worker.py"), str(self.path)],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+        )
 
     def _ask(self, question, timeout):
         if self.process is None:

@@ -48,7 +48,12 @@ BUGS = [
     ("missing_second_barrier", dict(x=X, y=Y, n=64), True, "race: shared byte"),
     ("missing_syncwarp", dict(x=X, y=Y), True, "race: shared byte|read of unwritten shared memory"),
     ("write_race", dict(y=Y, n=64), True, "race: shared byte 0 is written here and written by"),
-    ("global_bounds", dict(x=X[:63], y=Y[:63], n=63), True, "global write of 4 bytes out of bounds: at byte 252 of 'y', which has 252"),
+    (
+        "global_bounds",
+        dict(x=X[:63], y=Y[:63], n=63),
+        True,
+        "global write of 4 bytes out of bounds: at byte 252 of 'y', which has 252",
+    ),
     ("global_read_before", dict(x=X, y=Y, n=64), True, "global read of 4 bytes out of bounds: at byte -4 of 'x'"),
     ("writes_const", dict(x=X), True, "global write to 'x', which is const"),
     ("raw_pointer", dict(x=X, y=Y), True, "AddressSanitizer: use-after-poison"),
@@ -62,7 +67,12 @@ BUGS = [
     ("async_copy", dict(x=X, y=Y, threads=8), 3, "its wait is missing|race: shared byte|unwritten shared"),
     ("async_overwrite", dict(x=X, y=Y, threads=8), True, "race: shared byte|cp.async .* its wait is missing"),
     ("divergent_barrier", dict(y=Y, n=64), 1, "divergent barrier"),
-    ("divergent_barrier", dict(y=Y, n=64), 2, "divergent barrier: .* waits at __syncthreads in line .* it is at __syncthreads in line"),
+    (
+        "divergent_barrier",
+        dict(y=Y, n=64),
+        2,
+        "divergent barrier: .* waits at __syncthreads in line .* it is at __syncthreads in line",
+    ),
     ("divergent_barrier", dict(y=Y, n=64), 3, "divergent barrier"),
     ("divergent_shuffle", dict(y=Y), 1, "divergent warp: __shfl_xor_sync|deadlock"),
     ("divergent_shuffle", dict(y=Y), 2, "divergent warp: this lane is at"),
@@ -109,11 +119,17 @@ def test_a_kernel_that_never_ends_is_stopped(planted):
     planted.call("spin", y=np.ones(1, np.float32))
 
 
-@pytest.mark.parametrize("change, report", [
-    (dict(threads=1025), "1025 threads in a block"), (dict(threads=0), "0 threads in a block"), (dict(grid=0), "an empty grid"),
-    (dict(shared_bytes=227 * 1024 + 1), "bytes of shared memory"), (dict(cluster=3), "not whole clusters"),
-    (dict(grid=1024, cooperative=True), "more than fit at once"),
-])
+@pytest.mark.parametrize(
+    "change, report",
+    [
+        (dict(threads=1025), "1025 threads in a block"),
+        (dict(threads=0), "0 threads in a block"),
+        (dict(grid=0), "an empty grid"),
+        (dict(shared_bytes=227 * 1024 + 1), "bytes of shared memory"),
+        (dict(cluster=3), "not whole clusters"),
+        (dict(grid=1024, cooperative=True), "more than fit at once"),
+    ],
+)
 def test_launches_over_the_limits_are_refused_by_name(planted, change, report):
     good = dict(grid=4, threads=1024, shared_bytes=227 * 1024, cluster=2, cooperative=False)
     planted.call("shape", **good)
@@ -154,7 +170,7 @@ def test_overlapping_arguments_are_one_buffer(sound):
 
 def test_tensors_and_strided_views(sound):
     torch = pytest.importorskip("torch")
-    x, y = torch.arange(64.), torch.zeros(2, 32)
+    x, y = torch.arange(64.0), torch.zeros(2, 32)
     sound.call("strided", x=x, y=y[1], stride=2)
     assert torch.equal(y[1], x[::2]) and not y[0].any()
 
@@ -166,7 +182,9 @@ def all_values(decode):
     return decode(np.arange(65536, dtype=np.uint16))
 
 
-@pytest.mark.parametrize("kernel, decode", [("from_half", lambda b: b.view(np.float16).astype(np.float32)), ("from_bfloat", from_bfloat)])
+@pytest.mark.parametrize(
+    "kernel, decode", [("from_half", lambda b: b.view(np.float16).astype(np.float32)), ("from_bfloat", from_bfloat)]
+)
 def test_every_16_bit_value_widens_exactly(sound, kernel, decode):
     bits, y = np.arange(65536, dtype=np.uint16), emulator.empty(65536)
     sound.call(kernel, x=bits, y=y, n=65536)
@@ -174,17 +192,30 @@ def test_every_16_bit_value_widens_exactly(sound, kernel, decode):
     assert (np.signbit(y) == (bits >= 32768))[~np.isnan(y)].all()
 
 
-@pytest.mark.parametrize("kernel, decode, encode", [
-    ("to_half", lambda b: b.view(np.float16).astype(np.float32), lambda x: x.astype(np.float16).view(np.uint16)),
-    ("to_bfloat", from_bfloat, to_bfloat),
-])
+@pytest.mark.parametrize(
+    "kernel, decode, encode",
+    [
+        ("to_half", lambda b: b.view(np.float16).astype(np.float32), lambda x: x.astype(np.float16).view(np.uint16)),
+        ("to_bfloat", from_bfloat, to_bfloat),
+    ],
+)
 def test_rounding_is_to_nearest_even_around_every_16_bit_value(sound, kernel, decode, encode):
     with np.errstate(all="ignore"):
         values = all_values(decode)
         ups = np.nextafter(values, np.float32(np.inf))
         middles = ((values.astype(np.float64) + np.roll(values, -1)) / 2).astype(np.float32)  # ties, where both are finite
-        x = np.concatenate([values, ups, np.nextafter(values, np.float32(-np.inf)), middles, np.nextafter(middles, np.float32(0)),
-                            np.nextafter(middles, np.float32(np.inf)), floats(65536) * 1e5, floats(65536) * 1e-6])
+        x = np.concatenate(
+            [
+                values,
+                ups,
+                np.nextafter(values, np.float32(-np.inf)),
+                middles,
+                np.nextafter(middles, np.float32(0)),
+                np.nextafter(middles, np.float32(np.inf)),
+                floats(65536) * 1e5,
+                floats(65536) * 1e-6,
+            ]
+        )
         y = emulator.empty(x.shape, np.uint16)
         sound.call(kernel, x=x, y=y, n=x.size, seeds=(1,))
         expected = encode(x)
@@ -225,7 +256,7 @@ def test_votes(sound, threads):
     for t in range(threads):
         warp = range(t // 32 * 32, min(t // 32 * 32 + 32, threads))
         bits = [(int(x[i]) << i % 32) for i in warp]
-        peers = [bit for i, bit in zip(warp, bits) if i % 2 == t % 2]
+        peers = [bit for i, bit in zip(warp, bits, strict=True) if i % 2 == t % 2]
         assert y[t].tolist() == [sum(bits), any(bits), all(bits), sum(peers), x.sum(), x.any(), x.all(), t]
 
 
@@ -235,16 +266,19 @@ def test_moments_and_block_reductions(sound, n, threads):
     x, y = floats(n) + 1000, emulator.empty(3)
     sound.call("moments", x=x, y=y, n=n, threads=threads)
     np.testing.assert_allclose(y[:2], [x.astype(np.float64).mean(), x.astype(np.float64).var()], rtol=1e-4)
-    assert y[2] == x[: threads].max()
+    assert y[2] == x[:threads].max()
 
 
 # --- Tensor cores
 
 
-@pytest.mark.parametrize("kernel, encode, decode", [
-    ("matmul_half", lambda x: x.astype(np.float16), lambda x: x.astype(np.float64)),
-    ("matmul_bfloat", to_bfloat, lambda x: from_bfloat(x).astype(np.float64)),
-])
+@pytest.mark.parametrize(
+    "kernel, encode, decode",
+    [
+        ("matmul_half", lambda x: x.astype(np.float16), lambda x: x.astype(np.float64)),
+        ("matmul_bfloat", to_bfloat, lambda x: from_bfloat(x).astype(np.float64)),
+    ],
+)
 def test_mma_from_ldmatrix_is_a_matrix_product(sound, kernel, encode, decode):
     a, b, c = encode(floats(16, 16)), encode(floats(16, 8, seed=1)), floats(16, 8, seed=2)
     d = c.copy()
@@ -270,7 +304,7 @@ def test_ldmatrix_gives_each_lane_its_pair(sound, count, transposed):
     sound.call("matrices", x=x, y=y, count=count, transposed=transposed)
     rows = x.swapaxes(1, 2) if transposed else x
     for lane in range(32):
-        pair = rows[:, lane // 4, lane % 4 * 2:][:, :2].astype(np.uint32)
+        pair = rows[:, lane // 4, lane % 4 * 2 :][:, :2].astype(np.uint32)
         np.testing.assert_array_equal(y[lane], pair[:, 0] | pair[:, 1] << 16)
 
 
@@ -320,7 +354,7 @@ def test_indices_in_three_dimensions(sound):
 def test_sectors_and_bank_conflicts_of_strided_access(sound, stride):
     x, y = floats(32 * stride), emulator.empty(32)
     result = sound.call("strided", x=x, y=y, stride=stride)
-    launch, = result.launches
+    (launch,) = result.launches
     assert (y == x[::stride]).all()
     assert (launch.read_bytes, launch.written_bytes, launch.read_requests, launch.write_requests) == (128, 128, 1, 1)
     assert launch.read_sectors == result.buffers["x"].read_sectors == min(4 * stride, 32)
@@ -350,8 +384,20 @@ def test_nvcc_compiles_every_primitive(arch, tmp_path):
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if not nvcc:
         pytest.skip("no nvcc")
-    command = [nvcc, "-std=c++17", "-Werror", "all-warnings", f"-I{emulator.KERNELS}", f"-arch=sm_{arch}", "-Xptxas", "-v",
-               "-c", str(HERE / "every_primitive.cu"), "-o", str(tmp_path / "out.o")]
+    command = [
+        nvcc,
+        "-std=c++17",
+        "-Werror",
+        "all-warnings",
+        f"-I{emulator.KERNELS}",
+        f"-arch=sm_{arch}",
+        "-Xptxas",
+        "-v",
+        "-c",
+        str(HERE / "every_primitive.cu"),
+        "-o",
+        str(tmp_path / "out.o"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "bytes spill" not in done.stderr.replace("0 bytes spill", ""), done.stderr

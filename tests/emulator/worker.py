@@ -10,8 +10,17 @@ import pickle
 import struct
 import sys
 
-LETTERS = {"r": ctypes.c_void_p, "P": ctypes.c_void_p, "?": ctypes.c_bool, "i": ctypes.c_int32, "I": ctypes.c_uint32,
-           "q": ctypes.c_int64, "Q": ctypes.c_uint64, "f": ctypes.c_float, "d": ctypes.c_double}
+LETTERS = {
+    "r": ctypes.c_void_p,
+    "P": ctypes.c_void_p,
+    "?": ctypes.c_bool,
+    "i": ctypes.c_int32,
+    "I": ctypes.c_uint32,
+    "q": ctypes.c_int64,
+    "Q": ctypes.c_uint64,
+    "f": ctypes.c_float,
+    "d": ctypes.c_double,
+}
 
 
 class Export(ctypes.Structure):
@@ -21,8 +30,9 @@ class Export(ctypes.Structure):
 def run_once(library, call, seed):
     """One run from fresh copies of the buffers. Returns (error, report, contents of the buffers)."""
     library.emu_begin(seed, call["multiprocessors"], call["shared_limit"])
-    addresses = [library.emu_buffer(name.encode(), data, len(data), offset, writable)
-                 for name, data, offset, writable in call["buffers"]]
+    addresses = [
+        library.emu_buffer(name.encode(), data, len(data), offset, writable) for name, data, offset, writable in call["buffers"]
+    ]
     export = Export.in_dll(library, "emu_export_" + call["function"])
     types = [LETTERS[letter] for letter in export.types.decode()]
     # A pointer comes as None or (buffer, offset); anything else is a number.
@@ -45,10 +55,11 @@ def run(library, call):
             return {"error": f"{error} (seed {seed})"}
         if first is None:
             first = report, contents
-        for (name, *_), was, now in zip(call["buffers"], first[1], contents):
+        for (name, *_), was, now in zip(call["buffers"], first[1], contents, strict=True):
             if was != now:
-                return {"error": f"'{name}' depends on the order in which threads run: "
-                                 f"seeds {call['seeds'][0]} and {seed} differ"}
+                return {
+                    "error": f"'{name}' depends on the order in which threads run: seeds {call['seeds'][0]} and {seed} differ"
+                }
     return {"report": first[0], "contents": first[1]}
 
 

@@ -1,4 +1,4 @@
-"""Kernels as functions of tensors, one module for each operator: on the emulator everywhere, and on the GPU where one is present."""
+"""Kernels as functions of tensors, one module for each operator: on the emulator everywhere, on the GPU where there is one."""
 
 import emulator
 import pytest
@@ -25,3 +25,11 @@ def backends(**classes):
         return classes[request.param]()
 
     return backend
+
+
+def on_gpu(x):
+    """A copy with x's strides and its distance from a 16-byte boundary."""
+    if x is None:
+        return None
+    store = torch.empty(x.untyped_storage().nbytes() // x.element_size(), dtype=x.dtype, device="cuda")
+    return store.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(x)

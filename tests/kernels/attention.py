@@ -23,8 +23,8 @@ def _export(name):
     sides = [tokens(t) for t in SIDES[name]]
     sides.insert({"forward": 4, "backward": 5}[name], "lse")
     return f"""
-EXPORT({name}, {PROBLEM}, {", ".join(map(parameter, SIDES[name]))}, {"" if name == "forward" else "const "}float* lse, void* workspace,
-       int64_t* bytes) {{
+EXPORT({name}, {PROBLEM}, {", ".join(map(parameter, SIDES[name]))}, {"" if name == "forward" else "const "}float* lse,
+       void* workspace, int64_t* bytes) {{
   const movq::AttentionProblem p = {{batch, heads, queries, keys, size, movq::DType(dtype), scale}};
   if (workspace) {{
     movq::attention_{name}(p, {{{", ".join(sides)}, workspace}}, nullptr);
@@ -37,8 +37,10 @@ EXPORT({name}, {PROBLEM}, {", ".join(map(parameter, SIDES[name]))}, {"" if name 
 
 @functools.cache
 def library():
-    return emulator.build(*(emulator.KERNELS / f"attention_{name}.cu" for name in SIDES),
-                          glue='#include "attention.h"\n' + "".join(map(_export, SIDES)))
+    return emulator.build(
+        *(emulator.KERNELS / f"attention_{name}.cu" for name in SIDES),
+        glue='#include "attention.h"\n' + "".join(map(_export, SIDES)),
+    )
 
 
 def _arguments(tensors):
@@ -64,8 +66,18 @@ class Emulator:
 
     def _call(self, function, scale, lse, **tensors):
         batch, heads, queries, size = tensors["q"].shape
-        given = dict(_arguments(tensors), batch=batch, heads=heads, queries=queries, keys=tensors["k"].shape[2], size=size,
-                     dtype=DTYPES.index(tensors["q"].dtype), scale=scale, lse=lse, bytes=torch.zeros(1, dtype=torch.int64))
+        given = dict(
+            _arguments(tensors),
+            batch=batch,
+            heads=heads,
+            queries=queries,
+            keys=tensors["k"].shape[2],
+            size=size,
+            dtype=DTYPES.index(tensors["q"].dtype),
+            scale=scale,
+            lse=lse,
+            bytes=torch.zeros(1, dtype=torch.int64),
+        )
         library().call(function, **given, workspace=None, seeds=(0,), **self.device)
         self.workspace = int(given["bytes"])
         workspace = torch.full((max(1, self.workspace),), 0xFF, dtype=torch.uint8)
@@ -86,7 +98,8 @@ class Gpu:
         arguments = [x.cuda() if isinstance(x, torch.Tensor) else x for x in arguments]
         first, *others = ([x.cpu() for x in op(*arguments)] for _ in range(3))
         for other in others:
-            assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, other)), "not deterministic"
+            pairs = zip(first, other, strict=True)
+            assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs), "not deterministic"
         return first
 
 

@@ -5,6 +5,7 @@ import functools
 import emulator
 import torch
 
+from . import on_gpu
 from .spatial_norm import DTYPES, is_channels_last
 
 GLUE = """
@@ -31,9 +32,14 @@ class Emulator:
     def add_(self, x, bias, residual):
         """x afterwards. A residual is of x's layout, as the operator makes it."""
         batch, channels, height, width = x.shape
-        problem = {"batch": batch, "channels": channels, "pixels": height * width, "dtype": DTYPES.index(x.dtype),
-                   "channels_last": is_channels_last(x),
-                   "bias_dtype": DTYPES.index(torch.float32 if bias is None else bias.dtype)}
+        problem = {
+            "batch": batch,
+            "channels": channels,
+            "pixels": height * width,
+            "dtype": DTYPES.index(x.dtype),
+            "channels_last": is_channels_last(x),
+            "bias_dtype": DTYPES.index(torch.float32 if bias is None else bias.dtype),
+        }
         self.cost = library().call("add", **problem, x=x, bias=bias, residual=residual, seeds=self.seeds)
         return x
 
@@ -51,11 +57,3 @@ class Gpu:
         there = on_gpu(x)
         torch.ops.movq_ext.add_bias_residual_(there, on_gpu(bias), there if residual is x else on_gpu(residual))
         return there.cpu()
-
-
-def on_gpu(x):
-    """A copy with x's strides and its distance from a 16-byte boundary."""
-    if x is None:
-        return None
-    store = torch.empty(x.untyped_storage().nbytes() // x.element_size(), dtype=x.dtype, device="cuda")
-    return store.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(x)

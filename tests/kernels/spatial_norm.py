@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import emulator
 import torch
 
+from . import on_gpu
+
 PROBLEM = """int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t groups, int64_t zq_height, int64_t zq_width,
     int dtype, int param_dtype, bool channels_last, bool silu, float eps"""
 # `workspace` is null in a first call, which only asks for its size.
@@ -20,8 +22,8 @@ static void tell(int64_t* size, size_t bytes) {
   emu::copy_to_device(size, &value, sizeof value);
 }
 
-EXPORT(forward, PROBLEM, const void* f, const void* zq_y, const void* zq_b, const void* weight, const void* bias, const void* f_bias,
-       int f_bias_dtype, bool bordered, void* out, float* mean, float* rstd, void* workspace, int64_t* size) {
+EXPORT(forward, PROBLEM, const void* f, const void* zq_y, const void* zq_b, const void* weight, const void* bias,
+       const void* f_bias, int f_bias_dtype, bool bordered, void* out, float* mean, float* rstd, void* workspace, int64_t* size) {
   movq::SpatialNormProblem p = THE_PROBLEM;
   p.f_bias_dtype = movq::DType(f_bias_dtype);
   p.bordered = bordered;
@@ -30,11 +32,12 @@ EXPORT(forward, PROBLEM, const void* f, const void* zq_y, const void* zq_b, cons
   else tell(size, movq::spatial_norm_forward_workspace(p, a));
 }
 
-EXPORT(backward, PROBLEM, const void* dout, const void* f, const void* zq_y, const void* zq_b, const void* weight, const void* bias,
-       const float* mean, const float* rstd, void* df, void* dzq_y, void* dzq_b, void* dweight, void* dbias, void* workspace,
-       int64_t* size) {
+EXPORT(backward, PROBLEM, const void* dout, const void* f, const void* zq_y, const void* zq_b, const void* weight,
+       const void* bias, const float* mean, const float* rstd, void* df, void* dzq_y, void* dzq_b, void* dweight, void* dbias,
+       void* workspace, int64_t* size) {
   const movq::SpatialNormProblem p = THE_PROBLEM;
-  const movq::SpatialNormBackward a = {dout, f, zq_y, zq_b, weight, bias, mean, rstd, df, dzq_y, dzq_b, dweight, dbias, workspace};
+  const movq::SpatialNormBackward a = {dout, f, zq_y, zq_b, weight, bias, mean, rstd,
+                                       df, dzq_y, dzq_b, dweight, dbias, workspace};
   if (workspace) movq::spatial_norm_backward(p, a, nullptr);
   else tell(size, movq::spatial_norm_backward_workspace(p, a));
 }
@@ -66,9 +69,20 @@ def in_layout_of(f, x):
 def problem(f, zq_y, parameter, groups, silu, eps=0.0):
     batch, channels, height, width = f.shape
     zq_height, zq_width = (0, 0) if zq_y is None else zq_y.shape[2:]
-    return {"batch": batch, "channels": channels, "height": height, "width": width, "groups": groups, "zq_height": zq_height,
-            "zq_width": zq_width, "dtype": DTYPES.index(f.dtype), "silu": silu, "eps": eps, "channels_last": is_channels_last(f),
-            "param_dtype": DTYPES.index(torch.float32 if parameter is None else parameter.dtype)}
+    return {
+        "batch": batch,
+        "channels": channels,
+        "height": height,
+        "width": width,
+        "groups": groups,
+        "zq_height": zq_height,
+        "zq_width": zq_width,
+        "dtype": DTYPES.index(f.dtype),
+        "silu": silu,
+        "eps": eps,
+        "channels_last": is_channels_last(f),
+        "param_dtype": DTYPES.index(torch.float32 if parameter is None else parameter.dtype),
+    }
 
 
 def call(function, seeds, **arguments):
@@ -88,18 +102,42 @@ class Emulator:
         zq_y, zq_b = in_layout_of(f, zq_y), in_layout_of(f, zq_b)
         statistics = [poisoned(f, (f.shape[0], groups), torch.float32) for _ in range(2)]
         out = poisoned(f)
-        self.cost = call("forward", self.seeds, **problem(f, zq_y, weight if weight is not None else bias, groups, silu, eps), f=f,
-                         zq_y=zq_y, zq_b=zq_b, weight=weight, bias=bias, f_bias=f_bias,
-                         f_bias_dtype=DTYPES.index(torch.float32 if f_bias is None else f_bias.dtype), bordered=bordered, out=out, mean=statistics[0],
-                         rstd=statistics[1])
+        self.cost = call(
+            "forward",
+            self.seeds,
+            **problem(f, zq_y, weight if weight is not None else bias, groups, silu, eps),
+            f=f,
+            zq_y=zq_y,
+            zq_b=zq_b,
+            weight=weight,
+            bias=bias,
+            f_bias=f_bias,
+            f_bias_dtype=DTYPES.index(torch.float32 if f_bias is None else f_bias.dtype),
+            bordered=bordered,
+            out=out,
+            mean=statistics[0],
+            rstd=statistics[1],
+        )
         return out, *statistics
 
     def backward(self, dout, f, zq_y, zq_b, weight, bias, mean, rstd, groups, silu):
         zq_y, zq_b = in_layout_of(f, zq_y), in_layout_of(f, zq_b)
         grads = [None if x is None else poisoned(x) for x in (f, zq_y, zq_b, weight, bias)]
         names = ("df", "dzq_y", "dzq_b", "dweight", "dbias")
-        self.cost = call("backward", self.seeds, **problem(f, zq_y, weight if weight is not None else bias, groups, silu), dout=dout, f=f,
-                         zq_y=zq_y, zq_b=zq_b, weight=weight, bias=bias, mean=mean, rstd=rstd, **dict(zip(names, grads)))
+        self.cost = call(
+            "backward",
+            self.seeds,
+            **problem(f, zq_y, weight if weight is not None else bias, groups, silu),
+            dout=dout,
+            f=f,
+            zq_y=zq_y,
+            zq_b=zq_b,
+            weight=weight,
+            bias=bias,
+            mean=mean,
+            rstd=rstd,
+            **dict(zip(names, grads, strict=True)),
+        )
         return grads
 
 
@@ -107,19 +145,24 @@ class Gpu:
     """Runs the operators that the extension registers, several times, which must give the same bits."""
 
     def forward(self, f, zq_y, zq_b, weight, bias, groups, eps, silu, f_bias=None, bordered=False):
-        return self._repeat(torch.ops.movq_ext.spatial_norm_forward, f, zq_y, zq_b, weight, bias, groups, eps, silu, f_bias, bordered)
+        return self._repeat(
+            torch.ops.movq_ext.spatial_norm_forward, f, zq_y, zq_b, weight, bias, groups, eps, silu, f_bias, bordered
+        )
 
     def backward(self, dout, f, zq_y, zq_b, weight, bias, mean, rstd, groups, silu):
-        grads = self._repeat(torch.ops.movq_ext.spatial_norm_backward, dout, f, zq_y, zq_b, weight, bias, mean, rstd, groups, silu)
+        grads = self._repeat(
+            torch.ops.movq_ext.spatial_norm_backward, dout, f, zq_y, zq_b, weight, bias, mean, rstd, groups, silu
+        )
         given = (f, zq_y, zq_b, weight, bias)
-        return [None if x is None else grad for x, grad in zip(given, grads)]
+        return [None if x is None else grad for x, grad in zip(given, grads, strict=True)]
 
     @staticmethod
     def _repeat(op, *arguments):
-        arguments = [x.cuda() if isinstance(x, torch.Tensor) else x for x in arguments]
+        arguments = [on_gpu(x) if isinstance(x, torch.Tensor) and not x.is_cuda else x for x in arguments]
         first, *others = ([x.cpu() for x in op(*arguments)] for _ in range(3))
         for other in others:
-            assert all(torch.equal(a, b) or (a.isnan() == b.isnan()).all() for a, b in zip(first, other)), "not deterministic"
+            pairs = zip(first, other, strict=True)
+            assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs), "not deterministic"
         return first
 
 
@@ -137,8 +180,16 @@ def case(shape, zq_size, dtype, layout, *, affine=torch.float32, offset=0, seed=
         return view.permute(0, 3, 1, 2) if layout == "channels_last" else view
 
     channels = shape[1]
-    weight, bias = (None, None) if affine is None else (
-        (torch.randn(channels, generator=generator) * 0.3 + 1).to(affine), (torch.randn(channels, generator=generator) * 0.3).to(affine))
+    weight = bias = None
+    if affine is not None:
+        weight = (torch.randn(channels, generator=generator) * 0.3 + 1).to(affine)
+        bias = (torch.randn(channels, generator=generator) * 0.3).to(affine)
     zq_shape = None if zq_size is None else (shape[0], channels, *zq_size)
-    return SimpleNamespace(f=tensor(*shape, shift=0.5), zq_y=zq_shape and tensor(*zq_shape, scale=0.3, shift=1.0),
-                           zq_b=zq_shape and tensor(*zq_shape), weight=weight, bias=bias, dout=tensor(*shape))
+    return SimpleNamespace(
+        f=tensor(*shape, shift=0.5),
+        zq_y=zq_shape and tensor(*zq_shape, scale=0.3, shift=1.0),
+        zq_b=zq_shape and tensor(*zq_shape),
+        weight=weight,
+        bias=bias,
+        dout=tensor(*shape),
+    )

@@ -54,7 +54,10 @@ template <class V>
 MOVQ_DEVICE V cluster_read(unsigned address, unsigned rank) {
   constexpr int words = alignof(V) / 4;
   static_assert(words == 1 || words == 2 || words == 4, "aligned to 4, 8 or 16 bytes");
-  union { V value; unsigned word[sizeof(V) / 4]; } u = {};
+  union {
+    V value;
+    unsigned word[sizeof(V) / 4];
+  } u = {};
 #if defined(MOVQ_EMULATOR)
   for (unsigned k = 0; k < sizeof(V); k += alignof(V)) emu::cluster_read(address + k, rank, &u.word[k / 4], alignof(V));
 #elif defined(MOVQ_NO_CLUSTERS)
@@ -71,7 +74,9 @@ MOVQ_DEVICE V cluster_read(unsigned address, unsigned rank) {
       asm volatile("ld.shared::cluster.v2.u32 {%0,%1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(from + 4 * k) : "memory");
     } else {
       asm volatile("ld.shared::cluster.v4.u32 {%0,%1,%2,%3}, [%4];"
-                   : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from + 4 * k) : "memory");
+                   : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                   : "r"(from + 4 * k)
+                   : "memory");
     }
   }
 #endif

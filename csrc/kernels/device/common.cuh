@@ -18,7 +18,9 @@ MOVQ_DEVICE int lane_id() { return threadIdx.x % kWarp; }
 MOVQ_DEVICE int warp_id() { return threadIdx.x / kWarp; }  // blocks are one-dimensional wherever warps matter
 
 template <class I>
-MOVQ_HOST_DEVICE constexpr I ceil_div(I a, I b) { return (a + b - 1) / b; }
+MOVQ_HOST_DEVICE constexpr I ceil_div(I a, I b) {
+  return (a + b - 1) / b;
+}
 
 MOVQ_HOST_DEVICE bool is_aligned(const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 

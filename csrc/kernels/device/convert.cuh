@@ -37,11 +37,17 @@ MOVQ_DEVICE Vec<T, N> from_float(const Vec<float, N>& v) {
 // Two 16-bit values in one register, the first in the low half: the operands of mma.
 template <class T> MOVQ_DEVICE uint32_t pack(float low, float high);
 template <> MOVQ_DEVICE uint32_t pack<__half>(float low, float high) {
-  union { __half2 pair; uint32_t bits; } u = {__floats2half2_rn(low, high)};
+  union {
+    __half2 pair;
+    uint32_t bits;
+  } u = {__floats2half2_rn(low, high)};
   return u.bits;
 }
 template <> MOVQ_DEVICE uint32_t pack<__nv_bfloat16>(float low, float high) {
-  union { __nv_bfloat162 pair; uint32_t bits; } u = {__floats2bfloat162_rn(low, high)};
+  union {
+    __nv_bfloat162 pair;
+    uint32_t bits;
+  } u = {__floats2bfloat162_rn(low, high)};
   return u.bits;
 }
 

@@ -31,7 +31,9 @@ struct Fragment<float, N> {
 };
 
 template <class T>
-MOVQ_DEVICE void multiply(float (&d)[4], const Fragment<T, 4>& a, const Fragment<T, 2>& b) { mma_m16n8k16<T>(d, a.bits, b.bits); }
+MOVQ_DEVICE void multiply(float (&d)[4], const Fragment<T, 4>& a, const Fragment<T, 2>& b) {
+  mma_m16n8k16<T>(d, a.bits, b.bits);
+}
 
 template <>
 MOVQ_DEVICE void multiply<float>(float (&d)[4], const Fragment<float, 4>& a, const Fragment<float, 2>& b) {

@@ -27,7 +27,10 @@ MOVQ_DEVICE V global_read(const void* p) {
   return v;
 #else
   using W = typename Word<sizeof(V)>::type;
-  union { W word; V value; } u;
+  union {
+    W word;
+    V value;
+  } u;
   auto* word = static_cast<const W*>(p);
   u.word = cache == Cache::kStream ? __ldcs(word) : *word;
   return u.value;
@@ -40,7 +43,10 @@ MOVQ_DEVICE void global_write(void* p, const V& v) {
   emu::global_write(p, &v, sizeof(V));
 #else
   using W = typename Word<sizeof(V)>::type;
-  union { V value; W word; } u;
+  union {
+    V value;
+    W word;
+  } u;
   u.value = v;
   auto* word = static_cast<W*>(p);
   if (cache == Cache::kStream) __stcs(word, u.word);
@@ -51,17 +57,25 @@ MOVQ_DEVICE void global_write(void* p, const V& v) {
 }  // namespace detail
 
 template <Cache cache = Cache::kKeep, class T>
-MOVQ_DEVICE T load(const T* p) { return detail::global_read<cache, T>(p); }
+MOVQ_DEVICE T load(const T* p) {
+  return detail::global_read<cache, T>(p);
+}
 
 template <Cache cache = Cache::kKeep, class T>
-MOVQ_DEVICE void store(T* p, T v) { detail::global_write<cache>(p, v); }
+MOVQ_DEVICE void store(T* p, T v) {
+  detail::global_write<cache>(p, v);
+}
 
 // `p` must be aligned to sizeof(T) * N, which is at most 16 bytes.
 template <int N, Cache cache = Cache::kKeep, class T>
-MOVQ_DEVICE Vec<T, N> load_vec(const T* p) { return detail::global_read<cache, Vec<T, N>>(p); }
+MOVQ_DEVICE Vec<T, N> load_vec(const T* p) {
+  return detail::global_read<cache, Vec<T, N>>(p);
+}
 
 template <Cache cache = Cache::kKeep, class T, int N>
-MOVQ_DEVICE void store_vec(T* p, const Vec<T, N>& v) { detail::global_write<cache>(p, v); }
+MOVQ_DEVICE void store_vec(T* p, const Vec<T, N>& v) {
+  detail::global_write<cache>(p, v);
+}
 
 // Returns the value before the addition. Integers only: float atomics would make results depend on the schedule.
 MOVQ_DEVICE unsigned atomic_add(unsigned* p, unsigned v) {

@@ -1,7 +1,7 @@
 // Tensor-core products of one warp: d += a * b, accumulated in float. Where each lane's values lie (PTX ISA, "Matrix Fragments
 // for mma"), with row = lane / 4 and pair = lane % 4:
 //   d (16 x 8):           d[0], d[1] at (row, 2 pair), (row, 2 pair + 1); d[2], d[3] eight rows below
-//   a (16 x 16, 16 bit):  a[0] at (row, 2 pair) and the next column; a[1] eight rows below; a[2], a[3] eight columns right of those
+//   a (16 x 16, 16 bit):  a[0] at (row, 2 pair) and the next column; a[1] eight rows below; a[2], a[3] eight columns right
 //   b (16 x 8, 16 bit):   b[0] at (2 pair, row) and the next row; b[1] eight rows below
 //   a (16 x 8, tf32):     a[0] at (row, pair); a[1] eight rows below; a[2], a[3] four columns right of those
 //   b (8 x 8, tf32):      b[0] at (pair, row); b[1] four rows below
@@ -20,16 +20,14 @@ MOVQ_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint3
   emu::mma_m16n8k16(d, a, b, std::is_same<T, __half>::value);
 #else
   if constexpr (std::is_same<T, __half>::value) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   } else {
     static_assert(std::is_same<T, __nv_bfloat16>::value, "float16 or bfloat16");
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
 #endif
 }
@@ -39,10 +37,9 @@ MOVQ_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const u
 #ifdef MOVQ_EMULATOR
   emu::mma_m16n8k8_tf32(d, a, b);
 #else
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
 

@@ -7,9 +7,7 @@
 namespace movq {
 
 // Mean and variance on the way: m2 is the sum of squared distances from the mean.
-struct Moments {
-  float mean, m2, count;
-};
+struct Moments { float mean, m2, count; };
 
 // Welford: one more value.
 MOVQ_DEVICE void add(Moments& a, float x) {
@@ -41,7 +39,10 @@ struct Merge {
 template <class T>
 MOVQ_DEVICE T shuffle_down(T v, int offset) {
   static_assert(sizeof(T) % 4 == 0, "whole words");
-  union { T value; unsigned words[sizeof(T) / 4]; } u = {v};
+  union {
+    T value;
+    unsigned words[sizeof(T) / 4];
+  } u = {v};
 #pragma unroll
   for (unsigned& word : u.words) word = __shfl_down_sync(kFullWarp, word, offset);
   return u.value;
@@ -50,7 +51,10 @@ MOVQ_DEVICE T shuffle_down(T v, int offset) {
 template <class T>
 MOVQ_DEVICE T broadcast(T v, int lane = 0) {
   static_assert(sizeof(T) % 4 == 0, "whole words");
-  union { T value; unsigned words[sizeof(T) / 4]; } u = {v};
+  union {
+    T value;
+    unsigned words[sizeof(T) / 4];
+  } u = {v};
 #pragma unroll
   for (unsigned& word : u.words) word = __shfl_sync(kFullWarp, word, lane);
   return u.value;

@@ -21,9 +21,13 @@ class Shared {
 
   // The element i must lie on a multiple of N * sizeof(T) bytes, which is at most 16.
   template <int N>
-  MOVQ_DEVICE Vec<T, N> load_vec(unsigned i) const { return read<Vec<T, N>>(i); }
+  MOVQ_DEVICE Vec<T, N> load_vec(unsigned i) const {
+    return read<Vec<T, N>>(i);
+  }
   template <int N>
-  MOVQ_DEVICE void store_vec(unsigned i, const Vec<T, N>& v) const { write(i, v); }
+  MOVQ_DEVICE void store_vec(unsigned i, const Vec<T, N>& v) const {
+    write(i, v);
+  }
 
   MOVQ_DEVICE Shared slice(unsigned first, unsigned count) const { return {offset_ + first * unsigned(sizeof(T)), count}; }
 

@@ -12,8 +12,8 @@ inline __half __float2half_rn(float v) {
   const unsigned sign = u >> 16 & 0x8000;
   u &= 0x7fffffff;
   unsigned r;
-  if (u > 0x7f800000) return {0x7fff};                                   // NaN, as CUDA writes it
-  if (u >= 0x477ff000) r = 0x7c00;                                       // from 65520 on: infinity
+  if (u > 0x7f800000) return {0x7fff};                                                   // NaN, as CUDA writes it
+  if (u >= 0x477ff000) r = 0x7c00;                                                       // from 65520 on: infinity
   else if (u < 0x38800000) r = __float_as_uint(__uint_as_float(u) + 0.5f) - 0x3f000000;  // subnormal: 0.5f has their ulp, 2^-24
   else r = (u + 0xfff + (u >> 13 & 1) - 0x38000000) >> 13;
   return {static_cast<unsigned short>(sign | r)};

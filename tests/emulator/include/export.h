@@ -44,11 +44,11 @@ struct Guarded<body> {
 
 }  // namespace emu
 
-#define EXPORT(name, ...)                                                                                \
-  static void name##_body(__VA_ARGS__);                                                                  \
-  extern "C" {                                                                                           \
-  extern const emu::Export emu_export_##name;                                                            \
-  const emu::Export emu_export_##name = {#__VA_ARGS__, emu::Guarded<&name##_body>::types,                \
-                                         reinterpret_cast<void*>(&emu::Guarded<&name##_body>::call)};    \
-  }                                                                                                      \
+#define EXPORT(name, ...)                                                                             \
+  static void name##_body(__VA_ARGS__);                                                               \
+  extern "C" {                                                                                        \
+  extern const emu::Export emu_export_##name;                                                         \
+  const emu::Export emu_export_##name = {#__VA_ARGS__, emu::Guarded<&name##_body>::types,             \
+                                         reinterpret_cast<void*>(&emu::Guarded<&name##_body>::call)}; \
+  }                                                                                                   \
   static void name##_body(__VA_ARGS__)

@@ -65,7 +65,8 @@ __global__ void neighbours(float* out) {
   cluster_sync();
   const unsigned next = (cluster_rank() + 1) % cluster_size();
   const Shared<Moments> structs(0, 1);
-  store(out, cluster_load(structs, 0, next).m2 + cluster_load(mine, 0, next) + cluster_load_vec<2>(mine, 0, next)[1] + cluster_load_vec<4>(mine, 0, next)[3]);
+  store(out, cluster_load(structs, 0, next).m2 + cluster_load(mine, 0, next) + cluster_load_vec<2>(mine, 0, next)[1] +
+                 cluster_load_vec<4>(mine, 0, next)[3]);
   cluster_sync();
 }
 
@@ -78,8 +79,8 @@ __global__ void whole_grid(float* out) {
 void launch_all(const void* in, void* out, float* sums, unsigned* ticket, cudaStream_t stream) {
   const Launch small = {1, 128, 128 * 16 + 64};
   launch(halves<__half>, "halves", small, stream, static_cast<const __half*>(in), static_cast<__half*>(out), sums, ticket);
-  launch(halves<__nv_bfloat16>, "halves", small, stream, static_cast<const __nv_bfloat16*>(in),
-         static_cast<__nv_bfloat16*>(out), sums, ticket);
+  launch(halves<__nv_bfloat16>, "halves", small, stream, static_cast<const __nv_bfloat16*>(in), static_cast<__nv_bfloat16*>(out),
+         sums, ticket);
   launch(tf32, "tf32", Launch{1, 32}, stream, sums, sums);
   launch(neighbours, "neighbours", Launch{4, 32, 16, 2}, stream, sums);
   launch(whole_grid, "whole_grid", Launch{resident_blocks(whole_grid, "whole_grid", 32, 0), 32, 0, 1, true}, stream, sums);

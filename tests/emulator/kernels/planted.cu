@@ -79,7 +79,9 @@ __global__ void writes_const(const float* x, bool bug) {
 EXPORT(writes_const, const float* x, bool bug) { launch(::writes_const, "writes_const", Launch{1, 1}, nullptr, x, bug); }
 
 __global__ void raw_pointer(const float* x, float* y, bool bug) { store(y, bug ? *x : load(x)); }
-EXPORT(raw_pointer, const float* x, float* y, bool bug) { launch(::raw_pointer, "raw_pointer", Launch{1, 1}, nullptr, x, y, bug); }
+EXPORT(raw_pointer, const float* x, float* y, bool bug) {
+  launch(::raw_pointer, "raw_pointer", Launch{1, 1}, nullptr, x, y, bug);
+}
 
 __global__ void misaligned(const float* x, float* y, bool bug) { store(y, load_vec<4>(x + (bug ? 1 : 0))[0]); }
 EXPORT(misaligned, const float* x, float* y, bool bug) { launch(::misaligned, "misaligned", Launch{1, 1}, nullptr, x, y, bug); }
@@ -89,7 +91,9 @@ __global__ void misaligned_shared(float* y, bool bug) {
   for (int i = 0; i < 8; ++i) tile.store(i, float(i));
   store(y, tile.load_vec<4>(bug ? 1 : 4)[0]);
 }
-EXPORT(misaligned_shared, float* y, bool bug) { launch(::misaligned_shared, "misaligned_shared", Launch{1, 1, 32}, nullptr, y, bug); }
+EXPORT(misaligned_shared, float* y, bool bug) {
+  launch(::misaligned_shared, "misaligned_shared", Launch{1, 1, 32}, nullptr, y, bug);
+}
 
 // Past the view, though inside the block's memory; then past that too.
 __global__ void shared_view(float* y, bool bug) {
@@ -160,7 +164,9 @@ __global__ void divergent_barrier(float* y, int bug) {
   }
   store(y + threadIdx.x, 1.f);
 }
-EXPORT(divergent_barrier, float* y, int n, int bug) { launch(::divergent_barrier, "divergent_barrier", Launch{1, n}, nullptr, y, bug); }
+EXPORT(divergent_barrier, float* y, int n, int bug) {
+  launch(::divergent_barrier, "divergent_barrier", Launch{1, n}, nullptr, y, bug);
+}
 
 // bug 1: lanes that the mask names stay away. 2: lanes of one mask are at different instructions.
 __global__ void divergent_shuffle(float* y, int bug) {
@@ -222,7 +228,8 @@ EXPORT(fragment, const void* a, const void* b, float* d, bool bug) {
 }
 
 __global__ void spin(float* y) {
-  while (load(y) != 1.f) {}
+  while (load(y) != 1.f) {
+  }
 }
 EXPORT(spin, float* y) { launch(::spin, "spin", Launch{1, 1}, nullptr, y); }
 

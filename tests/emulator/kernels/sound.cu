@@ -16,17 +16,22 @@ using namespace movq;
 
 template <class T>
 __global__ void round_floats(const float* x, T* y, int n) {
-  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) store(y + i, from_float<T>(load(x + i)));
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x)
+    store(y + i, from_float<T>(load(x + i)));
 }
 template <class T>
 __global__ void widen(const T* x, float* y, int n) {
   for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) store(y + i, to_float(load(x + i)));
 }
-EXPORT(to_half, const float* x, void* y, int n) { launch(round_floats<__half>, "to_half", Launch{4, 256}, nullptr, x, static_cast<__half*>(y), n); }
+EXPORT(to_half, const float* x, void* y, int n) {
+  launch(round_floats<__half>, "to_half", Launch{4, 256}, nullptr, x, static_cast<__half*>(y), n);
+}
 EXPORT(to_bfloat, const float* x, void* y, int n) {
   launch(round_floats<__nv_bfloat16>, "to_bfloat", Launch{4, 256}, nullptr, x, static_cast<__nv_bfloat16*>(y), n);
 }
-EXPORT(from_half, const void* x, float* y, int n) { launch(widen<__half>, "from_half", Launch{4, 256}, nullptr, static_cast<const __half*>(x), y, n); }
+EXPORT(from_half, const void* x, float* y, int n) {
+  launch(widen<__half>, "from_half", Launch{4, 256}, nullptr, static_cast<const __half*>(x), y, n);
+}
 EXPORT(from_bfloat, const void* x, float* y, int n) {
   launch(widen<__nv_bfloat16>, "from_bfloat", Launch{4, 256}, nullptr, static_cast<const __nv_bfloat16*>(x), y, n);
 }
@@ -117,7 +122,9 @@ __global__ void matmul_tf32(const float* a, const float* b, float* d) {  // 16x8
   mma_m16n8k8_tf32(fd, fa, fb);
   for (int i = 0; i < 4; ++i) store(d + (row + i / 2 * 8) * 8 + member * 2 + i % 2, fd[i]);
 }
-EXPORT(matmul_tf32, const float* a, const float* b, float* d) { launch(::matmul_tf32, "matmul_tf32", Launch{1, 32}, nullptr, a, b, d); }
+EXPORT(matmul_tf32, const float* a, const float* b, float* d) {
+  launch(::matmul_tf32, "matmul_tf32", Launch{1, 32}, nullptr, a, b, d);
+}
 
 // Row r of matrix m holds x[m][r]; y[lane][m] is what each lane got.
 template <bool Transposed, int Count>
@@ -130,7 +137,9 @@ __global__ void matrices(const __half* x, uint32_t* y) {
   for (int m = 0; m < Count; ++m) store(y + lane_id() * Count + m, r[m]);
 }
 EXPORT(matrices, const void* x, unsigned* y, int count, bool transposed) {
-  auto go = [&](auto kernel) { launch(kernel, "matrices", Launch{1, 32, count * 128u}, nullptr, static_cast<const __half*>(x), y); };
+  auto go = [&](auto kernel) {
+    launch(kernel, "matrices", Launch{1, 32, count * 128u}, nullptr, static_cast<const __half*>(x), y);
+  };
   if (count == 1) transposed ? go(matrices<true, 1>) : go(matrices<false, 1>);
   if (count == 2) transposed ? go(matrices<true, 2>) : go(matrices<false, 2>);
   if (count == 4) transposed ? go(matrices<true, 4>) : go(matrices<false, 4>);

@@ -39,8 +39,8 @@ emu_switch:
 
 static void* new_context(char* stack, void (*entry)()) {
   auto top = reinterpret_cast<void**>(stack + kStackBytes);
-  *--top = nullptr;                          // where entry would return to
-  *--top = reinterpret_cast<void*>(entry);   // where the first `ret` goes
+  *--top = nullptr;                         // where entry would return to
+  *--top = reinterpret_cast<void*>(entry);  // where the first `ret` goes
   for (int i = 0; i < 6; ++i) *--top = nullptr;
   return top;
 }

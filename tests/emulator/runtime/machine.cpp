@@ -37,7 +37,8 @@ static struct Stacks {
 
   char* at(size_t i) {
     while (chunks.size() <= i / kPerChunk) {
-      void* p = mmap(nullptr, kPerChunk * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      void* p =
+          mmap(nullptr, kPerChunk * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (p == MAP_FAILED) throw std::runtime_error("no memory for the stacks of so many threads at once");
       chunks.push_back(static_cast<char*>(p));
     }
@@ -111,7 +112,8 @@ static void thread_main() {
 
 // Returns true to the last thread that arrives, once the others are woken. `wide` barriers are of more than one block.
 static bool arrive(Barrier& barrier, const char* what, int line, bool wide) {
-  if (barrier.finished) fail(std::string("divergent barrier: this thread waits at ") + place(what, line) + ", but others have returned");
+  if (barrier.finished)
+    fail(std::string("divergent barrier: this thread waits at ") + place(what, line) + ", but others have returned");
   if (barrier.waiting.empty()) {
     barrier.what = what;
     barrier.line = line;
@@ -185,7 +187,8 @@ void gather(unsigned mask, const char* what, void* argument, void (*together)(Wa
   auto it = std::find_if(warp.gatherings.begin(), warp.gatherings.end(), [&](auto& g) { return (g.mask & mask) != 0; });
   if (it == warp.gatherings.end()) {
     for (Thread* lane : warp.lanes) {
-      if (mask >> lane->lane & 1 && lane->finished) fail(std::string("divergent warp: ") + what + " names a lane that has returned");
+      if (mask >> lane->lane & 1 && lane->finished)
+        fail(std::string("divergent warp: ") + what + " names a lane that has returned");
     }
     it = warp.gatherings.insert(it, Gathering());
     it->mask = mask;
@@ -282,7 +285,9 @@ static void run_together(const Shape& shape, const std::vector<unsigned>& first_
 }
 
 static void check(const Shape& s) {
-  auto refuse = [](const std::string& why) { throw std::runtime_error(machine.launches.back().kernel + ": invalid launch: " + why); };
+  auto refuse = [](const std::string& why) {
+    throw std::runtime_error(machine.launches.back().kernel + ": invalid launch: " + why);
+  };
   const uint64_t threads = uint64_t(s.block.x) * s.block.y * s.block.z;
   if (threads == 0 || threads > kMaxThreads) refuse(std::to_string(threads) + " threads in a block");
   if (s.block.z > 64) refuse("a block deeper than 64");
@@ -311,8 +316,8 @@ void launch(const char* kernel, const Shape& shape, const std::function<void()>&
 int multiprocessors() { return machine.multiprocessors; }
 int shared_memory_limit() { return static_cast<int>(machine.shared_limit); }
 
-// As a multiprocessor fits them: 2048 threads, 32 blocks, shared memory for the largest block, of which each takes 1 KB more than it
-// asks for.
+// As a multiprocessor fits them: 2048 threads, 32 blocks, shared memory for the largest block, of which each takes 1 KB more than
+// it asks for.
 int resident_blocks(int threads, size_t shared_bytes) {
   const size_t by_memory = (machine.shared_limit + 1024) / (shared_bytes + 1024);
   return machine.multiprocessors * static_cast<int>(std::min<size_t>({by_memory, size_t(2048 / threads), 32}));

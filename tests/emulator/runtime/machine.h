@@ -42,14 +42,14 @@ struct Thread : Builtins {
   Fiber fiber;
   Block* block;
   Warp* warp;
-  unsigned lane;                // within its warp
-  uint16_t id;                  // within its cluster
+  unsigned lane;  // within its warp
+  uint16_t id;    // within its cluster
   bool finished = false;
   const char* waits_at = nullptr;  // set while suspended, with the line it is in where known
   int waits_line = 0;
-  uint32_t met[kWarp] = {};     // when this thread last was at a __syncwarp with each lane
+  uint32_t met[kWarp] = {};  // when this thread last was at a __syncwarp with each lane
   std::vector<Copy> copies;
-  int groups = 0;               // cp.async groups committed so far
+  int groups = 0;  // cp.async groups committed so far
   std::vector<Access> log;
 };
 
@@ -109,8 +109,8 @@ struct Counters {
   uint64_t read_sectors = 0, written_sectors = 0;  // 32-byte sectors, each once per warp request
   uint64_t read_requests = 0, write_requests = 0;
   uint64_t shared_requests = 0, shared_wavefronts = 0;
-  uint64_t bank_conflicts = 0;                     // wavefronts more than the requests needed
-  unsigned worst_ways = 1;                         // most wavefronts that one phase of a request took
+  uint64_t bank_conflicts = 0;  // wavefronts more than the requests needed
+  unsigned worst_ways = 1;      // most wavefronts that one phase of a request took
   uint64_t mma = 0;
 };
 

@@ -132,7 +132,9 @@ static void add_reader(Shadow& s) {
     s.readers = Shadow::kOne;
   } else {
     const Thread& one = thread_of(*self.block->cluster, s.reader);
-    const auto span = one.warp == self.warp ? Shadow::kWarpful : one.block == self.block ? Shadow::kBlockful : Shadow::kClusterful;
+    const auto span = one.warp == self.warp     ? Shadow::kWarpful
+                      : one.block == self.block ? Shadow::kBlockful
+                                                : Shadow::kClusterful;
     s.readers = std::max(s.readers, span);
   }
   s.reader = self.id;
@@ -150,7 +152,8 @@ static void read_once(Shadow& s, unsigned address) {
 }
 
 static void write_once(Shadow& s, unsigned address, Shadow::State state) {
-  if (s.state == Shadow::kInFlight) fail("write to shared byte " + std::to_string(address) + ", to which a cp.async is still under way");
+  if (s.state == Shadow::kInFlight)
+    fail("write to shared byte " + std::to_string(address) + ", to which a cp.async is still under way");
   if (s.state == Shadow::kWritten && !ordered(s.writer, s.written)) race(s, address, "written", false);
   if (!readers_ordered(s)) race(s, address, "written", true);
   s = Shadow();
@@ -180,7 +183,8 @@ static void check_shared(const Block& block, unsigned address, int bytes, const 
     fail(std::string("shared ") + what + " of " + std::to_string(bytes) + " bytes at byte " + std::to_string(address) +
          ": out of bounds of the block's " + std::to_string(block.shared.size()));
   }
-  if (address % bytes) fail(std::string("misaligned shared ") + what + " of " + std::to_string(bytes) + " bytes at byte " + std::to_string(address));
+  if (address % bytes)
+    fail(std::string("misaligned shared ") + what + " of " + std::to_string(bytes) + " bytes at byte " + std::to_string(address));
 }
 
 void check_view(unsigned first, unsigned elements, unsigned count) {
@@ -210,7 +214,8 @@ void shared_write(unsigned address, const void* from, int bytes) {
 
 void cluster_read(unsigned address, unsigned rank, void* to, int bytes) {
   Cluster& cluster = *machine.running->block->cluster;
-  if (rank >= cluster.blocks.size()) fail("a cluster of " + std::to_string(cluster.blocks.size()) + " has no block " + std::to_string(rank));
+  if (rank >= cluster.blocks.size())
+    fail("a cluster of " + std::to_string(cluster.blocks.size()) + " has no block " + std::to_string(rank));
   Block& block = *cluster.blocks[rank];
   check_shared(block, address, bytes, "read");
   if (&block != machine.running->block) {
@@ -227,7 +232,8 @@ void cp_async(unsigned to, const void* from, int bytes, bool valid) {
   Thread& self = *machine.running;
   check_shared(*self.block, to, bytes, "write");
   if (valid) check_global_read(__builtin_return_address(0), from, bytes);
-  else if (reinterpret_cast<uintptr_t>(from) % bytes) fail("misaligned source of a cp.async, which must be aligned even where it is not read");
+  else if (reinterpret_cast<uintptr_t>(from) % bytes)
+    fail("misaligned source of a cp.async, which must be aligned even where it is not read");
   for_each_byte(*self.block, to, bytes, [](Shadow& s, unsigned at) { write_once(s, at, Shadow::kInFlight); });
   log_access(__builtin_return_address(0), Kind::kSharedWrite, to, bytes);
   for (int i = 0; i < bytes; ++i) self.block->shared[to + i] = 0xff;

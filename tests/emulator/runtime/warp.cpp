@@ -58,7 +58,8 @@ void shuffle(unsigned mask, Shuffle mode, void* value, int bytes, int argument, 
       if (!has(mask, lane)) continue;
       auto& a = *static_cast<ShuffleArguments*>(lanes[lane]);
       const unsigned from = source_lane(a, lane);
-      if (!has(mask, from)) fail("shuffle: lane " + std::to_string(lane) + " reads lane " + std::to_string(from) + ", which takes no part");
+      if (!has(mask, from))
+        fail("shuffle: lane " + std::to_string(lane) + " reads lane " + std::to_string(from) + ", which takes no part");
       std::memcpy(a.value, &values[from], a.bytes);
     }
   });
@@ -105,7 +106,9 @@ void ldmatrix(uint32_t* registers, int count, bool transposed, unsigned row_addr
     for (unsigned lane = 0; lane < kWarp; ++lane) {
       auto& a = *static_cast<LdmatrixArguments*>(lanes[lane]);
       for (int m = 0; m < a.count; ++m) {
-        auto at = [&](int row, int column) -> uint32_t { return static_cast<LdmatrixArguments*>(lanes[8 * m + row])->row[column]; };
+        auto at = [&](int row, int column) -> uint32_t {
+          return static_cast<LdmatrixArguments*>(lanes[8 * m + row])->row[column];
+        };
         const int i = lane / 4, j = lane % 4 * 2;
         a.registers[m] = a.transposed ? at(j, i) | at(j + 1, i) << 16 : at(i, j) | at(i, j + 1) << 16;
       }
@@ -122,8 +125,11 @@ struct MmaArguments {
 
 // Value i of a lane's fragment, as float.
 static float half_value(const uint32_t* r, int i) { return __half2float({static_cast<unsigned short>(r[i / 2] >> i % 2 * 16)}); }
-static float bfloat_value(const uint32_t* r, int i) { return __bfloat162float({static_cast<unsigned short>(r[i / 2] >> i % 2 * 16)}); }
-static float tf32_value(const uint32_t* r, int i) { return __uint_as_float(r[i] & ~0x1fffu); }  // the rest of the bits is not used
+static float bfloat_value(const uint32_t* r, int i) {
+  return __bfloat162float({static_cast<unsigned short>(r[i / 2] >> i % 2 * 16)});
+}
+// The rest of the bits is not used.
+static float tf32_value(const uint32_t* r, int i) { return __uint_as_float(r[i] & ~0x1fffu); }
 
 // Where value i of a lane lies: row or column.
 struct K16 {
@@ -169,8 +175,10 @@ static void multiply(Arguments lanes) {
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, bool is_half) {
   need_whole_warp("mma");
   MmaArguments mine = {d, a, b};
-  if (is_half) gather(kAll, "mma.m16n8k16 of halves", &mine, [](Warp&, unsigned, Arguments lanes) { multiply<K16, half_value>(lanes); });
-  else gather(kAll, "mma.m16n8k16 of bfloats", &mine, [](Warp&, unsigned, Arguments lanes) { multiply<K16, bfloat_value>(lanes); });
+  if (is_half)
+    gather(kAll, "mma.m16n8k16 of halves", &mine, [](Warp&, unsigned, Arguments lanes) { multiply<K16, half_value>(lanes); });
+  else
+    gather(kAll, "mma.m16n8k16 of bfloats", &mine, [](Warp&, unsigned, Arguments lanes) { multiply<K16, bfloat_value>(lanes); });
 }
 
 void mma_m16n8k8_tf32(float* d, const uint32_t* a, const uint32_t* b) {
