@@ -259,7 +259,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("codes", nargs="+", type=Path, help="files that encode wrote, Parquet, WebDatasets (.tar), folders of these")
     sub.add_argument("-o", "--out", type=Path, default=Path("decoded"), help="folder to write to (%(default)s)")
     sub.add_argument("--engine", choices=["auto", "ray", "process"], default="auto",
-                     help="Ray Data, this process, or Ray if it is installed and there are several shards (%(default)s)")  # fmt: skip
+                     help="Ray Data, this process, or Ray if installed and there are several shards (%(default)s)")  # fmt: skip
     sub.add_argument("--max-memory", type=memory_size, metavar="BYTES",
                      help="of a decode, such as 500M (most of a GPU's; on a CPU what a picture needs)")  # fmt: skip
     sub.add_argument("--threads", type=int, help="of each worker (4 with Ray, else all)")

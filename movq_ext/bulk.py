@@ -154,7 +154,7 @@ def peak_values(decoder: MOVQDecoder) -> int:
     """The most values a pixel of the image that maps have at a time: a block's input, its norm, its convolution and the sum."""
     stages = enumerate(cast(Stage, stage) for stage in decoder.up)
     blocks = ((level, cast(ResnetBlock, block)) for level, stage in stages for block in stage.block)
-    return max(-(-2 * (block.in_channels + block.out_channels) // 4**level) for level, block in blocks)
+    return max(-(-2 * (block.in_channels + block.out_channels) >> 2 * level) for level, block in blocks)
 
 
 def decode_shard(shard: Shard, decoder: BatchDecoder, tell: Tell = lambda pictures: None) -> Report:
