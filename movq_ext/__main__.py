@@ -122,9 +122,9 @@ def decode(args: argparse.Namespace) -> int:
             reports.append(report)
             bar.set_postfix_str(f"{len(reports)} of {len(waiting)} shards", refresh=False)
             for reason in report.reasons:
-                tqdm.write(f"error: {printable(reason)}", file=sys.stderr)
+                tqdm.write(f"error: {printable(f'{report.source}: {reason}')}", file=sys.stderr)
             if report.rejected > len(report.reasons):
-                tqdm.write(f"error: {report.source}: {report.rejected - len(report.reasons)} more", file=sys.stderr)
+                tqdm.write(f"error: {printable(report.source)}: {report.rejected - len(report.reasons)} more", file=sys.stderr)
             if report.error:
                 tqdm.write(f"error: {printable(report.error)}", file=sys.stderr)
     decoded, present, rejected = (
@@ -132,7 +132,7 @@ def decode(args: argparse.Namespace) -> int:
     )
     failed, seconds = sum(bool(report.error) for report in reports), time.monotonic() - start
     print(f"decoded {decoded}, already there {present}, failed {rejected}")
-    if len(shards) > 1:
+    if len(shards) > 1 or not waiting:
         print(f"shards: done {len(reports) - failed}, already there {len(shards) - len(waiting)}, failed {failed}")
     print(f"{seconds:.1f} s, {decoded / max(seconds, 1e-9):.2f} images/s, {'Ray' if with_ray else 'in one process'}")
     if rejected or failed:
@@ -219,6 +219,13 @@ def memory_size(text: str) -> int:
     return size
 
 
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)  # which argparse words
+    return value
+
+
 def load_model(args: argparse.Namespace) -> MOVQ:
     return from_pretrained(args.model, device=args.device, dtype=DTYPES[args.dtype])
 
@@ -261,8 +268,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--engine", choices=["auto", "ray", "process"], default="auto",
                      help="Ray Data, this process, or Ray if installed and there are several shards (%(default)s)")  # fmt: skip
     sub.add_argument("--max-memory", type=memory_size, metavar="BYTES",
-                     help="of a decode, such as 500M (most of a GPU's; on a CPU what a picture needs)")  # fmt: skip
-    sub.add_argument("--threads", type=int, help="of each worker (4 with Ray, else all)")
+                     help="of a decode, such as 500M (most of what a GPU has free, or of the machine's for a CPU)")  # fmt: skip
+    sub.add_argument("--threads", type=positive_int, help="of each worker (4 with Ray, else all)")
 
     sub = command(train, "Train a model; run it again to go on from the last checkpoint.", model=False)
     sub.add_argument("folder", type=Path, help="photographs, searched to the bottom")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import sys
 import time
 from collections import defaultdict
@@ -29,14 +30,14 @@ from .decoder import MOVQDecoder
 from .files import printable, remove_partials, replacing
 from .images import to_image
 from .modules import ResnetBlock, Stage
-from .shards import Codebook, Sample, Shard
+from .shards import Codebook, PictureError, Sample, Shard
 
 logger = logging.getLogger(__name__)
 
-CHUNK_PIXELS = 1 << 26  # of pictures that wait for the others of their chunk
+CHUNK_BYTES = 192 << 20  # of pictures, and what goes with them, that wait for the others of their chunk
 MOST_SAMPLES = 1024  # in a chunk
 SHOWN = 10  # reasons in a report
-MEMORY_SHARE = 0.8  # of a GPU's free memory, for decodes
+MEMORY_SHARE = 0.8  # of a GPU's free memory, or of the machine's, for decodes
 Tell = Callable[[int], object]  # hears that so many pictures are done
 
 
@@ -47,8 +48,8 @@ class Settings:
     Args:
         model: see from_pretrained.
         device, dtype: of the model; a GPU, where there is one, if the device is None.
-        max_memory: bytes that a decode may take beyond weights and images. If None, most of what is free on a GPU, and on a CPU
-            what one picture needs.
+        max_memory: bytes that a decode may take beyond weights and images. If None, most of what is free on a GPU, and most of
+            the threads' share of the machine's on a CPU.
         threads: that compute on a CPU, and that encode PNGs; torch's own number if None.
     """
 
@@ -85,10 +86,8 @@ class BatchDecoder:
         self.model = from_pretrained(settings.model, device=self.device, dtype=settings.dtype)
         self.codebook = Codebook.of(self.model)
         self.threads = settings.threads or torch.get_num_threads()
-        self.max_memory = settings.max_memory
-        if self.max_memory is None and self.device.type == "cuda":
-            self.max_memory = int(MEMORY_SHARE * torch.cuda.mem_get_info(self.device)[0])
-        self._most: dict[tuple[int, int], int] = {}  # pictures of so many cells that memory was found to hold
+        self.max_memory = settings.max_memory or int(MEMORY_SHARE * memory(self.device, self.threads))
+        self._less: dict[tuple[int, int], int] = {}  # memory that pictures of so many cells have since they ran out of it
 
     def __call__(self, samples: Sequence[Sample], pool: ThreadPoolExecutor, tell: Tell) -> list[bytes | Exception]:
         """A PNG for each sample, or why there is none. ``tell`` hears of every one."""
@@ -103,11 +102,11 @@ class BatchDecoder:
         for grid, members in by_grid.items():
             while members:
                 batch = members[: self.batch_size(grid)]
+                ran_out = False
                 try:
                     images = self.decode(torch.stack([codes for i in batch if (codes := samples[i].codes) is not None]))
                 except torch.OutOfMemoryError:
-                    self._take_less(grid, len(batch))
-                    continue
+                    ran_out = True  # what is in memory is free only when the error is gone
                 except ValueError as error:  # too large for the memory even in strips
                     results.update((i, error) for i in batch)
                 else:
@@ -117,6 +116,9 @@ class BatchDecoder:
                             results[i] = pool.submit(_png, to_image(image[:, :height, :width]))
                         except ValueError as error:  # NaN
                             results[i] = error
+                if ran_out:
+                    self._take_less(grid, len(batch))
+                    continue
                 tell(len(batch))
                 del members[: len(batch)]
         found = (results[i] for i in range(len(samples)))
@@ -126,28 +128,38 @@ class BatchDecoder:
     def decode(self, codes: Tensor) -> Tensor:
         """Images ``(B, 3, H, W)`` of codes ``(B, h, w)``."""
         quantised = self.model.quantize.get_codebook_entry(codes.to(self.device), (*codes.shape, self.model.quantize.e_dim))
-        fits = self.max_memory is None or self.picture_bytes((codes.shape[1], codes.shape[2])) <= self.max_memory
-        return self.model.decode(quantised, max_memory=None if fits else self.max_memory)
+        grid = (codes.shape[1], codes.shape[2])
+        fits = self.picture_bytes(grid) <= self.room(grid)
+        return self.model.decode(quantised, max_memory=None if fits else self.room(grid))
 
     def _take_less(self, grid: tuple[int, int], pictures: int) -> None:
         """After so many pictures ran out of memory: half of them the next time, one in strips, in ever less memory."""
+        self._less[grid] = min(self.room(grid), pictures * self.picture_bytes(grid)) // 2
         torch.cuda.empty_cache()
-        if pictures > 1:
-            self._most[grid] = pictures // 2
-        else:
-            self.max_memory = min(self.max_memory or sys.maxsize, self.picture_bytes(grid)) // 2
         logger.warning("out of memory with %d pictures of %d x %d codes at once: going on with less", pictures, *grid)
+
+    def room(self, grid: tuple[int, int]) -> int:
+        """The bytes that pictures of so many cells may take. Those of other sizes do not suffer for one that has too many."""
+        return self._less.get(grid, self.max_memory)
 
     def batch_size(self, grid: tuple[int, int]) -> int:
         """How many pictures of so many cells to decode at once."""
-        if self.device.type == "cpu" or self.max_memory is None:
-            return 1
-        return self._most.get(grid) or max(1, self.max_memory // self.picture_bytes(grid))
+        return 1 if self.device.type == "cpu" else max(1, self.room(grid) // self.picture_bytes(grid))
 
     def picture_bytes(self, grid: tuple[int, int]) -> int:
         """About the most that a decode holds of maps for one picture of so many cells."""
         weight = self.model.quant_conv.weight
         return peak_values(self.model.decoder) * grid[0] * grid[1] * self.codebook.cell**2 * weight.element_size()
+
+
+def memory(device: torch.device, threads: int) -> int:
+    """Bytes for decodes on a device: what a GPU has free; of the machine's, where others work too, the share of the threads."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if not hasattr(os, "sysconf"):
+        return sys.maxsize
+    share = min(1.0, threads / (os.cpu_count() or 1))
+    return int(share * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def peak_values(decoder: MOVQDecoder) -> int:
@@ -160,11 +172,6 @@ def peak_values(decoder: MOVQDecoder) -> int:
 def decode_shard(shard: Shard, decoder: BatchDecoder, tell: Tell = lambda pictures: None) -> Report:
     """Decode what a shard has and its target lacks. What is the shard's or the disk's fault is reported, not raised."""
     report, start = Report(str(shard.source)), time.monotonic()
-    if shard.is_done():  # by a worker that died before it could say so
-        report.present = shard.pictures()
-        report.rejected = len(shard.rejects.read_text().splitlines()) if shard.rejects.exists() else 0
-        tell(report.present + report.rejected)
-        return report
     rejects: list[dict[str, str | None]] = []
     paths = {shard.rejects}
 
@@ -172,6 +179,11 @@ def decode_shard(shard: Shard, decoder: BatchDecoder, tell: Tell = lambda pictur
         rejects.append({"source": str(shard.source), "name": name, "reason": printable(reason)})
 
     try:
+        if shard.is_done():  # by a worker that died before it could say so
+            report.present = shard.pictures()
+            report.rejected = len(shard.rejects.read_text().splitlines()) if shard.rejects.exists() else 0
+            tell(report.present + report.rejected)
+            return report
         with ThreadPoolExecutor(decoder.threads) as pool, shard.writing() as write:
             for chunk in _chunks(shard.samples(decoder.codebook)):
                 paths |= {shard.path_of(sample) for sample in chunk}
@@ -179,19 +191,22 @@ def decode_shard(shard: Shard, decoder: BatchDecoder, tell: Tell = lambda pictur
                 report.present += len(chunk) - len(missing)
                 tell(len(chunk) - len(missing))
                 for sample, png in zip(missing, decoder(missing, pool, tell), strict=True):
-                    if isinstance(png, Exception):
-                        reject(sample.name, str(png))
-                    else:
+                    try:
+                        if isinstance(png, Exception):
+                            raise PictureError(str(png)) from png
                         write(sample, png)
                         report.decoded += 1
+                    except PictureError as error:
+                        reject(sample.name, str(error))
             _write_rejects(shard, rejects)  # before the pictures take their name: who finds them knows what is missing
         report.rejected = len(rejects)
         report.reasons = [f"{one['name']}: {one['reason']}" for one in rejects[:SHOWN]]
         remove_partials(paths)
     except (OSError, ValueError) as error:
-        report.decoded, report.error = 0, printable(str(error))
+        reason = str(error) if report.source in str(error) else f"{report.source}: {error}"
+        report.decoded, report.error = 0, printable(reason)
         rejects = []
-        reject(None, str(error))
+        reject(None, reason)
         with suppress(OSError):
             _write_rejects(shard, rejects)
     report.seconds = time.monotonic() - start
@@ -206,15 +221,15 @@ def run_in_process(shards: Iterable[Shard], settings: Settings, tell: Tell) -> I
 
 
 def _chunks(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
-    """Samples together that are decoded together, in the memory that CHUNK_PIXELS of pictures take."""
+    """Samples together that are decoded together, in CHUNK_BYTES and what the last one takes."""
     chunk: list[Sample] = []
-    pixels = 0
+    size = 0
     for sample in samples:
         chunk.append(sample)
-        pixels += sample.size[0] * sample.size[1]
-        if pixels >= CHUNK_PIXELS or len(chunk) == MOST_SAMPLES:
+        size += 3 * sample.size[0] * sample.size[1] + sample.rest_bytes
+        if size >= CHUNK_BYTES or len(chunk) == MOST_SAMPLES:
             yield chunk
-            chunk, pixels = [], 0
+            chunk, size = [], 0
     if chunk:
         yield chunk
 

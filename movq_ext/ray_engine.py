@@ -66,7 +66,10 @@ def run_with_ray(shards: Sequence[Shard], settings: Settings, tell: Tell) -> Ite
 
     There is a worker for every GPU or, without, for every ``settings.threads`` cores. ``tell`` hears of every shard's pictures.
     """
-    import ray
+    try:
+        import ray.data
+    except ImportError as error:
+        raise ValueError("workers need Ray Data: pip install 'movq_ext[ray]'") from error
 
     from_pretrained(settings.model)  # what may be wrong with it is said here, and not by every worker
     ours = not ray.is_initialized()
@@ -80,21 +83,25 @@ def run_with_ray(shards: Sequence[Shard], settings: Settings, tell: Tell) -> Ite
 
 
 def _run(ray: Any, shards: Sequence[Shard], settings: Settings, tell: Tell) -> Iterator[Report]:
-    resources = ray.cluster_resources()
-    cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
-    if settings.device == "cpu":
-        gpus = 0
-    cores = min(settings.threads or CORES, max(1, cpus // max(1, gpus)))
-    workers = min(len(shards), gpus or max(1, cpus // cores))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = 0 if settings.device == "cpu" else int(sum(node.get("GPU", 0) for node in nodes))
+    if settings.device is not None and settings.device != "cpu" and not gpus:
+        raise ValueError(f"device must be one that Ray's cluster has, got {settings.device!r} and a cluster without GPUs")
+    # A worker's cores are those of one machine.
+    most = [int(node.get("CPU", 0) // max(1, node.get("GPU", 0))) for node in nodes if not gpus or node.get("GPU", 0)]
+    cores = min(settings.threads or CORES, max(1, min(most) if gpus else max(most)))
+    workers = min(len(shards), gpus or max(1, sum(cpus // cores for cpus in most)))
     logger.info("%d workers with %d cores%s", workers, cores, " and a GPU each" if gpus else "")
 
     ray.data.DataContext.get_current().enable_progress_bars = False  # whoever called has one
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     attempts = ray.remote(num_cpus=0)(Attempts).remote()
+    # Workers have another working directory.
+    settings = replace(settings, model=settings.model.resolve(), device="cuda" if gpus else "cpu", threads=cores)
     rows = [{"source": str(shard.source.resolve()), "target": str(shard.target.resolve())} for shard in shards]
     reports = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Worker,
-        fn_constructor_args=[replace(settings, device="cuda" if gpus else "cpu", threads=cores), attempts],
+        fn_constructor_args=[settings, attempts],
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
         num_cpus=cores,

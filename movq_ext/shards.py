@@ -35,16 +35,21 @@ from .codes import CodeFile, codebook_id, name_problem
 from .files import parse_json, printable, refusing, replacing, require_file
 
 CODEBOOK_KEY = b"movq_ext.codebook"  # in the metadata of a Parquet file: whose codes these are, if it says so
-COLUMNS = ("name", "codes", "height", "width")  # those that say something to us
+COLUMNS = ("name", "height", "width")  # those that say something to us, besides the codes
 ROWS = 256  # read at a time
 BUFFER_BYTES = 32 << 20  # of pictures, until they are written as one group of rows
-MOST_MEMBER = 256 << 20  # bytes of one file in a WebDataset
+MOST_SAMPLE = 256 << 20  # bytes of one sample of a WebDataset
 TAR_END = 1024  # bytes, zeros
 MOST_SIDE = 1 << 20  # pixels
+MOST_PIXELS = 1 << 28  # of one picture: a small file can ask for far larger ones
 
 
 class ShardError(ValueError):
     """The file is damaged, or no shard."""
+
+
+class PictureError(ValueError):
+    """One picture cannot be written: its name is too long, say."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,8 @@ class Codebook:
         elif not all(type(pixels) is int and 0 < pixels <= MOST_SIDE for pixels in size):
             found = printable(f"{height!r} and {width!r}", 100)
             raise ValueError(f"height and width must be whole numbers from 1 to {MOST_SIDE}, got {found}")
+        if height * width > MOST_PIXELS:
+            raise ValueError(f"a picture of {height} x {width} (height x width) has more than {MOST_PIXELS} pixels")
         rows, columns = -(-height // self.cell), -(-width // self.cell)
         if codes.shape not in ((rows, columns), (rows * columns,)):
             raise ValueError(f"a picture of {height} x {width} (height x width) has {rows} x {columns} codes, got {codes.shape}")
@@ -98,6 +105,7 @@ class Sample:
         size: (height, width) of the picture in pixels.
         problem: why it cannot be decoded.
         rest: what else the shard has of it.
+        rest_bytes: that it takes.
     """
 
     name: str
@@ -105,6 +113,7 @@ class Sample:
     size: tuple[int, int] = (0, 0)
     problem: str = ""
     rest: Any = None
+    rest_bytes: int = 0
 
 
 Write = Callable[[Sample, bytes], None]  # a sample's picture as PNG
@@ -130,7 +139,7 @@ class Shard(ABC):
 
     def is_done(self) -> bool:
         """Whether all its pictures are there, as far as can be told without reading it."""
-        return self.target.exists()
+        return self.target.is_file()
 
     def count(self) -> int | None:
         """How many samples it has; None where that takes reading all of it, or it cannot be read."""
@@ -181,13 +190,17 @@ class ParquetShard(Shard):
             count = 0
             for batch in _refused(file.iter_batches(ROWS), self.source):
                 rest = batch.drop_columns(["codes"])
+                rest_bytes = rest.nbytes // max(1, batch.num_rows)
+                known = [name for name in COLUMNS if name in batch.schema.names]
                 for row in range(batch.num_rows):
-                    columns = {name: batch[name][row] for name in COLUMNS if name in batch.schema.names}
-                    name = columns["name"].as_py() if "name" in columns else None
-                    sample = Sample(f"row {count}" if name is None else str(name), rest=rest.slice(row, 1))
+                    sample = Sample(f"row {count}", rest=rest.slice(row, 1), rest_bytes=rest_bytes)
                     try:
-                        height, width = (columns[side].as_py() if side in columns else None for side in ("height", "width"))
-                        sample.codes, sample.size = codebook.grid(_array(columns["codes"]), (height, width))
+                        with refusing(ShardError, "the row cannot be read"):
+                            values = {name: batch[name][row].as_py() for name in known}
+                            if values.get("name") is not None:
+                                sample.name = str(values["name"])
+                            codes = _array(batch["codes"][row])
+                        sample.codes, sample.size = codebook.grid(codes, (values.get("height"), values.get("width")))
                     except ValueError as error:
                         sample.problem = str(error)
                     yield sample
@@ -242,34 +255,48 @@ class WebDatasetShard(Shard):
 
     def samples(self, codebook: Codebook) -> Iterator[Sample]:
         require_file(self.source)
-        self._require_end()
-        with refusing(ShardError, f"{self.source} is damaged or no tar file"):
-            tar = tarfile.open(self.source, "r|*")
+        with refusing(ShardError, f"{self.source} is damaged or no tar file (one that is compressed is not read)"):
+            tar = tarfile.open(self.source, "r:")
         with tar:
+            self._require_whole(tar)
+            seen: set[str] = set()
             for key, members in groupby(_refused(_members(tar), self.source), key=lambda member: member[0]):
                 files = [(extension, data) for _, extension, data in members]
-                sample = Sample(key, rest=dict(files))
+                sample = Sample(key, rest=dict(files), rest_bytes=sum(len(data) for _, data in files))
                 try:
+                    if key in seen:
+                        raise ValueError("a sample of this name came before: the files of one must follow each other")
                     if len(sample.rest) < len(files):
                         found = printable(str([extension for extension, _ in files]), 200)
                         raise ValueError(f"a file of the sample comes twice: {found}")
                     self._decipher(sample, codebook)
                 except ValueError as error:
                     sample.problem = str(error)
+                seen.add(key)
                 yield sample
 
-    def _require_end(self) -> None:
-        """A tar file ends in zeros. tarfile does not miss them, nor what a file that was cut short lacks before them."""
-        with open(self.source, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - TAR_END))
-            if file.read() != bytes(TAR_END):
-                raise ShardError(f"{self.source} is damaged: it has not the end of a tar file")
+    def _require_whole(self, tar: tarfile.TarFile) -> None:
+        """Zeros follow the last member, TAR_END or more, and nothing else: tarfile takes all that it cannot read for the end."""
+        with refusing(ShardError, f"{self.source} is damaged"):
+            place = -1
+            for member in tar:
+                if member.offset <= place:  # a size below zero, which some versions of tarfile follow for ever
+                    raise ShardError(f"{self.source} is damaged: a member lies before the one it follows")
+                place = member.offset
+            size = zeros = 0
+            with open(self.source, "rb") as file:
+                file.seek(tar.offset)
+                while block := file.read(1 << 20):
+                    size, zeros = size + len(block), zeros + block.count(0)
+        if size < TAR_END or zeros < size:
+            found = len(tar.getmembers())
+            raise ShardError(f"{self.source} is damaged: it has not the end of a tar file after its {found} members")
 
     def _decipher(self, sample: Sample, codebook: Codebook) -> None:
         if (problem := name_problem(sample.name)) is not None:
             raise ValueError(problem)
-        if None in sample.rest.values():
-            raise ValueError(f"a file of the sample has more than {MOST_MEMBER} bytes")
+        if problems := [data for data in sample.rest.values() if isinstance(data, str)]:
+            raise ValueError(problems[0])
         if "npy" not in sample.rest or "png" in sample.rest:
             raise ValueError(f"a sample must have a .npy and no .png, got {printable(str(sorted(sample.rest)), 200)}")
         with refusing(ShardError, "the .npy cannot be read"):
@@ -326,7 +353,7 @@ class CodeFileShard(Shard):
         return self.target / str(sample.rest)
 
     def has(self, sample: Sample) -> bool:
-        return self.path_of(sample).exists()
+        return os.path.exists(self.path_of(sample))  # which no name is too long for
 
     def samples(self, codebook: Codebook) -> Iterator[Sample]:
         file = CodeFile.load(self.source)
@@ -343,9 +370,10 @@ class CodeFileShard(Shard):
     def writing(self) -> Iterator[Write]:
         def write(sample: Sample, png: bytes) -> None:
             path = self.path_of(sample)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as partial:
-                partial.write_bytes(png)
+            with refusing(PictureError, "it cannot be written"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(path) as partial:
+                    partial.write_bytes(png)
 
         yield write
 
@@ -355,6 +383,8 @@ KINDS: dict[str, type[Shard]] = {kind.suffix: kind for kind in (ParquetShard, We
 
 def find_shards(inputs: Iterable[Path], out: Path) -> list[Shard]:
     """The shards among files and folders, which are searched to the bottom; the pictures go to the same places below ``out``.
+
+    In folders what begins with a dot or _ is passed over, as are links to folders: they may lead round in a circle.
 
     The pictures of a safetensors file that is named itself lie in ``out``, those of one in a folder in a folder of its name.
 
@@ -375,7 +405,7 @@ def find_shards(inputs: Iterable[Path], out: Path) -> list[Shard]:
         if path.is_dir():
             if out.resolve().is_relative_to(path.resolve()):
                 raise ValueError(f"the output {out} lies in the input {path}: another run would take the pictures for codes")
-            files = sorted(file for file in path.rglob("[!._]*") if file.suffix.lower() in KINDS and file.is_file())
+            files = sorted(file for file in _walk(path) if file.suffix.lower() in KINDS)
             if not files:
                 raise ValueError(f"{path} holds no shards ({', '.join(KINDS)})")
             for file in files:
@@ -391,6 +421,17 @@ def find_shards(inputs: Iterable[Path], out: Path) -> list[Shard]:
     return list(found.values())
 
 
+def _walk(folder: Path) -> Iterator[Path]:
+    """Every file below a folder. Raises OSError for a folder that cannot be read."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
+        yield from (Path(place, name) for name in files if not name.startswith((".", "_")))
+
+
 def _pyarrow() -> tuple[Any, Any]:
     try:
         import pyarrow
@@ -401,29 +442,44 @@ def _pyarrow() -> tuple[Any, Any]:
 
 
 def _array(scalar: Any) -> np.ndarray | None:
-    """A Parquet list of integers, or of rows of them, as an array; None for null."""
-    values = getattr(scalar, "values", None)
-    if values is None:
+    """A Parquet list of integers, or of rows of them, or a tensor, as an array; None for null."""
+    pa, _ = _pyarrow()
+    if not scalar.is_valid:
         return None
+    if hasattr(scalar, "to_numpy"):  # Arrow's tensor
+        return np.asarray(scalar.to_numpy())
+    values = getattr(getattr(scalar, "value", scalar), "values", None)  # value: of an extension's type, as Ray's tensors are
+    if not isinstance(values, pa.Array):
+        raise ShardError(f"codes must be a list of integers, got {printable(str(scalar.type), 100)}")
     nested = hasattr(values.type, "value_type")
     rows = [row.values for row in values] if nested else [values]
     if any(row is None or row.null_count for row in rows):
-        raise ValueError("codes must have no nulls")
+        raise ShardError("codes must have no nulls")
     if len({len(row) for row in rows}) > 1:
-        raise ValueError("codes must be rows of one length")
+        raise ShardError("codes must be rows of one length")
     return np.array([np.asarray(row) for row in rows]) if nested else np.asarray(values)
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes | None]]:
-    """Key, extension and contents of every file, as WebDataset has them; the contents are None where they are too large."""
+def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes | str]]:
+    """Key, extension and contents of every file, as WebDataset has them; in the place of the contents, why there are none."""
+    last, size = "", 0
     for member in tar:
         folder, slash, name = member.name.rpartition("/")
         stem, dot, extension = name.partition(".")
-        if not member.isfile() or not dot or (name.startswith("__") and name.endswith("__")):
+        if member.isdir() or not stem or not dot or (name.startswith("__") and name.endswith("__")):
             continue
-        contents = tar.extractfile(member)
-        assert contents is not None  # it is a file
-        yield folder + slash + stem, extension, contents.read() if member.size <= MOST_MEMBER else None
+        key = folder + slash + stem
+        last, size = key, member.size + (size if key == last else 0)
+        contents: bytes | str
+        if not member.isfile():
+            contents = f"{extension} is no file but a link or device"
+        elif size > MOST_SAMPLE:
+            contents = f"the sample has more than {MOST_SAMPLE} bytes"
+        else:
+            file = tar.extractfile(member)
+            assert file is not None  # it is a file
+            contents = file.read()
+        yield key, extension, contents
 
 
 def _refused(items: Iterable[Any], path: Path) -> Iterator[Any]:

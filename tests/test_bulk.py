@@ -1,3 +1,4 @@
+import gzip
 import io
 import json
 import logging
@@ -117,17 +118,19 @@ def call(folder, *arguments):
 # --- What shards hold, and what is made of them
 
 
-@pytest.mark.parametrize("form", ["rows", "flat", "fixed", "large", "int16", "uint64"])
+@pytest.mark.parametrize("form", ["rows", "flat", "fixed", "tensor", "large", "int16", "uint64"])
 def test_parquet(model, folder, tmp_path, form):
     codes = [grid.ravel().tolist() for grid in GRIDS]
     if form == "rows":
         codes = pa.array([grid.tolist() for grid in GRIDS])
+    elif form == "tensor":
+        codes = pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack([GRIDS[0]] * len(SIZES)))
     elif form == "fixed":
         codes = pa.array([GRIDS[0].ravel().tolist()] * len(SIZES), pa.list_(pa.int32(), GRIDS[0].size))
     else:
         codes = pa.array(codes, pa.large_list(pa.int64()) if form == "large" else pa.list_(getattr(pa, form, pa.int32)()))
     columns = {**sides(), "name": list("abcdef"), "when": pa.array(range(6), pa.timestamp("ns")), "tags": [["a"]] * 6}
-    if form == "fixed":
+    if form in ("fixed", "tensor"):
         del columns["height"], columns["width"]
     source = parquet(tmp_path / "in/deep/x.parquet", codes, **columns)
     assert call(folder, tmp_path / "in", "-o", tmp_path / "out") == 0
@@ -135,7 +138,7 @@ def test_parquet(model, folder, tmp_path, form):
     before, after = pq.read_table(source), pq.read_table(tmp_path / "out/deep/x.parquet")
     assert after.drop_columns(["image"]).equals(before.drop_columns(["codes"]))
     for i, png in enumerate(after["image"].to_pylist()):
-        assert np.array_equal(pixels(png), wanted(model, 0 if form == "fixed" else i))
+        assert np.array_equal(pixels(png), wanted(model, 0 if form in ("fixed", "tensor") else i))
 
 
 def test_webdataset(model, folder, tmp_path):
@@ -176,15 +179,27 @@ def test_files_of_codes_in_a_folder(model, folder, tmp_path):
 
 def test_chunks(monkeypatch):
     """Bounded in pixels and in samples, and all of them."""
-    monkeypatch.setattr(bulk, "CHUNK_PIXELS", 100)
+    monkeypatch.setattr(bulk, "CHUNK_BYTES", 300)
     monkeypatch.setattr(bulk, "MOST_SAMPLES", 3)
     sizes = [(8, 8), (7, 5), (8, 8), (0, 0), (0, 0), (0, 0), (10, 10), (1, 1)]
-    chunks = list(bulk._chunks(Sample(str(i), size=size) for i, size in enumerate(sizes)))
-    assert [[sample.name for sample in chunk] for chunk in chunks] == [["0", "1", "2"], ["3", "4", "5"], ["6"], ["7"]]
+    samples = [Sample(str(i), size=size) for i, size in enumerate(sizes)] + [Sample("8", rest_bytes=297), Sample("9")]
+    found = [[sample.name for sample in chunk] for chunk in bulk._chunks(samples)]
+    assert found == [["0", "1", "2"], ["3", "4", "5"], ["6"], ["7", "8"], ["9"]]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+def test_what_goes_with_a_picture_is_counted(model, tmp_path, kind):
+    if kind == "parquet":
+        shard = ParquetShard(parquet(tmp_path / "x.parquet", **sides(), photo=[bytes(5000)] * 6), tmp_path / "out")
+    else:
+        shard = WebDatasetShard(
+            webdataset(tmp_path / "x.tar", [("0.npy", npy(GRIDS[0])), ("0.jpg", bytes(5000))]), tmp_path / "out"
+        )
+    assert all(5000 <= sample.rest_bytes < 5500 for sample in shard.samples(Codebook.of(model)))
 
 
 def test_chunks_keep_the_order(model, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(bulk, "CHUNK_PIXELS", 100)
+    monkeypatch.setattr(bulk, "CHUNK_BYTES", 300)
     monkeypatch.setattr(shards, "ROWS", 2)
     source = parquet(tmp_path / "x.parquet", **sides(), name=[f"n{i}" for i in range(6)])
     assert call(folder, source, "-o", tmp_path / "out") == 0
@@ -226,7 +241,7 @@ def test_bad_rows(model, folder, tmp_path, capsys):
         assert reason in one["reason"], one
     captured = capsys.readouterr()
     assert "decoded 7, already there 0, failed 10\nshards: done 2, already there 0, failed 0\n" in captured.out
-    assert "rejects.jsonl" in captured.out and "error: negative: codes must be" in captured.err
+    assert "rejects.jsonl" in captured.out and f"error: {tmp_path}/in/x.parquet: negative: codes must be" in captured.err
 
 
 def test_flat_codes_without_a_size(folder, tmp_path):
@@ -238,7 +253,7 @@ def test_flat_codes_without_a_size(folder, tmp_path):
 
 
 def test_bad_samples(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "MOST_MEMBER", 4000)
+    monkeypatch.setattr(shards, "MOST_SAMPLE", 4000)
     good = npy(GRIDS[0])
     pickled = io.BytesIO()
     np.save(pickled, np.array([{}]), allow_pickle=True)
@@ -255,7 +270,7 @@ def test_bad_samples(folder, tmp_path, monkeypatch):
         ("8", [("npy", good), ("json", b'{"height": 8.5, "width": 8}')], "whole numbers from 1 to 1048576, got 8.5 and 8"),
         ("9", [("npy", good), ("json", b'{"height": true, "width": 8}')], "whole numbers from 1 to 1048576, got True and 8"),
         ("10", [("npy", npy(np.zeros((4, 4))))], "codes must be integers of one or two dimensions, got float64 of shape (4, 4)"),
-        ("11", [("npy", good), ("bin", bytes(4001))], "a file of the sample has more than 4000 bytes"),
+        ("11", [("npy", good), ("bin", bytes(4001))], "the sample has more than 4000 bytes"),
         ("../12", [("npy", good)], "names a picture outside the output folder"),
     ]
     files = [(f"{key}.{extension}", data) for key, parts, _ in bad for extension, data in parts]
@@ -329,6 +344,111 @@ def test_its_own_codebook(model, folder, tmp_path):
     assert pq.read_schema(tmp_path / "out/x.parquet").metadata == own
 
 
+@pytest.mark.parametrize("codes, kind", [([{"a": 1}], "struct<a: int64>"), ([1], "int64"), (["1"], "string")])
+def test_codes_that_are_no_list(folder, tmp_path, codes, kind):
+    assert call(folder, parquet(tmp_path / "x.parquet", pa.array(codes)), "-o", tmp_path / "out") == 1
+    (reject,) = lines(tmp_path / "out/x.parquet.rejects.jsonl")
+    assert reject["reason"] == f"codes must be a list of integers, got {kind}"
+
+
+def test_rows_that_cannot_be_read(folder, tmp_path):
+    """A name that is no UTF-8 and a day out of reach are the fault of their rows alone."""
+    blobs = pa.array([b"\xff\xfe", b"b", b"c"], pa.binary())
+    named = pa.Array.from_buffers(pa.string(), 3, blobs.buffers())
+    height = pa.array([2, 2**31 - 1, 2], pa.int32()).cast(pa.date32())
+    for column in ({"name": named}, {"height": height, "width": height}):
+        source = parquet(tmp_path / f"{len(column)}.parquet", pa.array([[1], [2], [3]]), **column)
+        assert call(folder, source, "-o", tmp_path / "out") == 1
+    (first, *_), (_, second, _) = (lines(tmp_path / f"out/{i}.parquet.rejects.jsonl") for i in (1, 2))
+    assert first["name"] == "row 0" and "the row cannot be read: UnicodeDecodeError" in first["reason"]
+    assert second["name"] == "row 1" and "the row cannot be read: OverflowError" in second["reason"]
+    assert pq.read_table(tmp_path / "out/1.parquet").num_rows == 2
+
+
+def test_a_picture_of_too_many_pixels(model):
+    codes = np.zeros(1, np.int64)
+    with pytest.raises(ValueError, match=r"1048576 x 1000 .* has more than 268435456 pixels"):
+        Codebook.of(model).grid(codes, (1 << 20, 1000))
+
+
+def test_names_that_are_no_files(model, folder, tmp_path):
+    """One that is too long for the disk, and one below another's picture, are reported and stop no other."""
+    codes = torch.from_numpy(GRIDS[0])
+    bad = [("n" * 300, codes, SIZES[0]), ("0.png/below", codes, SIZES[0])]
+    source = code_file(model, tmp_path / "x.safetensors", bad)
+    for _ in range(2):
+        assert call(folder, source, "-o", tmp_path / "out") == 1
+        found = lines(tmp_path / "out/x.safetensors.rejects.jsonl")
+        assert {one["name"] for one in found} == {bad[0][0], bad[1][0]} and "File name too long" in str(found)
+        assert len(list((tmp_path / "out").glob("*.png"))) == 6
+
+
+def a_member_damaged(contents):
+    """The header of the second of them."""
+    return contents[:1024] + b"\xff" * 20 + contents[1044:]
+
+
+def two_archives(contents):
+    return contents * 2
+
+
+def backwards(contents):
+    """A header whose size leads back to itself."""
+    header = bytearray(contents[:512])
+    header[124:136] = (256**12 - 512).to_bytes(12, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + contents[512:]
+
+
+def compressed(contents):
+    return gzip.compress(contents) + bytes(1024)
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [(a_member_damaged, "not the end of a tar file after its 1 members"), (two_archives, "not the end of a tar file after its 4"),
+     (backwards, "damaged"), (compressed, "damaged or no tar file (one that is compressed is not read)")],
+)  # fmt: skip
+def test_no_member_of_a_tar_is_missed(folder, tmp_path, damage, reason):
+    """tarfile takes them all for the end, or for no end."""
+    source = webdataset(tmp_path / "x.tar", [(f"{i}.npy", npy(GRIDS[0])) for i in range(4)])
+    source.write_bytes(damage(source.read_bytes()))
+    assert call(folder, source, "-o", tmp_path / "out") == 2
+    (reject,) = lines(tmp_path / "out/x.tar.rejects.jsonl")
+    assert reason in reject["reason"] and names(tmp_path / "out") == ["x.tar.rejects.jsonl"]
+
+
+def test_links_and_other_members(folder, tmp_path):
+    """A link's codes are missed aloud; what no sample has in WebDataset (folders, files of macOS) is passed over."""
+    source = tmp_path / "x.tar"
+    with tarfile.open(source, "w") as tar:
+        kinds = [tarfile.REGTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE]
+        files = [(f"d/{i}.npy", kind) for i, kind in enumerate(kinds)]
+        for name, kind in [("d", tarfile.DIRTYPE), *files, ("d/._0.npy", tarfile.REGTYPE)]:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "d/0.npy"
+            member.size = len(npy(GRIDS[0])) if kind == tarfile.REGTYPE else 0
+            tar.addfile(member, io.BytesIO(npy(GRIDS[0])))
+    assert call(folder, source, "-o", tmp_path / "out") == 1
+    rejects = lines(tmp_path / "out/x.tar.rejects.jsonl")
+    assert [one["name"] for one in rejects] == ["d/1", "d/2", "d/3"]
+    assert {one["reason"] for one in rejects} == {"npy is no file but a link or device"}
+    assert list(members(tmp_path / "out/x.tar")) == ["d/0.png"]
+
+
+def test_a_sample_in_two_places(folder, tmp_path):
+    """As in a tar that is sorted by suffix: the codes would be decoded without their height and width."""
+    said, codes = b'{"height": 7, "width": 7}', npy(GRIDS[0])
+    source = webdataset(
+        tmp_path / "x.tar", [("0.json", said), ("1.json", said), ("0.npy", codes), ("1.npy", codes), ("2.npy", codes)]
+    )
+    assert call(folder, source, "-o", tmp_path / "out") == 1
+    assert list(members(tmp_path / "out/x.tar")) == ["2.png"]
+    reasons = [one["reason"] for one in lines(tmp_path / "out/x.tar.rejects.jsonl")]
+    assert ["came before" in reason for reason in reasons] == [False, False, True, True]
+
+
 def test_a_picture_that_is_not_finite(folder, tmp_path):
     broken = from_pretrained(folder)
     broken.quantize.embedding.weight.data[5] = float("nan")
@@ -361,6 +481,46 @@ def test_finding(folder, tmp_path):
             find_shards(inputs, tmp_path / out)
     with pytest.raises(ValueError, match="would take its place"):
         find_shards([tmp_path / "in/a.parquet"], tmp_path / "in")
+
+
+def test_folders_within(folder, tmp_path):
+    """Those that are hidden are passed over; what is there but cannot be read is not."""
+    for name in ("split=train/a", "_delta_log/b", ".cache/deep/c"):
+        parquet(tmp_path / f"in/{name}.parquet")
+    (tmp_path / "in/dangling.parquet").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "in/circle").symlink_to(tmp_path / "in")
+    assert call(folder, tmp_path / "in", "-o", tmp_path / "out") == 1
+    assert names(tmp_path / "out") == ["dangling.parquet.rejects.jsonl", "split=train/a.parquet"]
+    assert "no such file" in lines(tmp_path / "out/dangling.parquet.rejects.jsonl")[0]["reason"]
+
+
+def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    parquet(tmp_path / "in/a.parquet")
+    (tmp_path / "in/closed").mkdir()
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="closed"):
+        find_shards([tmp_path / "in"], tmp_path / "out")
+
+
+def test_a_folder_in_the_place_of_the_pictures(folder, tmp_path, capsys):
+    """It is not what was done already."""
+    source = parquet(tmp_path / "x.parquet")
+    (tmp_path / "out/x.parquet").mkdir(parents=True)
+    assert call(folder, source, "-o", tmp_path / "out") == 2
+    assert f"Is a directory: '{tmp_path}/out" in capsys.readouterr().err.replace("' -> '", "Is a directory: '")
+
+
+def test_one_shard_that_is_there(folder, tmp_path, capsys):
+    for _ in range(2):
+        assert call(folder, parquet(tmp_path / "x.parquet"), "-o", tmp_path / "out") == 0
+    assert "decoded 0, already there 0, failed 0\nshards: done 0, already there 1, failed 0" in capsys.readouterr().out
 
 
 def test_counts(model, tmp_path):
@@ -423,28 +583,44 @@ def test_out_of_memory(decoder, monkeypatch, caplog):
     """Half the pictures, then one, then strips, then a reason: and what was learnt is remembered."""
     monkeypatch.setattr(decoder, "device", torch.device("meta"))
     monkeypatch.setattr(decoder, "max_memory", 5 * decoder.picture_bytes((4, 4)))
-    monkeypatch.setattr(decoder, "_most", {})
+    monkeypatch.setattr(decoder, "_less", {})
     tried, room = [], 2
 
     def decode(codes):
         tried.append(len(codes))
-        if len(codes) > room or room == 0:
-            if decoder.picture_bytes((4, 4)) > decoder.max_memory:  # in strips
-                if decoder.max_memory < 2000:
+        if codes.shape[1] == 4 and len(codes) > room:
+            if decoder.picture_bytes((4, 4)) > decoder.room((4, 4)):  # in strips
+                if decoder.room((4, 4)) < 2000:
                     raise ValueError("max_memory must be at least 2000 bytes")
                 raise torch.OutOfMemoryError("again")
             raise torch.OutOfMemoryError("CUDA out of memory")
         return torch.zeros(len(codes), 3, 8, 8)
 
+    def empty_cache():
+        assert sys.exc_info() == (None, None, None)  # an error's traceback holds the tensors of what raised it
+
     monkeypatch.setattr(decoder, "decode", decode)
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
     with pooled(decoder) as run, caplog.at_level(logging.WARNING):
         assert all(isinstance(png, bytes) for png in run(samples_of([(8, 8)] * 5)))
         assert tried == [5, 2, 2, 1] and "out of memory with 5 pictures of 4 x 4 codes" in caplog.text
         run(samples_of([(8, 8)] * 4))
         assert tried[4:] == [2, 2]
         room = 0
-        found = run(samples_of([(8, 8)]))
-    assert "max_memory must be at least" in str(found[0]) and decoder.max_memory < 2000
+        found = run(samples_of([(8, 8), (6, 6), (6, 6)]))
+    assert "max_memory must be at least" in str(found[0])
+    assert all(isinstance(png, bytes) for png in found[1:]) and tried[-1] == 2  # no picture suffers for one of another size
+
+
+def test_memory_by_default(folder, monkeypatch):
+    """Of the machine's for the threads, and of what a GPU has free."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    device = torch.device("cpu")
+    assert [bulk.memory(device, threads) for threads in (1, 4, 8)] == [machine // 4, machine, machine]
+    assert 0 < BatchDecoder(Settings(folder, "cpu", threads=1)).max_memory < machine // 4
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    assert bulk.memory(torch.device("cuda"), 1) == 1000
 
 
 def test_memory_of_a_decode(folder, tmp_path):
@@ -480,6 +656,13 @@ def test_peak_values():
 )
 def test_memory_sizes(text, size):
     assert memory_size(text) == size
+
+
+@pytest.mark.parametrize("threads", ["0", "-1", "x"])
+def test_bad_threads(folder, tmp_path, capsys, threads):
+    with pytest.raises(SystemExit):
+        call(folder, tmp_path, f"--threads={threads}")
+    assert f"invalid positive_int value: '{threads}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "M", "5X", "-1", "1.2.3", "0"])
