@@ -80,7 +80,7 @@ def test_one_bad_file_does_not_stop_the_rest(model, photographs, tmp_path, capsy
     assert decode(model, codes, tmp_path / "out") == 1
     captured = capsys.readouterr()
     assert captured.out.startswith("decoded 2, already there 0, failed 1\n")
-    assert "error: a.png: codes must be in [0, 64), got values from" in captured.err
+    assert f"error: {codes}: a.png: codes must be in [0, 64), got values from" in captured.err
 
 
 def test_two_pictures_of_one_name(model, photographs, tmp_path, capsys):
