@@ -16,7 +16,7 @@ from typing import Any
 
 from .bulk import BatchDecoder, Report, Settings, Tell, decode_shard
 from .checkpoint import from_pretrained
-from .shards import KINDS, Shard
+from .shards import Shard, shard_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Worker:
         if ray.get(self.attempts.begin.remote(source)) > TRIES:
             report = Report(source, error=f"{source}: the workers that decoded it died {TRIES} times")
         else:
-            report = self.decode(KINDS[Path(source).suffix.lower()](Path(source), Path(target)))
+            report = self.decode(shard_of(Path(source), Path(target)))
         return {"report": [json.dumps(asdict(report))]}
 
     def decode(self, shard: Shard) -> Report:

@@ -381,15 +381,20 @@ class CodeFileShard(Shard):
 KINDS: dict[str, type[Shard]] = {kind.suffix: kind for kind in (ParquetShard, WebDatasetShard, CodeFileShard)}
 
 
+def shard_of(source: Path, target: Path) -> Shard:
+    """A file of codes by its suffix: one with another is taken for a CodeFile, which may have any."""
+    return KINDS.get(source.suffix.lower(), CodeFileShard)(source, target)
+
+
 def find_shards(inputs: Iterable[Path], out: Path) -> list[Shard]:
     """The shards among files and folders, which are searched to the bottom; the pictures go to the same places below ``out``.
 
     In folders what begins with a dot or _ is passed over, as are links to folders: they may lead round in a circle.
 
-    The pictures of a safetensors file that is named itself lie in ``out``, those of one in a folder in a folder of its name.
+    The pictures of a CodeFile that is named itself lie in ``out``, those of one in a folder in a folder of its name.
 
-    Raises FileNotFoundError for a path that does not exist, ValueError for a file of another kind, a folder without shards, two
-    shards whose pictures would go to one place, and an ``out`` within a folder that is searched.
+    Raises FileNotFoundError for a path that does not exist, OSError for one that is no file, ValueError for a folder without
+    shards, two shards whose pictures would go to one place, and an ``out`` within a folder that is searched.
     """
     found: dict[Path, Shard] = {}
 
@@ -399,7 +404,7 @@ def find_shards(inputs: Iterable[Path], out: Path) -> list[Shard]:
         if target in found:
             both = f"{found[target].source} and {source}"
             raise ValueError(f"{both} would both be written to {target}: give their folder, or decode each by itself")
-        found[target] = KINDS[source.suffix.lower()](source, target)
+        found[target] = shard_of(source, target)
 
     for path in inputs:
         if path.is_dir():
@@ -411,13 +416,9 @@ def find_shards(inputs: Iterable[Path], out: Path) -> list[Shard]:
             for file in files:
                 relative = file.relative_to(path)
                 add(file, out / KINDS[file.suffix.lower()].target_of(relative))
-        elif path.suffix.lower() in KINDS:
-            require_file(path)
-            add(path, out if path.suffix.lower() == CodeFileShard.suffix else out / path.name)
-        elif path.exists():
-            raise ValueError(f"{path} must be a folder or a file of codes ({', '.join(KINDS)})")
         else:
-            raise FileNotFoundError(f"no such file: {path}")
+            require_file(path)
+            add(path, out if isinstance(shard_of(path, out), CodeFileShard) else out / path.name)
     return list(found.values())
 
 

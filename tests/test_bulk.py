@@ -177,6 +177,12 @@ def test_files_of_codes_in_a_folder(model, folder, tmp_path):
         assert np.array_equal(pixels((tmp_path / f"out/a/x/{i}.png").read_bytes()), wanted(model, i))
 
 
+def test_a_file_of_codes_of_another_name(model, folder, tmp_path):
+    """As encode writes where it is told to."""
+    assert call(folder, code_file(model, tmp_path / "codes"), "-o", tmp_path / "out") == 0
+    assert names(tmp_path / "out") == [f"{i}.png" for i in range(len(SIZES))]
+
+
 def test_chunks(monkeypatch):
     """Bounded in pixels and in samples, and all of them."""
     monkeypatch.setattr(bulk, "CHUNK_BYTES", 300)
@@ -469,10 +475,11 @@ def test_finding(folder, tmp_path):
     (tmp_path / "in/.b.parquet.1.2.partial").touch()
     assert [shard.source.name for shard in find_shards([tmp_path / "in"], tmp_path / "out")] == ["a.parquet"]
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe.tar")
     for inputs, out, error, message in [
         ([tmp_path / "missing"], "out", FileNotFoundError, "no such file: .*missing"),
         ([tmp_path / "empty"], "out", ValueError, r"empty holds no shards \(.parquet, .tar, .safetensors\)"),
-        ([tmp_path / "in/notes.txt"], "out", ValueError, "must be a folder or a file of codes"),
+        ([tmp_path / "pipe.tar"], "out", OSError, "is no file but a folder, pipe or device"),
         ([tmp_path / "in"], "in", ValueError, "the output .* lies in the input"),
         ([tmp_path / "in"], "in/deep/er", ValueError, "the output .* lies in the input"),
         ([tmp_path / "in", tmp_path / "in/a.parquet"], "out", ValueError, "would both be written to .*a.parquet"),
