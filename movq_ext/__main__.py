@@ -26,7 +26,7 @@ from .codes import CodeFile, codebook_id, encode_image
 from .demo import PHOTOS, SMALL_MODEL, round_trip
 from .files import printable, read_json, refusing, require_file
 from .images import find_images, load_image
-from .shards import find_shards
+from .shards import Codebook, find_shards
 from .training import SMALL_MODEL as SMALL_MODEL_CONFIG
 from .training import Trainer, TrainingConfig
 
@@ -48,8 +48,8 @@ class Failures:
             self.count += 1
             tqdm.write(f"error: {printable(f'{name}: {error}')}", file=sys.stderr)
 
-    def exit_code(self, done: int, skipped: int, verb: str) -> int:
-        print(f"{verb} {done}, already there {skipped}, failed {self.count}")
+    def exit_code(self, done: int, skipped: int) -> int:
+        print(f"encoded {done}, already there {skipped}, failed {self.count}")
         return 1 if self.count else 0
 
 
@@ -73,7 +73,7 @@ def encode(args: argparse.Namespace) -> int:
     file = CodeFile(codebook_id(model))
     if args.out.exists():
         file = CodeFile.load(args.out)
-        require_codebook(file, model, args.out)
+        Codebook.of(model).require(file.codebook, args.out)
     failures, done, skipped, saved = Failures(), 0, 0, time.monotonic()
     seen: set[str] = set()
 
@@ -99,7 +99,7 @@ def encode(args: argparse.Namespace) -> int:
     finally:
         if done or not args.out.exists():
             file.save(args.out)
-    return failures.exit_code(done, skipped, "encoded")
+    return failures.exit_code(done, skipped)
 
 
 def decode(args: argparse.Namespace) -> int:
@@ -228,11 +228,6 @@ def positive_int(text: str) -> int:
 
 def load_model(args: argparse.Namespace) -> MOVQ:
     return from_pretrained(args.model, device=args.device, dtype=DTYPES[args.dtype])
-
-
-def require_codebook(file: CodeFile, model: MOVQ, path: Path) -> None:
-    if file.codebook != codebook_id(model):
-        raise ValueError(f"{path} was made with codebook {file.codebook}, the model has {codebook_id(model)}")
 
 
 def progress(items: list[Any]) -> Iterable[Any]:

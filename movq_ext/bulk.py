@@ -85,6 +85,7 @@ class BatchDecoder:
             torch.set_num_threads(settings.threads)
         self.model = from_pretrained(settings.model, device=self.device, dtype=settings.dtype)
         self.codebook = Codebook.of(self.model)
+        self._pixel_bytes = peak_values(self.model.decoder) * self.model.quant_conv.weight.element_size()
         self.threads = settings.threads or torch.get_num_threads()
         self.max_memory = settings.max_memory or int(MEMORY_SHARE * memory(self.device, self.threads))
         self._less: dict[tuple[int, int], int] = {}  # memory that pictures of so many cells have since they ran out of it
@@ -148,8 +149,7 @@ class BatchDecoder:
 
     def picture_bytes(self, grid: tuple[int, int]) -> int:
         """About the most that a decode holds of maps for one picture of so many cells."""
-        weight = self.model.quant_conv.weight
-        return peak_values(self.model.decoder) * grid[0] * grid[1] * self.codebook.cell**2 * weight.element_size()
+        return self._pixel_bytes * grid[0] * grid[1] * self.codebook.cell**2
 
 
 def memory(device: torch.device, threads: int) -> int:

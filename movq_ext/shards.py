@@ -345,10 +345,6 @@ class CodeFileShard(Shard):
         except (OSError, ValueError):
             return None
 
-    def pictures(self) -> int:
-        """How many pictures it has where it is done."""
-        raise AssertionError(f"{self.target} is never known to be done")
-
     def path_of(self, sample: Sample) -> Path:
         return self.target / str(sample.rest)
 
