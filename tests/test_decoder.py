@@ -1,6 +1,7 @@
 import copy
 import pickle
 
+import processes
 import published
 import pytest
 import torch
@@ -281,22 +282,18 @@ def test_copies(twin_of):
     assert not torch.equal(twin(*latents()), decoder(*latents()))
 
 
-def _ddp_worker(rank, store, changes, options):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}/rendezvous", rank=rank, world_size=2)
+def _ddp_worker(rank, changes, options):
     decoder = nn.parallel.DistributedDataParallel(make(**changes).train(), **options)
     z, zq = latents()
     decoder(z[rank : rank + 1], zq[rank : rank + 1]).square().mean().backward()
-    torch.save({name: p.grad for name, p in decoder.module.named_parameters()}, f"{store}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return {name: p.grad for name, p in decoder.module.named_parameters()}
 
 
 def assert_ddp_averages_the_gradients(folder, changes, **options):
     """Of two processes, each with one of two images: those of one process with both."""
-    torch.multiprocessing.spawn(_ddp_worker, (str(folder), changes, options), nprocs=2)
     decoder = make().train()
     decoder(*latents()).square().mean().backward()
-    for rank in range(2):
-        grads = torch.load(folder / f"{rank}.pt")
+    for grads in processes.run(_ddp_worker, 2, folder, changes, options):
         for name, parameter in decoder.named_parameters():
             assert (grads[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-7, name
 

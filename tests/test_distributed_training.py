@@ -3,9 +3,9 @@
 FSDP2 is on the units that README names. Both processes are started once and run all cases.
 """
 
+import processes
 import pytest
 import torch
-import torch.distributed as dist
 from test_decoder import latents, make
 from test_training import MODEL
 from tolerances import assert_close, relative_error
@@ -77,9 +77,7 @@ def train(model, inputs, checkpointing=False, autocast=False):
     return whole(model), gradients
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def worker(rank):
     mine = {"decoder": [x[rank : rank + 1] for x in latents()], "movq": [x[rank : rank + 1] for x in images()]}
     results = {}
     for how in WRAPPERS:
@@ -100,8 +98,7 @@ def worker(rank, folder):
             decode_sharded(wrapped(decoder(), "blocks"), *latents())
     except TypeError as error:
         results["sharded"] = str(error)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 def evaluate(model, inputs):
@@ -120,9 +117,7 @@ def evaluate(model, inputs):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return processes.run(worker, 2, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.fixture(scope="module")

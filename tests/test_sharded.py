@@ -2,6 +2,7 @@
 
 import re
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -66,19 +67,16 @@ def message(function, *arguments, **keywords):
     return "nothing was raised"
 
 
-def worker(rank, processes, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes)
+def worker(rank, size):
     with torch.no_grad():
-        results = decode_all(rank, processes)
+        results = decode_all(rank, size)
     results["gradient"] = message(decode_sharded, make(), *latents())
     with torch.inference_mode():
         results["inference mode"] = decode_sharded(make(), *latents())
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
-def decode_all(rank, processes):
+def decode_all(rank, size):
     results = {}
     for name, (changes, grid, zq_grid) in GRIDS.items():
         for bytes_ in (LITTLE, 1 << 30):
@@ -97,10 +95,10 @@ def decode_all(rank, processes):
     moments.add(x[:, :, first:last])
     moments.merge()
     results["moments"] = (moments.count, *moments.of_groups(4, 1e-6))
-    some = sorted({processes // 2, processes - 1})  # one of two, two of four: with other ranks in the group than in the world
+    some = sorted({size // 2, size - 1})  # one of two, two of four: with other ranks in the group than in the world
     arguments = make(), *latents(), dist.new_group(some)
     results["some"] = decode_sharded(*arguments) if rank in some else message(decode_sharded, *arguments)
-    if processes == 2:
+    if size == 2:
         for name, (change, (z, zq), _) in REFUSED.items():
             change(decoder := make())
             results["refused", name] = message(decode_sharded, decoder, z, zq)
@@ -119,9 +117,7 @@ def large_mean():
 @pytest.fixture(scope="module", params=PROCESSES)
 def results(request, tmp_path_factory):
     """What every process made of every case."""
-    folder = tmp_path_factory.mktemp(f"processes{request.param}")
-    torch.multiprocessing.spawn(worker, (request.param, str(folder)), nprocs=request.param)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+    return processes.run(worker, request.param, tmp_path_factory.mktemp("processes"), request.param)
 
 
 def each(results, key):
@@ -203,12 +199,12 @@ def test_it_needs_torch_distributed():
 
 
 def test_the_bands_cover_every_row_once():
-    for processes in range(1, 9):
-        for cells in range(processes, 20):
+    for size in range(1, 9):
+        for cells in range(size, 20):
             bands = []
-            for process in range(processes):
+            for process in range(size):
                 band = sharded.Band.__new__(sharded.Band)  # not to start so many processes
-                band.cells, band.process, band.processes = cells, process, processes
+                band.cells, band.process, band.processes = cells, process, size
                 bands.append(band.rows(4 * cells))
             assert [row for first, last in bands for row in range(first, last)] == list(range(4 * cells))
             assert max(last - first for first, last in bands) - min(last - first for first, last in bands) <= 4

@@ -7,6 +7,7 @@ import sys
 import time
 
 import numpy as np
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -102,18 +103,14 @@ def test_two_processes_hold_one_model(folder, tmp_path, config_file):
 
 
 def _rank(rank, folder, out):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=2)
     run = trainer(folder, out)
     for _ in range(12):
         run.train_step()
-    torch.save((run.model.state_dict(), run.average.state_dict()), f"{out}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return run.model.state_dict(), run.average.state_dict()
 
 
 def test_ranks_agree_to_the_bit(folder, tmp_path):
-    torch.multiprocessing.spawn(_rank, (str(folder), str(tmp_path)), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for ours, theirs in zip(*ranks, strict=True):
+    for ours, theirs in zip(*processes.run(_rank, 2, tmp_path, folder, tmp_path), strict=True):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
