@@ -282,6 +282,17 @@ def test_backward_reads_f_and_dout_twice_and_writes_df_once(counted, layout, dty
     assert cost.buffers["dzq_y"].written_bytes == c.zq_y.numel() * c.zq_y.element_size()
 
 
+@pytest.mark.parametrize("zq_size", [(1, 1), (2, 2), (8, 8), (8, 16), (16, 32), (32, 64), None], ids=str)
+@pytest.mark.parametrize("layout, dtype", BUDGET_CASES)
+def test_backward_has_no_bank_conflicts(counted, layout, dtype, zq_size):
+    """Cells of 1 to 64 columns, each way through the pixels."""
+    c = case((1, 64, 32, 64), zq_size, dtype, layout)
+    counted.seeds = (0,)
+    _, mean, rstd = counted.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 32, 1e-6, True)
+    counted.backward(c.dout, c.f, c.zq_y, c.zq_b, c.weight, c.bias, mean, rstd, 32, True)
+    assert {launch.kernel: launch.bank_conflicts for launch in counted.cost.launches if launch.bank_conflicts} == {}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_one_image_fills_a_gpu(counted, layout):
     """The passes over f are cut into far more blocks than batch * groups = 32."""

@@ -23,8 +23,8 @@ namespace movq {
 namespace spatial_norm {
 namespace {
 
-struct Pair {
-  float p, q;  // sums of h and h n, or of those times Y
+struct alignas(8) Pair {  // one access to shared memory
+  float p, q;             // sums of h and h n, or of those times Y
 };
 MOVQ_DEVICE Pair operator+(const Pair& a, const Pair& b) { return {a.p + b.p, a.q + b.q}; }
 
@@ -102,6 +102,12 @@ struct Cells {
   int inner, outer, tiles;  // threads: channels x pixels (NHWC), pixels x 1 (NCHW)
   MOVQ_HOST_DEVICE int threads() const { return ceil_div(inner * outer, kWarp) * kWarp; }
 };
+
+// Pairs from one of a thread's V channels to the next: 16 pairs are all banks once, and V adjacent channels lie in others.
+template <int V>
+MOVQ_HOST_DEVICE int channel_stride(int threads) {
+  return threads + kWarp / 2 / V;
+}
 
 template <class T, int V, bool Last>
 __global__ void __launch_bounds__(kThreads, 2) sum_cells(Geometry g, Cells cells, Arrays<T> a) {
@@ -194,13 +200,14 @@ __global__ void __launch_bounds__(kThreads, 2) sum_cells(Geometry g, Cells cells
     store_pair(a.chunk_sums, (image * cells.chunks + chunk) * g.channels + own, one[0]);
   };
   if (Last) {
-    const Shared<Pair> sums(0, kChannels * blockDim.x);
+    const int stride = channel_stride<V>(blockDim.x);
+    const Shared<Pair> sums(0, V * stride);
 #pragma unroll
-    for (int i = 0; i < kChannels; ++i) sums.store(i * blockDim.x + threadIdx.x, total[i]);
+    for (int i = 0; i < kChannels; ++i) sums.store(i * stride + threadIdx.x, total[i]);
     __syncthreads();
     for (int i = threadIdx.x; i < cells.inner * V && first_channel + i < g.channels; i += blockDim.x) {
       Pair s = {};
-      for (int row = 0; row < cells.outer; ++row) s = s + sums.load(i % V * blockDim.x + row * cells.inner + i / V);
+      for (int row = 0; row < cells.outer; ++row) s = s + sums.load(i % V * stride + row * cells.inner + i / V);
       finish(first_channel + i, s);
     }
   } else {
@@ -220,6 +227,13 @@ struct Bands {
   int capacity;     // pixels across
   MOVQ_HOST_DEVICE int threads() const { return ceil_div(inner * outer, kWarp) * kWarp; }
 };
+
+// Where the sum of a column lies. A thread that has 8 of them stores 4 at a time: every other 4 threads swap their halves, so
+// that 8 threads, whose 128 bytes are stored at once, meet all banks.
+template <int V>
+MOVQ_DEVICE int slot(int column) {
+  return V == 8 ? column ^ (column >> 3 & 4) : column;
+}
 
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads, 2) sum_bands(Geometry g, Bands bands, Arrays<T> a) {
@@ -275,16 +289,16 @@ __global__ void __launch_bounds__(kThreads, 2) sum_bands(Geometry g, Bands bands
           }
         }
       }
-      const int slot = outer * bands.capacity + inner * V;
+      const int first = outer * bands.capacity + inner * V;
       if constexpr (V > 1) {
 #pragma unroll
         for (int i = 0; i < V; i += 4) {
-          ps.template store_vec<4>(slot + i, {{p[i], p[i + 1], p[i + 2], p[i + 3]}});
-          qs.template store_vec<4>(slot + i, {{q[i], q[i + 1], q[i + 2], q[i + 3]}});
+          ps.template store_vec<4>(slot<V>(first + i), {{p[i], p[i + 1], p[i + 2], p[i + 3]}});
+          qs.template store_vec<4>(slot<V>(first + i), {{q[i], q[i + 1], q[i + 2], q[i + 3]}});
         }
       } else {
-        ps.store(slot, p[0]);
-        qs.store(slot, q[0]);
+        ps.store(first, p[0]);
+        qs.store(first, q[0]);
       }
     }
     __syncthreads();
@@ -292,10 +306,15 @@ __global__ void __launch_bounds__(kThreads, 2) sum_bands(Geometry g, Bands bands
     for (int e = threadIdx.x; e < min(bands.outer, last_band - first_band) * sources; e += blockDim.x) {
       const int within = e / sources, source = first_source + e - within * sources;
       const int begin = first_dst(source, g.columns);
-      const int end = first_dst(source + 1, g.columns);
+      const int width = first_dst(source + 1, g.columns) - begin;
+      const int first = within * bands.capacity + begin - left;
       Pair s[1] = {};
-      for (int i = within * bands.capacity + begin - left; i < within * bands.capacity + end - left; ++i) {
-        s[0] = s[0] + Pair{ps.load(i), qs.load(i)};
+      // Of a warp's cells, as many begin in one bank as the power of two in their width says: those take their columns in turn.
+      int at = lane_id() * min(width & -width, kWarp) / kWarp;
+#pragma unroll 4
+      for (int i = 0; i < width; ++i) {
+        s[0] = s[0] + Pair{ps.load(slot<V>(first + at)), qs.load(slot<V>(first + at))};
+        at = at + 1 < width ? at + 1 : 0;
       }
       finish_cell(g, a, channel, zq_base + int64_t(first_band + within) * g.zq_width + source, s);
       total = total + s[0];
@@ -488,7 +507,7 @@ void spatial_norm_backward(const SpatialNormProblem& p, const SpatialNormBackwar
       launch(sum_bands<T, V>, "spatial_norm sum_bands", how, stream, g, b, arrays);
     } else {
       const Cells& c = plan.cells;
-      const size_t shared = sizeof(Pair) * (Last ? V * c.threads() : c.threads() / kWarp);
+      const size_t shared = sizeof(Pair) * (Last ? V * channel_stride<V>(c.threads()) : c.threads() / kWarp);
       const Launch how = {grid("spatial_norm sum_cells", g.batch * c.tiles * c.chunks), unsigned(c.threads()), shared};
       launch(sum_cells<T, V, Last>, "spatial_norm sum_cells", how, stream, g, c, arrays);
     }
