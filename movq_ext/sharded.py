@@ -7,7 +7,6 @@ a convolution or a norm needs. Only attention needs more: keys and values of all
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Literal, overload
 
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 
 from .decoder import MOVQDecoder
 from .maps import FeatureMap, Kept, MapStore, Moments
-from .modules import AttnBlock, is_plain_network
-from .strips import STRIP_BYTES, Rows, Strips, check_decoder, check_evaluation
+from .modules import AttnBlock
+from .strips import STRIP_BYTES, Rows, Strips, check_decoder, check_evaluation, computes_in_float32, in_float32
 
 GPU_STRIP_BYTES = 1 << 30  # enough pixels to fill a GPU; not yet measured on one
 SAMPLES = 64  # of a latent, to see whether processes have the same
@@ -69,8 +68,8 @@ def decode_sharded(
         if band.processes > band.cells:
             sizes = f"{band.cells} rows for {band.processes} processes"
             raise ValueError(f"z must have a row for every process of the group, got {sizes}")
-        if z.dtype == torch.float16 and z.device.type == "cpu" and is_plain_network(decoder):  # as every decode on a CPU
-            rows = _decode(copy.deepcopy(decoder).float(), z.float(), zq.float(), band).half()
+        if computes_in_float32(decoder, z):
+            rows = _decode(*in_float32(decoder, z, zq), band).half()
         else:
             rows = _decode(decoder, z, zq, band)
         height = z.shape[2] * 2 ** (decoder.num_resolutions - 1)
@@ -218,6 +217,10 @@ class BandStrips(Strips):
         source.write(0, z)
         return self._convolve(source, self._copied(source), conv, self.store.new(conv.out_channels, *z.shape[2:]))
 
+    def rows(self, x: FeatureMap) -> Tensor:
+        """The band of x."""
+        return x.read(*self.band.rows(x.height))
+
     def last(self, norm: nn.Module, conv: nn.Conv2d, x: FeatureMap) -> Tensor:
         """The band of conv(silu(norm(x)))."""
         first, last = self.band.rows(x.height)
@@ -240,14 +243,7 @@ def _decode(decoder: MOVQDecoder, z: Tensor, zq: Tensor, band: Band) -> Tensor:
     """This process's rows of the images, one image after the other."""
     working = STRIP_BYTES if z.device.type == "cpu" else GPU_STRIP_BYTES
     images = zip(z.split(1), zq.contiguous(memory_format=torch.channels_last).split(1), strict=True)
-    return torch.cat([_decode_one(decoder, z, BandStrips(BandStore(z, band), zq, working)) for z, zq in images])
-
-
-def _decode_one(decoder: MOVQDecoder, z: Tensor, strips: BandStrips) -> Tensor:
-    h = strips.first(decoder.conv_in, z)
-    for _, layer, _ in decoder._steps():
-        h = strips.then(layer, h)
-    return h.read(*strips.band.rows(h.height)) if decoder.give_pre_end else strips.last(decoder.norm_out, decoder.conv_out, h)
+    return torch.cat([BandStrips(BandStore(z, band), zq, working).decode(decoder, z) for z, zq in images])
 
 
 def _check(decoder: MOVQDecoder, z: Tensor, zq: Tensor) -> None:

@@ -46,24 +46,24 @@ Modulated = Callable[[int, int], Iterable[tuple[int, int, Tensor, Tensor]]]
 def decode_in_strips(
     decoder: Any, z: Tensor, zq: Tensor, working: int, budget: int | None = None, folder: str | None = None
 ) -> Tensor:
-    """What a MOVQDecoder makes of z and zq, image by image and without gradients; see Strips and MapStore for the bytes.
-
-    float16 on a CPU is computed in float32, which is more exact and, as oneDNN has it, some fifty times as fast.
-    """
-    if z.dtype == torch.float16 and z.device.type == "cpu" and is_plain_network(decoder):
-        return decode_in_strips(copy.deepcopy(decoder).float(), z.float(), zq.float(), working, budget, folder).half()
+    """What a MOVQDecoder makes of z and zq, image by image and without gradients; see Strips and MapStore for the bytes."""
+    if computes_in_float32(decoder, z):
+        return decode_in_strips(*in_float32(decoder, z, zq), working, budget, folder).half()
     check_decoder(decoder)
-    images = zip(z.split(1), zq.contiguous(memory_format=torch.channels_last).split(1), strict=True)
-    return torch.cat([_decode_one(decoder, *image, working, MapStore(z, budget, folder)) for image in images])
+    images = []
+    for image, image_zq in zip(z.split(1), zq.contiguous(memory_format=torch.channels_last).split(1), strict=True):
+        with MapStore(z, budget, folder) as store:
+            images.append(Strips(store, image_zq, working).decode(decoder, image))
+    return torch.cat(images)
 
 
-def _decode_one(decoder: Any, z: Tensor, zq: Tensor, working: int, store: MapStore) -> Tensor:
-    with store:
-        strips = Strips(store, zq, working)
-        h = strips.first(decoder.conv_in, z)
-        for _, layer, _ in decoder._steps():
-            h = strips.then(layer, h)
-        return h.read(0, h.height).contiguous() if decoder.give_pre_end else strips.last(decoder.norm_out, decoder.conv_out, h)
+def computes_in_float32(decoder: Any, z: Tensor) -> bool:
+    """Of float16 on a CPU: more exact and, as oneDNN has it, some fifty times as fast."""
+    return z.dtype == torch.float16 and z.device.type == "cpu" and is_plain_network(decoder)
+
+
+def in_float32(decoder: Any, z: Tensor, zq: Tensor) -> tuple[Any, Tensor, Tensor]:
+    return copy.deepcopy(decoder).float(), z.float(), zq.float()
 
 
 class Strips:
@@ -79,6 +79,13 @@ class Strips:
         self.store, self.zq, self.working = store, zq, working
         self._memory = store.like.new_empty(0)
 
+    def decode(self, decoder: Any, z: Tensor) -> Tensor:
+        """A MOVQDecoder's image of z, ``(1, z_channels, h, w)``."""
+        h = self.first(decoder.conv_in, z)
+        for _, layer, _ in decoder._steps():
+            h = self.then(layer, h)
+        return self.rows(h) if decoder.give_pre_end else self.last(decoder.norm_out, decoder.conv_out, h)
+
     def first(self, conv: nn.Conv2d, z: Tensor) -> FeatureMap:
         """conv(z)."""
         source = self.store.new(*z.shape[1:])
@@ -93,6 +100,10 @@ class Strips:
             if isinstance(layer, AttnBlock):
                 return self._attn_block(layer, x)
             return self._upsample(cast(Upsample, layer), x)
+
+    def rows(self, x: FeatureMap) -> Tensor:
+        """x, in NCHW."""
+        return x.read(0, x.height).contiguous()
 
     def last(self, norm: nn.Module, conv: nn.Conv2d, x: FeatureMap) -> Tensor:
         """conv(silu(norm(x))), ``(1, conv.out_channels, H, W)``."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .decoder import MOVQDecoder
 from .modules import ResnetBlock
-from .strips import HALO, STRIP_BYTES, check_evaluation, convolution_values, decode_in_strips
+from .strips import HALO, STRIP_BYTES, check_evaluation, computes_in_float32, convolution_values, decode_in_strips
 
 MIB = 1 << 20
 
@@ -41,7 +41,7 @@ def decode_tiled(decoder: MOVQDecoder, z: Tensor, zq: Tensor, *, max_memory: int
     scale = 2 ** (decoder.num_resolutions - 1)
     blocks = [layer for _, layer, _ in decoder._steps() if isinstance(layer, ResnetBlock)]
     values = max((convolution_values(block.in_channels, block.out_channels) for block in blocks), default=0)
-    computed_in = torch.float32 if z.dtype == torch.float16 and z.device.type == "cpu" else z.dtype
+    computed_in = torch.float32 if computes_in_float32(decoder, z) else z.dtype
     least = 2 * (1 + HALO) * values * z.shape[3] * scale * computed_in.itemsize
     if max_memory < least:
         needed = f"{least} bytes ({-(-least // MIB)} MiB) for z of shape {tuple(z.shape)}"
