@@ -21,7 +21,7 @@ import ctypes
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,11 @@ KINDS = {
     "upsampling": ("upsample", "interpolate", "transpose2d", "convolution_transpose", "_unsafe_index"),
     "convolution": ("conv",),
 }  # by words in an operator's name
+CLASSES = {
+    "norm": (movq_ext.SpatialNorm, movq_ext.GroupNorm),
+    "attention": (movq_ext.AttnBlock,),
+    "upsampling": (movq_ext.Upsample,),
+}
 OUTSIDE = "no layer"
 MARKS = ("<!-- profile table -->", "<!-- end of profile table -->")
 COLUMNS = ("convolution", "norm", "attention", "upsampling", "other")
@@ -46,22 +51,26 @@ KANDINSKY = dict(ch=128, out_ch=3, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_
                  z_channels=4, zq_ch=4)  # fmt: skip
 
 
-def kind(operator: str, layer: nn.Module | None) -> str:
-    """What an operator in this innermost layer works at."""
-    for name, classes in (
-        ("norm", (movq_ext.SpatialNorm, movq_ext.GroupNorm)),
-        ("attention", movq_ext.AttnBlock),
-        ("upsampling", movq_ext.Upsample),
-    ):
-        if isinstance(layer, classes):
-            return name
+def kind(operator: str, around: Sequence[nn.Module]) -> str:
+    """What an operator in these layers, the innermost first, works at."""
+    for layer in around:  # an Upsample's convolution is upsampling, an AttnBlock's attention
+        for name, classes in CLASSES.items():
+            if isinstance(layer, classes):
+                return name
     found = (name for name, words in KINDS.items() if any(word in operator for word in words))
-    return next(found, "other") if layer is None else "convolution" if "conv" in operator else "other"
+    return next(found, "other") if not around else "convolution" if "conv" in operator else "other"
 
 
 def stage(layer: str | None) -> str:
     """``up.3`` of ``up.3.block.0.norm1``."""
     return OUTSIDE if layer is None else ".".join(layer.split(".")[: 2 if layer.startswith("up.") else 1])
+
+
+def around(layer: str | None, layers: dict[str, nn.Module]) -> list[nn.Module]:
+    """The layer of this dotted name and those that hold it, the innermost first."""
+    parts = layer.split(".") if layer else []
+    names = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return [layers[name] for name in names if name in layers]
 
 
 def chain(event: Any) -> Iterator[Any]:
@@ -84,8 +93,7 @@ def where(events: Iterable[Any], layers: dict[str, nn.Module], gpu: bool) -> tup
         path = " ".join(above.name for above in reversed(list(chain(event))) if above.name not in layers)
         kernels = [(kernel.name, kernel.duration) for kernel in event.kernels if kernel.name not in layers]
         for name, time in kernels if gpu else [(event.name, event.self_cpu_time_total)]:
-            module = layers[layer] if layer else None
-            times[stage(layer), kind(f"{path} {name}", module)] += time
+            times[stage(layer), kind(f"{path} {name}", around(layer, layers))] += time
             operators[name if name not in layers else "Python between operators"] += time
     return times, operators, whole - times.total() if gpu else 0.0
 
