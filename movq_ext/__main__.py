@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import logging
 import os
@@ -230,6 +231,11 @@ def load_model(args: argparse.Namespace) -> MOVQ:
     return from_pretrained(args.model, device=args.device, dtype=DTYPES[args.dtype])
 
 
+def documented_fields(config: type) -> dict[str, str]:
+    """What a dataclass's docstring says of each field. Python -OO has none."""
+    return dict(re.findall(r"^ {4}(\w+): (.+?)\.?$", inspect.getdoc(config) or "", re.MULTILINE))
+
+
 def progress(items: list[Any]) -> Iterable[Any]:
     return tqdm(items, unit="image", file=sys.stderr)
 
@@ -272,12 +278,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--config", type=Path, help="JSON file with the keywords of MOVQ (default: the shipped model's)")
     sub.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (%(default)s)")
     sub.add_argument("--checkpoint-activations", action="store_true", help="less memory, more time, the same steps")
+    meaning = documented_fields(TrainingConfig)
     for field in fields(TrainingConfig):
-        flag = "--" + field.name.replace("_", "-")
+        flag, what = "--" + field.name.replace("_", "-"), meaning.get(field.name, "")
         if isinstance(field.default, bool):
-            sub.add_argument(flag, action="store_true", help="bfloat16 autocast")
+            sub.add_argument(flag, action="store_true", help=what)
         else:
-            sub.add_argument(flag, type=type(field.default), default=field.default, help="(%(default)s)")
+            sub.add_argument(flag, type=type(field.default), default=field.default, help=f"{what} (%(default)s)")
 
     sub = command(export, "Compile the decoder, for latents of the codes, into a file that runs without movq_ext.")
     sub.add_argument("-o", "--out", type=Path, default=Path("decoder.pt2"), help="file to write (%(default)s)")

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import subprocess
@@ -13,6 +14,7 @@ from movq_ext import MOVQ, save_pretrained
 from movq_ext.__main__ import main
 from movq_ext.codes import CodeFile
 from movq_ext.demo import PHOTOS, SMALL_MODEL
+from movq_ext.training import TrainingConfig
 
 DDCONFIG = dict(
     ch=32, out_ch=3, ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=(), in_channels=3, resolution=32, z_channels=4
@@ -161,3 +163,14 @@ def test_as_a_program(tmp_path):
         [sys.executable, "-P", "-m", "movq_ext", "demo", tmp_path / "out", "--device", "cpu"], capture_output=True, text=True
     )
     assert run.returncode == 0 and "PSNR" in run.stdout and run.stderr == ""
+
+
+def test_help_says_what_every_training_option_is(capsys):
+    with pytest.raises(SystemExit):
+        call("train", "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(TrainingConfig):
+        flag = "--" + field.name.replace("_", "-")
+        found = re.search(rf"{flag}(?: [A-Z_]+)? ([a-z].{{8,}})", text)
+        assert found, flag
+    assert "--amp bfloat16 autocast" in text and "in which it rises from zero (100)" in text
