@@ -16,16 +16,23 @@ VQ = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_ch
           norm_type="spatial", down_block_types=("DownEncoderBlock2D",) * 3 + ("AttnDownEncoderBlock2D",),
           up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 3)  # fmt: skip
 SMALL = dict(VQ, block_out_channels=(32, 32, 64, 64))
+DDCONFIG = dict(ch=128, out_ch=3, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_resolutions=[32], in_channels=3, resolution=256,
+                z_channels=4)  # fmt: skip
+SMALL_DDCONFIG = dict(DDCONFIG, ch=32, ch_mult=(1, 1, 2, 2))
 KINDS = ("ours", "published", "diffusers")
 Decode = Callable[[Tensor], Tensor]
 
 
 def save_random(folder: Path, small: bool) -> None:
-    """Kandinsky 2.x's model (or one with fewer channels) with random weights, for every peer to read."""
-    from diffusers import VQModel
-
+    """Kandinsky 2.x's model (or one with fewer channels) with random weights, for every peer to read: in our format where there
+    is no diffusers, whose decoder alone is missing then."""
     torch.manual_seed(0)
-    VQModel(**(SMALL if small else VQ)).save_pretrained(folder)
+    try:
+        from diffusers import VQModel
+    except ImportError:
+        movq_ext.save_pretrained(movq_ext.MOVQ(SMALL_DDCONFIG if small else DDCONFIG, 16384, 4), folder)
+    else:
+        VQModel(**(SMALL if small else VQ)).save_pretrained(folder)
 
 
 def load(kind: str, folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Decode]:

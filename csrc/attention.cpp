@@ -23,7 +23,7 @@ int64_t granule(const Tensor& t) { return 16 / t.element_size(); }
 // zeros behind every token where that is what it lacks.
 Tensor usable(const Tensor& t) {
   const int64_t step = granule(t), size = t.size(3);
-  if (size % step) return at::constant_pad_nd(t, {0, step - size % step});
+  if (size % step) return at::constant_pad_nd(t, {0, step - size % step}).contiguous();  // it keeps channels_last
   bool fits = t.stride(3) == 1 && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
   for (int64_t dim = 0; dim < 3; ++dim) fits = fits && (t.size(dim) == 1 || t.stride(dim) % step == 0);
   return fits ? t : t.clone(at::MemoryFormat::Contiguous);

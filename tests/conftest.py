@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 SOURCE = Path(__file__).resolve().parents[1]
@@ -29,6 +30,8 @@ def hide_source():
 settings.register_profile("ci", derandomize=True)  # a run's failure is then that of its change
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+torch.backends.cudnn.allow_tf32 = False  # a convolution in float32 has TF32's error on a GPU otherwise, 10 bits
 
 if not editable():
     hide_source()

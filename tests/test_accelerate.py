@@ -651,8 +651,7 @@ def test_without_diffusers(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @torch.no_grad()
-def test_on_a_gpu(name, dtype, memory_format, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_on_a_gpu(name, dtype, memory_format):
     model = MODELS[name]().cuda().double()
     z = latents(model, size=(12, 8)).cuda()
     exact = decode(model, z.double())
@@ -666,8 +665,7 @@ def test_on_a_gpu(name, dtype, memory_format, monkeypatch):
 
 @needs_gpu
 @every_model
-def test_gradients_on_a_gpu(name, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_gradients_on_a_gpu(name):
     model = MODELS[name]().cuda()
     gradients = []
     for change in (lambda model: None, accelerate):

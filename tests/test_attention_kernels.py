@@ -41,7 +41,7 @@ def assert_right(backend, q, k, v, dout, scale=None, slack=1.0):
     torch.testing.assert_close(lse, wanted_lse.float(), rtol=1e-5, atol=1e-5)
     for name, grad, wanted in zip("qkv", backend.backward(dout, q, k, v, out, lse, scale), wanted_grads, strict=True):
         if float(wanted.abs().max()) < 1e-12:  # one key: its weight is 1 whatever q and k
-            assert float(grad.abs().max()) < RELATIVE[grad.dtype]
+            assert float(grad.abs().max()) < 2 * slack * RELATIVE[grad.dtype]
         else:
             assert_close(f"gradient of {name}", grad, wanted, 2 * slack)
 
@@ -257,7 +257,7 @@ def test_a_head_that_is_too_large_for_the_device_is_an_error_with_the_kernel_s_n
 
 @pytest.mark.skipif(not usable("gpu"), reason="needs a GPU and the extension")
 @pytest.mark.parametrize("tokens", [4096, 65536])
-def test_long_sequences_in_little_memory(tokens):
+def test_long_sequences_in_little_memory_on_a_gpu(tokens):
     q, k, v = (torch.randn(1, 1, tokens, 512, device="cuda", dtype=BF16) for _ in range(3))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -116,7 +116,7 @@ def test_kernels_of_a_decode_on_a_gpu():
     for kernel, count in {
         "statistics<": len(decoder._norms()),
         "modulate<": len(decoder._norms()),
-        "add_bias_residual": blocks,
+        "epilogue": blocks,
     }.items():
         assert sum("movq" in name and kernel in name for name in names) == count, (kernel, names)
     assert not [name for name in names if "nchwToNhwc" in name or "nhwcToNchw" in name]

@@ -141,7 +141,7 @@ def test_a_thread_reads_the_bias_once_for_a_channel(counted, layout):
 
 @pytest.mark.skipif(not usable("gpu"), reason="needs a GPU and the extension")
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_beyond_two_to_the_31_elements(layout):
+def test_beyond_two_to_the_31_elements_on_a_gpu(layout):
     if torch.cuda.mem_get_info()[0] < 16 << 30:
         pytest.skip("needs 16 GiB of free GPU memory")
     one = torch.randn(1, 64, 1024, 1024, device="cuda", dtype=BF16)
@@ -149,5 +149,5 @@ def test_beyond_two_to_the_31_elements(layout):
     assert x.numel() > 2**31
     bias = torch.randn(64, device="cuda")
     add_bias_residual_(x, bias, x)
-    expected = (2 * one.float() + bias[:, None, None]).bfloat16()
+    expected = (one.float() + bias[:, None, None] + one.float()).bfloat16()  # in the kernel's order: each sum is rounded
     assert torch.equal(x[:1], expected) and torch.equal(x[-1:], expected)

@@ -42,11 +42,6 @@ def inductor_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "inductor"))
 
 
-@pytest.fixture(autouse=True)
-def float32_convolutions(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
 def run_standalone(package, calls, folder):
     torch.save(calls, folder / "inputs.pt")
     command = [sys.executable, "-P", "-c", STANDALONE, package, folder / "inputs.pt", folder / "outputs.pt"]

@@ -16,11 +16,6 @@ SMALL = dict(ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=[])
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@pytest.fixture(autouse=True)
-def float32_convolutions(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
 class Recording:
     """Stands for a DecodeGraph on a CPU: what is recorded, replayed and closed is noted, the decode runs eagerly."""
 

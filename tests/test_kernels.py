@@ -331,6 +331,7 @@ class TestOnGpu:
             wanted.mT.contiguous().mT,
             torch.cat([wanted, wanted], 3)[..., :40],
             wanted.expand(2, 3, -1, -1),
+            torch.randn(2, 50, 39, 3, device="cuda").permute(0, 3, 1, 2),  # channels_last, to who takes heads for channels
         ]
         for x in tensors:
             assert_close(movq_ext.attention(x, x, x), native.attention(*[x.double()] * 3, None))

@@ -303,7 +303,7 @@ def test_one_image_fills_a_gpu(counted, layout):
 
 
 @pytest.mark.skipif(not usable("gpu"), reason="needs a GPU and the extension")
-def test_beyond_two_to_the_31_elements():
+def test_beyond_two_to_the_31_elements_on_a_gpu():
     if torch.cuda.mem_get_info()[0] < 24 << 30:
         pytest.skip("needs 24 GiB of free GPU memory")
     f = torch.randn(1, 64, 1024, 1024, device="cuda", dtype=BF16).expand(33, -1, -1, -1).contiguous()

@@ -14,7 +14,7 @@
 // ldmatrix.x4 (16 keys) for 32 mma. Scores: a warp computes 32 x 32, 4 ldmatrix.x4 for 8 mma. float: 32 rows, half of everything
 // per row.
 // Registers: 128 for the sums, 32 for each of s and t, 24 for operands: at most 255, one block of 256 threads a multiprocessor.
-// Shared memory: the rows (66 KB an operand) stay where there is room for them; columns and values stream through a ring of
+// Shared memory: the rows (65 KB an operand) stay where there is room for them; columns and values stream through a ring of
 // stages of 18 KB (128 tokens x 128 bytes of scores, or 16 tokens x 512 values); the weights take 17 KB.
 // Limits, for a tile of 64 x 128, which is 4096 mma of 16 x 8 x 16:
 //   tensor cores    2 cycles an mma on sm_80; on sm_90 about 1.6 by mma.sync (1 at wgmma's rate)
@@ -165,7 +165,7 @@ class Stream {
     const int rows = (resident ? p_.rows_at + product * Sizes::kRows * pitch + chunk * 64 : ready_ + kColumns * kScorePitch) +
                      (warp_id() / 4 * height + lane % 16) * pitch + lane / 16 * 8;
     const int columns = ready_ + (warp_id() % 4 * 32 + lane / 16 * 8 + lane % 8) * kScorePitch + lane / 8 % 2 * 8;
-#pragma unroll
+#pragma unroll(sizeof(T) == 2 ? 4 : 2)  // more of float would spill on sm_100 and sm_120
     for (int k = 0; k < 64; k += 16) {
       uint32_t b[2][4];
 #pragma unroll

@@ -297,6 +297,14 @@ def test_tf32_mma_rounds_its_operands_to_ten_bits(sound):
     np.testing.assert_allclose(d, tf32(a) @ tf32(b), rtol=1e-6, atol=1e-6)
 
 
+def test_mma_truncates_its_sums(sound):
+    a, b, d = np.zeros((16, 8), np.float32), np.zeros((8, 8), np.float32), emulator.empty((16, 8))
+    a[:, 0], a[:, 1] = [1] * 8 + [-1] * 8, [2**-12] * 8 + [-(2**-12)] * 8
+    b[0], b[1] = 1, 1.5 * 2**-12  # 1 and three quarters of the last place, of either sign
+    sound.call("matmul_tf32", a=a, b=b, d=d)
+    assert np.array_equal(d, np.repeat([[1.0], [-1.0]], 8, axis=0) * np.ones(8))
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_ldmatrix_gives_each_lane_its_pair(sound, count, transposed):

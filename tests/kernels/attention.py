@@ -5,6 +5,7 @@ import functools
 import emulator
 import torch
 
+from . import on_gpu
 from .spatial_norm import DTYPES, poisoned
 
 PROBLEM = "int64_t batch, int64_t heads, int64_t queries, int64_t keys, int64_t size, int dtype, float scale"
@@ -95,7 +96,7 @@ class Gpu:
 
     @staticmethod
     def _repeat(op, *arguments):
-        arguments = [x.cuda() if isinstance(x, torch.Tensor) else x for x in arguments]
+        arguments = [on_gpu(x) if isinstance(x, torch.Tensor) else x for x in arguments]
         first, *others = ([x.cpu() for x in op(*arguments)] for _ in range(3))
         for other in others:
             pairs = zip(first, other, strict=True)

@@ -1,6 +1,7 @@
 // Operands of a warp's tensor-core products in 32 bytes of k at a time, whatever the type: 16 values of 16 bits, or 8 floats.
 // Floats are multiplied as three tf32 products (3xTF32: the high parts, and each high part with the other's rest), which leaves
-// out no more than 2^-21 of a product: as exact as float32 multiplication and addition. Infinity has no rest: it gives NaN.
+// out no more than 2^-21 of a product, and added up outside: as exact as float32 multiplication and addition. Infinity has no
+// rest: it gives NaN.
 #pragma once
 
 #include "mma.cuh"
@@ -37,9 +38,12 @@ MOVQ_DEVICE void multiply(float (&d)[4], const Fragment<T, 4>& a, const Fragment
 
 template <>
 MOVQ_DEVICE void multiply<float>(float (&d)[4], const Fragment<float, 4>& a, const Fragment<float, 2>& b) {
-  mma_m16n8k8_tf32(d, a.rest, b.high);
-  mma_m16n8k8_tf32(d, a.high, b.rest);
-  mma_m16n8k8_tf32(d, a.high, b.high);
+  float products[4] = {};
+  mma_m16n8k8_tf32(products, a.rest, b.high);
+  mma_m16n8k8_tf32(products, a.high, b.rest);
+  mma_m16n8k8_tf32(products, a.high, b.high);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) d[i] += products[i];  // tensor cores truncate their sums: of hundreds that would show
 }
 
 }  // namespace movq

@@ -1,5 +1,5 @@
-// Tensor-core products of one warp: d += a * b, accumulated in float. Where each lane's values lie (PTX ISA, "Matrix Fragments
-// for mma"), with row = lane / 4 and pair = lane % 4:
+// Tensor-core products of one warp: d += a * b, accumulated in float; sums are truncated. Where each lane's values lie (PTX ISA,
+// "Matrix Fragments for mma"), with row = lane / 4 and pair = lane % 4:
 //   d (16 x 8):           d[0], d[1] at (row, 2 pair), (row, 2 pair + 1); d[2], d[3] eight rows below
 //   a (16 x 16, 16 bit):  a[0] at (row, 2 pair) and the next column; a[1] eight rows below; a[2], a[3] eight columns right
 //   b (16 x 8, 16 bit):   b[0] at (2 pair, row) and the next row; b[1] eight rows below

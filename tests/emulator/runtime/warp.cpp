@@ -145,8 +145,15 @@ struct K8Tf32 {
   static int b_row(int member, int i) { return i < 1 ? member : member + 4; }
 };
 
-// Products are exact in double; the sum of a whole k-slice is rounded once. Hardware rounds the partial sums, in an order of
-// its own, so the last bits differ.
+// To float towards zero.
+static float truncated(double value) {
+  const float nearest = static_cast<float>(value);
+  return std::isfinite(nearest) && std::abs(double{nearest}) > std::abs(value) ? std::nextafterf(nearest, 0.0f) : nearest;
+}
+
+// Products are exact in double; the sum of a whole k-slice is truncated once, as by tensor cores (Fasi et al., "Numerical
+// behavior of NVIDIA tensor cores", PeerJ CS 7:e330). They truncate partial sums too, in an order of their own: the last bits
+// differ.
 template <class Layout, float (*value)(const uint32_t*, int)>
 static void multiply(Arguments lanes) {
   double a[16][Layout::k], b[Layout::k][8], sums[16][8];
@@ -168,7 +175,7 @@ static void multiply(Arguments lanes) {
       for (int column = 0; column < 8; ++column) sums[row][column] += a[row][k] * b[k][column];
     }
   }
-  each_sum([](float& d, double sum) { d = static_cast<float>(sum); });
+  each_sum([](float& d, double sum) { d = truncated(sum); });
   ++machine.launches.back().counters.mma;
 }
 
