@@ -39,8 +39,8 @@ struct Inputs {
     TORCH_CHECK_VALUE(f_.dim() == 4 && f_.numel() > 0, "f must have 4 dimensions, none empty, got shape ", f_.sizes());
     TORCH_CHECK_VALUE(groups > 0 && f_.size(1) % groups == 0, "groups must be a positive divisor of f's ", f_.size(1),
                       " channels, got ", groups);
-    TORCH_CHECK_VALUE(f_.size(1) <= INT32_MAX && f_.size(2) * f_.size(3) <= INT32_MAX,
-                      "f must have fewer than 2^31 channels and pixels, got shape ", f_.sizes());
+    TORCH_CHECK_VALUE(f_.size(1) <= INT32_MAX && f_.size(2) * f_.size(3) <= movq::kMostPixels,
+                      "f must have fewer than 2^31 channels and at most ", movq::kMostPixels, " pixels, got shape ", f_.sizes());
     TORCH_CHECK_VALUE(zq_y_.has_value() == zq_b_.has_value(), "zq_y and zq_b must be given together or not at all");
     layout = layout_of(f_);
     f = f_.contiguous(layout);

@@ -9,6 +9,7 @@ from . import kernels, native
 from ._extension import device_reason, warn_once
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MOST_PIXELS = 2**31 - 1 - 2**16  # as csrc/kernels/spatial_norm.h has it
 ACTIVATIONS = (None, "silu")
 
 
@@ -232,8 +233,8 @@ def _reason(x: Tensor) -> str | None:
     """Why the kernels cannot take x, which is on a CUDA device, or None if they can."""
     if x.dtype not in KERNEL_DTYPES:
         return f"the CUDA kernels take {', '.join(str(dtype)[6:] for dtype in KERNEL_DTYPES)}, got {str(x.dtype)[6:]}"
-    if x.dim() == 4 and x.shape[2] * x.shape[3] >= 2**31:
-        return f"the CUDA kernels take fewer than 2**31 pixels, got shape {tuple(x.shape)}"
+    if x.dim() == 4 and x.shape[2] * x.shape[3] > MOST_PIXELS:
+        return f"the CUDA kernels take at most {MOST_PIXELS} pixels, got shape {tuple(x.shape)}"
     reason: str | None = device_reason(x.device.index)
     return reason
 

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from movq_ext import attention, explain, native, spatial_attention, spatial_norm
+from movq_ext import attention, explain, functional, native, spatial_attention, spatial_norm
 from movq_ext.functional import add_bias_residual_
 
 GRIDS = [((8, 8), (8, 8)), ((8, 8), (1, 1)), ((16, 8), (4, 4)), ((7, 9), (3, 4)), ((5, 5), (7, 11)),
@@ -239,6 +239,12 @@ def test_attention_of_heads_refuses(case):
     error, message, arguments = BAD_HEADS[case]
     with pytest.raises(error, match=message):
         attention(*arguments)
+
+
+def test_the_kernels_pixels_are_counted_in_32_bits():
+    reason = functional._reason(torch.empty(1, 1, 2**16, 2**15, device="meta"))
+    assert reason == "the CUDA kernels take at most 2147418111 pixels, got shape (1, 1, 65536, 32768)"
+    assert "pixels" not in (functional._reason(torch.empty(1, 1, 2**16, 2**15 - 2, device="meta")) or "")
 
 
 def test_explain_names_path_and_reason():

@@ -300,6 +300,7 @@ class TestOnGpu:
         assert torch.equal(out, expected)
 
     def test_what_no_kernel_takes_runs_natively_and_says_so_once(self):
+        _extension.warn_once.cache_clear()
         f = torch.randn(1, 32, 4, 4, device="cuda", dtype=torch.float64)
         with pytest.warns(RuntimeWarning, match="the CUDA kernels take float32, float16, bfloat16, got float64"):
             movq_ext.spatial_norm(f, None, None, None, None, GROUPS)

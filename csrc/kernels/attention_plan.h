@@ -59,7 +59,9 @@ Plan plan(const AttentionProblem& problem, const char* name) {
   if (units > INT32_MAX) throw std::runtime_error(std::string(name) + ": more than 2^31 tiles of scores");
   p.tiles = int(tiles);
   lay_out<T>(p, name);
-  p.blocks = int(std::min<int64_t>(units, resident_blocks(walk<T, Pass>, name, kThreads, p.shared_bytes)));
+  const int resident = resident_blocks(walk<T, Pass>, name, kThreads, p.shared_bytes);
+  if (resident < 1) throw std::runtime_error(std::string(name) + ": the device has no room for a block of it");
+  p.blocks = int(std::min<int64_t>(units, resident));
   p.share = int(units / p.blocks);
   p.rest = int(units % p.blocks);
   return p;

@@ -19,7 +19,7 @@
 // Limits, for a tile of 64 x 128, which is 4096 mma of 16 x 8 x 16:
 //   tensor cores    2 cycles an mma on sm_80; on sm_90 about 1.6 by mma.sync (1 at wgmma's rate)
 //   shared memory   2.2 cycles an mma, counted by the emulator: 1.5 for ldmatrix, 0.5 for copies from L2, the rest for weights
-//   L2              256 KB, 64 flop a byte: 360 TFLOP/s on an H100 that reads 5.5 TB/s
+//   L2              256 KB, 64 flop a byte: 352 TFLOP/s on an H100 that reads 5.5 TB/s
 // So some 90% of an A100's tensor-core peak and 36% of an H100's are what this tile can reach at best. More takes wgmma, whose
 // operands are read from shared memory once for 4 warps, and columns that a cluster loads once for 2 blocks.
 // Blocks: (row tile, column tile) pairs are units of work in one line, of which every block takes an equal, contiguous share, so

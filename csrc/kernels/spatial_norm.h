@@ -16,8 +16,10 @@
 
 namespace movq {
 
+constexpr int64_t kMostPixels = INT32_MAX - (1 << 16);  // a thread's next pixel is an int too, behind the last
+
 struct SpatialNormProblem {
-  int64_t batch = 0, channels = 0, height = 0, width = 0;  // height * width < 2^31; the whole tensor may exceed it
+  int64_t batch = 0, channels = 0, height = 0, width = 0;  // height * width <= kMostPixels; the whole tensor may exceed it
   int64_t groups = 1;
   int64_t zq_height = 0, zq_width = 0;
   DType dtype = DType::float32;        // of f and everything of its kind
