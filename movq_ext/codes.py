@@ -92,10 +92,10 @@ class CodeFile:
         return result
 
     def png_names(self) -> dict[str, str]:
-        """The file each picture is decoded to: its name with the suffix .png, added where two would share one."""
+        """The file each picture is decoded to: its name with the suffix .png, added where another could have the same."""
         names = {name: str(PurePosixPath(name).with_suffix(".png")) for name in self.codes}
-        shared = Counter(names.values())
-        return {name: png if shared[png] == 1 else f"{name}.png" for name, png in names.items()}
+        could = Counter(png for name in names for png in {names[name], f"{name}.png"})
+        return {name: png if could[png] == 1 else f"{name}.png" for name, png in names.items()}
 
 
 def name_problem(name: str) -> str | None:

@@ -88,6 +88,14 @@ def test_png_names():
     assert list(file.png_names().values()) == ["a.jpg.png", "a.png.png", "b.png", "deep/a.png"]
 
 
+def test_no_two_pictures_have_one_png():
+    """Not even where one's own name is what another has with a suffix added."""
+    names = ["a.jpg", "a.png", "a.jpg.png", "b.jpg", "b.jpg.gif", "c", "c.png.png"]
+    found = CodeFile("book", dict.fromkeys(names, torch.zeros(1, 1))).png_names()
+    assert list(found) == names and len(set(found.values())) == len(names)
+    assert found["b.jpg"] == "b.png" and found["c"] == "c.png"
+
+
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (17, 33), (8, 5)])
 def test_pictures_of_any_size(model, size):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
