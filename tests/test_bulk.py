@@ -473,6 +473,9 @@ def test_finding(folder, tmp_path):
     (tmp_path / "in/notes.txt").touch()
     (tmp_path / "in/_hidden.parquet").touch()
     (tmp_path / "in/.b.parquet.1.2.partial").touch()
+    (tmp_path / "codes/x").mkdir(parents=True)
+    for name in ("x.safetensors", "x/y.safetensors"):  # x/y/a.jpg in the first and a.jpg in the second would be one file
+        (tmp_path / "codes" / name).touch()
     assert [shard.source.name for shard in find_shards([tmp_path / "in"], tmp_path / "out")] == ["a.parquet"]
     (tmp_path / "empty").mkdir()
     os.mkfifo(tmp_path / "pipe.tar")
@@ -483,6 +486,7 @@ def test_finding(folder, tmp_path):
         ([tmp_path / "in"], "in", ValueError, "the output .* lies in the input"),
         ([tmp_path / "in"], "in/deep/er", ValueError, "the output .* lies in the input"),
         ([tmp_path / "in", tmp_path / "in/a.parquet"], "out", ValueError, "would both be written to .*a.parquet"),
+        ([tmp_path / "codes"], "out", ValueError, "codes/x/y.safetensors would be written to .*, among those of "),
     ]:
         with pytest.raises(error, match=message):
             find_shards(inputs, tmp_path / out)
