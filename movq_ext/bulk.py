@@ -38,6 +38,7 @@ CHUNK_BYTES = 192 << 20  # of pictures, and what goes with them, that wait for t
 MOST_SAMPLES = 1024  # in a chunk
 SHOWN = 10  # reasons in a report
 MEMORY_SHARE = 0.8  # of a GPU's free memory, or of the machine's, for decodes
+CPU_RAN_OUT = "can't allocate memory"  # torch has no class for it
 Tell = Callable[[int], object]  # hears that so many pictures are done
 
 
@@ -106,7 +107,9 @@ class BatchDecoder:
                 ran_out = False
                 try:
                     images = self.decode(torch.stack([codes for i in batch if (codes := samples[i].codes) is not None]))
-                except torch.OutOfMemoryError:
+                except RuntimeError as error:
+                    if not isinstance(error, torch.OutOfMemoryError) and CPU_RAN_OUT not in str(error):
+                        raise
                     ran_out = True  # what is in memory is free only when the error is gone
                 except ValueError as error:  # too large for the memory even in strips
                     results.update((i, error) for i in batch)

@@ -623,6 +623,26 @@ def test_out_of_memory(decoder, monkeypatch, caplog):
     assert all(isinstance(png, bytes) for png in found[1:]) and tried[-1] == 2  # no picture suffers for one of another size
 
 
+def test_out_of_memory_on_a_cpu(decoder, monkeypatch):
+    """torch has no class of error for it. One picture in ever less memory, then a reason; the others are decoded."""
+    monkeypatch.setattr(decoder, "_less", {})
+    real, rooms = decoder.decode, []
+
+    def decode(codes):
+        if codes.shape[1] == 8:
+            rooms.append(decoder.room((8, 8)))
+            if rooms[-1] >= 2000:
+                torch.empty(1 << 60, dtype=torch.uint8)
+            raise ValueError("max_memory must be at least 2000 bytes")
+        return real(codes)
+
+    monkeypatch.setattr(decoder, "decode", decode)
+    with pooled(decoder) as run:
+        found = run(samples_of([(8, 8), (16, 16), (8, 8)]))
+    assert [isinstance(png, bytes) for png in found] == [True, False, True] and "max_memory must be at least" in str(found[1])
+    assert len(rooms) > 2 and rooms == sorted(rooms, reverse=True)
+
+
 def test_memory_by_default(folder, monkeypatch):
     """Of the machine's for the threads, and of what a GPU has free."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
