@@ -183,8 +183,7 @@ def decode_shard(shard: Shard, decoder: BatchDecoder, tell: Tell = lambda pictur
 
     try:
         if shard.is_done():  # by a worker that died before it could say so
-            report.present = shard.pictures()
-            report.rejected = len(shard.rejects.read_text().splitlines()) if shard.rejects.exists() else 0
+            report.present, report.rejected = shard.pictures(), shard.rejected()
             tell(report.present + report.rejected)
             return report
         with ThreadPoolExecutor(decoder.threads) as pool, shard.writing() as write:
@@ -206,8 +205,12 @@ def decode_shard(shard: Shard, decoder: BatchDecoder, tell: Tell = lambda pictur
         report.reasons = [f"{one['name']}: {one['reason']}" for one in rejects[:SHOWN]]
         remove_partials(paths)
     except (OSError, ValueError) as error:
+        report.decoded = 0
+        if shard.is_done():  # by another run, which took what this one was writing for what the dead leave behind
+            report.present, report.rejected = shard.pictures(), shard.rejected()
+            return report
         reason = str(error) if report.source in str(error) else f"{report.source}: {error}"
-        report.decoded, report.error = 0, printable(reason)
+        report.error = printable(reason)
         rejects = []
         reject(None, reason)
         with suppress(OSError):

@@ -137,6 +137,10 @@ class Shard(ABC):
         """The file that says what could not be decoded."""
         return self.target.with_name(f"{self.target.name}.rejects.jsonl")
 
+    def rejected(self) -> int:
+        """How many samples that file has."""
+        return len(self.rejects.read_text().splitlines()) if self.rejects.exists() else 0
+
     def is_done(self) -> bool:
         """Whether all its pictures are there, as far as can be told without reading it."""
         return self.target.is_file()

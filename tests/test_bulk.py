@@ -738,6 +738,39 @@ def test_a_second_run_repeats_nothing(model, folder, tmp_path, capsys):
     assert set(after) == set(before) and changed == {"1.parquet", "4.png", "3.safetensors.rejects.jsonl"}
 
 
+def test_a_second_run_says_what_the_first_could_not_decode(folder, tmp_path, capsys):
+    """Which may have been killed before it said so itself."""
+    parquet(tmp_path / "in/x.parquet", pa.array([[1], [CODES], [-1]]))
+    for said in ("decoded 1, already there 0, failed 2", "decoded 0, already there 0, failed 2"):
+        assert call(folder, tmp_path / "in", "-o", tmp_path / "out") == 1
+        captured = capsys.readouterr().out
+        assert said in captured and "rejects.jsonl" in captured
+
+
+@pytest.mark.parametrize("kind", [ParquetShard, WebDatasetShard])
+def test_two_runs_at_once(folder, decoder, tmp_path, monkeypatch, kind):
+    """The first that is ready takes the other's partial file for one of the dead. What it wrote, and why not all, is left."""
+    if kind is ParquetShard:
+        source = parquet(tmp_path / "x.parquet", pa.array([[1], [CODES], [2]]))
+    else:
+        source = webdataset(tmp_path / "x.tar", [(f"{i}.npy", npy(np.array([i]))) for i in (1, CODES, 2)])
+    shard, real, other = kind(source, tmp_path / "out" / source.name), decoder.decode, []
+
+    def decode(codes):
+        if not other:
+            with ThreadPoolExecutor(1) as thread:
+                other.append(thread.submit(decode_shard, shard, BatchDecoder(Settings(folder, "cpu"))).result())
+                other.append((stamps(tmp_path / "out"), lines(shard.rejects)))
+        return real(codes)
+
+    monkeypatch.setattr(decoder, "decode", decode)
+    report = decode_shard(shard, decoder)
+    assert (other[0].decoded, other[0].rejected) == (2, 1)
+    assert (report.decoded, report.present, report.rejected, report.error) == (0, 2, 1, "")
+    assert shard.target in other[1][0] and lines(shard.rejects) == other[1][1]
+    assert names(tmp_path / "out") == [source.name, f"{source.name}.rejects.jsonl"]
+
+
 @pytest.mark.parametrize("kind", [ParquetShard, WebDatasetShard])
 def test_a_shard_is_written_at_once(decoder, tmp_path, monkeypatch, kind):
     """What raises on the way, of whatever kind, leaves nothing; a reason for it is there before the pictures are."""
