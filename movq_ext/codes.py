@@ -70,7 +70,7 @@ class CodeFile:
         """
         require_file(path)
         with refusing(CodeFileError, f"{path} is damaged"):
-            with safe_open(path, framework="pt") as file:
+            with refusing(CodeFileError, f"{path} is damaged or no file of codes"), safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     found = printable(repr(metadata.get("format")), MOST_SHOWN)

@@ -465,6 +465,15 @@ def test_a_picture_that_is_not_finite(folder, tmp_path):
     assert "NaN or infinite" in lines(tmp_path / "out/x.parquet.rejects.jsonl")[0]["reason"]
 
 
+@pytest.mark.parametrize("name", ["x.tar.gz", "part-0"])
+def test_a_file_of_another_kind(folder, tmp_path, name):
+    """By its suffix it is taken for what encode wrote, and need not be damaged."""
+    (tmp_path / name).write_bytes(gzip.compress(bytes(10240)))
+    assert call(folder, tmp_path / name, "-o", tmp_path / "out") == 2
+    (reject,) = lines(tmp_path / f"out/{name}.rejects.jsonl")
+    assert f"{name} is damaged or no file of codes: " in reject["reason"]
+
+
 # --- Where shards are
 
 
