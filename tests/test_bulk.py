@@ -23,7 +23,7 @@ from movq_ext import MOVQ, __main__, bulk, from_pretrained, ray_engine, save_pre
 from movq_ext.__main__ import main, memory_size
 from movq_ext.bulk import BatchDecoder, Settings, decode_shard, peak_values
 from movq_ext.codes import CodeFile, codebook_id, decode_image
-from movq_ext.files import remove_partials
+from movq_ext.files import remove_partials, replacing
 from movq_ext.shards import Codebook, ParquetShard, Sample, WebDatasetShard, find_shards
 
 DDCONFIG = dict(
@@ -842,6 +842,18 @@ def test_partial_files_of_the_dead(tmp_path):
         (tmp_path / name).touch()
     remove_partials([tmp_path / "x.parquet", tmp_path / "gone/x.parquet"])
     assert names(tmp_path) == [".x.parquet", ".y.parquet.12.34.partial", "x.parquet.12.34.partial"]
+
+
+def test_the_longest_names(tmp_path):
+    """A file that is being written needs no longer one, and what the dead leave of it is found."""
+    path, left = tmp_path / f"{'é' * 125}.png", tmp_path / "left"
+    with replacing(path) as partial:
+        partial.write_text("whole")
+        left.hardlink_to(partial)
+        name = partial.name
+    left.rename(tmp_path / name)
+    remove_partials([path])
+    assert names(tmp_path) == [path.name] and path.read_text() == "whole"
 
 
 RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": "local"}  # a cluster of our own, whatever else runs here
