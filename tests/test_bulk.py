@@ -857,6 +857,7 @@ def test_the_longest_names(tmp_path):
 
 
 RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": "local"}  # a cluster of our own, whatever else runs here
+AWAY = "/"  # Ray's workers look for packages in the current folder first, -P or not: there must not be the source folder
 ROWS, SIDE, SHARDS = 250, 24, 5
 
 
@@ -874,7 +875,9 @@ def start(folder, source, out, *more):
     command = [sys.executable, "-P", "-m", "movq_ext", "decode", source, "-o", out, "--model", folder, "--device", "cpu"]
     env = {**os.environ, **RAY, "OMP_NUM_THREADS": "1"}
     with open(out.with_suffix(".log"), "a") as log:
-        return subprocess.Popen([*command, "--threads", "1", *more], stdout=log, stderr=log, env=env, start_new_session=True)
+        return subprocess.Popen(
+            [*command, "--threads", "1", *more], stdout=log, stderr=log, env=env, cwd=AWAY, start_new_session=True
+        )
 
 
 def first_output(process, out, seconds=120):
@@ -908,8 +911,8 @@ def test_a_run_that_is_killed(folder, many, tmp_path):
     assert all(path.stat().st_mtime_ns == before[path] for path in before if path.suffix == ".parquet")
 
 
-def workers_of(process):
-    """The Ray workers below a process: their ids."""
+def workers_of(process, kind):
+    """The Ray workers of a class below a process: their ids."""
     parents, titles = {}, {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -924,16 +927,17 @@ def workers_of(process):
             pid = parents[pid]
         return pid == process.pid
 
-    return [pid for pid, title in titles.items() if title.startswith("ray::") and "Worker" in title and is_below(pid)]
+    return [pid for pid, title in titles.items() if title.startswith("ray::") and kind in title and is_below(pid)]
 
 
+@pytest.mark.parametrize("victim", ["Worker", "Attempts"])
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="finds workers in /proc")
-def test_a_ray_worker_that_is_killed(folder, many, tmp_path):
+def test_a_ray_worker_that_is_killed(folder, many, tmp_path, victim):
     """On a real cluster of this machine: no picture is lost or made twice, and the run ends well."""
     out = tmp_path / "out"
     process = start(folder, many, out, "--engine", "ray")
     first_output(process, out)
-    workers = workers_of(process)
+    workers = workers_of(process, victim)
     assert workers, out.with_suffix(".log").read_text()
     before = stamps(out)
     os.kill(workers[0], signal.SIGKILL)
@@ -977,7 +981,7 @@ def test_a_shard_that_kills_its_workers(folder, tmp_path):
     program = POISON.replace("DEATHS", repr(str(deaths)))  # the worker has arguments of its own
     command = [sys.executable, "-P", "-c", program, tmp_path / "in", tmp_path / "out", folder]
     env = {**os.environ, **RAY}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env, cwd=AWAY)
     assert run.returncode == 0, run.stderr
     found = [line.split()[:2] for line in run.stdout.splitlines() if "raylet" not in line]
     assert sorted(found) == [["0.parquet", "6"], ["1.parquet", "0"], ["2.parquet", "6"]], run.stdout
