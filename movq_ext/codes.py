@@ -79,6 +79,8 @@ class CodeFile:
             most = sum(12 * len(name) + 64 for name in codes) + 2  # a character takes up to two escapes of six
             sizes = {name: (height, width) for name, (height, width) in parse_json(metadata["sizes"], most).items()}
             result = cls(metadata["codebook"], codes, sizes)
+        if len({PurePosixPath(name) for name in codes}) < len(codes):  # a/b.jpg and a/./b.jpg
+            raise CodeFileError(f"{path} is damaged: a name comes twice, written in two ways")
         for name, grid in codes.items():
             shown = printable(repr(name), MOST_SHOWN)
             if (problem := name_problem(name)) is not None:

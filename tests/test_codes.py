@@ -88,6 +88,17 @@ def test_png_names():
     assert list(file.png_names().values()) == ["a.jpg.png", "a.png.png", "b.png", "deep/a.png"]
 
 
+@pytest.mark.parametrize("other", ["a/./b.jpg", "a//b.jpg", "./a/b.jpg"])
+def test_a_name_in_two_ways_is_refused(tmp_path, other):
+    """They would be decoded to one file."""
+    file = CodeFile("book")
+    for name in ("a/b.jpg", other):
+        file.add(name, torch.zeros(1, 1), (1, 1))
+    file.save(tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"x\.safetensors is damaged: a name comes twice"):
+        CodeFile.load(tmp_path / "x.safetensors")
+
+
 def test_no_two_pictures_have_one_png():
     """Not even where one's own name is what another has with a suffix added."""
     names = ["a.jpg", "a.png", "a.jpg.png", "b.jpg", "b.jpg.gif", "c", "c.png.png"]
