@@ -131,6 +131,7 @@ def decode(args: argparse.Namespace) -> int:
     decoded, present, rejected = (
         sum(getattr(report, field) for report in reports) for field in ("decoded", "present", "rejected")
     )
+    rejected += sum(shard.rejected() for shard in set(shards).difference(waiting))  # by an earlier run
     failed, seconds = sum(bool(report.error) for report in reports), time.monotonic() - start
     print(f"decoded {decoded}, already there {present}, failed {rejected}")
     if len(shards) > 1 or not waiting:

@@ -38,6 +38,7 @@ CHUNK_BYTES = 192 << 20  # of pictures, and what goes with them, that wait for t
 MOST_SAMPLES = 1024  # in a chunk
 SHOWN = 10  # reasons in a report
 MEMORY_SHARE = 0.8  # of a GPU's free memory, or of the machine's, for decodes
+CPU_RAN_OUT = "can't allocate memory"  # torch has no class for it
 Tell = Callable[[int], object]  # hears that so many pictures are done
 
 
@@ -106,7 +107,9 @@ class BatchDecoder:
                 ran_out = False
                 try:
                     images = self.decode(torch.stack([codes for i in batch if (codes := samples[i].codes) is not None]))
-                except torch.OutOfMemoryError:
+                except RuntimeError as error:
+                    if not isinstance(error, torch.OutOfMemoryError) and CPU_RAN_OUT not in str(error):
+                        raise
                     ran_out = True  # what is in memory is free only when the error is gone
                 except ValueError as error:  # too large for the memory even in strips
                     results.update((i, error) for i in batch)
@@ -180,8 +183,7 @@ def decode_shard(shard: Shard, decoder: BatchDecoder, tell: Tell = lambda pictur
 
     try:
         if shard.is_done():  # by a worker that died before it could say so
-            report.present = shard.pictures()
-            report.rejected = len(shard.rejects.read_text().splitlines()) if shard.rejects.exists() else 0
+            report.present, report.rejected = shard.pictures(), shard.rejected()
             tell(report.present + report.rejected)
             return report
         with ThreadPoolExecutor(decoder.threads) as pool, shard.writing() as write:
@@ -203,8 +205,12 @@ def decode_shard(shard: Shard, decoder: BatchDecoder, tell: Tell = lambda pictur
         report.reasons = [f"{one['name']}: {one['reason']}" for one in rejects[:SHOWN]]
         remove_partials(paths)
     except (OSError, ValueError) as error:
+        report.decoded = 0
+        if shard.is_done():  # by another run, which took what this one was writing for what the dead leave behind
+            report.present, report.rejected = shard.pictures(), shard.rejected()
+            return report
         reason = str(error) if report.source in str(error) else f"{report.source}: {error}"
-        report.decoded, report.error = 0, printable(reason)
+        report.error = printable(reason)
         rejects = []
         reject(None, reason)
         with suppress(OSError):

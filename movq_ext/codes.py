@@ -70,7 +70,7 @@ class CodeFile:
         """
         require_file(path)
         with refusing(CodeFileError, f"{path} is damaged"):
-            with safe_open(path, framework="pt") as file:
+            with refusing(CodeFileError, f"{path} is damaged or no file of codes"), safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     found = printable(repr(metadata.get("format")), MOST_SHOWN)
@@ -79,6 +79,8 @@ class CodeFile:
             most = sum(12 * len(name) + 64 for name in codes) + 2  # a character takes up to two escapes of six
             sizes = {name: (height, width) for name, (height, width) in parse_json(metadata["sizes"], most).items()}
             result = cls(metadata["codebook"], codes, sizes)
+        if len({PurePosixPath(name) for name in codes}) < len(codes):  # a/b.jpg and a/./b.jpg
+            raise CodeFileError(f"{path} is damaged: a name comes twice, written in two ways")
         for name, grid in codes.items():
             shown = printable(repr(name), MOST_SHOWN)
             if (problem := name_problem(name)) is not None:
@@ -92,10 +94,10 @@ class CodeFile:
         return result
 
     def png_names(self) -> dict[str, str]:
-        """The file each picture is decoded to: its name with the suffix .png, added where two would share one."""
+        """The file each picture is decoded to: its name with the suffix .png, added where another could have the same."""
         names = {name: str(PurePosixPath(name).with_suffix(".png")) for name in self.codes}
-        shared = Counter(names.values())
-        return {name: png if shared[png] == 1 else f"{name}.png" for name, png in names.items()}
+        could = Counter(png for name in names for png in {names[name], f"{name}.png"})
+        return {name: png if could[png] == 1 else f"{name}.png" for name, png in names.items()}
 
 
 def name_problem(name: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
@@ -12,13 +13,14 @@ from typing import Any
 
 MOST_JSON = 1 << 20  # bytes of a config: those of published models have a thousand
 MOST_REASON = 300  # characters of another library's error
+MOST_NAME = 200  # bytes of a name, of the 255 that disks take: a partial file has more in its own
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A name to write to, beside path, which takes path's place at once when the block ends without an error."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
+    partial = path.with_name(f".{_short(path.name)}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
         partial.touch()
         mode = partial.stat().st_mode  # as the umask has it, which cannot be asked without changing it for all threads
@@ -35,11 +37,17 @@ def remove_partials(paths: Iterable[Path]) -> None:
     """Remove what ``replacing`` left beside these files in processes that were killed. No other process may be writing them."""
     names: dict[Path, set[str]] = {}
     for path in paths:
-        names.setdefault(path.parent, set()).add(path.name)
+        names.setdefault(path.parent, set()).add(_short(path.name))
     for folder, known in names.items():
         for partial in folder.glob(".*.partial"):
             if partial.name[1:].rsplit(".", 3)[0] in known:
                 partial.unlink(missing_ok=True)
+
+
+def _short(name: str) -> str:
+    """name, or a fingerprint of one that has more than MOST_NAME bytes."""
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= MOST_NAME else hashlib.sha256(encoded).hexdigest()
 
 
 def require_file(path: str | Path) -> None:

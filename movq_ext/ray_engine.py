@@ -25,7 +25,7 @@ CORES = 4  # of a worker, if there are as many
 
 
 class Attempts:
-    """A Ray actor that outlives the workers and counts how often they began with a shard."""
+    """A Ray actor that outlives the workers and counts how often they began with a shard. If it dies it counts anew."""
 
     def __init__(self) -> None:
         self.count: Counter[str] = Counter()
@@ -95,7 +95,7 @@ def _run(ray: Any, shards: Sequence[Shard], settings: Settings, tell: Tell) -> I
 
     ray.data.DataContext.get_current().enable_progress_bars = False  # whoever called has one
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    attempts = ray.remote(num_cpus=0)(Attempts).remote()
+    attempts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Attempts).remote()
     # Workers have another working directory.
     settings = replace(settings, model=settings.model.resolve(), device="cuda" if gpus else "cpu", threads=cores)
     rows = [{"source": str(shard.source.resolve()), "target": str(shard.target.resolve())} for shard in shards]

@@ -137,6 +137,10 @@ class Shard(ABC):
         """The file that says what could not be decoded."""
         return self.target.with_name(f"{self.target.name}.rejects.jsonl")
 
+    def rejected(self) -> int:
+        """How many samples that file has."""
+        return len(self.rejects.read_text().splitlines()) if self.rejects.exists() else 0
+
     def is_done(self) -> bool:
         """Whether all its pictures are there, as far as can be told without reading it."""
         return self.target.is_file()
@@ -390,7 +394,8 @@ def find_shards(inputs: Iterable[Path], out: Path) -> list[Shard]:
     The pictures of a CodeFile that is named itself lie in ``out``, those of one in a folder in a folder of its name.
 
     Raises FileNotFoundError for a path that does not exist, OSError for one that is no file, ValueError for a folder without
-    shards, two shards whose pictures would go to one place, and an ``out`` within a folder that is searched.
+    shards, two shards whose pictures would go to one place or one folder within another, and an ``out`` within a folder that is
+    searched.
     """
     found: dict[Path, Shard] = {}
 
@@ -399,7 +404,7 @@ def find_shards(inputs: Iterable[Path], out: Path) -> list[Shard]:
             raise ValueError(f"the pictures of {source} would take its place: give another output than {out}")
         if target in found:
             both = f"{found[target].source} and {source}"
-            raise ValueError(f"{both} would both be written to {target}: give their folder, or decode each by itself")
+            raise ValueError(f"{both} would both be written to {target}: give their folder, or another output for each")
         found[target] = shard_of(source, target)
 
     for path in inputs:
@@ -415,6 +420,11 @@ def find_shards(inputs: Iterable[Path], out: Path) -> list[Shard]:
         else:
             require_file(path)
             add(path, out if isinstance(shard_of(path, out), CodeFileShard) else out / path.name)
+    folders = {target: shard.source for target, shard in found.items() if isinstance(shard, CodeFileShard)}
+    for target, source in folders.items():
+        if (around := next((parent for parent in target.parents if parent in folders), None)) is not None:
+            both = f"{source} would be written to {target}, among those of {folders[around]}"
+            raise ValueError(f"the pictures of {both}, which may have the same names: decode each to an output of its own")
     return list(found.values())
 
 

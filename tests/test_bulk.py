@@ -23,7 +23,7 @@ from movq_ext import MOVQ, __main__, bulk, from_pretrained, ray_engine, save_pre
 from movq_ext.__main__ import main, memory_size
 from movq_ext.bulk import BatchDecoder, Settings, decode_shard, peak_values
 from movq_ext.codes import CodeFile, codebook_id, decode_image
-from movq_ext.files import remove_partials
+from movq_ext.files import remove_partials, replacing
 from movq_ext.shards import Codebook, ParquetShard, Sample, WebDatasetShard, find_shards
 
 DDCONFIG = dict(
@@ -465,6 +465,15 @@ def test_a_picture_that_is_not_finite(folder, tmp_path):
     assert "NaN or infinite" in lines(tmp_path / "out/x.parquet.rejects.jsonl")[0]["reason"]
 
 
+@pytest.mark.parametrize("name", ["x.tar.gz", "part-0"])
+def test_a_file_of_another_kind(folder, tmp_path, name):
+    """By its suffix it is taken for what encode wrote, and need not be damaged."""
+    (tmp_path / name).write_bytes(gzip.compress(bytes(10240)))
+    assert call(folder, tmp_path / name, "-o", tmp_path / "out") == 2
+    (reject,) = lines(tmp_path / f"out/{name}.rejects.jsonl")
+    assert f"{name} is damaged or no file of codes: " in reject["reason"]
+
+
 # --- Where shards are
 
 
@@ -473,6 +482,9 @@ def test_finding(folder, tmp_path):
     (tmp_path / "in/notes.txt").touch()
     (tmp_path / "in/_hidden.parquet").touch()
     (tmp_path / "in/.b.parquet.1.2.partial").touch()
+    (tmp_path / "codes/x").mkdir(parents=True)
+    for name in ("x.safetensors", "x/y.safetensors"):  # x/y/a.jpg in the first and a.jpg in the second would be one file
+        (tmp_path / "codes" / name).touch()
     assert [shard.source.name for shard in find_shards([tmp_path / "in"], tmp_path / "out")] == ["a.parquet"]
     (tmp_path / "empty").mkdir()
     os.mkfifo(tmp_path / "pipe.tar")
@@ -483,6 +495,7 @@ def test_finding(folder, tmp_path):
         ([tmp_path / "in"], "in", ValueError, "the output .* lies in the input"),
         ([tmp_path / "in"], "in/deep/er", ValueError, "the output .* lies in the input"),
         ([tmp_path / "in", tmp_path / "in/a.parquet"], "out", ValueError, "would both be written to .*a.parquet"),
+        ([tmp_path / "codes"], "out", ValueError, "codes/x/y.safetensors would be written to .*, among those of "),
     ]:
         with pytest.raises(error, match=message):
             find_shards(inputs, tmp_path / out)
@@ -619,6 +632,26 @@ def test_out_of_memory(decoder, monkeypatch, caplog):
     assert all(isinstance(png, bytes) for png in found[1:]) and tried[-1] == 2  # no picture suffers for one of another size
 
 
+def test_out_of_memory_on_a_cpu(decoder, monkeypatch):
+    """torch has no class of error for it. One picture in ever less memory, then a reason; the others are decoded."""
+    monkeypatch.setattr(decoder, "_less", {})
+    real, rooms = decoder.decode, []
+
+    def decode(codes):
+        if codes.shape[1] == 8:
+            rooms.append(decoder.room((8, 8)))
+            if rooms[-1] >= 2000:
+                torch.empty(1 << 60, dtype=torch.uint8)
+            raise ValueError("max_memory must be at least 2000 bytes")
+        return real(codes)
+
+    monkeypatch.setattr(decoder, "decode", decode)
+    with pooled(decoder) as run:
+        found = run(samples_of([(8, 8), (16, 16), (8, 8)]))
+    assert [isinstance(png, bytes) for png in found] == [True, False, True] and "max_memory must be at least" in str(found[1])
+    assert len(rooms) > 2 and rooms == sorted(rooms, reverse=True)
+
+
 def test_memory_by_default(folder, monkeypatch):
     """Of the machine's for the threads, and of what a GPU has free."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -714,6 +747,39 @@ def test_a_second_run_repeats_nothing(model, folder, tmp_path, capsys):
     assert set(after) == set(before) and changed == {"1.parquet", "4.png", "3.safetensors.rejects.jsonl"}
 
 
+def test_a_second_run_says_what_the_first_could_not_decode(folder, tmp_path, capsys):
+    """Which may have been killed before it said so itself."""
+    parquet(tmp_path / "in/x.parquet", pa.array([[1], [CODES], [-1]]))
+    for said in ("decoded 1, already there 0, failed 2", "decoded 0, already there 0, failed 2"):
+        assert call(folder, tmp_path / "in", "-o", tmp_path / "out") == 1
+        captured = capsys.readouterr().out
+        assert said in captured and "rejects.jsonl" in captured
+
+
+@pytest.mark.parametrize("kind", [ParquetShard, WebDatasetShard])
+def test_two_runs_at_once(folder, decoder, tmp_path, monkeypatch, kind):
+    """The first that is ready takes the other's partial file for one of the dead. What it wrote, and why not all, is left."""
+    if kind is ParquetShard:
+        source = parquet(tmp_path / "x.parquet", pa.array([[1], [CODES], [2]]))
+    else:
+        source = webdataset(tmp_path / "x.tar", [(f"{i}.npy", npy(np.array([i]))) for i in (1, CODES, 2)])
+    shard, real, other = kind(source, tmp_path / "out" / source.name), decoder.decode, []
+
+    def decode(codes):
+        if not other:
+            with ThreadPoolExecutor(1) as thread:
+                other.append(thread.submit(decode_shard, shard, BatchDecoder(Settings(folder, "cpu"))).result())
+                other.append((stamps(tmp_path / "out"), lines(shard.rejects)))
+        return real(codes)
+
+    monkeypatch.setattr(decoder, "decode", decode)
+    report = decode_shard(shard, decoder)
+    assert (other[0].decoded, other[0].rejected) == (2, 1)
+    assert (report.decoded, report.present, report.rejected, report.error) == (0, 2, 1, "")
+    assert shard.target in other[1][0] and lines(shard.rejects) == other[1][1]
+    assert names(tmp_path / "out") == [source.name, f"{source.name}.rejects.jsonl"]
+
+
 @pytest.mark.parametrize("kind", [ParquetShard, WebDatasetShard])
 def test_a_shard_is_written_at_once(decoder, tmp_path, monkeypatch, kind):
     """What raises on the way, of whatever kind, leaves nothing; a reason for it is there before the pictures are."""
@@ -778,7 +844,20 @@ def test_partial_files_of_the_dead(tmp_path):
     assert names(tmp_path) == [".x.parquet", ".y.parquet.12.34.partial", "x.parquet.12.34.partial"]
 
 
+def test_the_longest_names(tmp_path):
+    """A file that is being written needs no longer one, and what the dead leave of it is found."""
+    path, left = tmp_path / f"{'é' * 125}.png", tmp_path / "left"
+    with replacing(path) as partial:
+        partial.write_text("whole")
+        left.hardlink_to(partial)
+        name = partial.name
+    left.rename(tmp_path / name)
+    remove_partials([path])
+    assert names(tmp_path) == [path.name] and path.read_text() == "whole"
+
+
 RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": "local"}  # a cluster of our own, whatever else runs here
+AWAY = "/"  # Ray's workers look for packages in the current folder first, -P or not: there must not be the source folder
 ROWS, SIDE, SHARDS = 250, 24, 5
 
 
@@ -796,7 +875,9 @@ def start(folder, source, out, *more):
     command = [sys.executable, "-P", "-m", "movq_ext", "decode", source, "-o", out, "--model", folder, "--device", "cpu"]
     env = {**os.environ, **RAY, "OMP_NUM_THREADS": "1"}
     with open(out.with_suffix(".log"), "a") as log:
-        return subprocess.Popen([*command, "--threads", "1", *more], stdout=log, stderr=log, env=env, start_new_session=True)
+        return subprocess.Popen(
+            [*command, "--threads", "1", *more], stdout=log, stderr=log, env=env, cwd=AWAY, start_new_session=True
+        )
 
 
 def first_output(process, out, seconds=120):
@@ -830,8 +911,8 @@ def test_a_run_that_is_killed(folder, many, tmp_path):
     assert all(path.stat().st_mtime_ns == before[path] for path in before if path.suffix == ".parquet")
 
 
-def workers_of(process):
-    """The Ray workers below a process: their ids."""
+def workers_of(process, kind):
+    """The Ray workers of a class below a process: their ids."""
     parents, titles = {}, {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -846,16 +927,17 @@ def workers_of(process):
             pid = parents[pid]
         return pid == process.pid
 
-    return [pid for pid, title in titles.items() if title.startswith("ray::") and "Worker" in title and is_below(pid)]
+    return [pid for pid, title in titles.items() if title.startswith("ray::") and kind in title and is_below(pid)]
 
 
+@pytest.mark.parametrize("victim", ["Worker", "Attempts"])
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="finds workers in /proc")
-def test_a_ray_worker_that_is_killed(folder, many, tmp_path):
+def test_a_ray_worker_that_is_killed(folder, many, tmp_path, victim):
     """On a real cluster of this machine: no picture is lost or made twice, and the run ends well."""
     out = tmp_path / "out"
     process = start(folder, many, out, "--engine", "ray")
     first_output(process, out)
-    workers = workers_of(process)
+    workers = workers_of(process, victim)
     assert workers, out.with_suffix(".log").read_text()
     before = stamps(out)
     os.kill(workers[0], signal.SIGKILL)
@@ -899,7 +981,7 @@ def test_a_shard_that_kills_its_workers(folder, tmp_path):
     program = POISON.replace("DEATHS", repr(str(deaths)))  # the worker has arguments of its own
     command = [sys.executable, "-P", "-c", program, tmp_path / "in", tmp_path / "out", folder]
     env = {**os.environ, **RAY}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env, cwd=AWAY)
     assert run.returncode == 0, run.stderr
     found = [line.split()[:2] for line in run.stdout.splitlines() if "raylet" not in line]
     assert sorted(found) == [["0.parquet", "6"], ["1.parquet", "0"], ["2.parquet", "6"]], run.stdout

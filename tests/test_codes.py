@@ -88,6 +88,25 @@ def test_png_names():
     assert list(file.png_names().values()) == ["a.jpg.png", "a.png.png", "b.png", "deep/a.png"]
 
 
+@pytest.mark.parametrize("other", ["a/./b.jpg", "a//b.jpg", "./a/b.jpg"])
+def test_a_name_in_two_ways_is_refused(tmp_path, other):
+    """They would be decoded to one file."""
+    file = CodeFile("book")
+    for name in ("a/b.jpg", other):
+        file.add(name, torch.zeros(1, 1), (1, 1))
+    file.save(tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"x\.safetensors is damaged: a name comes twice"):
+        CodeFile.load(tmp_path / "x.safetensors")
+
+
+def test_no_two_pictures_have_one_png():
+    """Not even where one's own name is what another has with a suffix added."""
+    names = ["a.jpg", "a.png", "a.jpg.png", "b.jpg", "b.jpg.gif", "c", "c.png.png"]
+    found = CodeFile("book", dict.fromkeys(names, torch.zeros(1, 1))).png_names()
+    assert list(found) == names and len(set(found.values())) == len(names)
+    assert found["b.jpg"] == "b.png" and found["c"] == "c.png"
+
+
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (17, 33), (8, 5)])
 def test_pictures_of_any_size(model, size):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))

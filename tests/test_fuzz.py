@@ -280,7 +280,8 @@ def test_a_name_that_is_no_text_does_not_stop_the_rest(model, tmp_path, capsys):
     assert list(CodeFile.load(out).codes) == ["a.png", "c.png"]
 
 
-def test_the_command_line_says_what_is_wrong(model, tmp_path, capsys):
+def test_the_command_line_says_what_is_wrong(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # decode writes to ./decoded
     (tmp_path / "deep.json").write_text("[" * 10**5)
     (tmp_path / "deep.safetensors").write_bytes(struct.pack("<Q", 2**40))
     os.mkfifo(tmp_path / "pipe")
