@@ -32,6 +32,7 @@ from .training import SMALL_MODEL as SMALL_MODEL_CONFIG
 from .training import Trainer, TrainingConfig
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MOST_THREADS = 1024
 MOST_COUNTED = 1000  # shards that are opened at the start to know how many pictures there are
 SAVE_SECONDS = 60.0  # how much work of ``encode`` an interruption may cost
 
@@ -201,7 +202,7 @@ def info(args: argparse.Namespace) -> int:
 
 def usable_device(name: str) -> str:
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()  # which meta cannot
     except (RuntimeError, AssertionError) as error:  # torch's ways to say no such device, or a build without it
         raise argparse.ArgumentTypeError(f"cannot use {name!r}: {str(error).splitlines()[0]}") from error
     return name
@@ -221,11 +222,10 @@ def memory_size(text: str) -> int:
     return size
 
 
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)  # which argparse words
-    return value
+def thread_count(text: str) -> int:
+    if not (text.isdecimal() and 1 <= int(text) <= MOST_THREADS):
+        raise argparse.ArgumentTypeError(f"must be 1 to {MOST_THREADS}, got {text}")
+    return int(text)
 
 
 def load_model(args: argparse.Namespace) -> MOVQ:
@@ -271,7 +271,7 @@ def parser() -> argparse.ArgumentParser:
                      help="Ray Data, this process, or Ray if installed and there are several shards (%(default)s)")  # fmt: skip
     sub.add_argument("--max-memory", type=memory_size, metavar="BYTES",
                      help="of a decode, such as 500M (most of what a GPU has free, or of the machine's for a CPU)")  # fmt: skip
-    sub.add_argument("--threads", type=positive_int, help="of each worker (4 with Ray, else all)")
+    sub.add_argument("--threads", type=thread_count, help="of each worker (4 with Ray, else all)")
 
     sub = command(train, "Train a model; run it again to go on from the last checkpoint.", model=False)
     sub.add_argument("folder", type=Path, help="photographs, searched to the bottom")
@@ -305,6 +305,9 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, TypeError, FloatingPointError, ExportError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from what is there", file=sys.stderr)
+        return 130  # as shells have it: 128 and SIGINT
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ CHUNK_BYTES = 192 << 20  # of pictures, and what goes with them, that wait for t
 MOST_SAMPLES = 1024  # in a chunk
 SHOWN = 10  # reasons in a report
 MEMORY_SHARE = 0.8  # of a GPU's free memory, or of the machine's, for decodes
+CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # cgroup v2, v1
 CPU_RAN_OUT = "can't allocate memory"  # torch has no class for it
 Tell = Callable[[int], object]  # hears that so many pictures are done
 
@@ -159,10 +160,16 @@ def memory(device: torch.device, threads: int) -> int:
     """Bytes for decodes on a device: what a GPU has free; of the machine's, where others work too, the share of the threads."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    if not hasattr(os, "sysconf"):
-        return sys.maxsize
-    share = min(1.0, threads / (os.cpu_count() or 1))
-    return int(share * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return int(min(1.0, threads / (os.cpu_count() or 1)) * machine_memory())
+
+
+def machine_memory() -> int:
+    """Bytes of the machine, or of what a container may take of it."""
+    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else sys.maxsize]
+    for limit in CONTAINER_LIMITS:
+        with suppress(OSError, ValueError):  # there is none, or it is "max"
+            sizes.append(int(limit.read_text()))
+    return min(sizes)
 
 
 def peak_values(decoder: MOVQDecoder) -> int:

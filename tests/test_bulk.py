@@ -655,12 +655,23 @@ def test_out_of_memory_on_a_cpu(decoder, monkeypatch):
 def test_memory_by_default(folder, monkeypatch):
     """Of the machine's for the threads, and of what a GPU has free."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(bulk, "CONTAINER_LIMITS", ())
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     device = torch.device("cpu")
     assert [bulk.memory(device, threads) for threads in (1, 4, 8)] == [machine // 4, machine, machine]
     assert 0 < BatchDecoder(Settings(folder, "cpu", threads=1)).max_memory < machine // 4
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
     assert bulk.memory(torch.device("cuda"), 1) == 1000
+
+
+@pytest.mark.parametrize(
+    "text, size", [("1073741824\n", 1 << 30), ("max\n", None), ("9223372036854771712\n", None), (None, None)]
+)
+def test_memory_of_a_container(tmp_path, monkeypatch, text, size):
+    if text is not None:
+        (tmp_path / "memory.max").write_text(text)
+    monkeypatch.setattr(bulk, "CONTAINER_LIMITS", (tmp_path / "memory.max",))
+    assert bulk.machine_memory() == (size or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def test_memory_of_a_decode(folder, tmp_path):
@@ -698,11 +709,11 @@ def test_memory_sizes(text, size):
     assert memory_size(text) == size
 
 
-@pytest.mark.parametrize("threads", ["0", "-1", "x"])
+@pytest.mark.parametrize("threads", ["0", "-1", "x", "1025", "99999999999"])
 def test_bad_threads(folder, tmp_path, capsys, threads):
     with pytest.raises(SystemExit):
         call(folder, tmp_path, f"--threads={threads}")
-    assert f"invalid positive_int value: '{threads}'" in capsys.readouterr().err
+    assert f"--threads: must be 1 to 1024, got {threads}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "M", "5X", "-1", "1.2.3", "0"])

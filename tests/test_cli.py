@@ -118,6 +118,7 @@ def test_wrong_calls(model, tmp_path, capsys):
         assert call(*arguments) == 2
         assert re.search(message, capsys.readouterr().err)
     for arguments, message in [
+        (("info", "--device", "meta"), "argument --device: cannot use 'meta'"),
         (("info", "--device", "banana"), "argument --device: cannot use 'banana'"),
         (("info", "--device", "cuda:99"), "argument --device: cannot use 'cuda:99'"),
         (("info", "--dtype", "int8"), "argument --dtype: invalid choice: 'int8'"),
@@ -174,3 +175,12 @@ def test_help_says_what_every_training_option_is(capsys):
         found = re.search(rf"{flag}(?: [A-Z_]+)? ([a-z].{{8,}})", text)
         assert found, flag
     assert "--amp bfloat16 autocast" in text and "in which it rises from zero (100)" in text
+
+
+def test_an_interruption_is_no_traceback(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("movq_ext.__main__.build_info", interrupted)
+    assert call("info") == 130
+    assert capsys.readouterr().err == "interrupted: the same command goes on from what is there\n"
