@@ -32,9 +32,9 @@ from timing import environment, write
 from torch import Tensor
 
 import movq_ext
-from movq_ext.codes import encode_image
 from movq_ext.demo import PHOTOS, SMALL_MODEL
-from movq_ext.images import load_image
+from movq_ext.io.codes import encode_image
+from movq_ext.io.images import load_image
 
 MARGIN = 1.05
 VERDICT = "ours not worse than the best peer"

@@ -16,7 +16,7 @@ from timing import arguments, copy_bandwidth, environment, milliseconds, write
 from torch import Tensor
 
 import movq_ext
-from movq_ext.functional import add_bias_residual_
+from movq_ext.ops.functional import add_bias_residual_
 
 SIZES = [(512, 32), (512, 64), (512, 128), (256, 256), (128, 512), (128, 1024)]  # channels, height = width
 QUICK = [(64, 16), (32, 32)]

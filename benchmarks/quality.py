@@ -12,9 +12,9 @@ import torch
 from tqdm import tqdm
 
 from movq_ext import __version__, from_pretrained
-from movq_ext.codes import codebook_id, decode_image, encode_image
 from movq_ext.demo import SMALL_MODEL, Quality
-from movq_ext.images import find_images, load_image
+from movq_ext.io.codes import codebook_id, decode_image, encode_image
+from movq_ext.io.images import find_images, load_image
 
 
 def main() -> None:

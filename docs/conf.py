@@ -12,7 +12,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 import movq_ext
-from movq_ext.__main__ import parser
+from movq_ext.cli import parser
 
 project = "movq_ext"
 copyright = "2026, the movq_ext authors, BSD-3-Clause"

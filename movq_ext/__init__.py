@@ -1,20 +1,20 @@
 """MoVQ latents to images: SpatialNorm, attention and decoder with hand-written CUDA kernels and a native path."""
 
-from ._extension import build_info
 from ._version import __version__
-from .accelerate import AccelerationReport, accelerate, restore
-from .autoencoder import MOVQ
-from .checkpoint import CheckpointError, from_pretrained, save_pretrained
-from .decoder import MOVQDecoder
-from .encoder import Encoder
-from .export import ExportedDecoder, ExportError, export_decoder, load_exported
-from .functional import attention, explain, spatial_attention, spatial_norm
-from .graphs import CUDAGraphDecoder
-from .modules import AttnBlock, Downsample, GroupNorm, ResnetBlock, SpatialNorm, Upsample
-from .quantize import VectorQuantizer
-from .ranges import annotate
-from .sharded import decode_sharded
-from .tiled import decode_tiled
+from .deploy.cuda_graph import CUDAGraphDecoder
+from .deploy.export import ExportedDecoder, ExportError, export_decoder, load_exported
+from .deploy.multi_gpu import decode_sharded
+from .diffusers.acceleration import AccelerationReport, accelerate, restore
+from .io.checkpoint import CheckpointError, from_pretrained, save_pretrained
+from .model.autoencoder import MOVQ
+from .model.decoder import MOVQDecoder
+from .model.encoder import Encoder
+from .model.layers import AttnBlock, Downsample, GroupNorm, ResnetBlock, SpatialNorm, Upsample
+from .model.quantize import VectorQuantizer
+from .model.tiled import decode_tiled
+from .ops.extension import build_info
+from .ops.functional import attention, explain, spatial_attention, spatial_norm
+from .profiling import annotate
 
 __all__ = [
     "MOVQ",

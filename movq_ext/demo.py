@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from .autoencoder import MOVQ
-from .codes import CodeFile, codebook_id, decode_image, encode_image
-from .images import load_image, save_image
+from .io.codes import CodeFile, codebook_id, decode_image, encode_image
+from .io.images import load_image, save_image
+from .model.autoencoder import MOVQ
 
 ASSETS = Path(str(resources.files(__package__) / "assets"))
 SMALL_MODEL = ASSETS / "small"  # the shipped weights, readable by from_pretrained

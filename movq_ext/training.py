@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .autoencoder import MOVQ
-from .checkpoint import save_pretrained
-from .files import refusing, replacing, require_file
-from .images import find_images, load_image, to_tensor
+from .io.checkpoint import save_pretrained
+from .io.files import refusing, replacing, require_file
+from .io.images import find_images, load_image, to_tensor
+from .model.autoencoder import MOVQ
 
 log = logging.getLogger(__name__)
 

@@ -6,9 +6,11 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from PIL import Image
 
 SOURCE = Path(__file__).resolve().parents[1]
 
@@ -45,3 +47,12 @@ except ModuleNotFoundError as error:
 
 if Path(movq_ext.__file__).resolve().is_relative_to(SOURCE / "movq_ext") and not editable():
     pytest.exit("the source folder hides the installed movq_ext: is it on PYTHONPATH?", returncode=4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photographs")
+    ramp = np.linspace(0, 255, 40, dtype=np.uint8)
+    for i, size in enumerate([(40, 40), (30, 20), (5, 6)]):  # the last is smaller than a crop
+        Image.fromarray(np.stack([np.roll(np.resize(ramp, size), i + c) for c in range(3)], 2)).save(folder / f"{i}.png")
+    return folder

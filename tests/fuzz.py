@@ -28,9 +28,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from movq_ext import MOVQ, CheckpointError, checkpoint, from_pretrained, save_pretrained
-from movq_ext.codes import FORMAT, CodeFile, CodeFileError
-from movq_ext.images import load_image, to_tensor
+from movq_ext import MOVQ, CheckpointError, from_pretrained, save_pretrained
+from movq_ext.io import checkpoint
+from movq_ext.io.codes import FORMAT, CodeFile, CodeFileError
+from movq_ext.io.images import load_image, to_tensor
 
 SECONDS = 10  # a case may take
 MEMORY = 256 << 20  # bytes that all cases together may add to the peak of the process

@@ -2,11 +2,11 @@ import copy
 
 import pytest
 import torch
-from test_decoder import assert_ddp_averages_the_gradients, latents, make
-from test_training import CONFIG, CPU, MODEL, folder  # noqa: F401
+from models import CONFIG, CPU, MODEL, assert_ddp_averages_the_gradients, latents, make_decoder
 from torch.autograd.graph import saved_tensors_hooks
 
-from movq_ext import MOVQ, AttnBlock, Downsample, Encoder, MOVQDecoder, ResnetBlock, Upsample, activation_checkpointing
+from movq_ext import MOVQ, AttnBlock, Downsample, Encoder, MOVQDecoder, ResnetBlock, Upsample
+from movq_ext.model import activation_checkpointing
 from movq_ext.training import Trainer
 
 LAYERS = (ResnetBlock, AttnBlock, Upsample, Downsample)
@@ -45,8 +45,8 @@ def saved_bytes(network, inputs):
 
 
 NETWORKS = {
-    "decoder": (lambda: make(dropout=0.2).train(), latents((8, 8))),
-    "decoder without end": (lambda: make(resamp_with_conv=False, give_pre_end=True).train(), latents((4, 4))),
+    "decoder": (lambda: make_decoder(dropout=0.2).train(), latents((8, 8))),
+    "decoder without end": (lambda: make_decoder(resamp_with_conv=False, give_pre_end=True).train(), latents((4, 4))),
     "encoder": (lambda: make_encoder().train(), [torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))]),
 }
 
@@ -86,7 +86,7 @@ def test_only_the_inputs_of_layers_are_kept(name):
 
 
 def test_every_layer_runs_twice_in_training_and_once_elsewhere(monkeypatch):
-    decoder, inputs = make(gradient_checkpointing=True), latents()
+    decoder, inputs = make_decoder(gradient_checkpointing=True), latents()
     runs = {module: 0 for module in decoder.modules() if isinstance(module, LAYERS)}
     for module in runs:
         module.register_forward_pre_hook(lambda module, args: runs.__setitem__(module, runs[module] + 1))
@@ -103,9 +103,9 @@ def test_every_layer_runs_twice_in_training_and_once_elsewhere(monkeypatch):
 
 
 def test_it_is_no_part_of_the_state():
-    decoder = make(gradient_checkpointing=True)
-    assert decoder.state_dict().keys() == make().state_dict().keys()
-    assert copy.deepcopy(decoder).gradient_checkpointing and not make().gradient_checkpointing
+    decoder = make_decoder(gradient_checkpointing=True)
+    assert decoder.state_dict().keys() == make_decoder().state_dict().keys()
+    assert copy.deepcopy(decoder).gradient_checkpointing and not make_decoder().gradient_checkpointing
     assert isinstance(decoder, MOVQDecoder) and Encoder(**ENCODER, gradient_checkpointing=True).gradient_checkpointing
 
 
@@ -117,7 +117,7 @@ def test_the_whole_model():
     assert not model.encoder.gradient_checkpointing and not model.decoder.gradient_checkpointing
 
 
-def test_training_steps_are_the_same(folder, tmp_path):  # noqa: F811
+def test_training_steps_are_the_same(folder, tmp_path):
     weights = []
     for checkpoint in (False, True):
         torch.manual_seed(0)
@@ -130,7 +130,7 @@ def test_training_steps_are_the_same(folder, tmp_path):  # noqa: F811
 
 
 def test_compiled():
-    decoder, inputs = make(ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=[]).train(), latents()
+    decoder, inputs = make_decoder(ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=[]).train(), latents()
     plain = gradients(decoder, inputs)
     decoder.gradient_checkpointing_enable()
     compiled = torch.compile(decoder, fullgraph=True, backend="aot_eager")
@@ -146,7 +146,7 @@ def test_ddp(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu():
     """Dropout's randomness is the device's there, and the layers run on the kernels."""
-    decoder, inputs = make(dropout=0.2).train().cuda(), latents(device="cuda")
+    decoder, inputs = make_decoder(dropout=0.2).train().cuda(), latents(device="cuda")
     plain = gradients(decoder, inputs)
     decoder.gradient_checkpointing_enable()
     scale = max(x.norm() for x in plain[2:])

@@ -15,7 +15,8 @@ import setuptools
 import torch
 
 import movq_ext
-from movq_ext import _extension, build_info
+from movq_ext import build_info
+from movq_ext.ops import extension
 
 SOURCE = Path(__file__).resolve().parents[1]
 COMPILED = build_info()["extension"] == "loaded"
@@ -199,18 +200,18 @@ def test_an_isolated_build_finds_the_torch_beside_the_interpreter(source, tmp_pa
 def load_quietly(record):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        extension, reason = _extension.load(record)
-    return extension, reason, [str(warning.message) for warning in caught]
+        loaded, reason = extension.load(record)
+    return loaded, reason, [str(warning.message) for warning in caught]
 
 
 def test_another_torch_gives_one_warning_with_both_versions(monkeypatch):
     def never(name):
         raise AssertionError("a library of another torch was loaded")
 
-    monkeypatch.setattr(_extension, "import_module", never)
+    monkeypatch.setattr(extension, "import_module", never)
     for other in ("2.9.0+cu130", torch.__version__ + "x"):
-        extension, reason, messages = load_quietly({"torch": other})
-        assert extension is None and messages == [f"{reason}. The native path is used instead."]
+        loaded, reason, messages = load_quietly({"torch": other})
+        assert loaded is None and messages == [f"{reason}. The native path is used instead."]
         assert reason == (
             f"movq_ext._C was compiled against torch {other}, but torch {torch.__version__} is running; "
             "reinstall movq_ext to compile it against the running torch"
@@ -239,12 +240,12 @@ def test_a_damaged_extension_gives_one_warning_and_the_native_path(native_wheel,
 @pytest.mark.parametrize("content", ["", "{", "[]", "\x00"])
 def test_a_damaged_record_is_a_reason(tmp_path, content):
     (tmp_path / "record.json").write_text(content)
-    record = _extension.read_record(tmp_path / "record.json")
+    record = extension.read_record(tmp_path / "record.json")
     assert record["torch"] is None and str(tmp_path) in record["reason"]
 
 
 def test_no_record_is_a_reason(tmp_path):
-    assert "imported from its source folder" in _extension.read_record(tmp_path / "none.json")["reason"]
+    assert "imported from its source folder" in extension.read_record(tmp_path / "none.json")["reason"]
 
 
 def test_build_info():
@@ -252,8 +253,8 @@ def test_build_info():
     assert info["version"] == movq_ext.__version__
     assert (info["torch"], info["torch_cuda"]) == (torch.__version__, torch.version.cuda)
     assert len(info["devices"]) == torch.cuda.device_count()
-    assert (info["built_with_torch"] == torch.__version__) == COMPILED == _extension.extension_available()
-    assert (_extension.extension_reason() is None) == COMPILED
+    assert (info["built_with_torch"] == torch.__version__) == COMPILED == extension.extension_available()
+    assert (extension.extension_reason() is None) == COMPILED
     json.dumps(info)
 
 
@@ -264,15 +265,15 @@ def test_a_device_without_code_is_named_with_what_there_is(monkeypatch):
                 raise RuntimeError("busy")
             return {"device_capability": 75 + 15 * index, "binary_version": 80 if index else 0, "ptx_version": 0}
 
-    _extension.device_reason.cache_clear()
-    monkeypatch.setattr(_extension, "extension", Extension())
-    monkeypatch.setattr(_extension, "_record", {"arch_list": "8.0 9.0"})
+    extension.device_reason.cache_clear()
+    monkeypatch.setattr(extension, "extension", Extension())
+    monkeypatch.setattr(extension, "_record", {"arch_list": "8.0 9.0"})
     reason = "movq_ext._C was compiled for compute capability 8.0 9.0, device 0 has 7.5"
     reason += "; reinstall movq_ext with TORCH_CUDA_ARCH_LIST=7.5"
-    assert _extension.device_reason(0) == reason
-    assert _extension.device_reason(1) == "device 1 cannot be asked: busy"
-    assert _extension.device_reason(2) is None
-    _extension.device_reason.cache_clear()
+    assert extension.device_reason(0) == reason
+    assert extension.device_reason(1) == "device 1 cannot be asked: busy"
+    assert extension.device_reason(2) is None
+    extension.device_reason.cache_clear()
 
 
 def test_the_extension_is_there_where_it_was_insisted_on():

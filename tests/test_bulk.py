@@ -19,12 +19,13 @@ import pytest
 import torch
 from PIL import Image
 
-from movq_ext import MOVQ, __main__, bulk, from_pretrained, ray_engine, save_pretrained, shards
-from movq_ext.__main__ import main, memory_size
-from movq_ext.bulk import BatchDecoder, Settings, decode_shard, peak_values
-from movq_ext.codes import CodeFile, codebook_id, decode_image
-from movq_ext.files import remove_partials, replacing
-from movq_ext.shards import Codebook, ParquetShard, Sample, WebDatasetShard, find_shards
+from movq_ext import MOVQ, cli, from_pretrained, save_pretrained
+from movq_ext.bulk import ray_engine, run, shards
+from movq_ext.bulk.run import BatchDecoder, Settings, decode_shard, peak_values
+from movq_ext.bulk.shards import Codebook, ParquetShard, Sample, WebDatasetShard, find_shards
+from movq_ext.cli import main, memory_size
+from movq_ext.io.codes import CodeFile, codebook_id, decode_image
+from movq_ext.io.files import remove_partials, replacing
 
 DDCONFIG = dict(
     ch=32, out_ch=3, ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=(), in_channels=3, resolution=32, z_channels=4
@@ -185,11 +186,11 @@ def test_a_file_of_codes_of_another_name(model, folder, tmp_path):
 
 def test_chunks(monkeypatch):
     """Bounded in pixels and in samples, and all of them."""
-    monkeypatch.setattr(bulk, "CHUNK_BYTES", 300)
-    monkeypatch.setattr(bulk, "MOST_SAMPLES", 3)
+    monkeypatch.setattr(run, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(run, "MOST_SAMPLES", 3)
     sizes = [(8, 8), (7, 5), (8, 8), (0, 0), (0, 0), (0, 0), (10, 10), (1, 1)]
     samples = [Sample(str(i), size=size) for i, size in enumerate(sizes)] + [Sample("8", rest_bytes=297), Sample("9")]
-    found = [[sample.name for sample in chunk] for chunk in bulk._chunks(samples)]
+    found = [[sample.name for sample in chunk] for chunk in run._chunks(samples)]
     assert found == [["0", "1", "2"], ["3", "4", "5"], ["6"], ["7", "8"], ["9"]]
 
 
@@ -205,7 +206,7 @@ def test_what_goes_with_a_picture_is_counted(model, tmp_path, kind):
 
 
 def test_chunks_keep_the_order(model, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(bulk, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(run, "CHUNK_BYTES", 300)
     monkeypatch.setattr(shards, "ROWS", 2)
     source = parquet(tmp_path / "x.parquet", **sides(), name=[f"n{i}" for i in range(6)])
     assert call(folder, source, "-o", tmp_path / "out") == 0
@@ -655,13 +656,13 @@ def test_out_of_memory_on_a_cpu(decoder, monkeypatch):
 def test_memory_by_default(folder, monkeypatch):
     """Of the machine's for the threads, and of what a GPU has free."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    monkeypatch.setattr(bulk, "CONTAINER_LIMITS", ())
+    monkeypatch.setattr(run, "CONTAINER_LIMITS", ())
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     device = torch.device("cpu")
-    assert [bulk.memory(device, threads) for threads in (1, 4, 8)] == [machine // 4, machine, machine]
+    assert [run.memory(device, threads) for threads in (1, 4, 8)] == [machine // 4, machine, machine]
     assert 0 < BatchDecoder(Settings(folder, "cpu", threads=1)).max_memory < machine // 4
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
-    assert bulk.memory(torch.device("cuda"), 1) == 1000
+    assert run.memory(torch.device("cuda"), 1) == 1000
 
 
 @pytest.mark.parametrize(
@@ -670,8 +671,8 @@ def test_memory_by_default(folder, monkeypatch):
 def test_memory_of_a_container(tmp_path, monkeypatch, text, size):
     if text is not None:
         (tmp_path / "memory.max").write_text(text)
-    monkeypatch.setattr(bulk, "CONTAINER_LIMITS", (tmp_path / "memory.max",))
-    assert bulk.machine_memory() == (size or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    monkeypatch.setattr(run, "CONTAINER_LIMITS", (tmp_path / "memory.max",))
+    assert run.machine_memory() == (size or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def test_memory_of_a_decode(folder, tmp_path):
@@ -965,9 +966,9 @@ def test_a_ray_worker_that_is_killed(folder, many, tmp_path, victim):
 POISON = """
 import os, sys
 from pathlib import Path
-from movq_ext import ray_engine
-from movq_ext.bulk import Settings
-from movq_ext.shards import find_shards
+from movq_ext.bulk import ray_engine
+from movq_ext.bulk.run import Settings
+from movq_ext.bulk.shards import find_shards
 
 class Deadly(ray_engine.Worker):
     def decode(self, shard):
@@ -1012,8 +1013,8 @@ def test_a_model_that_is_missing(many, tmp_path, capsys):
 def test_which_engine(folder, tmp_path, monkeypatch, capsys, engine, number, installed, used):
     for i in range(number):
         parquet(tmp_path / f"in/{i}.parquet", **sides())
-    monkeypatch.setattr(ray_engine, "run_with_ray", bulk.run_in_process)
-    monkeypatch.setattr(__main__, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr(ray_engine, "run_with_ray", run.run_in_process)
+    monkeypatch.setattr(cli, "find_spec", lambda name: installed or None)
     arguments = [tmp_path / "in", "-o", tmp_path / "out", "--model", folder, "--device", "cpu", "--engine", engine]
     assert main(["decode", *map(str, arguments)]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith(used)

@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from movq_ext import MOVQ, CheckpointError, checkpoint, from_pretrained, save_pretrained
+from movq_ext import MOVQ, CheckpointError, from_pretrained, save_pretrained
+from movq_ext.io import checkpoint
 
 DDCONFIG = dict(ch=32, out_ch=3, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[128], in_channels=3, resolution=256,
                 z_channels=4, double_z=False)  # fmt: skip
@@ -237,7 +238,8 @@ def test_a_killed_save_leaves_one_of_the_models_whole(tmp_path, replaces):
     save_pretrained(make(0), tmp_path)
     script = f"""
 import os, signal, torch
-from movq_ext import MOVQ, checkpoint, save_pretrained
+from movq_ext import MOVQ, save_pretrained
+from movq_ext.io import checkpoint
 done, replace = 0, os.replace
 def replace_or_die(*paths):
     global done

@@ -11,9 +11,9 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from movq_ext import MOVQ, save_pretrained
-from movq_ext.__main__ import main
-from movq_ext.codes import CodeFile
+from movq_ext.cli import main
 from movq_ext.demo import PHOTOS, SMALL_MODEL
+from movq_ext.io.codes import CodeFile
 from movq_ext.training import TrainingConfig
 
 DDCONFIG = dict(
@@ -181,6 +181,6 @@ def test_an_interruption_is_no_traceback(monkeypatch, capsys):
     def interrupted():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("movq_ext.__main__.build_info", interrupted)
+    monkeypatch.setattr("movq_ext.cli.build_info", interrupted)
     assert call("info") == 130
     assert capsys.readouterr().err == "interrupted: the same command goes on from what is there\n"

@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from movq_ext import MOVQ, codes
-from movq_ext.codes import CodeFile, codebook_id, decode_image, encode_image
+from movq_ext import MOVQ
+from movq_ext.io import codes
+from movq_ext.io.codes import CodeFile, codebook_id, decode_image, encode_image
 
 DDCONFIG = dict(
     ch=32, out_ch=3, ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=(), in_channels=3, resolution=32, z_channels=4

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from movq_ext import MOVQ, annotate, decode_tiled
-from movq_ext.files import replacing
+from movq_ext.io.files import replacing
 
 THREADS, ROUNDS = 8, 3
 DDCONFIG = dict(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_decoder import KANDINSKY, Copies, latents, make
+from models import KANDINSKY, Copies, latents, make_decoder
 from torch.utils.flop_counter import FlopCounterMode
 
 from movq_ext import MOVQDecoder, ResnetBlock, Upsample, decode_tiled
@@ -29,7 +29,7 @@ def expected_operations(decoder, height, width):
 
     cells = height * width
     total = conv(decoder.conv_in, cells)
-    for _, layer, _ in decoder._steps():
+    for _, layer, _ in decoder.steps():
         if isinstance(layer, Upsample):
             cells *= 4
             total += conv(layer.conv, cells) * 4 // 9  # 16 multiplications where the published layer makes 36
@@ -54,7 +54,8 @@ def test_operations_of_the_released_model():
 @pytest.mark.parametrize("max_memory, more", [(None, 0.03), (1 << 20, 0.1)])
 def test_operations_of_strips(max_memory, more):
     """Convolutions compute no row twice; upsampling makes a row and a column too many, and a row for each strip."""
-    decoder, (z, zq) = make(attn_resolutions=[], mid_attn=False), latents((24, 8), 1)  # torch does not count attention on a CPU
+    decoder = make_decoder(attn_resolutions=[], mid_attn=False)  # torch does not count attention on a CPU
+    z, zq = latents((24, 8), 1)
     with torch.no_grad():
         counted = operations(
             lambda: decoder(z, zq) if max_memory is None else decode_tiled(decoder, z, zq, max_memory=max_memory)
@@ -65,7 +66,7 @@ def test_operations_of_strips(max_memory, more):
 
 def test_strips_write_no_map_but_the_layers_results():
     """On a CPU convolutions add to the map itself."""
-    decoder, (z, zq) = make(), latents((8, 8), 1)
+    decoder, (z, zq) = make_decoder(), latents((8, 8), 1)
     with torch.no_grad(), Copies(1, 32 * 16 * 16) as copies:
         decoder(z, zq)
     assert copies.seen == [("aten.copy_.default", (1, 32, 16, 16))]  # the shortcut of the block from 64 to 32 channels
@@ -104,7 +105,7 @@ def test_peak_memory_on_a_cpu(batch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_kernels_of_a_decode_on_a_gpu():
     """Three kernels a norm, one pass behind every block's last convolution, and no map that changes its layout."""
-    decoder = make(ch=64, ch_mult=(1, 2, 2)).cuda().bfloat16()
+    decoder = make_decoder(ch=64, ch_mult=(1, 2, 2)).cuda().bfloat16()
     z, zq = latents((16, 16), 1, torch.bfloat16, device="cuda")
     with torch.no_grad():
         decoder(z, zq)
@@ -112,7 +113,7 @@ def test_kernels_of_a_decode_on_a_gpu():
             decoder(z, zq)
             torch.cuda.synchronize()
     names = [event.name for event in profile.events()]
-    blocks = sum(conditioned for _, _, conditioned in decoder._steps())
+    blocks = sum(conditioned for _, _, conditioned in decoder.steps())
     for kernel, count in {
         "statistics<": len(decoder._norms()),
         "modulate<": len(decoder._norms()),

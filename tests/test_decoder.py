@@ -1,39 +1,17 @@
 import copy
 import pickle
 
-import processes
 import published
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import KANDINSKY, TINY, Copies, assert_ddp_averages_the_gradients, latents, make_decoder
 from tolerances import assert_close, relative_error
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from movq_ext import AttnBlock, MOVQDecoder, SpatialNorm
-
-KANDINSKY = dict(ch=128, out_ch=3, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_resolutions=[32], in_channels=3, resolution=256,
-                 z_channels=4, zq_ch=4)  # fmt: skip
-TINY = dict(ch=32, out_ch=3, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=[8], in_channels=3, resolution=16,
-            z_channels=4, zq_ch=5)  # fmt: skip
-
-
-def make(seed=0, **changes):
-    torch.manual_seed(seed)
-    decoder = MOVQDecoder(**{**TINY, **changes})
-    for module in decoder.modules():  # published inits leave the norms at one and zero, which hides mistakes
-        if isinstance(module, nn.GroupNorm):
-            nn.init.normal_(module.weight, 1, 0.2)
-            nn.init.normal_(module.bias, 0, 0.2)
-    return decoder.eval()
-
-
-def latents(grid=(4, 6), batch=2, dtype=torch.float32, z=4, zq=5, zq_grid=None, device=None):
-    generator = torch.Generator().manual_seed(3)
-    maps = torch.randn(batch, z, *grid, generator=generator), torch.randn(batch, zq, *(zq_grid or grid), generator=generator)
-    return [x.to(device=device, dtype=dtype) for x in maps]
 
 
 def published_decode(decoder, z, zq):
@@ -97,7 +75,7 @@ def test_the_released_model_has_300_entries_and_its_names():
                                      {"ch_mult": (1,)}, {"ch_mult": (2, 1, 1)}, {"num_res_blocks": 0}, {"out_ch": 1}],
                          ids=str)  # fmt: skip
 def test_decoder_is_the_published_one(changes):
-    decoder = make(**changes).double()
+    decoder = make_decoder(**changes).double()
     upsamples = decoder.num_resolutions - 1 if changes.get("resamp_with_conv", True) else 0
     assert sum("upsample.conv.weight" in name for name in decoder.state_dict()) == upsamples
     z, zq = latents(dtype=torch.float64)
@@ -114,7 +92,7 @@ def test_decoder_is_the_published_one(changes):
     batch=st.integers(1, 2),
 )
 def test_any_latent_size(grid, zq_grid, batch):
-    decoder = make(ch_mult=(1, 1), num_res_blocks=0)
+    decoder = make_decoder(ch_mult=(1, 1), num_res_blocks=0)
     z, zq = latents(grid, batch, zq_grid=zq_grid)
     out = decoder(z, zq)
     assert out.shape == (batch, 3, 2 * grid[0], 2 * grid[1])
@@ -125,7 +103,7 @@ def test_any_latent_size(grid, zq_grid, batch):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
-    decoder = make()
+    decoder = make_decoder()
     z, zq = latents()
     expected = published_decode(copy.deepcopy(decoder).double(), z.double(), zq.double())
     out = decoder.to(dtype)(z.to(dtype), zq.to(dtype))
@@ -134,7 +112,7 @@ def test_half_precision(dtype):
 
 
 def test_autocast():
-    decoder = make()
+    decoder = make_decoder()
     z, zq = latents()
     expected = decoder(z, zq)
     with torch.autocast("cpu", torch.bfloat16):
@@ -146,7 +124,7 @@ def test_autocast():
 
 
 def test_dropout_and_ignored_keywords():
-    decoder = make(dropout=0.5, double_z=False, attn_type="vanilla")
+    decoder = make_decoder(dropout=0.5, double_z=False, attn_type="vanilla")
     assert {module.p for module in decoder.modules() if isinstance(module, nn.Dropout)} == {0.5}
     z, zq = latents()
     assert torch.equal(decoder(z, zq), decoder(z, zq))
@@ -155,12 +133,12 @@ def test_dropout_and_ignored_keywords():
 
 
 def test_zq_ch_defaults_to_z_channels():
-    assert make(zq_ch=None).zq_ch == 4
-    assert make(zq_ch=None)(*latents(zq=4)).shape == (2, 3, 8, 12)
+    assert make_decoder(zq_ch=None).zq_ch == 4
+    assert make_decoder(zq_ch=None)(*latents(zq=4)).shape == (2, 3, 8, 12)
 
 
 def test_add_conv_adds_one_convolution_a_norm():
-    plain, convolved = make(), make(add_conv=True)
+    plain, convolved = make_decoder(), make_decoder(add_conv=True)
     norms = sum(isinstance(module, SpatialNorm) for module in convolved.modules())
     assert len(convolved.state_dict()) == len(plain.state_dict()) + 2 * norms
     assert convolved(*latents()).shape == (2, 3, 8, 12)
@@ -171,7 +149,7 @@ FEATURES = ["conv_in", "mid_block_1", "mid_attn_1", "mid_block_2", "up_1_block_0
 
 
 def test_features_in_execution_order():
-    decoder = make()
+    decoder = make_decoder()
     z, zq = latents()
     seen = {}
     watched = {"conv_in": decoder.conv_in, "mid_attn_1": decoder.mid.attn_1, "up_1_block_0": decoder.up[1].block[0],
@@ -188,7 +166,7 @@ def test_features_in_execution_order():
 
 
 def test_give_pre_end():
-    decoder, whole = make(give_pre_end=True), make()
+    decoder, whole = make_decoder(give_pre_end=True), make_decoder()
     out, features = decoder.forward_with_features_output(*latents())
     assert list(features) == FEATURES[:-3]
     assert torch.equal(out, features["up_0_block_1"]) and torch.equal(out, decoder(*latents()))
@@ -196,13 +174,13 @@ def test_give_pre_end():
 
 
 def test_gradcheck():
-    decoder = make(ch_mult=(1,), num_res_blocks=0, attn_resolutions=[]).double()
+    decoder = make_decoder(ch_mult=(1,), num_res_blocks=0, attn_resolutions=[]).double()
     z, zq = latents((2, 2), 1, torch.float64, zq_grid=(1, 2))
     assert torch.autograd.gradcheck(decoder, (z.requires_grad_(), zq.requires_grad_()))
 
 
 def test_every_parameter_gets_the_published_gradient():
-    decoder = make().double()
+    decoder = make_decoder().double()
     z, zq = latents(dtype=torch.float64)
     decoder(z, zq).square().sum().backward()
     twin = copy.deepcopy(decoder)
@@ -215,7 +193,7 @@ def test_every_parameter_gets_the_published_gradient():
 
 
 def test_torch_compile_fullgraph():
-    decoder = make(ch_mult=(1, 1), num_res_blocks=0)
+    decoder = make_decoder(ch_mult=(1, 1), num_res_blocks=0)
     z, zq = latents()
     compiled = torch.compile(decoder, fullgraph=True, backend="aot_eager")
     assert_close(compiled(z, zq), decoder(z, zq).double(), slack=10)
@@ -224,7 +202,7 @@ def test_torch_compile_fullgraph():
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_torch_export(dynamic):
-    decoder = make(ch_mult=(1, 1), num_res_blocks=0)
+    decoder = make_decoder(ch_mult=(1, 1), num_res_blocks=0)
     height, width = torch.export.Dim("height", min=2, max=64), torch.export.Dim("width", min=2, max=64)
     batch = torch.export.Dim("batch", min=1, max=8)
     sizes = {0: batch, 2: height, 3: width}
@@ -235,7 +213,7 @@ def test_torch_export(dynamic):
 
 def test_weights_written_past_autograd_are_seen():
     """As averages of weights and merged adapters write them."""
-    decoder, other, (z, zq) = make(), make(seed=1), latents()
+    decoder, other, (z, zq) = make_decoder(), make_decoder(seed=1), latents()
     with torch.no_grad():
         decoder(z, zq)
         for parameter, value in zip(decoder.parameters(), other.parameters(), strict=True):
@@ -244,7 +222,7 @@ def test_weights_written_past_autograd_are_seen():
 
 
 def test_latents_can_be_optimised_after_a_preview():
-    decoder, (z, zq) = make().requires_grad_(False), latents()
+    decoder, (z, zq) = make_decoder().requires_grad_(False), latents()
     with torch.inference_mode():
         preview = decoder(z, zq)
     out = decoder(z.requires_grad_(), zq)
@@ -254,7 +232,7 @@ def test_latents_can_be_optimised_after_a_preview():
 
 
 def test_forward_mode_derivatives():
-    decoder, (z, zq) = make().double().requires_grad_(False), latents(dtype=torch.float64)
+    decoder, (z, zq) = make_decoder().double().requires_grad_(False), latents(dtype=torch.float64)
     tangent = torch.randn_like(z)
     with torch.no_grad(), torch.autograd.forward_ad.dual_level():
         out = torch.autograd.forward_ad.unpack_dual(decoder(torch.autograd.forward_ad.make_dual(z, tangent), zq)).tangent
@@ -274,7 +252,7 @@ def test_meta_device():
     "twin_of", [copy.deepcopy, lambda decoder: pickle.loads(pickle.dumps(decoder))], ids=["deepcopy", "pickle"]
 )
 def test_copies(twin_of):
-    decoder = make()
+    decoder = make_decoder()
     twin = twin_of(decoder)
     assert torch.equal(twin(*latents()), decoder(*latents()))
     with torch.no_grad():
@@ -282,40 +260,24 @@ def test_copies(twin_of):
     assert not torch.equal(twin(*latents()), decoder(*latents()))
 
 
-def _ddp_worker(rank, changes, options):
-    decoder = nn.parallel.DistributedDataParallel(make(**changes).train(), **options)
-    z, zq = latents()
-    decoder(z[rank : rank + 1], zq[rank : rank + 1]).square().mean().backward()
-    return {name: p.grad for name, p in decoder.module.named_parameters()}
-
-
-def assert_ddp_averages_the_gradients(folder, changes, **options):
-    """Of two processes, each with one of two images: those of one process with both."""
-    decoder = make().train()
-    decoder(*latents()).square().mean().backward()
-    for grads in processes.run(_ddp_worker, 2, folder, changes, options):
-        for name, parameter in decoder.named_parameters():
-            assert (grads[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-7, name
-
-
 def test_ddp_averages_the_gradients(tmp_path):
     assert_ddp_averages_the_gradients(tmp_path, {})
 
 
 def test_nothing_prints(capfd):
-    make()(*latents())
+    make_decoder()(*latents())
     assert capfd.readouterr() == ("", "")
 
 
 def test_nan_passes_through_and_stays_in_its_image():
     z, zq = latents()
     z[0, 0, 0, 0] = float("nan")
-    out = make()(z, zq)
+    out = make_decoder()(z, zq)
     assert out[0].isnan().all() and not out[1].isnan().any()
 
 
 def test_non_contiguous_latents():
-    decoder = make()
+    decoder = make_decoder()
     z, zq = latents((6, 6))
     strided = (z.transpose(2, 3)[:, :, ::2], zq.transpose(2, 3)[:, :, ::2])
     assert not strided[0].is_contiguous()
@@ -324,7 +286,7 @@ def test_non_contiguous_latents():
 
 
 def test_attention_only_where_asked():
-    decoder = make(attn_resolutions=[16])
+    decoder = make_decoder(attn_resolutions=[16])
     assert [len(stage.attn) for stage in decoder.up] == [2, 0]
     assert isinstance(decoder.mid.attn_1, AttnBlock)
 
@@ -350,7 +312,7 @@ BAD = {
 def test_decoder_refuses(case, method):
     error, message, arguments = BAD[case]
     with pytest.raises(error, match=message):
-        getattr(make(num_res_blocks=0), method)(*arguments)
+        getattr(make_decoder(num_res_blocks=0), method)(*arguments)
 
 
 BAD_CONFIG = {
@@ -372,28 +334,10 @@ def test_decoder_refuses_config(case):
         MOVQDecoder(**{**TINY, **change})
 
 
-class Copies(TorchDispatchMode):
-    """Counts copies of maps from one layout to another."""
-
-    def __init__(self, batch, least):
-        super().__init__()
-        self.batch, self.least, self.seen = batch, least, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if (
-            func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default)
-            and out.shape[0] == self.batch
-            and out.numel() >= self.least
-        ):
-            self.seen.append((str(func), tuple(out.shape)))
-        return out
-
-
 @pytest.mark.parametrize("batch", [1, 2])
 def test_maps_stay_in_channels_last(batch):
     """From the latent to the image no map changes its layout, whatever the caller's; the image comes in the ordinary one."""
-    decoder, (z, zq) = make(), latents((8, 8), batch)
+    decoder, (z, zq) = make_decoder(), latents((8, 8), batch)
     names, layouts = [], []
 
     def note(name):
@@ -414,7 +358,7 @@ def test_maps_stay_in_channels_last(batch):
 def test_every_map_is_in_channels_last():
     """So that each layer's convolution finds it so too, where no hook changes the layers' way."""
     with torch.no_grad():
-        _, features = make().forward_with_features_output(*latents((8, 8), 1))
+        _, features = make_decoder().forward_with_features_output(*latents((8, 8), 1))
     assert {name: torch._prims_common.suggest_memory_format(x) for name, x in features.items()} == dict.fromkeys(
         FEATURES, torch.channels_last
     )

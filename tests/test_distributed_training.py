@@ -6,8 +6,7 @@ FSDP2 is on the units that README names. Both processes are started once and run
 import processes
 import pytest
 import torch
-from test_decoder import latents, make
-from test_training import MODEL
+from models import MODEL, latents, make_decoder
 from tolerances import assert_close, relative_error
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -23,7 +22,7 @@ CLOSE_BFLOAT16 = 3e-2  # of gradients in bfloat16 autocast, which rounds to 8 bi
 
 
 def decoder():
-    return make().train()
+    return make_decoder().train()
 
 
 def movq():

@@ -9,7 +9,7 @@ from kernels.epilogue import Emulator, Gpu
 from kernels.spatial_norm import case
 from tolerances import assert_close
 
-from movq_ext.functional import add_bias_residual_
+from movq_ext.ops.functional import add_bias_residual_
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 backend = backends(emulator=Emulator, gpu=Gpu)

@@ -4,15 +4,16 @@ import zipfile
 
 import pytest
 import torch
-from test_decoder import latents, make
-from test_training import MODEL
+from models import MODEL, latents, make_decoder
 from tolerances import assert_close
 from torch import nn
 
 import movq_ext
-from movq_ext import MOVQ, ExportError, export_decoder, kernels, load_exported, modules
-from movq_ext.__main__ import main
-from movq_ext._extension import extension_available
+from movq_ext import MOVQ, ExportError, export_decoder, load_exported
+from movq_ext.cli import main
+from movq_ext.model import layers
+from movq_ext.ops import cuda
+from movq_ext.ops.extension import extension_available
 
 SMALL = dict(ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=[])  # compiling takes the time of these tests
 
@@ -51,7 +52,7 @@ def run_standalone(package, calls, folder):
 
 
 def test_any_size_in_a_process_without_movq_ext(tmp_path):
-    decoder = make(**SMALL)
+    decoder = make_decoder(**SMALL)
     path = export_decoder(decoder, tmp_path / "decoder.pt2", height=(1, 16), width=(1, 16), batch=(1, 4))
     assert [file.name for file in tmp_path.glob("*.p*")] == ["decoder.pt2"]
     calls = [latents(grid, batch) for grid, batch in [((4, 6), 2), ((3, 5), 1), ((8, 8), 4), ((16, 2), 1), ((1, 9), 3)]]
@@ -85,7 +86,7 @@ def test_any_size_in_a_process_without_movq_ext(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_dtypes_and_one_size(tmp_path, dtype):
-    decoder = make(**SMALL)
+    decoder = make_decoder(**SMALL)
     path = export_decoder(decoder, str(tmp_path / "decoder.pt2"), height=4, width=6, batch=2, dtype=dtype)
     assert {p.dtype for p in decoder.parameters()} == {torch.float32}
     program = load_exported(path)
@@ -122,7 +123,7 @@ def test_a_whole_model_takes_its_codes_latents(tmp_path, capsys):
 
 
 def test_hooks_and_training_state_are_the_models_own(tmp_path):
-    decoder = make(**SMALL, dropout=0.9).train()
+    decoder = make_decoder(**SMALL, dropout=0.9).train()
     decoder.up[1].upsample.conv.register_forward_hook(lambda module, args, out: out * 2)
     program = load_exported(export_decoder(decoder, tmp_path / "decoder.pt2", height=4, width=6))
     assert decoder.training and isinstance(decoder.up[1].upsample, movq_ext.Upsample)
@@ -145,7 +146,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_refusals(tmp_path, case):
     error, message, change = BAD[case]
-    arguments = {"model": make(**SMALL), "path": "decoder.pt2", **change}
+    arguments = {"model": make_decoder(**SMALL), "path": "decoder.pt2", **change}
     model, path = arguments.pop("model"), arguments.pop("path")
     with pytest.raises(error, match=message):
         export_decoder(model, tmp_path / path, **arguments)
@@ -167,7 +168,7 @@ movq_ext.export_decoder(movq_ext.MOVQ(**{MODEL!r}), {str(tmp_path / "decoder.pt2
 def test_a_failed_compilation_leaves_the_old_file(tmp_path):
     path = tmp_path / "decoder.pt2"
     path.write_bytes(b"old")
-    decoder = make(**SMALL)
+    decoder = make_decoder(**SMALL)
     cannot_be_traced = lambda module, args: bool(args[0].sum() > 0) and None
     decoder.up[1].upsample.register_forward_pre_hook(cannot_be_traced)
     with pytest.raises(ExportError, match="PyTorch could not compile the decoder for cpu"):
@@ -192,15 +193,15 @@ def test_the_file_can_call_our_operators(tmp_path, monkeypatch):
     """As it does on a GPU: here a CPU decoder is made to call them, and their CPU version answers."""
 
     def norm(f, y, b, weight, bias, groups, eps, activation, *options):
-        return kernels.spatial_norm(f, y, b, weight, bias, groups, eps, activation == "silu", *options)
+        return cuda.spatial_norm(f, y, b, weight, bias, groups, eps, activation == "silu", *options)
 
     def attention(*maps):
         q, k, v = (x.flatten(2).transpose(1, 2).unsqueeze(1) for x in maps)
-        return kernels.attention(q, k, v, q.shape[3] ** -0.5).squeeze(1).transpose(1, 2).unflatten(2, maps[0].shape[2:])
+        return cuda.attention(q, k, v, q.shape[3] ** -0.5).squeeze(1).transpose(1, 2).unflatten(2, maps[0].shape[2:])
 
-    decoder = make(**SMALL)
-    monkeypatch.setattr(modules, "spatial_norm", norm)
-    monkeypatch.setattr(modules, "spatial_attention", attention)
+    decoder = make_decoder(**SMALL)
+    monkeypatch.setattr(layers, "spatial_norm", norm)
+    monkeypatch.setattr(layers, "spatial_attention", attention)
     path = export_decoder(decoder, tmp_path / "decoder.pt2", height=(2, 8), width=(2, 8))
     monkeypatch.undo()
     for name in ("spatial_norm_forward", "attention_forward"):
@@ -218,7 +219,7 @@ def read_all(path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_on_a_gpu(tmp_path, dtype):
-    decoder = make().cuda()
+    decoder = make_decoder().cuda()
     path = export_decoder(decoder, tmp_path / "decoder.pt2", height=(2, 16), width=(2, 16), batch=(1, 4), dtype=dtype)
     program = load_exported(path)
     expected = decoder.cpu().double()

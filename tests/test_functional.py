@@ -9,8 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from movq_ext import attention, explain, functional, native, spatial_attention, spatial_norm
-from movq_ext.functional import add_bias_residual_
+from movq_ext import attention, explain, spatial_attention, spatial_norm
+from movq_ext.ops import functional, native
+from movq_ext.ops.functional import add_bias_residual_
 
 GRIDS = [((8, 8), (8, 8)), ((8, 8), (1, 1)), ((16, 8), (4, 4)), ((7, 9), (3, 4)), ((5, 5), (7, 11)),
          ((1, 1), (1, 1)), ((1, 13), (2, 5)), ((41, 49), (1, 1)), ((9, 27), (3, 9))]  # fmt: skip

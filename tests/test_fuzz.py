@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from movq_ext import MOVQ, CheckpointError, checkpoint, from_pretrained, save_pretrained
-from movq_ext.__main__ import main
-from movq_ext.codes import FORMAT, CodeFile, CodeFileError
-from movq_ext.files import parse_json, printable
-from movq_ext.images import ImageError, load_image
+from movq_ext import MOVQ, CheckpointError, from_pretrained, save_pretrained
+from movq_ext.cli import main
+from movq_ext.io import checkpoint
+from movq_ext.io.codes import FORMAT, CodeFile, CodeFileError
+from movq_ext.io.files import parse_json, printable
+from movq_ext.io.images import ImageError, load_image
 
 CASES = int(os.environ.get("MOVQ_EXT_CASES", 250))
 DDCONFIG = dict(ch=32, out_ch=3, ch_mult=[1], num_res_blocks=0, attn_resolutions=[], in_channels=3, resolution=256, z_channels=4)

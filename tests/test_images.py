@@ -3,8 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from movq_ext.files import replacing
-from movq_ext.images import find_images, load_image, pad_to_multiple, save_image, to_image, to_tensor
+from movq_ext.io.files import replacing
+from movq_ext.io.images import find_images, load_image, pad_to_multiple, save_image, to_image, to_tensor
 
 
 def pixels(height=5, width=7, seed=0):

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from test_decoder import latents, make
+from models import latents, make_decoder
 from tolerances import assert_close, relative_error
 
-from movq_ext import SpatialNorm, modulation
-from movq_ext.modulation import Modulations, modulate
+from movq_ext import SpatialNorm
+from movq_ext.model import modulation
+from movq_ext.model.modulation import Modulations, modulate
 
 
 def norms(*channels, zq=5):
@@ -46,14 +47,14 @@ def test_runs_of_norms_share_a_product_within_its_bound(products, most, made):
 
 def test_a_decode_makes_a_product_for_every_width(products):
     """On a device other than the CPU; here under autocast, which takes the same way."""
-    decoder, (z, zq) = make(ch_mult=(1, 2, 2)), latents()
+    decoder, (z, zq) = make_decoder(ch_mult=(1, 2, 2)), latents()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         decoder(z, zq)
     assert products == [16, 4]  # of 64 and of 32 channels
 
 
 def test_a_hooked_decoder_calls_its_layers():
-    decoder, (z, zq) = make(), latents()
+    decoder, (z, zq) = make_decoder(), latents()
     with torch.no_grad():
         wanted, seen = decoder(z, zq), []
         decoder.norm_out.conv_y.register_forward_hook(lambda layer, inputs, out: seen.append(out))
@@ -62,7 +63,7 @@ def test_a_hooked_decoder_calls_its_layers():
 
 
 def test_norms_that_are_no_product_are_called(products):
-    decoder, (z, zq) = make(), latents()
+    decoder, (z, zq) = make_decoder(), latents()
     torch.manual_seed(1)
     decoder.norm_out.conv_y = torch.nn.Conv2d(5, 32, 1, bias=False)
     with torch.autocast("cpu", torch.bfloat16):

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import movq_ext.quantize
+import movq_ext.model.quantize
 from movq_ext import VectorQuantizer
-from movq_ext.quantize import nearest_code
+from movq_ext.model.quantize import nearest_code
 
 
 def make(n_e=50, e_dim=4, beta=0.25, **keywords):

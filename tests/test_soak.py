@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from movq_ext import MOVQDecoder, annotate, decode_tiled, maps, ranges
+from movq_ext import MOVQDecoder, annotate, decode_tiled, profiling
+from movq_ext.model import feature_maps
 
 DECODES = int(os.environ.get("MOVQ_EXT_CASES", 150))
 WARM_UP = 40
@@ -39,8 +40,8 @@ def tensors():
 def files(monkeypatch):
     """How many temporary files were made."""
     made = itertools.count()
-    real = maps.tempfile.TemporaryFile
-    monkeypatch.setattr(maps.tempfile, "TemporaryFile", lambda *args, **options: (next(made), real(*args, **options))[1])
+    real = feature_maps.tempfile.TemporaryFile
+    monkeypatch.setattr(feature_maps.tempfile, "TemporaryFile", lambda *args, **options: (next(made), real(*args, **options))[1])
     return made
 
 
@@ -119,7 +120,7 @@ def test_decodes(work, files):
     if work is in_half_precision:
         decoder.half()
     soak(lambda i: work(decoder, i))
-    assert not ranges._annotated and (next(files) >= DECODES) == (work is in_files)
+    assert not profiling._annotated and (next(files) >= DECODES) == (work is in_files)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads memory and open files from /proc")
@@ -178,7 +179,7 @@ def test_models_that_come_and_go():
         gone[:] = [*gone[-20:], weakref.ref(decoder), weakref.ref(decoder.conv_out.weight)]
 
     soak(work, DECODES // 3)
-    assert all(ref() is None for ref in gone) and not ranges._annotated
+    assert all(ref() is None for ref in gone) and not profiling._annotated
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads memory and open files from /proc")
@@ -203,4 +204,4 @@ def test_decodes_that_fail(what, files):
             decode_tiled(decoder, *latents(24, 4), max_memory=LEAST)
 
     soak(work)
-    assert not ranges._annotated and not ranges._opened.ranges and next(files) >= DECODES // 2
+    assert not profiling._annotated and not profiling._opened.ranges and next(files) >= DECODES // 2

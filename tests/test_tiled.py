@@ -8,25 +8,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_decoder import latents, make
+from models import CASES, adapted, circular, hooked, latents, make_decoder, patched, quantised
 from tolerances import assert_close, relative_error
 from torch import nn
 
-from movq_ext import MOVQ, ResnetBlock, decode_tiled, maps, strips
+from movq_ext import MOVQ, ResnetBlock, decode_tiled
+from movq_ext.model import feature_maps, strips
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 LITTLE, SOME, PLENTY = 350_000, 1_000_000, 1 << 30
-CASES = {
-    "as it is": ({}, (4, 6), None),
-    "odd grid, another grid of zq": ({}, (5, 3), (7, 2)),
-    "one row": ({}, (1, 9), (1, 2)),
-    "add_conv": (dict(add_conv=True), (6, 4), (3, 3)),
-    "give_pre_end": (dict(give_pre_end=True), (4, 4), None),
-    "three levels, no convolution after upsampling": (dict(ch_mult=(1, 2, 2), resamp_with_conv=False), (4, 4), None),
-    "attention on every level": (dict(attn_resolutions=[8, 16]), (6, 4), None),
-    "from files": ({}, (40, 4), None),
-    "no attention": (dict(attn_resolutions=[], mid_attn=False), (6, 4), None),
-}
 
 
 def decode(decoder, z, zq, max_memory):
@@ -57,7 +47,7 @@ def files(monkeypatch):
 @pytest.mark.parametrize("name", CASES)
 def test_strips_are_the_whole(spans, name, max_memory, device):
     changes, grid, zq_grid = CASES[name]
-    decoder = make(**changes).to(device)
+    decoder = make_decoder(**changes).to(device)
     z, zq = latents(grid, zq_grid=zq_grid, device=device)
     wanted = decoder(z, zq)  # with gradients: layer by layer
     assert wanted.requires_grad and not spans
@@ -68,7 +58,7 @@ def test_strips_are_the_whole(spans, name, max_memory, device):
 
 
 def test_there_are_strips_and_files(spans, files):
-    decoder, (z, zq) = make(), latents((40, 4))
+    decoder, (z, zq) = make_decoder(), latents((40, 4))
     decode_tiled(decoder, z, zq, max_memory=LITTLE)
     assert max(map(len, spans)) > 2 and files and all(file.closed for file in files)
     spans.clear(), files.clear()
@@ -79,45 +69,11 @@ def test_there_are_strips_and_files(spans, files):
 @pytest.mark.parametrize("max_memory", [LITTLE, None])
 @pytest.mark.parametrize("channels", [(64, 32), (64, 64), (32, 64)])
 def test_shortcuts_by_3x3_convolutions(max_memory, channels):
-    decoder, (z, zq) = make(), latents((6, 4))
+    decoder, (z, zq) = make_decoder(), latents((6, 4))
     blocks = decoder.up[0].block
     blocks[0] = ResnetBlock(in_channels=64, out_channels=channels[1], conv_shortcut=True, zq_ch=5)
     blocks[1] = ResnetBlock(in_channels=channels[1], out_channels=32, conv_shortcut=channels[0] == 64, zq_ch=5)
     assert_close(decode(decoder, z, zq, max_memory), decoder(z, zq).double(), slack=5)
-
-
-class Scaled(nn.Conv2d):
-    """As an adapter would be: what the layer's weights alone do not tell."""
-
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-def scaled(conv):
-    twin = Scaled(conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding)
-    twin.load_state_dict(conv.state_dict())
-    return twin
-
-
-def circular(decoder):
-    for layer in (decoder.mid.block_1.conv1, decoder.up[0].block[0].conv2, decoder.up[1].upsample.conv):
-        layer.padding_mode = "circular"
-
-
-def adapted(decoder):
-    decoder.up[0].block[0].conv2 = scaled(decoder.up[0].block[0].conv2)
-    decoder.up[1].upsample.conv = scaled(decoder.up[1].upsample.conv)
-    decoder.mid.attn_1.v, decoder.norm_out.conv_y = scaled(decoder.mid.attn_1.v), scaled(decoder.norm_out.conv_y)
-
-
-def patched(decoder):
-    layer = decoder.up[1].block[0].conv2
-    plain = layer.forward
-    layer.forward = lambda x: 2 * plain(x)
-
-
-def hooked(decoder):
-    decoder.up[0].block[0].conv2.register_forward_hook(lambda layer, inputs, out: 2 * out)
 
 
 def patched_block(decoder):
@@ -149,15 +105,11 @@ def hooked_norm(decoder):
     decoder.up[0].block[0].norm2.norm_layer.register_forward_hook(lambda layer, inputs, out: 2 * out)
 
 
-def quantised(decoder):
-    decoder.conv_out = nn.Sequential(decoder.conv_out, nn.Hardtanh())
-
-
 @pytest.mark.parametrize(
     "change", [circular, adapted, patched, patched_inside, larger, hooked, other_norm, hooked_norm, patched_block, quantised]
 )
 def test_a_decoder_that_somebody_changed_is_called_layer_by_layer(spans, change):
-    decoder, (z, zq) = make(), latents((6, 4))
+    decoder, (z, zq) = make_decoder(), latents((6, 4))
     before = decoder(z, zq)
     change(decoder)
     wanted = decoder(z, zq)
@@ -168,14 +120,14 @@ def test_a_decoder_that_somebody_changed_is_called_layer_by_layer(spans, change)
 
 @pytest.mark.parametrize("change", [adapted, patched, hooked, lambda decoder: patched(decoder.half())])
 def test_convolutions_that_somebody_changed_are_called_in_strips(change):
-    decoder, (z, zq) = make(), latents((6, 4))
+    decoder, (z, zq) = make_decoder(), latents((6, 4))
     change(decoder)
     z, zq = (x.to(decoder.conv_in.weight.dtype) for x in (z, zq))
     assert_close(decode_tiled(decoder, z, zq, max_memory=2 * LITTLE), decoder(z, zq).double(), slack=5)
 
 
 def test_what_hooks_keep_is_left_alone(spans):
-    decoder, (z, zq), seen, kept = make(), latents((40, 4)), [], []
+    decoder, (z, zq), seen, kept = make_decoder(), latents((40, 4)), [], []
     conv = decoder.up[0].block[0].conv2
     conv.register_forward_hook(
         lambda layer, inputs, out: (seen.extend((inputs[0], out)), kept.extend((inputs[0].clone(), out.clone())))[2:] or None
@@ -185,7 +137,7 @@ def test_what_hooks_keep_is_left_alone(spans):
 
 
 def test_a_hook_on_all_modules_sees_what_they_made(spans):
-    decoder, (z, zq), seen = make(), latents((6, 4)), {}
+    decoder, (z, zq), seen = make_decoder(), latents((6, 4)), {}
     handle = nn.modules.module.register_module_forward_hook(lambda layer, inputs, out: seen.update({layer: (out, out.clone())}))
     try:
         decode(decoder, z, zq, None)
@@ -197,9 +149,9 @@ def test_a_hook_on_all_modules_sees_what_they_made(spans):
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-11), (torch.bfloat16, 5e-2)])
 def test_other_dtypes(dtype, limit):
-    decoder = make().to(dtype)
+    decoder = make_decoder().to(dtype)
     z, zq = latents((6, 4), dtype=dtype)
-    exact = make().double()(z.double(), zq.double())
+    exact = make_decoder().double()(z.double(), zq.double())
     for max_memory in (2 * LITTLE, None):
         out = decode(decoder, z, zq, max_memory)
         assert out.dtype == dtype
@@ -207,7 +159,7 @@ def test_other_dtypes(dtype, limit):
 
 
 def test_float16_on_a_cpu_is_computed_in_float32():
-    decoder, (z, zq) = make().half(), latents((6, 4), dtype=torch.float16)
+    decoder, (z, zq) = make_decoder().half(), latents((6, 4), dtype=torch.float16)
     exact = copy.deepcopy(decoder).double()(z.double(), zq.double())
     for max_memory in (2 * LITTLE, None):
         out = decode(decoder, z, zq, max_memory)
@@ -218,14 +170,14 @@ def test_float16_on_a_cpu_is_computed_in_float32():
 
 @pytest.mark.parametrize("max_memory", [LITTLE, PLENTY])
 def test_autocast(max_memory):
-    decoder, (z, zq) = make(), latents((40, 4))
+    decoder, (z, zq) = make_decoder(), latents((40, 4))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         wanted, out = decoder(z, zq), decode_tiled(decoder, z, zq, max_memory=max_memory)
     assert relative_error(out, wanted) < 5e-2
 
 
 def test_a_circular_convolution_of_the_latent_is_refused():
-    decoder, (z, zq) = make(add_conv=True), latents((6, 4))
+    decoder, (z, zq) = make_decoder(add_conv=True), latents((6, 4))
     decoder.up[0].block[0].norm1.conv.padding_mode = "circular"
     with pytest.raises(TypeError, match=r"padded with zeros, got .*circular.* in up.0.block.0.norm1"):
         decode_tiled(decoder, z, zq, max_memory=PLENTY)
@@ -234,7 +186,7 @@ def test_a_circular_convolution_of_the_latent_is_refused():
 
 @pytest.mark.parametrize("onednn", [True, False])
 def test_without_onednn(monkeypatch, onednn):
-    packed, decoder, (z, zq) = [], make(), latents((6, 4))
+    packed, decoder, (z, zq) = [], make_decoder(), latents((6, 4))
     pack = strips.Convolution.__init__
     monkeypatch.setattr(
         strips.Convolution, "__init__", lambda self, *a: (pack(self, *a), packed.append(self.packed is not None))[2:] or None
@@ -252,7 +204,7 @@ def test_without_onednn(monkeypatch, onednn):
     add_conv=st.booleans(),
 )
 def test_any_latent_size(grid, zq_grid, batch, add_conv):
-    decoder = make(ch_mult=(1, 1), num_res_blocks=0, add_conv=add_conv)
+    decoder = make_decoder(ch_mult=(1, 1), num_res_blocks=0, add_conv=add_conv)
     z, zq = latents(grid, batch, zq_grid=zq_grid)
     # one pixel: every group has one or two values, and the norm divides by what little they differ
     assert_close(decode(decoder, z, zq, None), decoder(z, zq).double(), slack=20 if grid[0] * grid[1] > 4 else 1e4)
@@ -260,7 +212,7 @@ def test_any_latent_size(grid, zq_grid, batch, add_conv):
 
 def test_statistics_of_strips_with_a_large_mean():
     x = torch.randn(1, 8, 40, 30) + 4096
-    moments = maps.Moments()
+    moments = feature_maps.Moments()
     for strip in x.split([1, 30, 2, 7], dim=2):
         moments.add(strip)
     mean, rstd = moments.of_groups(4, 1e-6)
@@ -271,7 +223,7 @@ def test_statistics_of_strips_with_a_large_mean():
 
 
 def test_files_are_closed_when_it_fails(monkeypatch, files):
-    decoder, (z, zq) = make(), latents((40, 4))
+    decoder, (z, zq) = make_decoder(), latents((40, 4))
     plain = strips.Strips._haloed
 
     def fails_late(*arguments):
@@ -295,7 +247,7 @@ def test_the_whole_model_takes_max_memory():
 
 
 def test_it_refuses():
-    decoder, (z, zq) = make(), latents((4, 6))
+    decoder, (z, zq) = make_decoder(), latents((4, 6))
     with pytest.raises(
         ValueError, match=r"max_memory must be at least \d+ bytes \(1 MiB\) for z of shape \(2, 4, 4, 6\), got 1000"
     ):
@@ -303,7 +255,7 @@ def test_it_refuses():
     with pytest.raises(ValueError, match="zq must have shape"):
         decode_tiled(decoder, z, z, max_memory=PLENTY)
     with pytest.raises(ValueError, match="decoder must be in evaluation mode"):
-        decode_tiled(make(dropout=0.1).train(), z, zq, max_memory=PLENTY)
+        decode_tiled(make_decoder(dropout=0.1).train(), z, zq, max_memory=PLENTY)
     for change, message in (
         (circular, r"nn.Conv2d padded with zeros, got .*circular"),
         (quantised, r"nn.Conv2d padded with zeros, got Sequential"),
@@ -312,7 +264,7 @@ def test_it_refuses():
         (hooked_norm, r"nn.GroupNorm as it is"),
         (lambda decoder: setattr(decoder.mid, "block_1", nn.Identity()), r"takes ResnetBlock, .* got Identity"),
     ):
-        changed = make()
+        changed = make_decoder()
         change(changed)
         with pytest.raises(TypeError, match=message):
             decode_tiled(changed, z, zq, max_memory=PLENTY)

@@ -10,25 +10,10 @@ import numpy as np
 import processes
 import pytest
 import torch
-from PIL import Image
+from models import CONFIG, CPU, MODEL
 
 from movq_ext import MOVQ, from_pretrained
-from movq_ext.training import Photographs, Trainer, TrainingConfig
-
-CPU = torch.device("cpu")
-DDCONFIG = dict(ch=32, out_ch=3, ch_mult=[1, 1], num_res_blocks=0, attn_resolutions=[], in_channels=3, resolution=32,
-                z_channels=4, dropout=0.1)  # fmt: skip
-MODEL = dict(ddconfig=DDCONFIG, n_embed=32, embed_dim=4)
-CONFIG = TrainingConfig(steps=12, batch_size=2, crop=8, warmup_steps=2, continuous_steps=4, restart_every=3)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photographs")
-    ramp = np.linspace(0, 255, 40, dtype=np.uint8)
-    for i, size in enumerate([(40, 40), (30, 20), (5, 6)]):  # the last is smaller than a crop
-        Image.fromarray(np.stack([np.roll(np.resize(ramp, size), i + c) for c in range(3)], 2)).save(folder / f"{i}.png")
-    return folder
+from movq_ext.training import Photographs, Trainer
 
 
 def trainer(folder, out, **changes):

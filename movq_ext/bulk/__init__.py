@@ -1,0 +1,1 @@
+"""Bulk decoding: the codes of many images, shard by shard."""

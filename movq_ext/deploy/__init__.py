@@ -1,0 +1,1 @@
+"""Other ways to run a decoder: several GPUs, CUDA graphs, compiled files."""

@@ -1,0 +1,1 @@
+"""diffusers models on the operators of this package."""

@@ -1,0 +1,1 @@
+"""Files: weights, codes and images, with atomic writes and safe reads."""

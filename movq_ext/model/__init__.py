@@ -1,0 +1,1 @@
+"""The network: encoder, codebook, decoder and their layers."""

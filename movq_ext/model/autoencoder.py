@@ -1,0 +1,103 @@
+"""The whole MoVQ model: encoder, codebook and decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any, cast
+
+import numpy as np
+from torch import Tensor, nn
+
+from .checks import check_latent
+from .decoder import MOVQDecoder
+from .encoder import Encoder
+from .quantize import VectorQuantizer
+from .tiled import decode_tiled
+
+
+class MOVQ(nn.Module):
+    """MoVQ autoencoder (Zheng et al., arXiv:2209.09002), with the module names of the released checkpoints.
+
+    Wrong input is a ValueError or TypeError that names the argument, as in the methods of its parts.
+
+    Args:
+        ddconfig: keywords of MOVQDecoder and Encoder, as in the released configs.
+        n_embed: number of codes.
+        embed_dim: channels of a code, and so of the decoder's zq.
+        beta, remap, sane_index_shape, legacy: see `VectorQuantizer`.
+
+    Raises:
+        ValueError: as `MOVQDecoder`'s and `Encoder`'s.
+    """
+
+    def __init__(
+        self,
+        ddconfig: Mapping[str, Any],
+        n_embed: int,
+        embed_dim: int,
+        beta: float = 0.25,
+        remap: str | PathLike[str] | np.ndarray | None = None,
+        sane_index_shape: bool = False,
+        legacy: bool = True,
+    ) -> None:
+        super().__init__()
+        ddconfig = dict(ddconfig)
+        self.config = {
+            "ddconfig": ddconfig, "n_embed": n_embed, "embed_dim": embed_dim,
+            "beta": beta, "sane_index_shape": sane_index_shape, "legacy": legacy,
+        }  # fmt: skip
+        self.encoder = Encoder(**ddconfig)
+        self.decoder = MOVQDecoder(**{**ddconfig, "zq_ch": embed_dim})
+        self.quantize = VectorQuantizer(n_embed, embed_dim, beta, remap, sane_index_shape=sane_index_shape, legacy=legacy)
+        self.quant_conv = nn.Conv2d(ddconfig["z_channels"], embed_dim, kernel_size=1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], kernel_size=1)
+
+    @property
+    def downsampling(self) -> int:
+        """Image pixels per latent cell along one side."""
+        return 1 << (self.decoder.num_resolutions - 1)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Train in less memory, see ActivationCheckpointing."""
+        self.encoder.gradient_checkpointing_enable()
+        self.decoder.gradient_checkpointing_enable()
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep every intermediate map for the backward pass, which is the default."""
+        self.encoder.gradient_checkpointing_disable()
+        self.decoder.gradient_checkpointing_disable()
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Images ``(B, in_channels, H, W)`` in [-1, 1] to latents ``(B, embed_dim, h, w)`` before quantisation."""
+        return cast(Tensor, self.quant_conv(self.encoder(x)))
+
+    def encode_code(self, x: Tensor) -> Tensor:
+        """Images ``(B, in_channels, H, W)`` in [-1, 1] to code indices ``(B, h, w)`` int64."""
+        h = self.encode(x)
+        return cast(Tensor, self.quantize(h)[2][2]).view(h.shape[0], *h.shape[2:])
+
+    def decode(self, quant: Tensor, max_memory: int | None = None) -> Tensor:
+        """Quantised latents ``(B, embed_dim, h, w)`` to images in about [-1, 1], ``h * downsampling`` high.
+
+        With ``max_memory``, in so many bytes, strip by strip and without gradients: see `decode_tiled`.
+
+        Raises ValueError (rank, channels, device, empty, a too small max_memory) or TypeError (dtype) naming the argument.
+        """
+        check_latent("quant", quant, self.post_quant_conv.in_channels, self.post_quant_conv.weight)
+        z = self.post_quant_conv(quant)
+        return self.decoder(z, quant) if max_memory is None else decode_tiled(self.decoder, z, quant, max_memory=max_memory)
+
+    def decode_code(self, indices: Tensor) -> Tensor:
+        """Code indices ``(B, h, w)``, any grid, to images ``(B, out_ch, h * downsampling, w * downsampling)`` in about [-1, 1].
+
+        Raises ValueError for another rank or an index outside the codebook, TypeError for indices that are not integers.
+        """
+        if indices.dim() != 3 or 0 in indices.shape:
+            raise ValueError(f"indices must have shape (batch, height, width) and not be empty, got {tuple(indices.shape)}")
+        return self.decode(self.quantize.get_codebook_entry(indices, (*indices.shape, self.quantize.e_dim)))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Reconstruct images ``(B, in_channels, H, W)`` in [-1, 1]; returns (images of whole cells, the codebook's loss)."""
+        quant, loss, _ = self.quantize(self.encode(x))
+        return self.decode(quant), loss

@@ -1,0 +1,181 @@
+"""The MoVQ decoder: latents to images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.native import is_inference
+from .activation_checkpointing import ActivationCheckpointing
+from .checks import check_batch, check_latent, check_levels, check_positive
+from .layers import AttnBlock, Middle, ResnetBlock, SpatialNorm, Stage, Upsample, is_plain_network, make_norm
+from .modulation import Modulations
+from .strips import STRIP_BYTES, decode_in_strips
+
+
+class MOVQDecoder(ActivationCheckpointing):
+    """Decoder of MoVQ (Zheng et al., arXiv:2209.09002) as released with Kandinsky 2.x and CogVideo.
+
+    The image is ``2 ** (len(ch_mult) - 1)`` times the latent in height and width.
+
+    Args:
+        ch: channels at full resolution; ``ch * m`` must be a multiple of 32 for every m in ch_mult.
+        out_ch: channels of the image.
+        ch_mult: channel multiplier of each level, from full resolution to the latent's.
+        num_res_blocks: each level has ``num_res_blocks + 1`` ResNet blocks.
+        attn_resolutions: levels with one of these sizes (for an image of ``resolution``) attend after every block.
+        dropout: probability inside the ResNet blocks.
+        resamp_with_conv: convolve after every 2x upsampling.
+        in_channels: channels of the encoder's image; kept for the published configs, not used here.
+        resolution: image size in pixels that attn_resolutions refers to; any latent size can be decoded.
+        z_channels: channels of z.
+        give_pre_end: return the features before norm_out.
+        zq_ch: channels of zq; z_channels if None.
+        add_conv: see `SpatialNorm`.
+        mid_attn: attend in the middle; False for diffusers models with ``mid_block_add_attention=False``.
+        gradient_checkpointing: train in less memory, see ActivationCheckpointing.
+        **ignorekwargs: ignored (published configs hold keys of other classes).
+
+    Raises:
+        ValueError: a number of channels or levels is not positive, that of blocks is negative, or channels are no multiple of 32.
+    """
+
+    def __init__(
+        self,
+        *,
+        ch: int,
+        out_ch: int,
+        ch_mult: Sequence[int] = (1, 2, 4, 8),
+        num_res_blocks: int,
+        attn_resolutions: Sequence[int],
+        dropout: float = 0.0,
+        resamp_with_conv: bool = True,
+        in_channels: int,
+        resolution: int,
+        z_channels: int,
+        give_pre_end: bool = False,
+        zq_ch: int | None = None,
+        add_conv: bool = False,
+        mid_attn: bool = True,
+        gradient_checkpointing: bool = False,
+        **ignorekwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.gradient_checkpointing = gradient_checkpointing
+        zq_ch = z_channels if zq_ch is None else zq_ch
+        check_levels(ch_mult, num_res_blocks)
+        check_positive(ch=ch, out_ch=out_ch, z_channels=z_channels, zq_ch=zq_ch)
+        self.ch = ch
+        self.num_resolutions = len(ch_mult)
+        self.num_res_blocks = num_res_blocks
+        self.in_channels = in_channels
+        self.resolution = resolution
+        self.z_channels = z_channels
+        self.zq_ch = zq_ch
+        self.give_pre_end = give_pre_end
+        norm: dict[str, Any] = {"zq_ch": zq_ch, "add_conv": add_conv}
+
+        channels = ch * ch_mult[-1]
+        self.conv_in = nn.Conv2d(z_channels, channels, kernel_size=3, padding=1)
+        self.mid = Middle(channels, dropout, mid_attn, **norm)
+
+        self.up = nn.ModuleList()  # up[level] is level's stage; the highest level (smallest map) runs first
+        for level in reversed(range(self.num_resolutions)):
+            attends = resolution // 2**level in attn_resolutions
+            stage = Stage()
+            for _ in range(num_res_blocks + 1):
+                out_channels = ch * ch_mult[level]
+                stage.block.append(ResnetBlock(in_channels=channels, out_channels=out_channels, dropout=dropout, **norm))
+                channels = out_channels
+                if attends:
+                    stage.attn.append(AttnBlock(channels, **norm))
+            if level > 0:
+                stage.upsample = Upsample(channels, resamp_with_conv)
+            self.up.insert(0, stage)
+
+        self.norm_out = make_norm(channels, **norm)
+        self.conv_out = nn.Conv2d(channels, out_ch, kernel_size=3, padding=1)
+
+    def forward(self, z: Tensor, zq: Tensor) -> Tensor:
+        """Decode z ``(B, z_channels, h, w)``, conditioned on zq ``(B, zq_ch, any height, any width)``.
+
+        Returns:
+            ``(B, out_ch, H, W)`` with ``H = h * 2 ** (len(ch_mult) - 1)``, in about [-1, 1]. With give_pre_end the features
+            before norm_out, ``(B, ch * ch_mult[0], H, W)``.
+
+        Raises:
+            ValueError: wrong rank, channels or device, empty, or batch sizes that differ.
+            TypeError: z or zq has another dtype than the model, outside autocast.
+        """
+        self.check_latents(z, zq)
+        free = is_inference(z, zq, *self.parameters()) and is_plain_network(self)  # to compute the same in another way
+        if free and z.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+            return decode_in_strips(self, z, zq, STRIP_BYTES)
+        z, zq = _latents(z, zq)
+        norms = self._norms() if free else []
+        shared = bool(norms) and all(norm.is_product() and not norm.add_conv for norm in norms)
+        condition = Modulations(norms, zq) if shared else zq
+        for _, made in self._stages(z, condition):
+            h = made
+        out = h if self.give_pre_end else self._run(self._image, h, condition)
+        return out.contiguous()
+
+    def forward_with_features_output(self, z: Tensor, zq: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """As forward, and every intermediate map by name, in execution order.
+
+        The names: conv_in, mid_block_1, mid_attn_1, mid_block_2, up_{level}_block_{i}, up_{level}_attn_{i},
+        up_{level}_upsample and, unless give_pre_end, norm_out, nonlinearity, conv_out. Maps are ``(B, C, height, width)`` in
+        channels_last. Raises what `forward` raises.
+        """
+        self.check_latents(z, zq)
+        z, zq = _latents(z, zq)
+        features = dict(self._stages(z, zq))
+        h = next(reversed(features.values()))
+        if not self.give_pre_end:
+            features["norm_out"] = self.norm_out(h, zq)
+            features["nonlinearity"] = F.silu(features["norm_out"])
+            h = features["conv_out"] = self.conv_out(features["nonlinearity"])
+        return h, features
+
+    def _norms(self) -> list[SpatialNorm]:
+        """In the order of their use."""
+        layers = [*(layer for _, layer, _ in self.steps()), self.norm_out]
+        return [module for layer in layers for module in layer.modules() if isinstance(module, SpatialNorm)]
+
+    def _stages(self, z: Tensor, zq: Tensor | Modulations) -> Iterator[tuple[str, Tensor]]:
+        """Every step before norm_out: its name and its output."""
+        yield "conv_in", (h := self.conv_in(z))
+        for name, layer, conditioned in self.steps():
+            yield name, (h := self._run(layer, h, zq=zq) if conditioned else self._run(layer, h))
+
+    def steps(self) -> Iterator[tuple[str, nn.Module, bool]]:
+        """What runs between conv_in and norm_out, in order: its name, and whether it takes zq."""
+        yield "mid_block_1", self.mid.block_1, True
+        if self.mid.attn_1 is not None:
+            yield "mid_attn_1", self.mid.attn_1, True
+        yield "mid_block_2", self.mid.block_2, True
+        for level in reversed(range(self.num_resolutions)):
+            stage = cast(Stage, self.up[level])
+            for i, block in enumerate(stage.block):
+                yield f"up_{level}_block_{i}", block, True
+                if len(stage.attn):
+                    yield f"up_{level}_attn_{i}", stage.attn[i], True
+            if level > 0:
+                yield f"up_{level}_upsample", stage.upsample, False
+
+    def _image(self, h: Tensor, zq: Tensor | Modulations) -> Tensor:
+        return cast(Tensor, self.conv_out(self.norm_out(h, zq, activation="silu")))
+
+    def check_latents(self, z: Tensor, zq: Tensor) -> None:
+        check_latent("z", z, self.z_channels, self.conv_in.weight)
+        check_latent("zq", zq, self.zq_ch, self.conv_in.weight)
+        check_batch(z=z, zq=zq)
+
+
+def _latents(z: Tensor, zq: Tensor) -> tuple[Tensor, Tensor]:
+    """In the layout in which convolutions and norms are fastest: all maps that follow have it too."""
+    return z.contiguous(memory_format=torch.channels_last), zq.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,103 @@
+"""The VQGAN encoder that MoVQ keeps: images to latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from .activation_checkpointing import ActivationCheckpointing
+from .checks import check_latent, check_levels, check_positive
+from .layers import AttnBlock, Downsample, Middle, ResnetBlock, Stage, make_norm
+
+
+class Encoder(ActivationCheckpointing):
+    """Encoder of VQGAN (Esser et al., arXiv:2012.09841): GroupNorm + SiLU ResNet blocks, stride-2 downsampling.
+
+    Args:
+        ch: channels at full resolution; ``ch * m`` must be a multiple of 32 for every m in ch_mult.
+        ch_mult: channel multiplier of each level, from full resolution to the latent's.
+        num_res_blocks: ResNet blocks of each level.
+        attn_resolutions: levels with one of these sizes (for an image of ``resolution``) attend after every block.
+        dropout: probability inside the ResNet blocks.
+        resamp_with_conv: halve by a convolution of stride 2 rather than a 2x2 mean.
+        in_channels: channels of the image.
+        resolution: image size in pixels that attn_resolutions refers to; any image of one latent cell or more can be encoded.
+        z_channels: channels of the latent.
+        double_z: twice as many of them, mean and log-variance of a KL model.
+        mid_attn: attend in the middle; False for diffusers models with ``mid_block_add_attention=False``.
+        gradient_checkpointing: train in less memory, see ActivationCheckpointing.
+        **ignorekwargs: ignored (published configs hold keys of other classes).
+
+    Raises:
+        ValueError: a number of channels or levels is not positive, that of blocks is negative, or channels are no multiple of 32.
+    """
+
+    def __init__(
+        self,
+        *,
+        ch: int,
+        ch_mult: Sequence[int] = (1, 2, 4, 8),
+        num_res_blocks: int,
+        attn_resolutions: Sequence[int],
+        dropout: float = 0.0,
+        resamp_with_conv: bool = True,
+        in_channels: int,
+        resolution: int,
+        z_channels: int,
+        double_z: bool = False,
+        mid_attn: bool = True,
+        gradient_checkpointing: bool = False,
+        **ignorekwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.gradient_checkpointing = gradient_checkpointing
+        check_levels(ch_mult, num_res_blocks)
+        check_positive(ch=ch, in_channels=in_channels, z_channels=z_channels)
+        self.in_channels = in_channels
+        self.num_resolutions = len(ch_mult)
+        self.conv_in = nn.Conv2d(in_channels, ch, kernel_size=3, padding=1)
+        channels = ch
+        self.down = nn.ModuleList()
+        for level, multiplier in enumerate(ch_mult):
+            attends = resolution // 2**level in attn_resolutions
+            stage = Stage()
+            for _ in range(num_res_blocks):
+                stage.block.append(ResnetBlock(in_channels=channels, out_channels=ch * multiplier, dropout=dropout))
+                channels = ch * multiplier
+                if attends:
+                    stage.attn.append(AttnBlock(channels))
+            if level < self.num_resolutions - 1:
+                stage.downsample = Downsample(channels, resamp_with_conv)
+            self.down.append(stage)
+        self.mid = Middle(channels, dropout, mid_attn)
+        self.norm_out = make_norm(channels, None, False)
+        self.conv_out = nn.Conv2d(channels, 2 * z_channels if double_z else z_channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``(B, in_channels, H, W)`` in [-1, 1] to latents ``(B, z_channels, h, w)``, h = H halved (floor) per level.
+
+        Raises ValueError (rank, channels, device, image smaller than one latent cell) or TypeError (dtype).
+        """
+        check_latent("x", x, self.in_channels, self.conv_in.weight)
+        cell = 2 ** (self.num_resolutions - 1)
+        if min(x.shape[-2:]) < cell:
+            raise ValueError(f"x must be at least {cell} x {cell} (height x width), got {x.shape[-2]} x {x.shape[-1]}")
+        h = self.conv_in(x)
+        for module in self.down:
+            stage = cast(Stage, module)
+            for i, block in enumerate(stage.block):
+                h = self._run(block, h)
+                if len(stage.attn):
+                    h = self._run(stage.attn[i], h)
+            if hasattr(stage, "downsample"):
+                h = self._run(stage.downsample, h)
+        h = self._run(self.mid.block_1, h)
+        if self.mid.attn_1 is not None:
+            h = self._run(self.mid.attn_1, h)
+        h = self._run(self.mid.block_2, h)
+        return self._run(self._latents, h)
+
+    def _latents(self, h: Tensor) -> Tensor:
+        return cast(Tensor, self.conv_out(self.norm_out(h, activation="silu")))

@@ -1,0 +1,1 @@
+"""Operators and their backends: native PyTorch, CUDA kernels and oneDNN."""

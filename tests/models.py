@@ -1,0 +1,120 @@
+"""Small models, their inputs, and changes to them, for several test files."""
+
+import processes
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from movq_ext import MOVQDecoder
+from movq_ext.training import TrainingConfig
+
+KANDINSKY = dict(ch=128, out_ch=3, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_resolutions=[32], in_channels=3, resolution=256,
+                 z_channels=4, zq_ch=4)  # fmt: skip
+TINY = dict(ch=32, out_ch=3, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=[8], in_channels=3, resolution=16,
+            z_channels=4, zq_ch=5)  # fmt: skip
+CPU = torch.device("cpu")
+DDCONFIG = dict(ch=32, out_ch=3, ch_mult=[1, 1], num_res_blocks=0, attn_resolutions=[], in_channels=3, resolution=32,
+                z_channels=4, dropout=0.1)  # fmt: skip
+MODEL = dict(ddconfig=DDCONFIG, n_embed=32, embed_dim=4)
+CONFIG = TrainingConfig(steps=12, batch_size=2, crop=8, warmup_steps=2, continuous_steps=4, restart_every=3)
+
+
+def make_decoder(seed=0, **changes):
+    torch.manual_seed(seed)
+    decoder = MOVQDecoder(**{**TINY, **changes})
+    for module in decoder.modules():  # published inits leave the norms at one and zero, which hides mistakes
+        if isinstance(module, nn.GroupNorm):
+            nn.init.normal_(module.weight, 1, 0.2)
+            nn.init.normal_(module.bias, 0, 0.2)
+    return decoder.eval()
+
+
+def latents(grid=(4, 6), batch=2, dtype=torch.float32, z=4, zq=5, zq_grid=None, device=None):
+    generator = torch.Generator().manual_seed(3)
+    maps = torch.randn(batch, z, *grid, generator=generator), torch.randn(batch, zq, *(zq_grid or grid), generator=generator)
+    return [x.to(device=device, dtype=dtype) for x in maps]
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies of maps from one layout to another."""
+
+    def __init__(self, batch, least):
+        super().__init__()
+        self.batch, self.least, self.seen = batch, least, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if (
+            func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default)
+            and out.shape[0] == self.batch
+            and out.numel() >= self.least
+        ):
+            self.seen.append((str(func), tuple(out.shape)))
+        return out
+
+
+def _ddp_worker(rank, changes, options):
+    decoder = nn.parallel.DistributedDataParallel(make_decoder(**changes).train(), **options)
+    z, zq = latents()
+    decoder(z[rank : rank + 1], zq[rank : rank + 1]).square().mean().backward()
+    return {name: p.grad for name, p in decoder.module.named_parameters()}
+
+
+def assert_ddp_averages_the_gradients(folder, changes, **options):
+    """Of two processes, each with one of two images: those of one process with both."""
+    decoder = make_decoder().train()
+    decoder(*latents()).square().mean().backward()
+    for grads in processes.run(_ddp_worker, 2, folder, changes, options):
+        for name, parameter in decoder.named_parameters():
+            assert (grads[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-7, name
+
+
+CASES = {
+    "as it is": ({}, (4, 6), None),
+    "odd grid, another grid of zq": ({}, (5, 3), (7, 2)),
+    "one row": ({}, (1, 9), (1, 2)),
+    "add_conv": (dict(add_conv=True), (6, 4), (3, 3)),
+    "give_pre_end": (dict(give_pre_end=True), (4, 4), None),
+    "three levels, no convolution after upsampling": (dict(ch_mult=(1, 2, 2), resamp_with_conv=False), (4, 4), None),
+    "attention on every level": (dict(attn_resolutions=[8, 16]), (6, 4), None),
+    "from files": ({}, (40, 4), None),
+    "no attention": (dict(attn_resolutions=[], mid_attn=False), (6, 4), None),
+}
+
+
+class Scaled(nn.Conv2d):
+    """As an adapter would be: what the layer's weights alone do not tell."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def scaled(conv):
+    twin = Scaled(conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding)
+    twin.load_state_dict(conv.state_dict())
+    return twin
+
+
+def circular(decoder):
+    for layer in (decoder.mid.block_1.conv1, decoder.up[0].block[0].conv2, decoder.up[1].upsample.conv):
+        layer.padding_mode = "circular"
+
+
+def adapted(decoder):
+    decoder.up[0].block[0].conv2 = scaled(decoder.up[0].block[0].conv2)
+    decoder.up[1].upsample.conv = scaled(decoder.up[1].upsample.conv)
+    decoder.mid.attn_1.v, decoder.norm_out.conv_y = scaled(decoder.mid.attn_1.v), scaled(decoder.norm_out.conv_y)
+
+
+def patched(decoder):
+    layer = decoder.up[1].block[0].conv2
+    plain = layer.forward
+    layer.forward = lambda x: 2 * plain(x)
+
+
+def hooked(decoder):
+    decoder.up[0].block[0].conv2.register_forward_hook(lambda layer, inputs, out: 2 * out)
+
+
+def quantised(decoder):
+    decoder.conv_out = nn.Sequential(decoder.conv_out, nn.Hardtanh())

@@ -1,0 +1,406 @@
+"""The compiled operators as PyTorch sees them: schemas, fake cuda, autograd, compilation. The CPU's stand in for a GPU's."""
+
+import pytest
+import torch
+from kernels import attention as attention_cases
+from kernels.spatial_norm import case
+from tolerances import assert_close
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import movq_ext
+from movq_ext.ops import cuda, extension, native
+from movq_ext.ops.functional import add_bias_residual_
+
+pytestmark = pytest.mark.skipif(movq_ext.build_info()["extension"] != "loaded", reason="needs the compiled extension")
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+LAYOUTS = ("nchw", "channels_last")
+GROUPS = 8
+
+
+def arguments(dtype=torch.float32, layout="nchw", zq_size=(2, 4), affine=torch.float32, device="cpu", **options):
+    c = case((2, 32, 8, 12), zq_size, dtype, layout, affine=affine, **options)
+    return [None if x is None else x.to(device).requires_grad_() for x in (c.f, c.zq_y, c.zq_b, c.weight, c.bias)], c.dout.to(
+        device
+    )
+
+
+def plain(tensors):
+    return [None if x is None else x.detach() for x in tensors]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "dtype, affine", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, None)]
+)
+@pytest.mark.parametrize("zq_size", [(2, 4), None])
+def test_opcheck(device, layout, dtype, affine, zq_size):
+    inputs, dout = arguments(dtype, layout, zq_size, affine, device)
+    inputs = plain(inputs)
+    forward, backward = torch.ops.movq_ext.spatial_norm_forward.default, torch.ops.movq_ext.spatial_norm_backward.default
+    torch.library.opcheck(forward, (*inputs, GROUPS, 1e-6, True))
+    torch.library.opcheck(forward, (*inputs, GROUPS, 1e-6, True, torch.ones(32, device=device)))
+    _, mean, rstd = forward(*inputs, GROUPS, 1e-6, True)
+    torch.library.opcheck(backward, (dout, *inputs, mean, rstd, GROUPS, True))
+
+
+def gradients(function, inputs, dout, silu, create_graph=False):
+    out = function(*inputs, GROUPS, 1e-6, silu)
+    wanted = [x for x in inputs if x is not None]
+    return out, torch.autograd.grad(out, wanted, dout, create_graph=create_graph)
+
+
+def native_norm(*arguments):
+    return native.spatial_norm(*arguments[:-1], "silu" if arguments[-1] else None)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("zq_size, affine", [((2, 4), torch.float32), ((3, 5), None), (None, torch.float32)])
+def test_the_function_has_the_native_path_s_gradients(device, layout, silu, zq_size, affine):
+    inputs, dout = arguments(torch.float32, layout, zq_size, affine, device)
+    out, grads = gradients(cuda.spatial_norm, inputs, dout, silu)
+    expected, expected_grads = gradients(native_norm, inputs, dout, silu)
+    assert_close(out, expected)
+    for grad, want in zip(grads, expected_grads, strict=True):
+        assert_close(grad, want, slack=2.0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_double_backward(device):
+    inputs, dout = arguments(device=device)
+
+    def second(function):
+        _, grads = gradients(function, inputs, dout, True, create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), inputs)
+
+    for grad, want in zip(second(cuda.spatial_norm), second(native_norm), strict=True):
+        assert_close(grad, want, slack=5.0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_operator_adds_f_bias(device, layout, dtype):
+    inputs, _ = arguments(dtype, layout, device=device)
+    f, *rest = plain(inputs)
+    f_bias = torch.linspace(-1, 1, 32, device=device)
+    out = cuda.spatial_norm(f, *rest, GROUPS, 1e-6, True, f_bias)
+    rest = [x.double() for x in rest]
+    assert out.dtype == dtype and out.stride() == f.stride()
+    assert_close(out, native_norm(f.double() + f_bias.double()[:, None, None], *rest, GROUPS, 1e-6, True), slack=2.0)
+    compiled = torch.compile(lambda *x: cuda.spatial_norm(*x, GROUPS, 1e-6, True, f_bias), fullgraph=True)
+    torch._dynamo.reset()
+    assert_close(compiled(f, *plain(inputs)[1:]), out.double())
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    inputs, dout = arguments()
+    inputs[1].requires_grad_(False)
+    cuda.spatial_norm(*inputs, GROUPS, 1e-6, True).backward(dout)
+    assert [x.grad is not None for x in inputs] == [True, False, True, True, True]
+
+
+def test_little_is_saved_for_backward():
+    inputs, _ = arguments()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        cuda.spatial_norm(*inputs, GROUPS, 1e-6, True)
+    big = [x for x in saved if x.numel() >= inputs[0].numel()]
+    assert len(big) == 1 and big[0].data_ptr() == inputs[0].data_ptr()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiles_whole_with_the_operator_inside(device, layout):
+    inputs, dout = arguments(layout=layout, device=device)
+    seen = []
+
+    def backend(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(lambda *x: cuda.spatial_norm(*x, GROUPS, 1e-6, True), backend=backend, fullgraph=True)(*inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *x: cuda.spatial_norm(*x, GROUPS, 1e-6, True), fullgraph=True)
+    out = compiled(*inputs)
+    assert seen and out.stride() == inputs[0].stride()
+    expected, expected_grads = gradients(cuda.spatial_norm, inputs, dout, True)
+    assert_close(out, expected)
+    for grad, want in zip(torch.autograd.grad(out, inputs, dout), expected_grads, strict=True):
+        assert_close(grad, want, slack=2.0)
+
+
+def test_exports_with_the_operator_inside():
+    class Norm(torch.nn.Module):
+        def forward(self, *x):
+            return cuda.spatial_norm(*x, GROUPS, 1e-6, True)
+
+    inputs = tuple(plain(arguments()[0]))
+    program = torch.export.export(Norm(), inputs).run_decompositions()
+    assert any("movq_ext.spatial_norm_forward" in str(node.target) for node in program.graph.nodes)
+    assert_close(program.module()(*inputs), Norm()(*inputs))
+
+
+# --- Attention
+
+
+def attention_arguments(dtype=torch.float32, size=32, device="cpu"):
+    *inputs, dout = attention_cases.case(2, 3, 10, 14, size, dtype)
+    return [x.to(device).requires_grad_() for x in inputs], dout.to(device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [32, 20])
+def test_opcheck_of_attention(device, dtype, size):
+    inputs, dout = attention_arguments(dtype, size, device)
+    inputs = plain(inputs)
+    forward, backward = torch.ops.movq_ext.attention_forward.default, torch.ops.movq_ext.attention_backward.default
+    torch.library.opcheck(forward, (*inputs, 0.2))
+    out, lse = forward(*inputs, 0.2)
+    torch.library.opcheck(backward, (dout, *inputs, out, lse, 0.2))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_attention_has_the_native_path_s_gradients(device):
+    inputs, dout = attention_arguments(device=device)
+    out, expected = cuda.attention(*inputs, 0.2), native.attention(*inputs, 0.2)
+    assert_close(out, expected)
+    for grad, want in zip(torch.autograd.grad(out, inputs, dout), torch.autograd.grad(expected, inputs, dout), strict=True):
+        assert_close(grad, want, slack=2.0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_double_backward_of_attention(device):
+    inputs, dout = attention_arguments(device=device)
+
+    def second(function):
+        with sdpa_kernel(SDPBackend.MATH):
+            grads = torch.autograd.grad(function(*inputs, 0.2), inputs, dout, create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), inputs)
+
+    for grad, want in zip(second(cuda.attention), second(native.attention), strict=True):
+        assert_close(grad, want, slack=5.0)
+
+
+def test_only_what_needs_a_gradient_gets_one_of_attention():
+    inputs, dout = attention_arguments()
+    inputs[1].requires_grad_(False)
+    cuda.attention(*inputs, 0.2).backward(dout)
+    assert [x.grad is not None for x in inputs] == [True, False, True]
+
+
+def test_nothing_of_the_scores_is_saved_for_backward():
+    inputs, _ = attention_arguments()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        out = cuda.attention(*inputs, 0.2)
+    assert sorted(x.numel() for x in saved) == sorted([*(x.numel() for x in inputs), out.numel(), out.numel() // 32])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_attention_compiles_whole_with_the_operator_inside(device):
+    inputs, dout = attention_arguments(device=device)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *x: cuda.attention(*x, 0.2), fullgraph=True)
+    out = compiled(*inputs)
+    assert_close(out, cuda.attention(*inputs, 0.2))
+    expected = torch.autograd.grad(cuda.attention(*inputs, 0.2), inputs, dout)
+    for grad, want in zip(torch.autograd.grad(out, inputs, dout), expected, strict=True):
+        assert_close(grad, want, slack=2.0)
+    program = torch.export.export(AttentionModule(), tuple(plain(inputs))).run_decompositions()
+    assert any("movq_ext.attention_forward" in str(node.target) for node in program.graph.nodes)
+
+
+class AttentionModule(torch.nn.Module):
+    def forward(self, *x):
+        return cuda.attention(*x, 0.2)
+
+
+# --- The epilogue of a convolution
+
+
+def epilogue_arguments(dtype=torch.float32, layout="nchw", affine=torch.float32, device="cpu"):
+    c = case((2, 32, 8, 12), None, dtype, layout, affine=affine)
+    return [x.to(device) for x in (c.f, c.bias, c.dout)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_opcheck_of_the_epilogue(device, layout, dtype):
+    x, bias, residual = epilogue_arguments(dtype, layout, dtype if dtype == torch.float16 else torch.float32, device)
+    operator = torch.ops.movq_ext.add_bias_residual_.default
+    for b, r in ((bias, residual), (bias, None), (None, residual)):
+        torch.library.opcheck(operator, (x.clone(), b, r))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_epilogue_rounds_once(device, layout):
+    x, bias, residual = epilogue_arguments(torch.bfloat16, layout, device=device)
+    expected = (x.float() + bias[:, None, None] + residual.float()).bfloat16()
+    assert cuda.add_bias_residual_(x, bias, residual) is x
+    assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_epilogue_compiles_whole_with_the_operator_inside(device):
+    x, bias, residual = epilogue_arguments(layout="channels_last", device=device)
+    weight = torch.randn(32, 32, 3, 3, device=device)
+
+    def convolution(x):
+        return cuda.add_bias_residual_(torch.nn.functional.conv2d(x, weight, padding=1), bias, residual)
+
+    torch._dynamo.reset()
+    assert_close(torch.compile(convolution, fullgraph=True)(x), convolution(x), slack=2.0)
+    program = torch.export.export(Epilogue(), (x, bias, residual)).run_decompositions()
+    assert any("add_bias_residual_" in str((node.target, node.args)) for node in program.graph.nodes)
+    expected = x + bias[:, None, None] + residual
+    program.module()(x, bias, residual)
+    assert_close(x, expected)
+
+
+class Epilogue(torch.nn.Module):
+    def forward(self, x, bias, residual):
+        return cuda.add_bias_residual_(x, bias, residual)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+class TestOnGpu:
+    def test_the_public_function_runs_the_kernels(self):
+        inputs, _ = arguments(device="cuda")
+        assert movq_ext.explain(inputs[0]).startswith("cuda")
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            movq_ext.spatial_norm(*inputs, GROUPS, 1e-6, "silu")
+        assert any("movq::spatial_norm" in event.key for event in profile.key_averages())
+
+    def test_a_graph_captures_it(self):
+        inputs = plain(arguments(device="cuda")[0])
+        expected = movq_ext.spatial_norm(*inputs, GROUPS, 1e-6, "silu")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = movq_ext.spatial_norm(*inputs, GROUPS, 1e-6, "silu")
+        graph.replay()
+        assert torch.equal(out, expected)
+
+    def test_it_runs_on_the_current_stream(self):
+        inputs = plain(arguments(device="cuda")[0])
+        expected = movq_ext.spatial_norm(*inputs, GROUPS, 1e-6, "silu")
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10_000_000)
+            f = inputs[0].clone()
+            out = movq_ext.spatial_norm(f, *inputs[1:], GROUPS, 1e-6, "silu")
+        stream.synchronize()
+        assert torch.equal(out, expected)
+
+    def test_what_no_kernel_takes_runs_natively_and_says_so_once(self):
+        extension.warn_once.cache_clear()
+        f = torch.randn(1, 32, 4, 4, device="cuda", dtype=torch.float64)
+        with pytest.warns(RuntimeWarning, match="the CUDA kernels take float32, float16, bfloat16, got float64"):
+            movq_ext.spatial_norm(f, None, None, None, None, GROUPS)
+        assert movq_ext.explain(f).startswith("native: the CUDA kernels take")
+
+    def test_autocast_keeps_f_s_dtype(self):
+        inputs = plain(arguments(torch.bfloat16, device="cuda")[0])
+        with torch.autocast("cuda", torch.float16):
+            assert movq_ext.spatial_norm(*inputs, GROUPS, 1e-6, "silu").dtype == torch.bfloat16
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_the_public_functions_run_attention_s_kernels(self, layout):
+        q = torch.randn(2, 64, 8, 12, device="cuda", dtype=torch.bfloat16)
+        q = q.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else q
+        assert movq_ext.explain(q, "spatial_attention").startswith("cuda")
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            out = movq_ext.spatial_attention(q, q, q)
+        names = [event.key for event in profile.key_averages()]
+        assert any("movq::attention" in name for name in names) and out.stride() == q.stride()
+        if layout == "channels_last":
+            assert not any("copy" in name for name in names), names
+        assert_close(out, native_map(q.double()))
+
+    def test_attention_of_unaligned_and_strided_tensors(self):
+        wanted = torch.randn(1, 1, 50, 40, device="cuda")
+        store = torch.empty(wanted.numel() + 1, device="cuda")[1:].view(wanted.shape)
+        tensors = [
+            store.copy_(wanted),
+            wanted.mT.contiguous().mT,
+            torch.cat([wanted, wanted], 3)[..., :40],
+            wanted.expand(2, 3, -1, -1),
+            torch.randn(2, 50, 39, 3, device="cuda").permute(0, 3, 1, 2),  # channels_last, to who takes heads for channels
+        ]
+        for x in tensors:
+            assert_close(movq_ext.attention(x, x, x), native.attention(*[x.double()] * 3, None))
+
+    def test_a_graph_captures_attention(self):
+        inputs = plain(attention_arguments(torch.bfloat16, device="cuda")[0])
+        expected = movq_ext.attention(*inputs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = movq_ext.attention(*inputs)
+        graph.replay()
+        assert torch.equal(out, expected)
+
+    def test_attention_of_larger_heads_is_native_and_says_so(self):
+        q = torch.randn(1, 1, 4, 640, device="cuda")
+        with pytest.warns(RuntimeWarning, match="heads of up to 512, got 640"):
+            movq_ext.attention(q, q, q)
+        assert movq_ext.explain(q, "attention").startswith("native: the CUDA kernels of attention take heads of up to 512")
+
+    def test_attention_casts_under_autocast(self):
+        q = torch.randn(1, 1, 40, 64, device="cuda")
+        with torch.autocast("cuda", torch.bfloat16):
+            assert movq_ext.attention(q, q, q).dtype == torch.bfloat16
+
+    def test_the_function_runs_the_epilogue_s_kernel_alone(self):
+        for layout in LAYOUTS:
+            x, bias, residual = epilogue_arguments(torch.bfloat16, layout, device="cuda")
+            expected = (x.float() + bias[:, None, None] + residual.float()).bfloat16()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                add_bias_residual_(x, bias, residual)
+            names = [event.key for event in profile.key_averages() if "elementwise" in event.key or "movq" in event.key]
+            assert len(names) == 1 and "movq::epilogue" in names[0]
+            assert torch.equal(x, expected)
+
+    def test_the_epilogue_takes_a_residual_of_any_strides(self):
+        x, bias, residual = epilogue_arguments(layout="channels_last", device="cuda")
+        wide = torch.cat([residual, residual], 3)[..., ::2]
+        for other in (residual.contiguous(), wide):
+            assert_close(add_bias_residual_(x.clone(), bias, other), x.double() + bias.double()[:, None, None] + other.double())
+
+    def test_the_epilogue_refuses_what_overlaps_in_part(self):
+        store = torch.randn(2, 32, 8, 12, device="cuda")
+        with pytest.raises(ValueError, match="residual must not overlap x in part"):
+            add_bias_residual_(store.flatten()[:-12].view(1, -1, 1, 12), None, store.flatten()[12:].view(1, -1, 1, 12))
+
+    @pytest.mark.parametrize("change, error, message", [
+        (dict(x=torch.zeros(2, 32, 8)), ValueError, "x must have 4 dimensions"),
+        (dict(x=torch.zeros(2, 33, 8, 12)[:, :32]), ValueError, "x must be dense in NCHW or channels_last, got strides"),
+        (dict(x=torch.zeros(2, 32, 8, 12).double()), TypeError, "x must be float32, float16 or bfloat16"),
+        (dict(bias=None, residual=None), ValueError, "bias or residual must be given"),
+        (dict(bias=torch.zeros(31)), ValueError, "bias must have shape"),
+        (dict(bias=torch.zeros(32).half()), TypeError, "bias must be float32 or have x's dtype"),
+        (dict(residual=torch.zeros(1, 32, 8, 12)), ValueError, "residual must have x's shape"),
+        (dict(residual=torch.zeros(2, 32, 8, 12).half()), TypeError, "residual must have x's dtype"),
+    ])  # fmt: skip
+    def test_the_epilogue_s_operator_names_the_argument(self, change, error, message):
+        given = dict(zip(("x", "bias", "residual"), epilogue_arguments(), strict=True), **change)
+        with pytest.raises(error, match=message):
+            torch.ops.movq_ext.add_bias_residual_(*(None if t is None else t.cuda() for t in given.values()))
+
+    def test_the_epilogue_of_float64_is_native_and_says_so(self):
+        x, bias, residual = (t.double() for t in epilogue_arguments(device="cuda"))
+        expected = x + bias[:, None, None] + residual
+        extension.warn_once.cache_clear()
+        with pytest.warns(RuntimeWarning, match="the CUDA kernels take float32, float16, bfloat16, got float64"):
+            assert_close(add_bias_residual_(x, bias, residual), expected)
+
+
+def native_map(q):
+    tokens = q.flatten(2).transpose(1, 2).unsqueeze(1)
+    return native.attention(tokens, tokens, tokens, None).squeeze(1).transpose(1, 2).unflatten(2, q.shape[2:])

@@ -1,0 +1,210 @@
+"""One image over several processes is the image of one. Each number of processes is started once and decodes all cases."""
+
+import re
+
+import processes
+import pytest
+import torch
+import torch.distributed as dist
+from models import CASES, adapted, circular, hooked, latents, make_decoder, patched, quantised
+from tolerances import assert_close, relative_error
+from torch import nn
+
+from movq_ext import ResnetBlock, SpatialNorm, decode_sharded
+from movq_ext.deploy import multi_gpu
+
+LITTLE = 60_000  # bytes of a strip, so that every band has several
+PROCESSES = [2, 4]
+GRIDS = {name: case for name, case in CASES.items() if case[1][0] >= max(PROCESSES)} | {
+    "five rows, attention on every level": (dict(attn_resolutions=[8, 16]), (5, 4), None),
+    "seven rows, add_conv on another grid": (dict(add_conv=True), (7, 2), (5, 4)),
+    "add_conv on its own grid": (dict(add_conv=True, ch_mult=(1, 1, 1)), (5, 2), None),
+    "nine rows, three levels": (dict(ch_mult=(1, 2, 2), resamp_with_conv=True), (9, 3), (2, 3)),
+}
+
+
+def shortcuts(decoder):
+    """3x3 ones, which see rows of other processes too."""
+    decoder.up[0].block[0] = ResnetBlock(in_channels=64, out_channels=32, conv_shortcut=True, zq_ch=5)
+    decoder.up[0].block[1] = ResnetBlock(in_channels=32, out_channels=64, conv_shortcut=True, zq_ch=5)
+    decoder.norm_out = SpatialNorm(64, 5, num_groups=32)
+    decoder.conv_out = nn.Conv2d(64, 3, 3, padding=1)
+
+
+CHANGES = {change.__name__: change for change in (adapted, patched, hooked, shortcuts)}
+DTYPES = {torch.float64: 1e-11, torch.bfloat16: 5e-2, torch.float16: 2**-11}
+
+
+def plain(decoder):
+    return None
+
+
+def identity(decoder):
+    decoder.mid.block_1 = nn.Identity()
+
+
+def training(decoder):
+    decoder.train()
+    decoder.mid.block_1.dropout.p = 0.1
+
+
+REFUSED = {
+    "rows": (plain, latents((1, 9)), "ValueError: z must have a row for every process of the group, got 1 rows for 2 processes"),
+    "channels": (plain, latents(z=3), r"ValueError: z must have shape \(batch, 4"),
+    "padding": (circular, latents(), "TypeError: .* takes 3x3 nn.Conv2d padded with zeros, got .*circular"),
+    "conv_out": (quantised, latents(), "TypeError: .* takes 3x3 nn.Conv2d padded with zeros, got Sequential"),
+    "block": (identity, latents(), "TypeError: .* takes ResnetBlock, .* got Identity"),
+    "dropout": (training, latents(), "ValueError: decoder must be in evaluation mode"),
+}
+
+
+def message(function, *arguments, **keywords):
+    """Of the error that it raises."""
+    try:
+        function(*arguments, **keywords)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def worker(rank, size):
+    with torch.no_grad():
+        results = decode_all(rank, size)
+    results["gradient"] = message(decode_sharded, make_decoder(), *latents())
+    with torch.inference_mode():
+        results["inference mode"] = decode_sharded(make_decoder(), *latents())
+    return results
+
+
+def decode_all(rank, size):
+    results = {}
+    for name, (changes, grid, zq_grid) in GRIDS.items():
+        for bytes_ in (LITTLE, 1 << 30):
+            multi_gpu.STRIP_BYTES = bytes_
+            results[name, bytes_] = decode_sharded(make_decoder(**changes), *latents(grid, zq_grid=zq_grid))
+    for name, change in CHANGES.items():
+        change(decoder := make_decoder())
+        results[name] = decode_sharded(decoder, *latents((6, 4)))
+    for dtype in DTYPES:
+        results[dtype] = decode_sharded(make_decoder().to(dtype), *latents((6, 4), dtype=dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        results["autocast"] = decode_sharded(make_decoder(), *latents((6, 4)))
+    results["rows"] = decode_sharded(make_decoder(), *latents((7, 4)), gather=False)
+    moments, x = multi_gpu.BandMoments(multi_gpu.Band(None, 40)), large_mean()
+    first, last = multi_gpu.Band(None, 40).rows(40)
+    moments.add(x[:, :, first:last])
+    moments.merge()
+    results["moments"] = (moments.count, *moments.of_groups(4, 1e-6))
+    some = sorted({size // 2, size - 1})  # one of two, two of four: with other ranks in the group than in the world
+    arguments = make_decoder(), *latents(), dist.new_group(some)
+    results["some"] = decode_sharded(*arguments) if rank in some else message(decode_sharded, *arguments)
+    if size == 2:
+        for name, (change, (z, zq), _) in REFUSED.items():
+            change(decoder := make_decoder())
+            results["refused", name] = message(decode_sharded, decoder, z, zq)
+        z, zq = latents()
+        results["refused", "ddp"] = message(decode_sharded, nn.parallel.DistributedDataParallel(make_decoder()), z, zq)
+        results["refused", "other z"] = message(decode_sharded, make_decoder(), z + rank, zq)
+        results["refused", "other zq"] = message(decode_sharded, make_decoder(), z, zq.roll(rank))
+        results["refused", "other shape"] = message(decode_sharded, make_decoder(), z, zq[:, :, : 2 + rank])
+    return results
+
+
+def large_mean():
+    return torch.randn(1, 8, 40, 30, generator=torch.Generator().manual_seed(5)) + 4096
+
+
+@pytest.fixture(scope="module", params=PROCESSES)
+def results(request, tmp_path_factory):
+    """What every process made of every case."""
+    return processes.run(worker, request.param, tmp_path_factory.mktemp("processes"), request.param)
+
+
+def each(results, key):
+    """The results of all processes, which must be the same bits."""
+    found = [result[key] for result in results]
+    assert all(torch.equal(x, found[0]) for x in found)
+    return found[0]
+
+
+def test_bands_are_the_whole(results):
+    for name, (changes, grid, zq_grid) in GRIDS.items():
+        wanted = make_decoder(**changes)(*latents(grid, zq_grid=zq_grid))
+        for bytes_ in (LITTLE, 1 << 30):
+            out = each(results, (name, bytes_))
+            assert out.is_contiguous() and not out.requires_grad
+            assert_close(out, wanted.double(), slack=5)
+
+
+def test_layers_that_somebody_changed(results):
+    for name, change in CHANGES.items():
+        change(decoder := make_decoder())
+        assert_close(each(results, name), decoder(*latents((6, 4))).double(), slack=5)
+
+
+def test_other_dtypes(results):
+    for dtype, limit in DTYPES.items():
+        out, decoder = each(results, dtype), make_decoder().to(dtype)
+        exact = decoder.double()(*(x.double() for x in latents((6, 4), dtype=dtype)))
+        assert out.dtype == dtype
+        assert relative_error(out, exact) < limit, dtype
+
+
+def test_autocast_and_inference_mode(results):
+    assert 1e-4 < relative_error(each(results, "autocast"), make_decoder()(*latents((6, 4)))) < 5e-2
+    assert_close(each(results, "inference mode"), make_decoder()(*latents()).double(), slack=5)
+
+
+def test_each_process_can_keep_its_rows(results):
+    wanted, bands = make_decoder()(*latents((7, 4))), [result["rows"] for result in results]
+    assert [first for _, first in bands] == [2 * (7 * rank // len(results)) for rank in range(len(results))]
+    assert_close(torch.cat([rows for rows, _ in bands], 2), wanted.double(), slack=5)
+
+
+def test_moments_of_all_processes_with_a_large_mean(results):
+    x = large_mean()
+    grouped = x.double().reshape(4, -1)
+    for count, mean, rstd in (result["moments"] for result in results):
+        assert count == 40 * 30
+        torch.testing.assert_close(mean[::2], grouped.mean(1), rtol=1e-7, atol=0)
+        torch.testing.assert_close(rstd[::2], (grouped.var(1, correction=0) + 1e-6).rsqrt(), rtol=1e-5, atol=0)
+
+
+def test_a_group_of_some_processes(results):
+    members = {len(results) // 2, len(results) - 1}
+    for rank, result in enumerate(results):
+        if rank in members:
+            assert_close(result["some"], make_decoder()(*latents()).double(), slack=5)
+        else:
+            assert result["some"] == "ValueError: group must contain this process"
+
+
+def test_it_refuses(results):
+    for result in results:
+        assert re.match("ValueError: .* must not require a gradient: .* under torch.no_grad", result["gradient"])
+    if len(results) != 2:
+        return
+    other = r"ValueError: z and zq must be the same in every process of the group, got others in \[1\] than in 0"
+    wanted = {name: pattern for name, (_, _, pattern) in REFUSED.items()}
+    wanted |= dict.fromkeys(("other z", "other zq", "other shape"), other)
+    wanted["ddp"] = "TypeError: decoder must be a MOVQDecoder, got DistributedDataParallel"
+    for result in results:
+        for name, pattern in wanted.items():
+            assert re.match(pattern, result["refused", name], re.DOTALL), (name, result["refused", name])
+
+
+def test_it_needs_torch_distributed():
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"torch\.distributed must be initialised"):
+        decode_sharded(make_decoder(), *latents())
+
+
+def test_the_bands_cover_every_row_once():
+    for size in range(1, 9):
+        for cells in range(size, 20):
+            bands = []
+            for process in range(size):
+                band = multi_gpu.Band.__new__(multi_gpu.Band)  # not to start so many processes
+                band.cells, band.process, band.processes = cells, process, size
+                bands.append(band.rows(4 * cells))
+            assert [row for first, last in bands for row in range(first, last)] == list(range(4 * cells))
+            assert max(last - first for first, last in bands) - min(last - first for first, last in bands) <= 4
