@@ -53,8 +53,9 @@ CLASSES = {
 
 class PublishedDecoder(MOVQDecoder):
     def forward(self, z: Tensor, zq: Tensor) -> Tensor:
-        for _, made in self._stages(z, zq):
-            h = made
+        h = self.conv_in(z)
+        for _, layer, is_conditioned in self.steps():
+            h = layer(h, zq=zq) if is_conditioned else layer(h)
         return self.conv_out(self.norm_out(h, zq, activation="silu"))
 
 

@@ -1,9 +1,14 @@
-"""What benchmarks share: what they ran on, how they time, the rates they measure against, and how they write what they found."""
+"""Shared by the benchmarks: the environment, timing, the device's measured rates, and the result files.
+
+One protocol for every comparison: what is compared runs in turns, for several rounds, in one script on an otherwise idle machine.
+The result is the median over the rounds, and the spread is ``(largest - smallest) / median`` of the rounds' medians.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -18,20 +23,34 @@ import movq_ext
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Device, driver, versions and commit: what a number is worth nothing without."""
+    """Return date, device, driver, versions and commit. A commit ends in ``+`` if the working tree had changes."""
+    commit, changes = _output("git", "rev-parse", "--short", "HEAD"), _output("git", "status", "--porcelain", "-uno")
     info: dict[str, Any] = {
         "date": str(date.today()),
         "torch": torch.__version__,
         "movq_ext": movq_ext.build_info(),
         "device": "cpu",
+        "commit": commit + ("+" if changes else ""),
     }
-    info["commit"] = _output("git", "rev-parse", "--short", "HEAD") + (
-        "+" if _output("git", "status", "--porcelain", "-uno") else ""
-    )
     if device.type == "cuda":
         info["device"] = torch.cuda.get_device_name(device)
         info["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    else:
+        info["processor"] = processor()
+        info["threads"] = torch.get_num_threads()
     return info
+
+
+def processor() -> str:
+    """Return the CPU's model and the vector instructions that PyTorch uses on it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    fields = dict(line.replace("\t", "").split(": ", 1) for line in lines if ": " in line)
+    name = fields.get("model name") or platform.processor() or "unknown"
+    family = f", family {fields['cpu family']} model {fields['model']}" if {"cpu family", "model"} <= fields.keys() else ""
+    return f"{name}{family}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _output(*command: str) -> str:
@@ -41,12 +60,18 @@ def _output(*command: str) -> str:
         return ""
 
 
+def summary(rounds: Sequence[float]) -> tuple[float, float]:
+    """Return the median of the rounds and their spread, ``(largest - smallest) / median``."""
+    middle = median(rounds)
+    return middle, (max(rounds) - min(rounds)) / middle
+
+
 def arguments(description: str | None, name: str, minutes: float, rehearsal: str) -> tuple[argparse.Namespace, torch.device]:
-    """What benchmarks of an operator take: ``out``, ``quick`` and ``minutes``; and the device, a GPU with its number."""
+    """Return the options of an operator's benchmark (``out``, ``quick``, ``minutes``) and its device, a GPU with an index."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path(f"benchmarks/results/{name}"), help="folder for the results")
-    parser.add_argument("--quick", action="store_true", help=f"{rehearsal}, to rehearse")
+    parser.add_argument("--quick", action="store_true", help=f"rehearse: {rehearsal}")
     parser.add_argument("--minutes", type=float, default=minutes, help="start no measurement after this long")
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -54,7 +79,7 @@ def arguments(description: str | None, name: str, minutes: float, rehearsal: str
 
 
 def milliseconds(run: Callable[[], object], device: torch.device, seconds: float = 0.3) -> float:
-    """Median time of a call, with a cold second-level cache on a GPU."""
+    """Return the median time of a call; on a GPU the L2 cache is cold."""
     run()
     if device.type != "cuda":
         times, end = [], time.perf_counter() + seconds
@@ -65,35 +90,35 @@ def milliseconds(run: Callable[[], object], device: torch.device, seconds: float
         return median(times)
     flush = torch.empty(1 << 30, dtype=torch.int8, device=device)  # takes 0.3 ms at 3.35 TB/s
     run()
-    pairs, end = [], time.perf_counter() + seconds
-    while len(pairs) < 5 or (time.perf_counter() < end and len(pairs) < 100):
-        begin, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()  # also hides the host's time to launch what is measured
-        begin.record()
+    events, end = [], time.perf_counter() + seconds
+    while len(events) < 5 or (time.perf_counter() < end and len(events) < 100):
+        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()  # clears the cache, and hides the launch overhead of the call
+        started.record()
         run()
-        done.record()
-        pairs.append((begin, done))
-        if len(pairs) % 10 == 0:
+        ended.record()
+        events.append((started, ended))
+        if len(events) % 10 == 0:
             torch.cuda.synchronize()
     torch.cuda.synchronize()
-    return median(begin.elapsed_time(done) for begin, done in pairs)
+    return median(started.elapsed_time(ended) for started, ended in events)
 
 
 def copy_bandwidth(device: torch.device, size: int = 1 << 30) -> float:
-    """Bytes per second of a large copy, read and written counted."""
+    """Return bytes per second of a large copy; reads and writes both count."""
     size = size if device.type == "cuda" else size // 16
     source, target = (torch.empty(size, dtype=torch.int8, device=device) for _ in range(2))
     return 2 * size / (milliseconds(lambda: target.copy_(source), device) * 1e-3)
 
 
 def matmul_rate(device: torch.device, size: int = 8192, dtype: torch.dtype = torch.bfloat16) -> float:
-    """Operations per second of a product of square matrices."""
+    """Return operations per second of a product of square matrices."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / (milliseconds(lambda: a @ b, device) * 1e-3)
 
 
 def convolution_rate(device: torch.device, size: int = 64, dtype: torch.dtype = torch.bfloat16) -> float:
-    """Operations per second of a 3x3 convolution of 512 channels, of ``(1, 512, size, size)`` in channels_last."""
+    """Return operations per second of a 3x3 convolution, ``(1, 512, size, size)`` to itself in channels_last."""
     with torch.no_grad():
         x = torch.randn(1, 512, size, size, device=device, dtype=dtype).to(memory_format=torch.channels_last)
         conv = torch.nn.Conv2d(512, 512, 3, padding=1, device=device, dtype=dtype).to(memory_format=torch.channels_last)
@@ -101,7 +126,7 @@ def convolution_rate(device: torch.device, size: int = 64, dtype: torch.dtype = 
 
 
 def write(folder: Path, name: str, title: str, head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    """name.json and name.md: one row a measurement, every row with the same keys."""
+    """Write name.json and name.md. There is one row for each measurement, and all rows have the same keys."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps({**head, "rows": rows}, indent=1, default=str))
     keys = list(rows[0]) if rows else []
