@@ -2,9 +2,9 @@
 
     python benchmarks/accelerate_diffusers.py --out benchmarks/results/accelerate_diffusers
 
-Models have random weights and the published configs. "ratio" is the time before by the time after; they are measured in turns,
-and the medians compared. "error" is the relative difference of the images. (A file accelerate.py here would hide the package of
-that name from diffusers.)
+The models have random weights and the published configs. They are timed before and after in turns, for several rounds. "ratio" is
+the median of the rounds' ratios, "spread" the ``(largest - smallest) / median`` of these, and "error" the relative difference of
+the images. (This file is not called accelerate.py because that would hide the package of that name from diffusers.)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import diffusers
 import torch
-from timing import environment, milliseconds, write
+from timing import environment, milliseconds, summary, write
 
 import movq_ext
 
@@ -25,10 +25,10 @@ WIDE = (128, 256, 512, 512)
 QUICK = (32, 64)
 
 
-def make(name: str, widths: tuple[int, ...]) -> Any:
-    """Kandinsky 2.x's MoVQ, or the autoencoder of SD and SDXL, or of FLUX."""
+def build_model(name: str, widths: tuple[int, ...]) -> Any:
+    """Return Kandinsky 2.x's MoVQ, the autoencoder of SD and SDXL, or FLUX's."""
     torch.manual_seed(0)
-    library: Any = diffusers  # its classes have no types
+    library: Any = diffusers  # it has no type annotations
     common: dict[str, Any] = {
         "down_block_types": ["DownEncoderBlock2D"] * len(widths), "up_block_types": ["UpDecoderBlock2D"] * len(widths),
         "block_out_channels": widths, "layers_per_block": 2, "latent_channels": 16 if name == "FLUX" else 4,
@@ -48,24 +48,29 @@ def decode(model: Any, z: torch.Tensor) -> torch.Tensor:
 def measure(model: Any, z: torch.Tensor, rounds: int) -> dict[str, float]:
     times: dict[Any, list[float]] = {movq_ext.restore: [], movq_ext.accelerate: []}
     images = []
-    for change, found in list(times.items()) * rounds:
+    for change, rounds_ms in list(times.items()) * rounds:
         change(model)
         images.append(decode(model, z).float())
-        found.append(milliseconds(lambda: decode(model, z), z.device))
+        rounds_ms.append(milliseconds(lambda: decode(model, z), z.device))
     movq_ext.restore(model)
-    before, after = map(median, times.values())
+    before, after = times.values()
+    ratio, spread = summary([theirs / ours for theirs, ours in zip(before, after, strict=True)])
     error = float((images[1] - images[0]).norm() / images[0].norm())
-    return {"diffusers ms": before, "accelerated ms": after, "ratio": before / after, "error": error}
+    return {"diffusers ms": median(before), "accelerated ms": median(after), "ratio": ratio, "spread": spread, "error": error}
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", nargs="+", default=["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"])
-    parser.add_argument("--sizes", nargs="+", type=int, default=[256, 512, 1024], help="pixels a side; on a CPU the first")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements before and after")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accelerate_diffusers"), help="folder")
-    parser.add_argument("--quick", action="store_true", help="narrow models and small images, to rehearse")
+    parser.add_argument(
+        "--sizes", nargs="+", type=int, default=[256, 512, 1024], help="height and width in pixels; a CPU takes the first only"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="turns before and after")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/accelerate_diffusers"), help="folder for the results"
+    )
+    parser.add_argument("--quick", action="store_true", help="rehearse: narrow models and small images")
     parser.add_argument("--minutes", type=float, default=4.0, help="start no measurement after this long")
     options = parser.parse_args()
     start, rows = time.monotonic(), []
@@ -73,7 +78,7 @@ def main() -> None:
         on_gpu = device != "cpu"
         for name in ("Kandinsky", "SD", "FLUX"):
             for dtype in (torch.bfloat16, torch.float16, torch.float32) if on_gpu else (torch.float32,):
-                model = make(name, QUICK if options.quick else WIDE).to(device, dtype)
+                model = build_model(name, QUICK if options.quick else WIDE).to(device, dtype)
                 for size in [32] if options.quick else options.sizes if on_gpu else options.sizes[:1]:
                     for layout in (torch.contiguous_format, torch.channels_last):
                         if time.monotonic() - start > 60 * options.minutes:

@@ -1,17 +1,17 @@
-"""How exact a decode is, ours beside every peer, in every dtype.
+"""Errors of a decode against float64: ours and every peer, in every dtype.
 
     python benchmarks/accuracy.py --out benchmarks/results/accuracy
 
-The reference is the published decode in float64 of the very weights and latents that a dtype holds: rounding them is no
-decoder's error. "relative L2" is ``||x - reference|| / ||reference||``, "max" the largest ``|x - reference|``; means over the
-seeds (latents, or photographs). Under autocast weights and latents are float32. On a CPU, which takes minutes for a decode in
-float16, the large model is left out there.
+The reference is the published decode in float64, of weights and latents already rounded to the dtype, so that this rounding does
+not count as a decoder's error. "relative L2" is ``||x - reference|| / ||reference||``, "max" the largest ``|x - reference|``.
+Both are means over the seeds (latents, or photographs). Under autocast, weights and latents are float32. On a CPU the large model
+is not measured in float16, where the peers take minutes for a decode.
 
-Ours is not worse than the best peer (the one with the smallest error in that dtype, of those in their fastest layout, which is
-channels_last; compiled ones are compared with each other) if the mean ratio of their errors is at most 1.05, with two standard
-errors of that mean over the seeds on top. "of the best peer" is that ratio, "allowed" the limit. Exit status 1 if ours is worse
-anywhere. Peers in NCHW are listed too: on a CPU their convolutions take about twice as long and add up in shorter sums, so in
-float32 they are more exact.
+Ours is compared with the best peer: the one with the smallest error in that dtype, in its fastest layout (channels_last).
+Compiled decoders are compared with each other. "of the best peer" is the geometric mean of the ratios of the errors. It may be at
+most 1.05 plus two standard errors of that mean over the seeds, which is "allowed". The exit status is 1 if ours is worse
+anywhere. Peers in NCHW are listed too. On a CPU their convolutions take about twice as long and use shorter sums, which makes
+them more accurate in float32.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accuracy"), help="folder for the results")
-    parser.add_argument("--size", type=int, help="of the random model's image; 64 on a CPU, 512 on a GPU")
-    parser.add_argument("--seeds", type=int, default=3, help="latents, and photographs")
-    parser.add_argument("--compile", nargs="*", choices=DTYPES, help="decoders of these dtypes; float32 on a CPU, all on a GPU")
+    parser.add_argument("--size", type=int, help="pixels of the random model's image; 64 on a CPU, 512 on a GPU")
+    parser.add_argument("--seeds", type=int, default=3, help="number of latents, and of photographs")
+    parser.add_argument("--compile", nargs="*", choices=DTYPES, help="dtypes to compile; float32 on a CPU, all on a GPU")
     parser.add_argument("--minutes", type=float, default=60.0, help="start no decoder after this long")
-    parser.add_argument("--report", action="store_true", help="exit status 0 where ours is worse, too")
-    parser.add_argument("--quick", action="store_true", help="a small decoder, and nothing compiled, to rehearse")
+    parser.add_argument("--report", action="store_true", help="exit with 0 even if ours is worse")
+    parser.add_argument("--quick", action="store_true", help="rehearse: a small decoder, and nothing compiled")
     options = parser.parse_args()
     device, start = torch.device(options.device), time.monotonic()
     gpu = device.type == "cuda"
@@ -63,7 +63,7 @@ def main() -> int:
         generators = [torch.Generator().manual_seed(seed) for seed in range(options.seeds)]
         latents = [torch.randn(1, 4, size // 8, size // 8, generator=generator) for generator in generators]
         shipped = movq_ext.from_pretrained(SMALL_MODEL)
-        photographs = [quantised(shipped, photo) for photo in list(PHOTOS)[: options.seeds]]
+        photographs = [quantised_latents(shipped, photo) for photo in list(PHOTOS)[: options.seeds]]
         cases: list[tuple[str, Path, tuple[str, ...], list[Tensor]]]
         cases = [("Kandinsky 2.x, random weights", folder, KINDS, latents)]
         cases.append(("shipped, photographs", SMALL_MODEL, KINDS[:2], photographs))
@@ -94,8 +94,8 @@ def main() -> int:
     return int(bool(worse) and not options.report)
 
 
-def quantised(model: movq_ext.MOVQ, photo: str) -> Tensor:
-    """The latents of the codes of 128x128 pixels of a photograph."""
+def quantised_latents(model: movq_ext.MOVQ, photo: str) -> Tensor:
+    """Return the quantised latents of a 128x128 crop of a photograph."""
     codes = encode_image(model, load_image(PHOTOS[photo]).crop((64, 64, 192, 192)))[None]
     return model.quantize.get_codebook_entry(codes, (*codes.shape, model.quantize.e_dim))
 
@@ -115,7 +115,7 @@ def errors(
     references: list[Tensor],
     context: AbstractContextManager[Any],
 ) -> list[tuple[float, float]] | str:
-    """Relative L2 and largest difference for each of the latents, or why there are none."""
+    """Return the relative L2 error and the largest difference for each latent, or the reason for a failure."""
     torch._dynamo.reset()
     try:
         _, decode = peer(name, folder, device, getattr(torch, dtype))
@@ -130,19 +130,19 @@ def errors(
 
 
 def judged(case: dict[str, str], found: dict[str, list[tuple[float, float]] | str]) -> list[dict[str, Any]]:
-    """A row for every decoder; ours against the peer of its sort with the smallest mean error."""
+    """Return a row for every decoder. Ours is compared with the most accurate peer of its kind."""
     rows = []
     for name, result in found.items():
         row: dict[str, Any] = {**case, "decoder": name, "relative L2": result}
         row |= dict.fromkeys(("max", "of the best peer", "allowed", VERDICT), "-")
         if not isinstance(result, str):
             row |= {"relative L2": fmean(error for error, _ in result), "max": fmean(largest for _, largest in result)}
-            sort = [
+            same_kind = [
                 other
                 for other in found
                 if not other.startswith("ours") and ("compiled" if "compiled" in name else "nhwc") in other
             ]
-            peers = [errors for errors in (found[other] for other in sort) if not isinstance(errors, str)]
+            peers = [errors for errors in (found[other] for other in same_kind) if not isinstance(errors, str)]
             if name.startswith("ours") and peers:
                 best = min(peers, key=lambda errors: fmean(error for error, _ in errors))
                 ratios = [math.log(mine / theirs) for (mine, _), (theirs, _) in zip(result, best, strict=True)]

@@ -1,10 +1,10 @@
-"""Attention of one head of 512: our kernels against every way PyTorch has.
+"""Attention with one head of 512: our kernels against every implementation in PyTorch.
 
     python benchmarks/attention.py --out benchmarks/results/attention
 
-Every result is compared with the formula in float64, on 64 of its rows, before it is timed. TFLOP/s count 4 N^2 C operations
-forward and 10 N^2 C more backward, whatever is computed again; "of matmul" is their share of an 8192^3 bfloat16 product's. "MB"
-is the peak of memory beyond the inputs.
+Before it is timed, every result is checked against the formula in float64 on 64 of its rows. TFLOP/s count 4 N^2 C operations for
+the forward pass and 10 N^2 C more for the backward pass, without recomputation. "of matmul" is that rate divided by the rate of
+an 8192^3 product in bfloat16. "MB" is the peak memory beyond the inputs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import movq_ext
 SIZE = 512
 TOKENS = (1024, 4096, 9216, 16384, 36864)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-MOST_SCORES = 6 << 30  # what the peers that hold all scores are asked for: some 40 GB in bfloat16 with gradients
+MAX_SCORES = 6 << 30  # for peers that hold all scores in memory: about 40 GB in bfloat16 with gradients
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -33,7 +33,7 @@ def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT * SIZE**-0.5).softmax(3) @ v
 
 
-def by(backend: SDPBackend) -> Attention:
+def sdpa_with(backend: SDPBackend) -> Attention:
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v)
@@ -42,12 +42,12 @@ def by(backend: SDPBackend) -> Attention:
 
 
 def peers(quick: bool) -> dict[str, Attention | None]:
-    """None for what is not installed. Those whose name ends in N^2 hold all scores."""
-    found: dict[str, Attention | None] = {"ours": movq_ext.attention, "math N^2": by(SDPBackend.MATH), "bmm N^2": formula}
+    """Return the implementations; None for one that is not installed. Those named N^2 store all scores."""
+    found: dict[str, Attention | None] = {"ours": movq_ext.attention, "math N^2": sdpa_with(SDPBackend.MATH), "bmm N^2": formula}
     found |= {
-        "efficient": by(SDPBackend.EFFICIENT_ATTENTION),
-        "cudnn": by(SDPBackend.CUDNN_ATTENTION),
-        "flash": by(SDPBackend.FLASH_ATTENTION),
+        "efficient": sdpa_with(SDPBackend.EFFICIENT_ATTENTION),
+        "cudnn": sdpa_with(SDPBackend.CUDNN_ATTENTION),
+        "flash": sdpa_with(SDPBackend.FLASH_ATTENTION),
     }
     if quick:
         return found
@@ -65,17 +65,17 @@ def peers(quick: bool) -> dict[str, Attention | None]:
 
 
 def measure(attention: Attention, inputs: list[Tensor], dout: Tensor, backward: bool) -> dict[str, float] | str:
-    """ms and MB, or why there are none."""
+    """Return ms and MB, or the reason for a failure."""
     q, k, v = inputs
     cuda = q.is_cuda
     try:
         out = attention(q, k, v)
         rows = torch.arange(0, q.shape[2], max(1, q.shape[2] // 64), device=q.device)
-        wanted = formula(q[:1, :, rows].double(), k[:1].double(), v[:1].double())
-        error = float((out[:1, :, rows] - wanted).norm() / wanted.norm())
+        expected = formula(q[:1, :, rows].double(), k[:1].double(), v[:1].double())
+        error = float((out[:1, :, rows] - expected).norm() / expected.norm())
         if not error < TOLERANCE[q.dtype]:
             return f"wrong: {error:.1e}"
-        del out, wanted
+        del out, expected
         run = (lambda: torch.autograd.grad(attention(q, k, v), inputs, dout)) if backward else (lambda: attention(q, k, v))
         megabytes = float("nan")
         if cuda:
@@ -88,7 +88,7 @@ def measure(attention: Attention, inputs: list[Tensor], dout: Tensor, backward: 
         return {"ms": milliseconds(run, q.device, 0.15), "MB": megabytes}
     except torch.OutOfMemoryError:
         return "out of memory"
-    except Exception as error:  # a backend that does not take heads of 512 says so in its own way
+    except Exception as error:  # each backend refuses heads of 512 with its own error
         return f"refused ({type(error).__name__})"
     finally:
         if cuda:
@@ -120,13 +120,13 @@ def main() -> None:
         }
         for dtype, batch, tokens, backward in cases
     ]
-    for name, attention in found.items():  # the outer loop: where time runs out, it does for the last of them
+    for name, attention in found.items():  # the outer loop, so that a lack of time affects the last peer only
         for (dtype, batch, tokens, backward), row in zip(cases, rows, strict=True):
             if time.monotonic() - start > 60 * options.minutes:
                 break
             if attention is None:
                 row[f"{name} ms"] = "missing"
-            elif name.endswith("N^2") and batch * tokens**2 > MOST_SCORES:
+            elif name.endswith("N^2") and batch * tokens**2 > MAX_SCORES:
                 row[f"{name} ms"] = "too large"
             else:
                 torch.manual_seed(0)
@@ -136,13 +136,13 @@ def main() -> None:
                 row[f"{name} MB"] = "-" if isinstance(result, str) else result["MB"]
                 torch._dynamo.reset()
     for (_, batch, tokens, backward), row in zip(cases, rows, strict=True):
-        took = {name: row[f"{name} ms"] for name in found if isinstance(row[f"{name} ms"], float)}
+        times = {name: row[f"{name} ms"] for name in found if isinstance(row[f"{name} ms"], float)}
         operations = (14 if backward else 4) * batch * tokens**2 * SIZE
-        row["TFLOP/s"] = operations / took["ours"] / 1e9 if "ours" in took else "-"
-        row["of matmul"] = row["TFLOP/s"] * 1e12 / rate if "ours" in took else "-"
-        best = min((ms, name) for name, ms in {"-": float("inf"), **took}.items() if name != "ours")
+        row["TFLOP/s"] = operations / times["ours"] / 1e9 if "ours" in times else "-"
+        row["of matmul"] = row["TFLOP/s"] * 1e12 / rate if "ours" in times else "-"
+        best = min((ms, name) for name, ms in {"-": float("inf"), **times}.items() if name != "ours")
         row["best peer"] = best[1]
-        row["x best peer"] = best[0] / took["ours"] if "ours" in took and best[1] != "-" else "-"
+        row["x best peer"] = best[0] / times["ours"] if "ours" in times and best[1] != "-" else "-"
     head = {
         **environment(device),
         "matmul, TFLOP/s": rate / 1e12,
@@ -153,7 +153,7 @@ def main() -> None:
 
 
 def plot(path: Path, rows: list[dict[str, Any]], names: list[str], device: str) -> None:
-    """TFLOP/s by tokens, forward and with backward, at batch 1. Needs matplotlib."""
+    """Plot TFLOP/s over tokens at batch 1, forward and with backward. Does nothing without matplotlib."""
     try:
         import matplotlib
 

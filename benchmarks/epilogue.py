@@ -2,8 +2,8 @@
 
     python benchmarks/epilogue.py --out benchmarks/results/epilogue
 
-Every result is compared with the float64 sum before it is timed. GB/s count a read of x and of the residual and a write of x: the
-least for maps that do not stay on chip.
+Before it is timed, every result is checked against the sum in float64. GB/s count one read of x and of the residual and one write
+of x. That is the minimum for maps that do not fit on chip.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ def pytorch(x: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
     return x if residual is None else x.add_(residual)
 
 
-def total(x: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
+def exact_sum(x: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
     out = x.double() + bias.double()[:, None, None]
     return out if residual is None else out + residual.double()
 
 
 def measure(function: Any, x: Tensor, bias: Tensor, residual: Tensor | None) -> float | str:
-    """Milliseconds, or why there are none. x is as it was afterwards."""
+    """Return milliseconds, or the reason for a failure. x is not changed."""
     out = function(x.clone(), bias, residual).double()
-    reference = total(x, bias, residual)
+    reference = exact_sum(x, bias, residual)
     error = float((out - reference).norm() / reference.norm())
     if not error < TOLERANCE[x.dtype]:
         return f"wrong: {error:.1e}"
     del out, reference
-    into = x.clone()
-    return milliseconds(lambda: function(into, bias, residual), x.device)
+    overwritten = x.clone()
+    return milliseconds(lambda: function(overwritten, bias, residual), x.device)
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under 9 minutes: build, GPU tests, compute-sanitizer, benchmarks.
-#   benchmarks/gpu_check.sh [OUT]             on a machine with a GPU, an nvcc and a CUDA torch; needs no network where torch is installed
-#   benchmarks/gpu_check.sh --rehearse [OUT]  what can run without a GPU: the emulator's tests, benchmarks at tiny sizes
-# OUT (benchmarks/results/gpu) gets a log of every step and what the benchmarks wrote. PYTHON names the interpreter (python3).
-# A step that fails does not stop the next; the exit status is that of all.
+# Build, GPU tests, compute-sanitizer and benchmarks on a GPU, in under 9 minutes.
+#   benchmarks/gpu_check.sh [OUT]             needs a GPU, nvcc and a CUDA build of torch; no network if torch is installed
+#   benchmarks/gpu_check.sh --rehearse [OUT]  without a GPU: the emulator's tests, and benchmarks at tiny sizes
+# OUT (benchmarks/results/gpu) receives the log of every step and the benchmarks' results. PYTHON is the interpreter (python3).
+# A failed step does not stop the next one. The exit status is 1 if any step failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,7 +20,7 @@ failed=0
 step() {
   local name=$1 limit=$2 begin=$SECONDS result=passed
   shift 2
-  # pytest says at a SIGINT which tests have failed so far; a SIGTERM would leave its dots alone.
+  # On SIGINT pytest reports the tests that failed so far; on SIGTERM it does not.
   timeout --signal=INT --kill-after=5 "$limit" "$@" > "$out/$name.log" 2>&1
   case $? in 0) ;; 124 | 137) result="timed out" ;; *) result=failed ;; esac
   if [ "$result" != passed ]; then failed=1; echo "--- $name $result:"; tail -n 30 "$out/$name.log"; fi
@@ -28,18 +28,18 @@ step() {
 }
 missing() { echo "| $1 | missing: $2 | 0 |" >> "$out/summary.md"; }
 
-# A virtual environment of its own, in which the torch that is installed can be seen.
+# A virtual environment that sees the installed torch.
 environment=$(mktemp -d)
 trap 'rm -rf "$environment"' EXIT
 "${PYTHON:-python3}" -m venv --without-pip --system-site-packages "$environment"
-# venv's "system" is what PYTHON's own environment was made from: where PYTHON is itself a virtual environment, add that too, with its .pth files.
+# --system-site-packages skips an outer virtual environment, so add that one too, with its .pth files.
 "${PYTHON:-python3}" -c 'import site; [print(f"import site; site.addsitedir({path!r})") for path in site.getsitepackages()]' > "$("$environment/bin/python" -c 'import site; print(site.getsitepackages()[0])')/outer.pth"
 python="$environment/bin/python"
 architecture=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2> /dev/null)
 
 install() {
   "$python" -c 'import torch, ninja, pybind11, setuptools; assert int(setuptools.__version__.split(".")[0]) >= 77, setuptools.__version__' || return 1
-  # Pure Python packages that are not there and cannot be had only skip the tests that need them.
+  # Missing pure Python packages only skip the tests that need them.
   "$python" -m pip install --quiet numpy pillow safetensors scikit-image tqdm pytest hypothesis || echo "some packages are missing"
   "$python" -m pip install --no-build-isolation --no-deps --force-reinstall .
 }
@@ -66,11 +66,11 @@ else
   sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
   for tool in memcheck racecheck synccheck initcheck; do
     if [ -x "$sanitizer" ]; then
-      # Only our kernels, by their mangled names, but for initcheck, which must see who wrote what they read. And not the
-      # allocator's cache, which would hide an access past the end of a tensor.
+      # Check only our kernels, by their mangled names; initcheck must also see the writes of others. The allocator's cache is
+      # off, because it would hide an access past the end of a tensor.
       only=(--kernel-name kernel_substring=4movq)
       if [ "$tool" = initcheck ]; then only=(); fi
-      if [ "$tool" = memcheck ]; then only+=(--report-api-errors no); fi  # torch asks for what a driver may lack; ours throw
+      if [ "$tool" = memcheck ]; then only+=(--report-api-errors no); fi  # torch probes for optional driver features; our own API errors throw
       PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 15 "$sanitizer" --tool "$tool" "${only[@]}" --error-exitcode 1 \
         "$python" -m pytest -q -k "gpu and small and (attention or (silu or both) and (bfloat16 or unaligned))" \
         tests/test_spatial_norm_kernels.py tests/test_attention_kernels.py tests/test_epilogue_kernels.py

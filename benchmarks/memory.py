@@ -1,10 +1,10 @@
-"""Peak memory of a decode by image size: whole, and in strips (`decode_tiled`).
+"""Peak memory of a decode by image size: whole, and in strips with `decode_tiled`.
 
     python benchmarks/memory.py --out benchmarks/results/memory --sizes 256 512 1024 2048 --max-memory 1000
 
-Each decode of Kandinsky 2.x's decoder, with random weights, runs in a process of its own. MB is that process's peak resident
-memory on a CPU (interpreter, torch and 211 MB of weights included), and the allocator's peak on a GPU. "error" is the relative
-difference from the whole decode.
+The decoder is Kandinsky 2.x's with random weights. Each decode runs in a process of its own. "MB" is the peak resident memory of
+that process on a CPU, including the interpreter, torch and 211 MB of weights; on a GPU it is the peak of the allocator. "error"
+is the relative difference from the whole decode.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/memory"), help="folder for the results")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024, 2048])
-    parser.add_argument("--max-memory", type=int, nargs="+", default=[500], help="for strips, in MiB")
-    parser.add_argument("--whole-up-to", type=int, default=1024, help="the largest image that is decoded whole")
+    parser.add_argument("--max-memory", type=int, nargs="+", default=[500], help="memory for strips, in MiB")
+    parser.add_argument("--whole-up-to", type=int, default=1024, help="the largest image to decode whole")
     for name, kind in (("size", int), ("max-memory-one", int), ("save", Path)):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -24,8 +24,10 @@ Decode = Callable[[Tensor], Tensor]
 
 
 def save_random(folder: Path, small: bool) -> None:
-    """Kandinsky 2.x's model (or one with fewer channels) with random weights, for every peer to read: in our format where there
-    is no diffusers, whose decoder alone is missing then."""
+    """Write Kandinsky 2.x's model, or one with fewer channels, with random weights that every peer can read.
+
+    The folder has diffusers' format, or ours if diffusers is not installed: then only its decoder is missing.
+    """
     torch.manual_seed(0)
     try:
         from diffusers import VQModel
@@ -36,7 +38,7 @@ def save_random(folder: Path, small: bool) -> None:
 
 
 def load(kind: str, folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Decode]:
-    """One of KINDS in evaluation mode: the model, and the function that decodes quantised latents with it."""
+    """Return one of KINDS in evaluation mode: the model, and a function that decodes quantised latents."""
     if kind == "diffusers":
         from diffusers import VQModel
 
@@ -49,29 +51,31 @@ def load(kind: str, folder: Path, device: torch.device, dtype: torch.dtype) -> t
 
 
 def peer(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Decode]:
-    """As `load`, of one of KINDS with any of these words behind it:
+    """Load a peer by name: one of KINDS, followed by any of these words. Returns what `load` returns.
 
-    ``nhwc`` (weights and latents in channels_last), ``compiled`` (by torch.compile), ``frozen`` (compiled, with weights as
-    constants that Inductor packs ahead; on a CPU, without gradients), ``tiled`` (ours, by decode_tiled).
+    - ``nhwc``: weights and latents in channels_last.
+    - ``compiled``: by torch.compile.
+    - ``frozen``: compiled, with weights as constants that Inductor packs ahead of time. On a CPU, without gradients.
+    - ``tiled``: ours, by decode_tiled.
     """
-    kind, *how = name.split()
+    kind, *words = name.split()
     model, network = load(kind, folder, device, dtype)
-    if "nhwc" in how:
+    if "nhwc" in words:
         model.to(memory_format=torch.channels_last)
-    if "frozen" in how:
+    if "frozen" in words:
         torch._inductor.config.freezing = True
-    if "compiled" in how or "frozen" in how:
+    if "compiled" in words or "frozen" in words:
         network = torch.compile(network, dynamic=False)
-    if "tiled" in how:
+    if "tiled" in words:
         decoder = model.decoder
         network = lambda z: movq_ext.decode_tiled(decoder, model.post_quant_conv(z), z, max_memory=small_memory(decoder, z))
-    if "nhwc" in how:
+    if "nhwc" in words:
         return model, lambda z: network(z.contiguous(memory_format=torch.channels_last))
     return model, network
 
 
 def small_memory(decoder: movq_ext.MOVQDecoder, z: Tensor) -> int:
-    """Twice what decode_tiled says is the least for these latents: many strips, and maps in files."""
+    """Return twice the least memory that decode_tiled accepts for these latents, which gives many strips and maps in files."""
     try:
         movq_ext.decode_tiled(decoder, z, z, max_memory=1)
     except ValueError as error:

@@ -1,10 +1,10 @@
-"""Figures of decode.py's results, drawn from its JSON. They need matplotlib, which nothing else here does.
+"""Figures of decode.py's results, drawn from its JSON. Needs matplotlib, which is not a dependency of the package.
 
     python benchmarks/plots.py benchmarks/results/decode_cpu --profile benchmarks/results/profile_cpu
 
-``comparison.png`` has time and memory of every decoder in its fastest layout. ``roofline.png`` has what each does of the
-published model's operations in a second against what the device can: its rate in a 3x3 convolution and a matrix product, and its
-bandwidth in a copy. With a profile of ours, the kinds of its layers are in it too.
+``comparison.png`` shows time and memory of every decoder in its fastest layout. ``roofline.png`` shows the rate at which each
+decoder completes the published model's operations, against the device's measured limits: a 3x3 convolution, a matrix product and
+the bandwidth of a copy. With a profile of ours, it also shows our layers by kind.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ Rows = Sequence[dict[str, Any]]
 CASE = ("device", "mode", "dtype", "size", "batch")
 OURS, THEIRS, KEPT, ROOF = "#d9480f", "#8b949e", "#c9d1d9", "#24292f"
 BORDER = "#d0d7de"
-WIDTH = 9.5  # inches, of about as many pixels as a README is wide
+WIDTH = 9.5  # inches: about the width of a README
 HOW = {"": "eager", "compiled": "compiled", "frozen": "compiled, frozen"}
-PARTS = {  # of ours: a text, and where it is
+PARTS = {  # labels of our layers: text, offset, alignment
     "convolution": ("its convolutions and upsampling", (5, 13), "left"),
     "attention": ("its attention", (-9, 0), "right"),
     "norm": ("its norms", (9, 0), "left"),
@@ -29,7 +29,7 @@ PARTS = {  # of ours: a text, and where it is
 
 
 def draw(folder: Path, profile: Path | None = None) -> str:
-    """Both figures of ``folder/decode.json``. Returns what there is to say about them."""
+    """Draw both figures of ``folder/decode.json``. Returns the names of the files, or the reason for drawing none."""
     try:
         import matplotlib
     except ImportError:
@@ -47,7 +47,7 @@ def draw(folder: Path, profile: Path | None = None) -> str:
 
 
 def by_case(rows: Rows) -> dict[tuple[Any, ...], Rows]:
-    """The rows that were measured, for each case those that `fastest` chooses."""
+    """Group the measured rows by case, and keep those that `fastest` chooses."""
     cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         if isinstance(row["ms"], float):
@@ -56,7 +56,7 @@ def by_case(rows: Rows) -> dict[tuple[Any, ...], Rows]:
 
 
 def fastest(rows: Rows) -> Rows:
-    """Ours as it is made, and every other decoder in its fastest layout for each way of running it; the fastest first."""
+    """Return ours in its default layout and every peer in its fastest, for each way of running it; the fastest first."""
     best: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
         kind, how = words(row["decoder"])
@@ -68,7 +68,7 @@ def fastest(rows: Rows) -> Rows:
 
 
 def words(decoder: str) -> tuple[str, str]:
-    """As in peers.py: whose it is, and how it runs, but for the layout."""
+    """Split a name of peers.py into the kind of decoder and the way it runs, without the layout."""
     kind, *how = decoder.split()
     return kind, " ".join(word for word in how if word != "nhwc")
 
@@ -86,7 +86,7 @@ def title(case: tuple[Any, ...]) -> str:
 
 
 def comparison(path: Path, cases: dict[tuple[Any, ...], Rows]) -> None:
-    """A pair of bar charts for each case, of time and of memory."""
+    """Draw bar charts of time and of memory for each case."""
     import matplotlib.pyplot as plt
 
     heights = [0.9 + 0.33 * len(rows) for rows in cases.values()]
@@ -105,7 +105,7 @@ def comparison(path: Path, cases: dict[tuple[Any, ...], Rows]) -> None:
 
 
 def bars(axis: Any, rows: Rows, key: str) -> None:
-    """A bar for each row, the first on top. Behind its memory what the first call left in derived or packed weights."""
+    """Draw a bar for each row, the first on top. Packed weights extend the bar of its memory."""
     ours = next((row for row in rows if row["decoder"] == "ours"), None)
     names = [label(row["decoder"]) for row in rows]
     lengths = [row[key] for row in rows]
@@ -114,16 +114,16 @@ def bars(axis: Any, rows: Rows, key: str) -> None:
         kept = [number(row["kept MB"]) for row in rows]
         drawn = axis.barh(names, kept, left=lengths, color=KEPT, height=0.7)
         lengths = [length + more for length, more in zip(lengths, kept, strict=True)]
-    axis.bar_label(drawn, [said(row, ours, key) for row in rows], padding=4)
-    axis.set_xlim(0, 1.6 * max(*lengths, 0.001))  # the numbers are behind the bars
+    axis.bar_label(drawn, [bar_text(row, ours, key) for row in rows], padding=4)
+    axis.set_xlim(0, 1.6 * max(*lengths, 0.001))  # leaves room for the numbers
     axis.set_xticks([])
     axis.invert_yaxis()
     axis.tick_params(axis="y", length=0)
     axis.spines["bottom"].set_visible(False)
 
 
-def said(row: dict[str, Any], ours: dict[str, Any] | None, key: str) -> str:
-    """A bar's number, and how many times ours it is."""
+def bar_text(row: dict[str, Any], ours: dict[str, Any] | None, key: str) -> str:
+    """Return the label of a bar: its value, and the ratio to ours."""
     text = f"{row[key]:.0f} {key}"
     if ours is not None and row is not ours and ours[key] > 0:
         text += f"  ({row[key] / ours[key]:.2f}x)"
@@ -135,7 +135,7 @@ def number(value: Any) -> float:
 
 
 def roofline(path: Path, results: dict[str, Any], cases: dict[tuple[Any, ...], Rows], profile: dict[str, Any] | None) -> bool:
-    """Operations a second against operations a byte, for each case of decoding that the results have the counts for."""
+    """Draw operations per second over operations per byte, for each decoding case whose work was counted."""
     import matplotlib.pyplot as plt
 
     wanted = {case: rows for case, rows in cases.items() if case[1] == "decode" and str(case[3]) in results.get("work", {})}
@@ -175,7 +175,7 @@ def roofline(path: Path, results: dict[str, Any], cases: dict[tuple[Any, ...], R
 
 
 def roof(axis: Any, rates: dict[str, float], bandwidth: float) -> None:
-    """What the device was measured to do: GFLOP/s and GB/s."""
+    """Draw the measured limits of the device, in GFLOP/s and GB/s."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     peak, least, most = max(rates.values()), 0.4, 3e4
@@ -193,13 +193,13 @@ def roof(axis: Any, rates: dict[str, float], bandwidth: float) -> None:
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_locator(NullLocator())
-    axis.set_xlabel("operations a byte, if each layer reads and writes its maps and weights once")
-    axis.set_ylabel("GFLOP/s, operations as published")
+    axis.set_xlabel("operations per byte, if each layer reads and writes its maps and weights once")
+    axis.set_ylabel("GFLOP/s, counting the published operations")
     axis.grid(which="major", color=BORDER, linewidth=0.6)
 
 
 def apart(heights: Sequence[float], ratio: float) -> list[float]:
-    """Places for labels of points at these heights, which fall: as high or lower, each a ratio below the last."""
+    """Return heights of labels for points at falling heights, each label at least a ratio below the previous one."""
     places: list[float] = []
     for height in heights:
         places.append(min(height, places[-1] / ratio) if places else height)
@@ -207,7 +207,7 @@ def apart(heights: Sequence[float], ratio: float) -> list[float]:
 
 
 def profiled(work: dict[str, dict[str, int]], item: int, profile: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """By kind of layer of a profiled decode of ours: operations a byte, and GFLOP/s."""
+    """Return operations per byte and GFLOP/s for each kind of layer in a profiled decode of ours."""
     ms = next(row for row in profile["rows"] if row["stage"] == "all")
     times = {"convolution": ms["convolution"] + ms["upsampling"], "attention": ms["attention"], "norm": ms["norm"]}
     return {
@@ -218,7 +218,7 @@ def profiled(work: dict[str, dict[str, int]], item: int, profile: dict[str, Any]
 
 
 def save(figure: Any, path: Path) -> None:
-    """On a white card with a border, to be read in a dark page too."""
+    """Save on a white card with a border, which is legible on a dark page too."""
     import matplotlib.pyplot as plt
 
     figure.set_edgecolor(BORDER)
@@ -230,8 +230,8 @@ def save(figure: Any, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="holds decode.json, and gets the figures")
-    parser.add_argument("--profile", type=Path, help="holds a profile.json of the same decode and device")
+    parser.add_argument("folder", type=Path, help="folder with decode.json, where the figures are written")
+    parser.add_argument("--profile", type=Path, help="folder with a profile.json of the same decode and device")
     options = parser.parse_args()
     print(draw(options.folder, options.profile))
 

@@ -3,15 +3,15 @@
     python benchmarks/profile_decode.py --out benchmarks/results/profile
     python benchmarks/profile_decode.py --nhwc --device cpu --out benchmarks/results/profile_cpu --into README.md
 
-The decoder is Kandinsky 2.x's with random weights. Decodes run under torch.profiler, each layer in its range
-(`movq_ext.annotate`): time of operators on a CPU, of kernels on a GPU. "norm" is everything in SpatialNorm, "attention" in
-AttnBlock but its norm, "upsampling" in Upsample; of the rest, operators of a convolution are "convolution". A compiled decode has
-no layers: there the names of its kernels decide, and one of several kinds counts as the first of norm, attention, upsampling,
-convolution.
+The decoder is Kandinsky 2.x's with random weights. Decodes run under torch.profiler with a range for each layer
+(`movq_ext.annotate`). Times are those of operators on a CPU and of kernels on a GPU. "norm" is everything in SpatialNorm,
+"attention" everything in AttnBlock except its norm, "upsampling" everything in Upsample, and "convolution" all other operators of
+convolutions. A compiled decode has no layers. There the names of its kernels decide, and a kernel of several kinds counts as the
+first of norm, attention, upsampling, convolution.
 
-Layout copies are those between NCHW and channels_last: by PyTorch's operators, inside oneDNN on a CPU (which may also put a map
-or weights into a blocked layout of its own), inside cuDNN on a GPU. The trace (profile.trace.json) opens in ui.perfetto.dev.
-`profile_decode.sh` runs this under Nsight Systems too.
+Layout copies are copies between NCHW and channels_last: by PyTorch's operators, inside oneDNN on a CPU (which also has blocked
+layouts for maps and weights), and inside cuDNN on a GPU. The trace (profile.trace.json) opens in ui.perfetto.dev.
+`profile_decode.sh` also runs this under Nsight Systems.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ KINDS = {
     "attention": ("attention", "softmax", "bmm"),
     "upsampling": ("upsample", "interpolate", "transpose2d", "convolution_transpose", "_unsafe_index"),
     "convolution": ("conv",),
-}  # by words in an operator's name
+}  # words in the names of operators
 CLASSES = {
     "norm": (movq_ext.SpatialNorm, movq_ext.GroupNorm),
     "attention": (movq_ext.AttnBlock,),
@@ -52,8 +52,8 @@ KANDINSKY = dict(ch=128, out_ch=3, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_
 
 
 def kind(operator: str, around: Sequence[nn.Module]) -> str:
-    """What an operator in these layers, the innermost first, works at."""
-    for layer in around:  # an Upsample's convolution is upsampling, an AttnBlock's attention
+    """Return the kind of work of an operator inside these layers, the innermost first."""
+    for layer in around:  # a convolution in an Upsample is upsampling, in an AttnBlock attention
         for name, classes in CLASSES.items():
             if isinstance(layer, classes):
                 return name
@@ -62,12 +62,12 @@ def kind(operator: str, around: Sequence[nn.Module]) -> str:
 
 
 def stage(layer: str | None) -> str:
-    """``up.3`` of ``up.3.block.0.norm1``."""
+    """Return the stage of a layer: ``up.3`` for ``up.3.block.0.norm1``."""
     return OUTSIDE if layer is None else ".".join(layer.split(".")[: 2 if layer.startswith("up.") else 1])
 
 
 def around(layer: str | None, layers: dict[str, nn.Module]) -> list[nn.Module]:
-    """The layer of this dotted name and those that hold it, the innermost first."""
+    """Return the layer with this dotted name and the layers around it, the innermost first."""
     parts = layer.split(".") if layer else []
     names = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
     return [layers[name] for name in names if name in layers]
@@ -80,16 +80,16 @@ def chain(event: Any) -> Iterator[Any]:
 
 
 def where(events: Iterable[Any], layers: dict[str, nn.Module], gpu: bool) -> tuple[Counter[tuple[str, str]], Counter[str], float]:
-    """Microseconds by (stage, kind) and by operator or kernel, and those of kernels that belong to no operator."""
+    """Return microseconds by (stage, kind), by operator or kernel, and of kernels outside all operators."""
     times: Counter[tuple[str, str]] = Counter()
     operators: Counter[str] = Counter()
     whole = 0.0
     for event in events:
         if event.device_type != torch.autograd.DeviceType.CPU:
-            whole += 0.0 if event.is_user_annotation or event.name in layers else event.device_time_total  # ranges are there too
+            whole += 0.0 if event.is_user_annotation or event.name in layers else event.device_time_total  # events include ranges
             continue
         layer = next((above.name for above in chain(event) if above.name in layers), None)
-        # A small operator has what it works for in its caller's name: aten::copy_ in aten::convolution.
+        # The caller's name tells what a small operator works for: aten::copy_ in aten::convolution.
         path = " ".join(above.name for above in reversed(list(chain(event))) if above.name not in layers)
         kernels = [(kernel.name, kernel.duration) for kernel in event.kernels if kernel.name not in layers]
         for name, time in kernels if gpu else [(event.name, event.self_cpu_time_total)]:
@@ -112,7 +112,7 @@ class LayoutCopies(TorchDispatchMode):
 
 
 def layout(x: object) -> str | None:
-    """None for what is no map, or lies the same in both."""
+    """Return nchw, nhwc, or None for a tensor that is not a map or has the same order in both."""
     if not isinstance(x, Tensor) or x.dim() != 4:
         return None
     nchw, nhwc = x.is_contiguous(), x.is_contiguous(memory_format=torch.channels_last)
@@ -120,7 +120,7 @@ def layout(x: object) -> str | None:
 
 
 def onednn_reorders(decode: Callable[[], object]) -> dict[str, int]:
-    """How many maps and how many weights oneDNN itself rearranges in a call, as it reports on the C library's stdout."""
+    """Count the maps and weights that oneDNN reorders in a call, from its log on the C library's stdout."""
     libc, stdout = ctypes.CDLL(None), os.dup(1)
     with tempfile.TemporaryFile() as file:
         libc.fflush(None)
@@ -139,15 +139,15 @@ def onednn_reorders(decode: Callable[[], object]) -> dict[str, int]:
         memory = next(field for field in line if field.startswith("src:"))
         source, target = (part.split(":")[4] for part in memory.split()[:2])  # src:f32:a:blocked:abcd::f0
         if source != target and line[-2].count("x") == 3:
-            found["maps" if source[0] == target[0] == "a" else "weights"] += 1  # weights are blocked along a, as in Acdb64a
+            found["maps" if source[0] == target[0] == "a" else "weights"] += 1  # weights: blocked along a, as in Acdb64a
     return found
 
 
 def measure(options: argparse.Namespace, decoder: nn.Module, decode: Callable[[], object], device: torch.device) -> None:
     gpu = device.type == "cuda"
-    head = {**environment(device), "threads": torch.get_num_threads(), "compiled": options.compiled}
-    head["weights"] = "channels_last" if options.nhwc else "as made"
-    head["ms a decode, without the profiler"] = round(milliseconds(decode, device, seconds=1.0), 2)
+    head = {**environment(device), "compiled": options.compiled}
+    head["weights"] = "channels_last" if options.nhwc else "contiguous"
+    head["ms per decode, without the profiler"] = round(milliseconds(decode, device, seconds=1.0), 2)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     with movq_ext.annotate(decoder), profile(activities=activities) as profiler:
         for _ in range(options.decodes):
@@ -165,7 +165,7 @@ def measure(options: argparse.Namespace, decoder: nn.Module, decode: Callable[[]
     rows = [row(name, {k: times[name, k] for k in COLUMNS}, total, options.decodes) for name in names]
     rows.append(row("all", {k: sum(times[name, k] for name in names) for k in COLUMNS}, total, options.decodes))
     rows.append({"stage": "share", **{key: 100 * rows[-1][key] / rows[-1]["ms"] for key in (*COLUMNS, "ms")}, "%": "-"})
-    head["layout copies a decode"] = layout_copies(options, decode, profiler.events() or [], gpu)
+    head["layout copies per decode"] = layout_copies(options, decode, profiler.events() or [], gpu)
     head["longest"] = ", ".join(f"{name[:60]} {time / 1e3 / options.decodes:.3g} ms" for name, time in operators.most_common(8))
     title = f"Where the time of a decode goes: {options.size}x{options.size}, batch {options.batch}, {options.dtype}"
     write(options.out, "profile", title, head, rows)
@@ -176,27 +176,27 @@ def measure(options: argparse.Namespace, decoder: nn.Module, decode: Callable[[]
 
 
 def put_table(path: Path, text: str) -> None:
-    """The head's time and copies and the table, between the marks in a document."""
+    """Put the table, with the time and the copies from the head, between the marks in a document."""
     before, _, rest = path.read_text().partition(MARKS[0])
     _, mark, after = rest.partition(MARKS[1])
     if not mark:
         raise SystemExit(f"{path} has no {MARKS[0]} and {MARKS[1]}")
     lines = text.splitlines()
     title = f"{lines[0].removeprefix('# ')} ({lines[4].removeprefix('- device: ')}):"
-    said = [line for line in lines if line.startswith(("- ms a decode", "- layout copies", "- weights"))]
+    said = [line for line in lines if line.startswith(("- ms per decode", "- layout copies", "- weights"))]
     table = [line for line in lines if line.startswith("|")]
     path.write_text("\n".join([before + MARKS[0], title, "", *said, "", *table, mark + after]))
 
 
 def row(name: str, times: dict[str, float], total: float, decodes: int) -> dict[str, Any]:
-    """Of microseconds of all decodes, milliseconds of one."""
+    """Convert microseconds of all decodes to a row with milliseconds of one."""
     return {"stage": name, **{k: time / 1e3 / decodes for k, time in times.items()}, "ms": sum(times.values()) / 1e3 / decodes,
             "%": 100 * sum(times.values()) / total}  # fmt: skip
 
 
 def layout_copies(options: argparse.Namespace, decode: Callable[[], object], events: Iterable[Any], gpu: bool) -> str:
     found = {}
-    if not options.compiled:  # a compiled program is not seen operator by operator
+    if not options.compiled:  # the dispatcher does not see the operators of a compiled program
         with LayoutCopies() as counter:
             decode()
         found["by operators"] = counter.count
@@ -209,7 +209,7 @@ def layout_copies(options: argparse.Namespace, decode: Callable[[], object], eve
 
 
 def capture(decoder: nn.Module, decode: Callable[[], object], decodes: int) -> None:
-    """What `nsys profile --capture-range=cudaProfilerApi` records."""
+    """Run decodes between the marks of `nsys profile --capture-range=cudaProfilerApi`."""
     with movq_ext.annotate(decoder):
         torch.cuda.synchronize()
         torch.cuda.cudart().cudaProfilerStart()
@@ -223,15 +223,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/profile"), help="folder for the results")
-    parser.add_argument("--size", type=int, help="of the image; 256 on a CPU, 1024 on a GPU")
+    parser.add_argument("--size", type=int, help="height and width of the image; 256 on a CPU, 1024 on a GPU")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--compiled", action="store_true", help="torch.compile the decoder")
     parser.add_argument("--nhwc", action="store_true", help="weights in channels_last")
-    parser.add_argument("--decodes", type=int, default=3, help="to profile")
-    parser.add_argument("--capture", action="store_true", help="mark the decodes for nsys, instead of torch.profiler")
-    parser.add_argument("--into", type=Path, help=f"a document to put the table into, between {' and '.join(MARKS)}")
-    parser.add_argument("--quick", action="store_true", help="a small decoder and map, to rehearse")
+    parser.add_argument("--decodes", type=int, default=3, help="number of decodes to profile")
+    parser.add_argument("--capture", action="store_true", help="mark the decodes for nsys instead of running torch.profiler")
+    parser.add_argument("--into", type=Path, help=f"document that gets the table, between {' and '.join(MARKS)}")
+    parser.add_argument("--quick", action="store_true", help="rehearse: a small decoder and map")
     options = parser.parse_args()
     device = torch.device(options.device)
     gpu = device.type == "cuda"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A decode under Nsight Systems, and the table of where its time goes.
+# Profile a decode: a table of times by layer and, with a GPU and Nsight Systems, a report of nsys.
 #   benchmarks/profile_decode.sh [OUT] [options of profile_decode.py]
-# OUT (benchmarks/results/profile) gets decode.nsys-rep, which opens in Nsight Systems, its summaries by layer and by kernel
-# (nsys.txt), and what profile_decode.py writes. Without nsys or a GPU only the latter. PYTHON names the interpreter (python3).
+# OUT (benchmarks/results/profile) receives the files of profile_decode.py and, from nsys, decode.nsys-rep and its summaries by
+# layer and by kernel (nsys.txt). PYTHON is the interpreter (python3).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=benchmarks/results/profile
@@ -12,11 +12,11 @@ mkdir -p "$out"
 failed=0
 
 if ! command -v nsys > /dev/null; then
-  echo "no nsys: torch.profiler alone"
+  echo "nsys was not found: using torch.profiler only"
 elif ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  echo "no GPU: torch.profiler alone"
+  echo "no GPU was found: using torch.profiler only"
 else
-  # The decodes between cudaProfilerStart and cudaProfilerStop are recorded: not the start, the warm-up or the choice of algorithms.
+  # Only the decodes between cudaProfilerStart and cudaProfilerStop are recorded, without start-up and warm-up.
   nsys profile --trace=cuda,nvtx,cudnn,cublas --sample=none --cpuctxsw=none --capture-range=cudaProfilerApi --capture-range-end=stop \
     --force-overwrite=true --output="$out/decode" "$python" benchmarks/profile_decode.py "$@" --capture || failed=1
   nsys stats --force-export=true --report nvtx_gpu_proj_sum --report nvtx_kern_sum --report cuda_gpu_kern_sum \

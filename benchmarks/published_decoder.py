@@ -1,4 +1,4 @@
-"""The published decoder as its authors run it: our parameters, their formulas, PyTorch's operators in eager mode."""
+"""The published decoder: our parameters, the published formulas, and PyTorch's operators in eager mode."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class PublishedDecoder(MOVQDecoder):
 
 
 def published(decoder: MOVQDecoder) -> MOVQDecoder:
-    """A copy of the decoder whose modules compute as published."""
+    """Return a copy of the decoder that computes everything by the published formulas."""
     decoder = copy.deepcopy(decoder)
     for module in decoder.modules():
         module.__class__ = CLASSES.get(type(module), type(module))

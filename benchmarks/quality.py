@@ -1,6 +1,6 @@
-"""How well does a model reconstruct a folder of photographs, and how much of its codebook does it use?
+"""Reconstruction quality of a model on a folder of photographs, and how much of its codebook it uses.
 
-Usage: python benchmarks/quality.py FOLDER [--model PATH] [--out RESULT.md]
+python benchmarks/quality.py FOLDER [--model PATH] [--out RESULT.md]
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main() -> None:
         "",
         f"{len(rows)} photographs: **PSNR {fmean(row[2] for row in rows):.2f} dB, "
         f"SSIM {fmean(row[3] for row in rows):.4f}** (means).",
-        f"Of {model.quantize.n_e} codes {len(used)} are used by these {tokens} latent cells (perplexity {perplexity:.0f}).",
+        f"These {tokens} latent cells use {len(used)} of {model.quantize.n_e} codes (perplexity {perplexity:.0f}).",
         "",
         "| photograph | size | PSNR (dB) | SSIM |",
         "|---|---|---:|---:|",

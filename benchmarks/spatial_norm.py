@@ -2,8 +2,9 @@
 
     python benchmarks/spatial_norm.py --out benchmarks/results/spatial_norm
 
-Every result is compared with the published formula before it is timed. GB/s count 2 reads of f and 1 write forward, and with
-backward 2 reads of f and of dout and 1 write of its gradient more: the least for maps that do not stay on chip.
+Before it is timed, every result is checked against the published formula. GB/s count two reads of f and one write for the forward
+pass, and two reads of f and of dout and one write of the gradient more for the backward pass. That is the minimum for maps that
+do not fit on chip.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ import movq_ext
 SIZES = [(512, 32), (512, 64), (512, 128), (256, 256), (128, 512), (128, 1024)]  # channels, height = width
 QUICK = [(64, 16), (32, 32)]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-LAYERS = ("ours", "eager", "diffusers", "compile")  # compiling takes longest
+LAYERS = ("ours", "eager", "diffusers", "compile")  # compilation takes longest, so it comes last
 Layer = Callable[[Tensor, Tensor], Tensor]
 
 
 def peers(norm: movq_ext.SpatialNorm, channels: int, compiled: bool) -> dict[str, Layer | None]:
-    """Layers with the same weights; None for one that is not installed."""
+    """Return layers with the same weights; None for one that is not installed."""
 
     def published(f: Tensor, zq: Tensor) -> Tensor:
         zq = F.interpolate(zq, size=f.shape[2:], mode="nearest")
@@ -50,7 +51,7 @@ def peers(norm: movq_ext.SpatialNorm, channels: int, compiled: bool) -> dict[str
 
 
 def measure(layer: Layer, expected: Layer, f: Tensor, zq: Tensor, backward: bool) -> float | str:
-    """Milliseconds, or why there are none."""
+    """Return milliseconds, or the reason for a failure."""
     try:
         out = layer(f, zq)
         reference = expected(f.float(), zq.float()) if f.dtype == torch.float32 else expected(f, zq).float()
@@ -71,7 +72,7 @@ def measure(layer: Layer, expected: Layer, f: Tensor, zq: Tensor, backward: bool
 
 def main() -> None:
     options, device = arguments(__doc__, "spatial_norm", 4.0, "tiny sizes and no torch.compile")
-    torch.backends.cudnn.allow_tf32 = False  # of conv_y and conv_b, whose error would be called the norm's
+    torch.backends.cudnn.allow_tf32 = False  # its error in conv_y and conv_b would count as the norm's
     start = time.monotonic()
     bandwidth = copy_bandwidth(device)
     cases = [
@@ -94,7 +95,7 @@ def main() -> None:
         }
         for backward, dtype, channels, size, batch, layout in cases
     ]
-    for name in LAYERS:  # the outer loop: where time runs out, it does for the last of them
+    for name in LAYERS:  # the outer loop, so that a lack of time affects the last layer only
         for (backward, dtype, channels, size, batch, layout), row in zip(cases, rows, strict=True):
             if time.monotonic() - start > 60 * options.minutes:
                 break
@@ -125,7 +126,7 @@ def main() -> None:
 
 
 def plot(path: Path, rows: list[dict[str, Any]], device: str) -> None:
-    """Share of the copy bandwidth by size, a line for every pass, dtype and layout at batch 1. Needs matplotlib."""
+    """Plot the share of the copy bandwidth over sizes at batch 1, by pass, dtype and layout. Does nothing without matplotlib."""
     try:
         import matplotlib
 

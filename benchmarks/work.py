@@ -1,4 +1,4 @@
-"""What the published decoder has to compute and to move, by kind of layer: counted, on tensors without data."""
+"""Operations and memory traffic of the published decoder by kind of layer, counted on meta tensors."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import movq_ext
 
-NORM_OPERATIONS = 12  # an element: mean 1, variance 2, normalise 2, weight and bias 2, y and b 2, SiLU 3
+NORM_OPERATIONS = 12  # per element: mean 1, variance 2, normalise 2, weight and bias 2, y and b 2, SiLU 3
 Work = dict[str, dict[str, int]]
 
 
 def work(decoder: movq_ext.MOVQDecoder, size: int) -> Work:
-    """``operations`` and ``elements`` of an image of ``size`` by ``size``, by kind: "convolution", "attention" and "norm".
+    """Count ``operations`` and ``elements`` for an image of ``size`` by ``size``, by kind: "convolution", "attention" and "norm".
 
-    Elements are those that a layer must read and write, if no layer keeps anything for the next: input, output and weights; of a
-    norm its map twice and once, without the latent's. Attention has its 1x1 convolutions; conv_y and conv_b are convolutions.
-    The decoder goes to the meta device.
+    Elements are what a layer must read and write if nothing stays on chip between layers: input, output and weights. A norm reads
+    its map twice and writes it once; the latent's maps do not count. Attention includes its 1x1 convolutions, while conv_y and
+    conv_b count as convolutions. The decoder is moved to the meta device.
     """
     found = {kind: {"operations": 0, "elements": 0} for kind in ("convolution", "attention", "norm")}
     decoder = published(decoder.to("meta"))
@@ -29,8 +29,8 @@ def work(decoder: movq_ext.MOVQDecoder, size: int) -> Work:
             module.register_forward_hook(_norm(found["norm"]))
         elif isinstance(module, nn.Conv2d):
             in_attention = name.rpartition(".")[2] in ("q", "k", "v", "proj_out")
-            modulates = name.rpartition(".")[2] in ("conv_y", "conv_b")
-            module.register_forward_hook(_convolution(found["attention" if in_attention else "convolution"], not modulates))
+            is_modulation = name.rpartition(".")[2] in ("conv_y", "conv_b")
+            module.register_forward_hook(_convolution(found["attention" if in_attention else "convolution"], not is_modulation))
         elif isinstance(module, movq_ext.AttnBlock):
             module.register_forward_hook(_attention(found["attention"]))
     z = torch.empty(1, decoder.z_channels, size // 8, size // 8, device="meta")
@@ -49,10 +49,10 @@ def _norm(kind: dict[str, int]) -> Any:
     return count
 
 
-def _convolution(kind: dict[str, int], moves: bool) -> Any:
+def _convolution(kind: dict[str, int], counts_elements: bool) -> Any:
     def count(module: nn.Conv2d, inputs: tuple[Tensor, ...], out: Tensor) -> None:
         kind["operations"] += 2 * out.numel() * module.weight[0].numel()
-        kind["elements"] += moves * (inputs[0].numel() + out.numel() + module.weight.numel())
+        kind["elements"] += counts_elements * (inputs[0].numel() + out.numel() + module.weight.numel())
 
     return count
 
