@@ -32,7 +32,7 @@ def test_nearest_code_in_chunks(n, codes, dim, rows, seed):
     vectors = torch.randn(n, dim, generator=generator, dtype=torch.float64)
     codebook = torch.randn(codes, dim, generator=generator, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(movq_ext.quantize, "SEARCH_BYTES", 8 * codes * rows)
+        patch.setattr(movq_ext.model.quantize, "SEARCH_BYTES", 8 * codes * rows)
         assert torch.equal(nearest_code(vectors, codebook), brute_force(vectors, codebook))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,20 @@ from .checks import check_batch, check_latent, check_levels, check_positive
 from .layers import AttnBlock, Middle, ResnetBlock, SpatialNorm, Stage, Upsample, is_plain_network, make_norm
 from .modulation import Modulations
 from .strips import STRIP_BYTES, decode_in_strips
+
+
+class DecoderStep(NamedTuple):
+    """One layer between conv_in and norm_out.
+
+    Attributes:
+        name: unique in the decoder, such as ``up_1_block_0``.
+        layer: ResnetBlock, AttnBlock or Upsample, unless it was replaced.
+        takes_zq: whether it is called as ``layer(h, zq=zq)`` rather than ``layer(h)``.
+    """
+
+    name: str
+    layer: nn.Module
+    takes_zq: bool
 
 
 class MOVQDecoder(ActivationCheckpointing):
@@ -152,25 +166,26 @@ class MOVQDecoder(ActivationCheckpointing):
         for name, layer, conditioned in self.steps():
             yield name, (h := self._run(layer, h, zq=zq) if conditioned else self._run(layer, h))
 
-    def steps(self) -> Iterator[tuple[str, nn.Module, bool]]:
-        """What runs between conv_in and norm_out, in order: its name, and whether it takes zq."""
-        yield "mid_block_1", self.mid.block_1, True
+    def steps(self) -> Iterator[DecoderStep]:
+        """Yield the layers between conv_in and norm_out, in execution order."""
+        yield DecoderStep("mid_block_1", self.mid.block_1, takes_zq=True)
         if self.mid.attn_1 is not None:
-            yield "mid_attn_1", self.mid.attn_1, True
-        yield "mid_block_2", self.mid.block_2, True
+            yield DecoderStep("mid_attn_1", self.mid.attn_1, takes_zq=True)
+        yield DecoderStep("mid_block_2", self.mid.block_2, takes_zq=True)
         for level in reversed(range(self.num_resolutions)):
             stage = cast(Stage, self.up[level])
             for i, block in enumerate(stage.block):
-                yield f"up_{level}_block_{i}", block, True
+                yield DecoderStep(f"up_{level}_block_{i}", block, takes_zq=True)
                 if len(stage.attn):
-                    yield f"up_{level}_attn_{i}", stage.attn[i], True
+                    yield DecoderStep(f"up_{level}_attn_{i}", stage.attn[i], takes_zq=True)
             if level > 0:
-                yield f"up_{level}_upsample", stage.upsample, False
+                yield DecoderStep(f"up_{level}_upsample", stage.upsample, takes_zq=False)
 
     def _image(self, h: Tensor, zq: Tensor | Modulations) -> Tensor:
         return cast(Tensor, self.conv_out(self.norm_out(h, zq, activation="silu")))
 
     def check_latents(self, z: Tensor, zq: Tensor) -> None:
+        """Raise the errors that `forward` raises for z and zq."""
         check_latent("z", z, self.z_channels, self.conv_in.weight)
         check_latent("zq", zq, self.zq_ch, self.conv_in.weight)
         check_batch(z=z, zq=zq)

@@ -32,7 +32,7 @@ class GroupNorm(nn.GroupNorm):
         return spatial_norm(f, None, None, self.weight, self.bias, self.num_groups, self.eps, activation, f_bias)
 
 
-class SpatialNorm(ComputesOwnLayers, nn.Module):
+class SpatialNorm(nn.Module, ComputesOwnLayers):
     """Normalisation whose scale and offset depend on the quantised latent (MoVQ, arXiv:2209.09002, equation 4).
 
     ``out = norm_layer(f) * conv_y(zq) + conv_b(zq)``, with zq resized (nearest) to f's height and width.
@@ -143,7 +143,7 @@ def make_norm(channels: int, zq_ch: int | None, add_conv: bool) -> GroupNorm | S
     return SpatialNorm(channels, zq_ch, add_conv=add_conv, num_groups=NORM_GROUPS, eps=NORM_EPS, affine=True)
 
 
-class Upsample(ComputesOwnLayers, nn.Module):
+class Upsample(nn.Module, ComputesOwnLayers):
     """Nearest 2x upsampling, then a 3x3 convolution; the two are computed as one transposed convolution.
 
     Args:
@@ -185,7 +185,7 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1))) if self.with_conv else F.avg_pool2d(x, 2)
 
 
-class ResnetBlock(ComputesOwnLayers, nn.Module):
+class ResnetBlock(nn.Module, ComputesOwnLayers):
     """``shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1(x))) + temb_proj(silu(temb))))))``.
 
     Args:
@@ -255,7 +255,7 @@ class ResnetBlock(ComputesOwnLayers, nn.Module):
         return add_residual(h, bias, x, self.conv2)
 
 
-class AttnBlock(ComputesOwnLayers, nn.Module):
+class AttnBlock(nn.Module, ComputesOwnLayers):
     """``x + proj_out(attention(q(n), k(n), v(n)))`` with ``n = norm(x)``: one head of size in_channels over all positions.
 
     q, k and v are one convolution when they run, and three in the state dict.
