@@ -95,7 +95,7 @@ class Counted:
     """How often the operators of this package run."""
 
     def __enter__(self):
-        functions = (served, "spatial_norm"), (served, "attention"), (torch.nn.functional, "conv_transpose2d")
+        functions = (served, "fused_spatial_norm"), (served, "attention"), (torch.nn.functional, "conv_transpose2d")
         self._patches = [mock.patch.object(place, name, wraps=getattr(place, name)) for place, name in functions]
         self.mocks = [patch.__enter__() for patch in self._patches]
         return self
@@ -169,9 +169,9 @@ def test_biases_that_the_next_kernel_adds(name, monkeypatch):
     expected = outputs(model)
     accelerate(model)
     monkeypatch.setattr(fusion, "runs_kernels", lambda x: True)
-    with mock.patch.object(served, "spatial_norm", wraps=served.spatial_norm) as norm:
+    with mock.patch.object(served, "fused_spatial_norm", wraps=served.fused_spatial_norm) as norm:
         actual = outputs(model)
-    biased = [call for call in norm.call_args_list if len(call.args) > 8 and call.args[8] is not None]
+    biased = [call for call in norm.call_args_list if call.args[3].f_bias is not None]
     blocks = [m for m in model.modules() if hasattr(m, "conv_shortcut")]
     assert len(biased) == len(blocks) > 0
     assert_same(actual, expected)

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import movq_ext
 from movq_ext.ops import cuda, extension, native
 from movq_ext.ops.functional import add_bias_residual_
+from movq_ext.ops.options import NormOptions
 
 pytestmark = pytest.mark.skipif(movq_ext.build_info()["extension"] != "loaded", reason="needs the compiled extension")
 
@@ -51,8 +52,16 @@ def gradients(function, inputs, dout, silu, create_graph=False):
     return out, torch.autograd.grad(out, wanted, dout, create_graph=create_graph)
 
 
-def native_norm(*arguments):
-    return native.spatial_norm(*arguments[:-1], "silu" if arguments[-1] else None)
+def norm_options(weight, bias, groups, eps, silu, f_bias=None):
+    return NormOptions(weight, bias, groups, eps, "silu" if silu else None, f_bias)
+
+
+def native_norm(f, zq_y, zq_b, *options):
+    return native.spatial_norm(f, zq_y, zq_b, norm_options(*options))
+
+
+def compiled_norm(f, zq_y, zq_b, *options):
+    return cuda.spatial_norm(f, zq_y, zq_b, norm_options(*options))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -61,7 +70,7 @@ def native_norm(*arguments):
 @pytest.mark.parametrize("zq_size, affine", [((2, 4), torch.float32), ((3, 5), None), (None, torch.float32)])
 def test_the_function_has_the_native_path_s_gradients(device, layout, silu, zq_size, affine):
     inputs, dout = arguments(torch.float32, layout, zq_size, affine, device)
-    out, grads = gradients(cuda.spatial_norm, inputs, dout, silu)
+    out, grads = gradients(compiled_norm, inputs, dout, silu)
     expected, expected_grads = gradients(native_norm, inputs, dout, silu)
     assert_close(out, expected)
     for grad, want in zip(grads, expected_grads, strict=True):
@@ -76,7 +85,7 @@ def test_double_backward(device):
         _, grads = gradients(function, inputs, dout, True, create_graph=True)
         return torch.autograd.grad(sum(grad.square().sum() for grad in grads), inputs)
 
-    for grad, want in zip(second(cuda.spatial_norm), second(native_norm), strict=True):
+    for grad, want in zip(second(compiled_norm), second(native_norm), strict=True):
         assert_close(grad, want, slack=5.0)
 
 
@@ -87,11 +96,11 @@ def test_the_operator_adds_f_bias(device, layout, dtype):
     inputs, _ = arguments(dtype, layout, device=device)
     f, *rest = plain(inputs)
     f_bias = torch.linspace(-1, 1, 32, device=device)
-    out = cuda.spatial_norm(f, *rest, GROUPS, 1e-6, True, f_bias)
+    out = compiled_norm(f, *rest, GROUPS, 1e-6, True, f_bias)
     rest = [x.double() for x in rest]
     assert out.dtype == dtype and out.stride() == f.stride()
     assert_close(out, native_norm(f.double() + f_bias.double()[:, None, None], *rest, GROUPS, 1e-6, True), slack=2.0)
-    compiled = torch.compile(lambda *x: cuda.spatial_norm(*x, GROUPS, 1e-6, True, f_bias), fullgraph=True)
+    compiled = torch.compile(lambda *x: compiled_norm(*x, GROUPS, 1e-6, True, f_bias), fullgraph=True)
     torch._dynamo.reset()
     assert_close(compiled(f, *plain(inputs)[1:]), out.double())
 
@@ -99,7 +108,7 @@ def test_the_operator_adds_f_bias(device, layout, dtype):
 def test_only_what_needs_a_gradient_gets_one():
     inputs, dout = arguments()
     inputs[1].requires_grad_(False)
-    cuda.spatial_norm(*inputs, GROUPS, 1e-6, True).backward(dout)
+    compiled_norm(*inputs, GROUPS, 1e-6, True).backward(dout)
     assert [x.grad is not None for x in inputs] == [True, False, True, True, True]
 
 
@@ -107,7 +116,7 @@ def test_little_is_saved_for_backward():
     inputs, _ = arguments()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        cuda.spatial_norm(*inputs, GROUPS, 1e-6, True)
+        compiled_norm(*inputs, GROUPS, 1e-6, True)
     big = [x for x in saved if x.numel() >= inputs[0].numel()]
     assert len(big) == 1 and big[0].data_ptr() == inputs[0].data_ptr()
 
@@ -123,12 +132,12 @@ def test_compiles_whole_with_the_operator_inside(device, layout):
         return graph
 
     torch._dynamo.reset()
-    torch.compile(lambda *x: cuda.spatial_norm(*x, GROUPS, 1e-6, True), backend=backend, fullgraph=True)(*inputs)
+    torch.compile(lambda *x: compiled_norm(*x, GROUPS, 1e-6, True), backend=backend, fullgraph=True)(*inputs)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda *x: cuda.spatial_norm(*x, GROUPS, 1e-6, True), fullgraph=True)
+    compiled = torch.compile(lambda *x: compiled_norm(*x, GROUPS, 1e-6, True), fullgraph=True)
     out = compiled(*inputs)
     assert seen and out.stride() == inputs[0].stride()
-    expected, expected_grads = gradients(cuda.spatial_norm, inputs, dout, True)
+    expected, expected_grads = gradients(compiled_norm, inputs, dout, True)
     assert_close(out, expected)
     for grad, want in zip(torch.autograd.grad(out, inputs, dout), expected_grads, strict=True):
         assert_close(grad, want, slack=2.0)
@@ -137,7 +146,7 @@ def test_compiles_whole_with_the_operator_inside(device, layout):
 def test_exports_with_the_operator_inside():
     class Norm(torch.nn.Module):
         def forward(self, *x):
-            return cuda.spatial_norm(*x, GROUPS, 1e-6, True)
+            return compiled_norm(*x, GROUPS, 1e-6, True)
 
     inputs = tuple(plain(arguments()[0]))
     program = torch.export.export(Norm(), inputs).run_decompositions()

@@ -192,15 +192,12 @@ def test_files_that_cannot_be_loaded(tmp_path):
 def test_the_file_can_call_our_operators(tmp_path, monkeypatch):
     """As it does on a GPU: here a CPU decoder is made to call them, and their CPU version answers."""
 
-    def norm(f, y, b, weight, bias, groups, eps, activation, *options):
-        return cuda.spatial_norm(f, y, b, weight, bias, groups, eps, activation == "silu", *options)
-
     def attention(*maps):
         q, k, v = (x.flatten(2).transpose(1, 2).unsqueeze(1) for x in maps)
         return cuda.attention(q, k, v, q.shape[3] ** -0.5).squeeze(1).transpose(1, 2).unflatten(2, maps[0].shape[2:])
 
     decoder = make_decoder(**SMALL)
-    monkeypatch.setattr(layers, "spatial_norm", norm)
+    monkeypatch.setattr(layers, "fused_spatial_norm", cuda.spatial_norm)
     monkeypatch.setattr(layers, "spatial_attention", attention)
     path = export_decoder(decoder, tmp_path / "decoder.pt2", height=(2, 8), width=(2, 8))
     monkeypatch.undo()

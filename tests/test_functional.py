@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from movq_ext import attention, explain, spatial_attention, spatial_norm
 from movq_ext.ops import functional, native
-from movq_ext.ops.functional import add_bias_residual_
+from movq_ext.ops.functional import add_bias_residual_, fused_spatial_norm
+from movq_ext.ops.options import NormOptions
 
 GRIDS = [((8, 8), (8, 8)), ((8, 8), (1, 1)), ((16, 8), (4, 4)), ((7, 9), (3, 4)), ((5, 5), (7, 11)),
          ((1, 1), (1, 1)), ((1, 13), (2, 5)), ((41, 49), (1, 1)), ((9, 27), (3, 9))]  # fmt: skip
@@ -180,19 +181,21 @@ BAD_NORM = {
                     dict(groups=0)),
     "groups": (ValueError, r"groups must be .*, got groups=4 for 6 channels", dict(groups=4)),
     "activation": (ValueError, r"activation must be one of .*, got 'relu'", dict(activation="relu")),
-    "half a latent": (ValueError, r"zq_y and zq_b must be given together", dict(zq_b=None)),
+    "half a latent": (ValueError, r"zq_y and zq_b must be given together or not at all, got only zq_y", dict(zq_b=None)),
     "zq rank": (ValueError, r"zq_y must have 4 dimensions", dict(zq_y=Y[0])),
-    "zq batch": (ValueError, r"zq_y must have f's batch and channels \(2, 6\), got \(1, 6, 4, 4\)", dict(zq_y=Y[:1])),
-    "zq channels": (ValueError, r"zq_b must have f's batch and channels \(2, 6\), got \(2, 5, 4, 4\)", dict(zq_b=B[:, :5])),
-    "zq grids": (ValueError, r"zq_y and zq_b must have one shape", dict(zq_b=B[..., :3])),
+    "zq batch": (ValueError, r"zq_y must have f's batch and channels \(2, 6\), got shape \(1, 6, 4, 4\)", dict(zq_y=Y[:1])),
+    "zq channels": (ValueError, r"zq_b must have f's batch and channels \(2, 6\), got shape \(2, 5, 4, 4\)", dict(zq_b=B[:, :5])),
+    "zq grids": (ValueError, r"zq_y and zq_b must have the same shape, got", dict(zq_b=B[..., :3])),
     "dtypes": (TypeError, r"zq_y must have f's dtype torch.float64, got torch.float32", dict(zq_y=Y.float())),
     "devices": (ValueError, r"zq_b must be on f's device cpu, got meta", dict(zq_b=B.to("meta"))),
     "weight": (ValueError, r"weight must have shape \(6,\), got \(5,\)", dict(weight=WEIGHT[:5])),
     "bias": (ValueError, r"bias must have shape \(6,\), got \(6, 1\)", dict(bias=BIAS[:, None])),
+}  # fmt: skip
+BAD_FUSED_NORM = {
     "f_bias": (ValueError, r"f_bias must have shape \(6,\), got \(5,\)", dict(f_bias=BIAS[:5])),
     "f_bias dtype": (TypeError, r"f_bias must be float32 or have f's dtype torch.float64, got", dict(f_bias=BIAS.half())),
     "f_bias device": (ValueError, r"f_bias must be on f's device cpu, got meta", dict(f_bias=BIAS.to("meta"))),
-    "bordered": (ValueError, r"bordered zq_y must have three rows and columns for each cell of 2 or more of f's .*, got",
+    "bordered": (ValueError, r"bordered zq_y must have three rows and columns for each cell of .* f's \(8, 8\) pixels, got \(2",
                  dict(bordered=True)),
     "gradient": (ValueError, r"weight must not require a gradient: spatial_norm with f_bias records none",
                  dict(f_bias=BIAS, weight=WEIGHT.clone().requires_grad_())),
@@ -205,6 +208,13 @@ def test_spatial_norm_refuses(case):
     arguments = dict(f=F_, zq_y=Y, zq_b=B, weight=WEIGHT, bias=BIAS, groups=GROUPS)
     with pytest.raises(error, match=message):
         spatial_norm(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("case", BAD_FUSED_NORM)
+def test_fused_spatial_norm_refuses(case):
+    error, message, change = BAD_FUSED_NORM[case]
+    with pytest.raises(error, match=message):
+        fused_spatial_norm(F_, Y, B, NormOptions(**{**dict(weight=WEIGHT, bias=BIAS, groups=GROUPS), **change}))
 
 
 Q = torch.randn(2, 4, 3, 3)
@@ -229,7 +239,7 @@ BAD_HEADS = {
     "rank": (ValueError, r"q must have 4 dimensions \(batch, heads, tokens, head size\), got shape \(3, 4, 8\)", (T[0], T, T)),
     "heads": (ValueError, r"k must have q's batch, heads and head size \(2, 3, 4, 8\), got \(2, 2, 4, 8\)", (T, T[:, :2], T)),
     "size": (ValueError, r"v must have q's batch, heads and head size", (T, T, T[..., :4])),
-    "tokens": (ValueError, r"k and v must have the same tokens, got 4 and 2", (T, T, T[:, :, :2])),
+    "tokens": (ValueError, r"k and v must have the same number of tokens, got 4 and 2", (T, T, T[:, :, :2])),
     "empty": (ValueError, r"k must not be empty", (T, T[:, :, :0], T[:, :, :0])),
     "integer": (TypeError, r"q must be floating point, got torch.int64", (T.long(), T, T)),
     "dtype": (TypeError, r"k must have q's dtype torch.float32, got torch.float64", (T, T.double(), T)),
@@ -245,9 +255,9 @@ def test_attention_of_heads_refuses(case):
 
 def test_the_kernels_pixels_are_counted_in_32_bits(monkeypatch):
     monkeypatch.setattr(functional, "device_reason", lambda index: None)
-    reason = functional._reason(torch.empty(1, 1, 2**16, 2**15, device="meta"))
+    reason = functional._why_native(torch.empty(1, 1, 2**16, 2**15, device="meta"))
     assert reason == "the CUDA kernels take at most 2147418111 pixels, got shape (1, 1, 65536, 32768)"
-    assert functional._reason(torch.empty(1, 1, 2**16, 2**15 - 2, device="meta")) is None
+    assert functional._why_native(torch.empty(1, 1, 2**16, 2**15 - 2, device="meta")) is None
 
 
 def test_explain_names_path_and_reason():
@@ -264,7 +274,8 @@ def test_f_bias_is_added_first(dtype, bias_dtype):
     f_bias = torch.linspace(-1, 1, 6, dtype=torch.float64).to(bias_dtype or dtype)
     before = f.clone()
     expected = published.spatial_norm(f.double() + f_bias.double()[:, None, None], *in_double(rest), activation="silu")
-    out = spatial_norm(f, *rest, activation="silu", f_bias=f_bias)
+    *maps, weight, bias, groups = rest
+    out = fused_spatial_norm(f, *maps, NormOptions(weight, bias, groups, activation="silu", f_bias=f_bias))
     assert torch.equal(f, before) and out.dtype == dtype
     assert_close(out, expected, slack=2)
 
@@ -293,7 +304,7 @@ BAD_EPILOGUE = {
     "empty": (ValueError, r"x must not be empty, got shape \(0, 6, 4, 4\)", dict(x=X[:0])),
     "integer": (TypeError, r"x must be floating point, got torch.int64", dict(x=X.long())),
     "strides": (ValueError, r"x must be dense .* got strides \(96, 16, 4, 1\) for shape \(2, 5, 4, 4\)", dict(x=X[:, :5])),
-    "nothing": (ValueError, r"bias or residual must be given", dict(bias=None, residual=None)),
+    "nothing": (ValueError, r"bias or residual must be given, got neither", dict(bias=None, residual=None)),
     "bias shape": (ValueError, r"bias must have shape \(6,\), got \(5,\)", dict(bias=X[0, :5, 0, 0])),
     "bias dtype": (TypeError, r"bias must be float32 or .* got torch.float64", dict(bias=X[0, :, 0, 0].double())),
     "bias device": (ValueError, r"bias must be on x's device cpu, got meta", dict(bias=X[0, :, 0, 0].to("meta"))),

@@ -326,12 +326,12 @@ BLOCKS = {
 @pytest.fixture
 def epilogues(monkeypatch):
     """As if tensors were on a GPU: the (bias, residual) that were added in one pass, and f_bias of every norm."""
-    seen, add, norm = [], fusion.add_bias_residual_, layers.spatial_norm
+    seen, add, norm = [], fusion.add_bias_residual_, layers.fused_spatial_norm
     monkeypatch.setattr(fusion, "runs_kernels", lambda x: True)
     monkeypatch.setattr(
         fusion, "add_bias_residual_", lambda x, bias, residual: (seen.append((bias, residual)), add(x, bias, residual))[1]
     )
-    monkeypatch.setattr(layers, "spatial_norm", lambda *a: (seen.append(a[8]), norm(*a))[1])
+    monkeypatch.setattr(layers, "fused_spatial_norm", lambda *a: (seen.append(a[3].f_bias), norm(*a))[1])
     return seen
 
 

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from ..model.fusion import add_residual, conv_deferring_bias, fold_upsampling, is_plain_conv, is_plain_conv3x3, is_unmodified
 from ..model.modulation import modulate
 from ..ops.cuda import MAX_HEAD_SIZE
-from ..ops.functional import attention, spatial_norm
+from ..ops.functional import attention, fused_spatial_norm
 from ..ops.native import is_inference
+from ..ops.options import NormOptions
 
 NAMES_SHOWN = 3
 PREFIX = "of_diffusers_"
@@ -193,7 +194,7 @@ class GroupNorm(Served):
     def forward(self: Any, input: Tensor) -> Tensor:
         if not _takes(self, input):
             return nn.GroupNorm.forward(self, input)
-        return spatial_norm(input, None, None, self.weight, self.bias, self.num_groups, self.eps)
+        return fused_spatial_norm(input, None, None, NormOptions.of_layer(self))
 
 
 class SpatialNorm(Served):
@@ -217,8 +218,7 @@ class SpatialNorm(Served):
         if getattr(self, "add_conv", False):
             zq = self.conv(F.interpolate(zq, size=f.shape[2:], mode="nearest"))
         y, b = modulate([self], zq)[0]
-        norm = self.norm_layer
-        return spatial_norm(f, y, b, norm.weight, norm.bias, norm.num_groups, norm.eps, activation, f_bias)
+        return fused_spatial_norm(f, y, b, NormOptions.of_layer(self.norm_layer, activation, f_bias))
 
 
 def _is_pointwise(conv: Any) -> bool:
@@ -230,7 +230,7 @@ def _group_norm(
 ) -> Tensor:
     """``act(norm(f + f_bias) * y + b)``."""
     if _is(norm, nn.GroupNorm) and _is(act, nn.SiLU):
-        return spatial_norm(f, y, b, norm.weight, norm.bias, norm.num_groups, norm.eps, "silu", f_bias)
+        return fused_spatial_norm(f, y, b, NormOptions.of_layer(norm, "silu", f_bias))
     out = norm(f)
     return act(out if y is None or b is None else out * y + b)  # type: ignore[no-any-return]
 
@@ -370,7 +370,7 @@ class Attention(Served):
             return _theirs(self).forward(self, x, encoder_hidden_states, attention_mask, **kwargs)  # type: ignore[no-any-return]
         h = x if self.spatial_norm is None else self.spatial_norm(x, kwargs.get("temb"))
         if norm is not None:
-            h = spatial_norm(h, None, None, norm.weight, norm.bias, norm.num_groups, norm.eps)
+            h = fused_spatial_norm(h, None, None, NormOptions.of_layer(norm))
         q, k, v = (part.unsqueeze(1) for part in self.projected(h.flatten(2).transpose(1, 2)))
         out = attention(q, k, v).squeeze(1)
         for layer in self.to_out:

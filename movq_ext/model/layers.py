@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.functional import spatial_attention, spatial_norm
+from ..ops.functional import fused_spatial_norm, spatial_attention
 from ..ops.native import is_inference
+from ..ops.options import NormOptions
 from ..profiling import ComputesOwnLayers
 from .checks import check_batch, check_groups, check_latent
 from .fusion import add_residual, conv_deferring_bias, fold_upsampling, is_plain_conv, is_plain_conv3x3, is_unmodified
@@ -29,7 +30,7 @@ class GroupNorm(nn.GroupNorm):
 
         Raises what `spatial_norm` raises.
         """
-        return spatial_norm(f, None, None, self.weight, self.bias, self.num_groups, self.eps, activation, f_bias)
+        return fused_spatial_norm(f, None, None, NormOptions.of_layer(self, activation, f_bias))
 
 
 class SpatialNorm(nn.Module, ComputesOwnLayers):
@@ -96,8 +97,7 @@ class SpatialNorm(nn.Module, ComputesOwnLayers):
             zq = convolve_cells(self.conv, zq) if bordered else self.conv(F.interpolate(zq, size=f.shape[2:], mode="nearest"))
         y, b = self.modulation(zq)
         if group_norm is not None:
-            weight, bias, groups, eps = group_norm.weight, group_norm.bias, group_norm.num_groups, group_norm.eps
-            return spatial_norm(f, y, b, weight, bias, groups, eps, activation, f_bias, bordered)
+            return fused_spatial_norm(f, y, b, NormOptions.of_layer(group_norm, activation, f_bias, bordered))
         f = f if f_bias is None else f + f_bias[:, None, None]
         y, b = (F.interpolate(x, size=f.shape[-2:], mode="nearest") for x in (y, b))
         out = cast(Tensor, norm(f) * y + b)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.native import is_whole_ratio
+from ..ops.native import is_power_of_two_ratio
 
 MOST_BYTES = 64 << 20  # of one product, where several norms could share it
 
@@ -62,7 +62,8 @@ class Modulations:
 
 def is_convolved_by_cells(zq: Tensor, size: Sequence[int]) -> bool:
     """Whether convolve_cells gives what a convolution of zq resized to this height and width does, in fewer rows."""
-    return all(is_whole_ratio(small, large) and large // small >= 4 for small, large in zip(zq.shape[2:], size, strict=True))
+    sizes = zip(zq.shape[2:], size, strict=True)
+    return all(is_power_of_two_ratio(small, large) and large // small >= 4 for small, large in sizes)
 
 
 def convolve_cells(conv: nn.Conv2d, zq: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .. import profiling
 from ..ops.functional import attention
-from ..ops.native import is_whole_ratio, scale_by_cells
+from ..ops.native import is_power_of_two_ratio, scale_by_cells
 from ..ops.onednn import Convolution
 from .feature_maps import FeatureMap, MapStore, widened
 from .fusion import fold_windows, is_plain_conv, is_plain_conv3x3, is_unmodified
@@ -301,7 +301,7 @@ class Strips:
             return convolved
 
         scales, shifts = combine(*norm.modulation(self.zq))
-        if is_whole_ratio(height, x.height) and is_whole_ratio(width, x.width):
+        if is_power_of_two_ratio(height, x.height) and is_power_of_two_ratio(width, x.width):
             size = x.height // height
 
             def whole(first: int, last: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""The operators on PyTorch's own: on every device and in every dtype, differentiable any number of times."""
+"""The operators in PyTorch's own: for every device and dtype, differentiable any number of times."""
 
 from __future__ import annotations
 
@@ -7,37 +7,37 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .options import NormOptions
 
-def spatial_norm(
-    f: Tensor,
-    zq_y: Tensor | None,
-    zq_b: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    groups: int,
-    eps: float,
-    activation: str | None,
-    f_bias: Tensor | None = None,
-    bordered: bool = False,
-) -> Tensor:
-    if bordered and zq_y is not None and zq_b is not None:
-        zq_y, zq_b = (spread_borders(x, f) for x in (zq_y, zq_b))
-    if f_bias is not None:
-        f = f + f_bias.to(f.dtype)[:, None, None]
-    # torch.group_norm rather than F.group_norm: the latter refuses a single value per group, which has an answer.
-    out = torch.group_norm(_centred(f, groups), groups, weight, bias, eps, torch.backends.cudnn.enabled)
-    inputs = [x for x in (f, zq_y, zq_b, weight, bias) if x is not None]
-    in_place = is_inference(*inputs) and all(x.dtype == out.dtype for x in (out, *inputs[: 3 if zq_y is not None else 1]))
+# Without a fused kernel, scaled_dot_product_attention materialises the scores of all its queries: this bounds them per call.
+MAX_SCORE_ELEMENTS = 4096**2
+
+
+def spatial_norm(f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, options: NormOptions) -> Tensor:
+    """``act(group_norm(f + f_bias) * up(zq_y) + up(zq_b))``."""
+    weight, bias, groups = options.weight, options.bias, options.groups
+    if options.bordered and zq_y is not None and zq_b is not None:
+        zq_y, zq_b = (spread_borders(zq, f) for zq in (zq_y, zq_b))
+    if options.f_bias is not None:
+        f = f + options.f_bias.to(f.dtype)[:, None, None]
+    # torch.group_norm rather than F.group_norm: the latter refuses groups of one value, whose norm is well defined (zero).
+    out = torch.group_norm(_subtract_group_means(f, groups), groups, weight, bias, options.eps, torch.backends.cudnn.enabled)
+    maps = [f] if zq_y is None or zq_b is None else [f, zq_y, zq_b]
+    inputs = [*maps, *(x for x in (weight, bias) if x is not None)]
+    in_place = is_inference(*inputs) and all(x.dtype == out.dtype for x in maps)
     if zq_y is not None and zq_b is not None:
         out = _modulate(out, zq_y, zq_b, in_place)
-    out = F.silu(out, inplace=in_place) if activation == "silu" else out
-    return out.to(f.dtype)  # under autocast it was computed in float32
+    out = F.silu(out, inplace=in_place) if options.activation == "silu" else out
+    return out.to(f.dtype)  # autocast computes it in float32
 
 
-def _centred(f: Tensor, groups: int) -> Tensor:
-    """f, less its groups' means where torch computes variances as E[x^2] - E[x]^2: in channels_last on a CPU. Both have
-    the same norm and gradient: to these a group's mean is a constant."""
-    if forward_ad._current_level >= 0:  # torch's formula for forward mode takes views of it
+def _subtract_group_means(f: Tensor, groups: int) -> Tensor:
+    """Subtract each group's mean where torch would lose accuracy to it, without changing the norm.
+
+    On a CPU in channels_last, torch computes a variance as E[x^2] - E[x]^2, which cancels when the mean is large. The gradient is
+    unchanged too: a norm does not depend on its groups' means, so they count as constants.
+    """
+    if forward_ad._current_level >= 0:  # torch's forward-mode formula takes views of f as contiguous
         return f.contiguous()
     if f.device.type != "cpu" or f.is_contiguous() or f.itemsize < 4 or torch.compiler.is_compiling():
         return f
@@ -47,6 +47,7 @@ def _centred(f: Tensor, groups: int) -> Tensor:
 
 
 def add_bias_residual_(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """``x += bias[:, None, None] + residual``, in place."""
     if residual is not None:
         x.add_(residual)  # first, since it may be x itself
     if bias is not None:
@@ -55,7 +56,10 @@ def add_bias_residual_(x: Tensor, bias: Tensor | None, residual: Tensor | None) 
 
 
 def is_inference(*tensors: Tensor) -> bool:
-    """Whether what was just computed from these plain tensors may be overwritten: nothing records it, eager operators run."""
+    """True if a result computed from these tensors may be modified in place.
+
+    They are plain tensors, operators run eagerly, and neither autograd, forward-mode AD nor a functorch transform records them.
+    """
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
         return False
     if forward_ad._current_level >= 0:
@@ -64,17 +68,46 @@ def is_inference(*tensors: Tensor) -> bool:
 
 
 def _modulate(x: Tensor, y: Tensor, b: Tensor, in_place: bool) -> Tensor:
-    """``x * up(y) + up(b)`` with y and b resized to x's grid by torch's nearest rule."""
+    """``x * up(y) + up(b)``, with y and b resized to x's grid by torch's nearest rule."""
     if not torch.compiler.is_compiling() and all(
-        is_whole_ratio(small, large) for small, large in zip(y.shape[2:], x.shape[2:], strict=True)
+        is_power_of_two_ratio(small, large) for small, large in zip(y.shape[2:], x.shape[2:], strict=True)
     ):
         return scale_by_cells(x, y, b, out=x if in_place else None)
-    y, b = (F.interpolate(map_, size=x.shape[2:], mode="nearest") for map_ in (y, b))
+    y, b = (F.interpolate(zq, size=x.shape[2:], mode="nearest") for zq in (y, b))
     return torch.addcmul(b, x, y, out=x) if in_place else x * y + b
 
 
+def is_power_of_two_ratio(small: int, large: int) -> bool:
+    """True if ``large / small`` is 1, 2, 4, ...: the sizes at which a nearest resize repeats each of `small` cells exactly.
+
+    Other integer ratios are not safe: torch multiplies indices by ``small / large`` in float32, and at a ratio of 41, say, that
+    assigns pixel 41 to cell 0.
+    """
+    ratio, remainder = divmod(large, small)
+    return remainder == 0 and ratio > 0 and ratio & (ratio - 1) == 0
+
+
+def scale_by_cells(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
+    """``x * up(scale) + up(shift)`` where each cell of scale and shift covers an equal block of x.
+
+    Broadcasts each cell over its block instead of materialising the resized maps.
+    """
+    rows, columns = (large // small for small, large in zip(scale.shape[2:], x.shape[2:], strict=True))
+    scale, shift = (cells[:, :, :, None, :, None] for cells in (scale, shift))
+    if out is None:
+        return (_as_blocks(x, rows, columns) * scale + shift).flatten(4, 5).flatten(2, 3)
+    torch.addcmul(shift, _as_blocks(x, rows, columns), scale, out=_as_blocks(out, rows, columns))
+    return out
+
+
+def _as_blocks(x: Tensor, rows: int, columns: int) -> Tensor:
+    """``(B, C, H, W)`` as ``(B, C, H / rows, rows, W / columns, columns)``."""
+    blocks: Tensor = x.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
+    return blocks
+
+
 def is_bordered(zq: Tensor, f: Tensor) -> bool:
-    """Whether zq has three rows and columns for each cell of two or more of f's."""
+    """True if zq has three rows and columns for each cell of at least 2x2 pixels of f."""
     return all(
         small % 3 == 0 and large % (small // 3) == 0 and large // (small // 3) > 1
         for small, large in zip(zq.shape[2:], f.shape[2:], strict=True)
@@ -82,39 +115,22 @@ def is_bordered(zq: Tensor, f: Tensor) -> bool:
 
 
 def spread_borders(zq: Tensor, f: Tensor) -> Tensor:
-    """A bordered zq on f's grid: of each cell's three rows the first, the second as often as needed, the third; and columns."""
+    """Expand a bordered zq to f's grid.
+
+    Of a cell's three rows, the first and the last appear once and the middle one fills the rows between; columns alike.
+    """
     for dim in (2, 3):
-        cell = f.shape[dim] // (zq.shape[dim] // 3)
-        place = torch.arange(f.shape[dim], device=zq.device)
-        within = place % cell
-        zq = zq.index_select(dim, place // cell * 3 + 1 - (within == 0).long() + (within == cell - 1).long())
+        cell_size = f.shape[dim] // (zq.shape[dim] // 3)
+        pixel = torch.arange(f.shape[dim], device=zq.device)
+        cell, offset = pixel // cell_size, pixel % cell_size
+        row_of_cell = 1 - (offset == 0).long() + (offset == cell_size - 1).long()  # 0, 1, ..., 1, 2
+        zq = zq.index_select(dim, 3 * cell + row_of_cell)
     return zq
 
 
-def is_whole_ratio(small: int, large: int) -> bool:
-    """Whether each of `small` cells covers as many of `large`, also by torch's nearest rule, which multiplies in float32."""
-    ratio, rest = divmod(large, small)
-    return rest == 0 and ratio & (ratio - 1) == 0 and ratio > 0
-
-
-def scale_by_cells(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
-    """``x * up(scale) + up(shift)`` where every cell of scale and shift covers a block of x: broadcast, not written out."""
-    rows, columns = (large // small for small, large in zip(scale.shape[2:], x.shape[2:], strict=True))
-    blocks: Tensor = x.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
-    scale, shift = (t[:, :, :, None, :, None] for t in (scale, shift))
-    if out is None:
-        return (blocks * scale + shift).flatten(4, 5).flatten(2, 3)
-    torch.addcmul(shift, blocks, scale, out=out.unflatten(3, (-1, columns)).unflatten(2, (-1, rows)))
-    return out
-
-
-# Where scaled_dot_product_attention has no fused kernel it makes all scores of its queries at once: ask for no more than these.
-MOST_SCORES = 4096**2
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """``(B, heads, tokens, size)`` each."""
-    queries = max(1, MOST_SCORES // max(1, k.shape[2]))
+    """``softmax(scale * q @ k.mT) @ v`` of ``(B, heads, tokens, C)``, with at most MAX_SCORE_ELEMENTS scores per head at once."""
+    queries = max(1, MAX_SCORE_ELEMENTS // max(1, k.shape[2]))
     if torch.compiler.is_compiling() or q.shape[2] <= queries:  # a compiled program may have a symbol for the number of tokens
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     return torch.cat([F.scaled_dot_product_attention(part, k, v, scale=scale) for part in q.split(queries, dim=2)], dim=2)

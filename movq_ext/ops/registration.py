@@ -1,0 +1,152 @@
+"""Implementations of the compiled operators beside the CUDA ones: for CPU tensors, and for tensors that are only shapes.
+
+The CPU ones let a program that was exported with these operators run anywhere. Signatures are the schemas of csrc/bindings.cpp.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import native
+from .options import NormOptions
+
+
+def register_implementations() -> None:
+    """Register them with PyTorch; the extension must be loaded."""
+    for name, cpu, fake in (
+        ("spatial_norm_forward", _spatial_norm_forward_cpu, _spatial_norm_forward_fake),
+        ("spatial_norm_backward", _spatial_norm_backward_cpu, _spatial_norm_backward_fake),
+        ("attention_forward", _attention_forward_cpu, _attention_forward_fake),
+        ("attention_backward", _attention_backward_cpu, _attention_backward_fake),
+        ("add_bias_residual_", _add_bias_residual_cpu, _add_bias_residual_fake),
+    ):
+        torch.library.register_kernel(f"movq_ext::{name}", "cpu", cpu)
+        torch.library.register_fake(f"movq_ext::{name}", fake)
+
+
+# --- Spatial norm
+
+
+def _spatial_norm_forward_cpu(
+    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float,
+    silu: bool, f_bias: Tensor | None = None, bordered: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    out = torch.empty_like(_in_layout_of(f, f))
+    if f_bias is not None:  # added in float32, as the kernels do
+        f = f.float() + f_bias.float()[:, None, None]
+        zq_y, zq_b, weight, bias = (None if x is None else x.float() for x in (zq_y, zq_b, weight, bias))
+    options = NormOptions(weight, bias, groups, eps, "silu" if silu else None, bordered=bordered)
+    out.copy_(native.spatial_norm(f, zq_y, zq_b, options))
+    variance, mean = torch.var_mean(f.float().reshape(f.shape[0], groups, -1), dim=2, correction=0)
+    return out, mean, (variance + eps).rsqrt()
+
+
+def _spatial_norm_backward_cpu(
+    dout: Tensor, f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    mean: Tensor, rstd: Tensor, groups: int, silu: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    batch, channels, *size = f.shape
+
+    def over_map(group_values: Tensor) -> Tensor:  # (B, groups) -> (B, C, 1, 1)
+        return group_values.repeat_interleave(channels // groups, dim=1)[:, :, None, None]
+
+    def group_means(x: Tensor) -> Tensor:
+        return over_map(x.reshape(batch, groups, -1).mean(2))
+
+    # Forward: out = silu(modulated), modulated = affine * y + b, affine = normalised * weight + bias.
+    rstd = over_map(rstd)
+    normalised = (f.float() - over_map(mean)) * rstd
+    affine = normalised if weight is None else normalised * weight.float()[:, None, None]
+    affine = affine if bias is None else affine + bias.float()[:, None, None]
+    y, modulated = None, affine
+    if zq_y is not None and zq_b is not None:
+        y, b = (F.interpolate(zq.float(), size=size, mode="nearest") for zq in (zq_y, zq_b))
+        modulated = affine * y + b
+
+    # Backward, from the output to f.
+    dmodulated = dout.float()
+    if silu:  # silu(u) = u sigmoid(u), silu'(u) = sigmoid(u) (1 + u (1 - sigmoid(u)))
+        gate = torch.sigmoid(modulated)
+        dmodulated = dmodulated * gate * (1 + modulated * (1 - gate))
+    dzq_y, dzq_b = f.new_empty(0), f.new_empty(0)
+    if zq_y is not None:
+        dzq_y, dzq_b = (_sum_cells(dmap, f, zq_y) for dmap in (dmodulated * affine, dmodulated))
+    daffine = dmodulated if y is None else dmodulated * y
+    dweight = f.new_empty(0) if weight is None else (daffine * normalised).sum((0, 2, 3)).to(weight.dtype)
+    dbias = f.new_empty(0) if bias is None else daffine.sum((0, 2, 3)).to(bias.dtype)
+    dnormalised = daffine if weight is None else daffine * weight.float()[:, None, None]
+    df = rstd * (dnormalised - group_means(dnormalised) - normalised * group_means(dnormalised * normalised))
+    return torch.empty_like(_in_layout_of(f, f)).copy_(df), dzq_y, dzq_b, dweight, dbias
+
+
+def _sum_cells(dmap: Tensor, f: Tensor, zq: Tensor) -> Tensor:
+    """Sum a gradient on f's grid over the pixels of each of zq's cells: the gradient of the nearest resize."""
+    sums = torch.ops.aten.upsample_nearest2d_backward(dmap.contiguous(), f.shape[2:], zq.shape)
+    return torch.empty_like(_in_layout_of(f, zq)).copy_(sums)
+
+
+def _in_layout_of(f: Tensor, x: Tensor) -> Tensor:
+    """Return x in the layout that the kernels use for f and the maps with it: f's own if that is dense NCHW or NHWC."""
+    if f.is_contiguous():
+        return x.contiguous()
+    return x.contiguous(memory_format=torch._prims_common.suggest_memory_format(f))
+
+
+def _spatial_norm_forward_fake(
+    f: Tensor, zq_y: Any, zq_b: Any, weight: Any, bias: Any, groups: int, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, rstd = (f.new_empty(f.shape[0], groups, dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(_in_layout_of(f, f)), mean, rstd
+
+
+def _spatial_norm_backward_fake(
+    dout: Tensor, f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, *_: Any
+) -> tuple[Tensor, ...]:
+    maps = [None if x is None else _in_layout_of(f, x) for x in (f, zq_y, zq_b)]
+    return tuple(f.new_empty(0) if x is None else torch.empty_like(x) for x in (*maps, weight, bias))
+
+
+# --- Attention
+
+
+def _attention_forward_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    scores = q.float() @ k.float().mT * scale
+    lse = scores.logsumexp(3)
+    weights = (scores - lse[..., None]).exp()
+    return (weights @ v.float()).to(q.dtype), lse
+
+
+def _attention_backward_cpu(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = q.dtype
+    dout, q, k, v, out = (x.float() for x in (dout, q, k, v, out))
+    weights = (q @ k.mT * scale - lse[..., None]).exp()
+    dweights = dout @ v.mT
+    dscores = weights * (dweights - (dout * out).sum(3, keepdim=True)) * scale
+    return (dscores @ k).to(dtype), (dscores.mT @ q).to(dtype), (weights.mT @ dout).to(dtype)
+
+
+def _attention_forward_fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _attention_backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+# --- The epilogue of a convolution
+
+
+def _add_bias_residual_cpu(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    out = x.float()
+    out = out if bias is None else out + bias.float()[:, None, None]
+    x.copy_(out if residual is None else out + residual.float())
+
+
+def _add_bias_residual_fake(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    """Do nothing: x is modified in place, and its shape stays."""
