@@ -5,7 +5,8 @@ from .deploy.cuda_graph import CUDAGraphDecoder
 from .deploy.export import ExportedDecoder, ExportError, export_decoder, load_exported
 from .deploy.multi_gpu import decode_sharded
 from .diffusers.acceleration import AccelerationReport, accelerate, restore
-from .io.checkpoint import CheckpointError, from_pretrained, save_pretrained
+from .io.tensor_files import CheckpointError
+from .io.weights import from_pretrained, save_pretrained
 from .model.autoencoder import MOVQ
 from .model.decoder import MOVQDecoder
 from .model.encoder import Encoder

@@ -24,12 +24,11 @@ from . import MOVQ, ExportError, build_info, explain, export_decoder, from_pretr
 from .bulk.run import Settings, run_in_process
 from .bulk.shards import Codebook, find_shards
 from .demo import PHOTOS, SMALL_MODEL, round_trip
-from .io.checkpoint import CheckpointError
 from .io.codes import CodeFile, codebook_id, encode_image
-from .io.files import printable, read_json, refusing, require_file
+from .io.files import printable, read_json, require_file, wrap_errors
 from .io.images import find_images, load_image
-from .training import SMALL_MODEL as SMALL_MODEL_CONFIG
-from .training import Trainer, TrainingConfig
+from .io.tensor_files import CheckpointError
+from .training import SMALL_MODEL_CONFIG, Trainer, TrainingConfig
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MOST_THREADS = 1024
@@ -157,7 +156,7 @@ def train(args: argparse.Namespace) -> int:
         torch.manual_seed(config.seed)  # every process starts from the same weights
         if args.config:
             require_file(args.config)
-        with refusing(CheckpointError, f"{args.config} does not hold MOVQ's keywords (ddconfig, n_embed, embed_dim)"):
+        with wrap_errors(CheckpointError, f"{args.config} does not hold MOVQ's keywords (ddconfig, n_embed, embed_dim)"):
             model = MOVQ(**(read_json(args.config) if args.config else SMALL_MODEL_CONFIG))
         device = torch.device(args.device)
         trainer = Trainer(model, args.folder, args.out, config, device, args.checkpoint_activations)

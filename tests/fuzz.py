@@ -29,7 +29,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from movq_ext import MOVQ, CheckpointError, from_pretrained, save_pretrained
-from movq_ext.io import checkpoint
+from movq_ext.io import weights
 from movq_ext.io.codes import FORMAT, CodeFile, CodeFileError
 from movq_ext.io.images import load_image, to_tensor
 
@@ -200,9 +200,9 @@ class Fuzzer:
         """The config beside the weights, changed."""
         text = self.json_text(self.model.config)
         try:
-            save_file(self.state, folder / "model.safetensors", metadata={checkpoint.CONFIG_KEY: text})
+            save_file(self.state, folder / "model.safetensors", metadata={weights.CONFIG_KEY: text})
         except UnicodeEncodeError:
-            save_file(self.state, folder / "model.safetensors", metadata={checkpoint.CONFIG_KEY: ascii(text)})
+            save_file(self.state, folder / "model.safetensors", metadata={weights.CONFIG_KEY: ascii(text)})
         return self.as_checkpoint(folder)
 
     def entries(self, folder):

@@ -25,7 +25,7 @@ from movq_ext.bulk.run import BatchDecoder, Settings, decode_shard, peak_values
 from movq_ext.bulk.shards import Codebook, ParquetShard, Sample, WebDatasetShard, find_shards
 from movq_ext.cli import main, memory_size
 from movq_ext.io.codes import CodeFile, codebook_id, decode_image
-from movq_ext.io.files import remove_partials, replacing
+from movq_ext.io.files import atomic_write, remove_partial_files
 
 DDCONFIG = dict(
     ch=32, out_ch=3, ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=(), in_channels=3, resolution=32, z_channels=4
@@ -278,7 +278,7 @@ def test_bad_samples(folder, tmp_path, monkeypatch):
         ("9", [("npy", good), ("json", b'{"height": true, "width": 8}')], "whole numbers from 1 to 1048576, got True and 8"),
         ("10", [("npy", npy(np.zeros((4, 4))))], "codes must be integers of one or two dimensions, got float64 of shape (4, 4)"),
         ("11", [("npy", good), ("bin", bytes(4001))], "the sample has more than 4000 bytes"),
-        ("../12", [("npy", good)], "names a picture outside the output folder"),
+        ("../12", [("npy", good)], "expected an image name inside the output folder"),
     ]
     files = [(f"{key}.{extension}", data) for key, parts, _ in bad for extension, data in parts]
     source = webdataset(tmp_path / "x.tar", [("0.npy", good), *files, ("13.json", b"[1]"), ("13.npy", good)])
@@ -463,7 +463,7 @@ def test_a_picture_that_is_not_finite(folder, tmp_path):
     source = parquet(tmp_path / "x.parquet", pa.array([[[1, 2]], [[1, 5]], [[2, 1]]]))
     assert call(tmp_path / "broken", source, "-o", tmp_path / "out") == 1
     assert pq.read_table(tmp_path / "out/x.parquet").num_rows == 2
-    assert "NaN or infinite" in lines(tmp_path / "out/x.parquet.rejects.jsonl")[0]["reason"]
+    assert "NaN or infinity" in lines(tmp_path / "out/x.parquet.rejects.jsonl")[0]["reason"]
 
 
 @pytest.mark.parametrize("name", ["x.tar.gz", "part-0"])
@@ -472,7 +472,7 @@ def test_a_file_of_another_kind(folder, tmp_path, name):
     (tmp_path / name).write_bytes(gzip.compress(bytes(10240)))
     assert call(folder, tmp_path / name, "-o", tmp_path / "out") == 2
     (reject,) = lines(tmp_path / f"out/{name}.rejects.jsonl")
-    assert f"{name} is damaged or no file of codes: " in reject["reason"]
+    assert f"{name} is damaged or not a code file: " in reject["reason"]
 
 
 # --- Where shards are
@@ -492,7 +492,7 @@ def test_finding(folder, tmp_path):
     for inputs, out, error, message in [
         ([tmp_path / "missing"], "out", FileNotFoundError, "no such file: .*missing"),
         ([tmp_path / "empty"], "out", ValueError, r"empty holds no shards \(.parquet, .tar, .safetensors\)"),
-        ([tmp_path / "pipe.tar"], "out", OSError, "is no file but a folder, pipe or device"),
+        ([tmp_path / "pipe.tar"], "out", OSError, "expected a regular file, got a folder, pipe or device"),
         ([tmp_path / "in"], "in", ValueError, "the output .* lies in the input"),
         ([tmp_path / "in"], "in/deep/er", ValueError, "the output .* lies in the input"),
         ([tmp_path / "in", tmp_path / "in/a.parquet"], "out", ValueError, "would both be written to .*a.parquet"),
@@ -844,7 +844,7 @@ def test_a_full_disk(decoder, tmp_path, monkeypatch):
         yield path.with_suffix(".partial")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards, "replacing", full)
+    monkeypatch.setattr(shards, "atomic_write", full)
     report = decode_shard(shard, decoder)
     assert "No space left" in report.error and report.decoded == 0 and not shard.target.exists()
 
@@ -852,19 +852,19 @@ def test_a_full_disk(decoder, tmp_path, monkeypatch):
 def test_partial_files_of_the_dead(tmp_path):
     for name in (".x.parquet.12.34.partial", ".y.parquet.12.34.partial", ".x.parquet", "x.parquet.12.34.partial"):
         (tmp_path / name).touch()
-    remove_partials([tmp_path / "x.parquet", tmp_path / "gone/x.parquet"])
+    remove_partial_files([tmp_path / "x.parquet", tmp_path / "gone/x.parquet"])
     assert names(tmp_path) == [".x.parquet", ".y.parquet.12.34.partial", "x.parquet.12.34.partial"]
 
 
 def test_the_longest_names(tmp_path):
     """A file that is being written needs no longer one, and what the dead leave of it is found."""
     path, left = tmp_path / f"{'é' * 125}.png", tmp_path / "left"
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("whole")
         left.hardlink_to(partial)
         name = partial.name
     left.rename(tmp_path / name)
-    remove_partials([path])
+    remove_partial_files([path])
     assert names(tmp_path) == [path.name] and path.read_text() == "whole"
 
 

@@ -112,7 +112,7 @@ def test_wrong_calls(model, tmp_path, capsys):
         (("decode", tmp_path / "missing", "--model", model), "error: no such file: .*missing"),
         (("encode", tmp_path / "missing", "--model", model, "-o", tmp_path / "c"), "error: no such file or folder: .*missing"),
         (("info", "--model", tmp_path / "missing"), "error: no such file or folder: .*missing"),
-        (("train", tmp_path, "-o", tmp_path / "t"), "error: .* holds no pictures"),
+        (("train", tmp_path, "-o", tmp_path / "t"), "error: found no images in "),
         (("train", tmp_path, "--steps", 0), "error: steps must be positive, got 0"),
     ]:
         assert call(*arguments) == 2
@@ -172,9 +172,9 @@ def test_help_says_what_every_training_option_is(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(TrainingConfig):
         flag = "--" + field.name.replace("_", "-")
-        found = re.search(rf"{flag}(?: [A-Z_]+)? ([a-z].{{8,}})", text)
-        assert found, flag
-    assert "--amp bfloat16 autocast" in text and "in which it rises from zero (100)" in text
+        value = "" if isinstance(field.default, bool) else f" {field.name.upper()}"
+        default = "" if isinstance(field.default, bool) else f" ({field.default})"
+        assert f"{flag}{value} {field.metadata['help']}{default}" in text
 
 
 def test_an_interruption_is_no_traceback(monkeypatch, capsys):

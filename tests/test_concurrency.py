@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from movq_ext import MOVQ, annotate, decode_tiled
-from movq_ext.io.files import replacing
+from movq_ext.io.files import atomic_write
 
 THREADS, ROUNDS = 8, 3
 DDCONFIG = dict(
@@ -137,7 +137,7 @@ def test_threads_write_one_file(tmp_path, monkeypatch):
             def work(byte):
                 barrier.wait()
                 for _ in range(20):
-                    with replacing(path) as partial, open(partial, "wb") as file:
+                    with atomic_write(path) as partial, open(partial, "wb") as file:
                         for _ in range(10):
                             file.write(bytes([byte]) * 1000)
                     content = path.read_bytes()

@@ -113,15 +113,15 @@ def test_gradients_match(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"norm_type": "group"}, "norm_type must be 'spatial', got 'group'"),
-    ({"_class_name": "AutoencoderKL"}, "_class_name must be 'VQModel', got 'AutoencoderKL'"),
-    ({"norm_num_groups": 16}, "norm_num_groups must be 32, got 16"),
-    ({"act_fn": "relu"}, "act_fn must be 'silu', got 'relu'"),
-    ({"up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D"]}, "must have the same levels"),
+    ({"norm_type": "group"}, "expected norm_type 'spatial', got 'group'"),
+    ({"_class_name": "AutoencoderKL"}, "expected _class_name 'VQModel', got 'AutoencoderKL'"),
+    ({"norm_num_groups": 16}, "expected norm_num_groups 32, got 16"),
+    ({"act_fn": "relu"}, "expected act_fn 'silu', got 'relu'"),
+    ({"up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D"]}, "expected the same levels"),
     ({"down_block_types": ["DownBlock2D", "DownEncoderBlock2D"]}, "got DownBlock2D"),
-    ({"block_out_channels": [32, 48]}, "block_out_channels must be multiples of the first"),
-    ({"block_out_channels": None}, "is damaged or no config"),
-    ({"num_vq_embeddings": 32}, "1 misshapen: quantize.embedding.weight"),
+    ({"block_out_channels": [32, 48]}, "expected block_out_channels to be multiples of the first"),
+    ({"block_out_channels": None}, "is damaged or not a config"),
+    ({"num_vq_embeddings": 32}, "1 of the wrong shape: quantize.embedding.weight"),
 ])  # fmt: skip
 def test_configs_that_cannot_be_served_are_refused(tmp_path, change, message):
     vq_model().save_pretrained(tmp_path)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from movq_ext.io.files import replacing
+from movq_ext.io.files import atomic_write
 from movq_ext.io.images import find_images, load_image, pad_to_multiple, save_image, to_image, to_tensor
 
 
@@ -20,7 +20,7 @@ def test_pixels_survive_the_round_trip():
 
 def test_what_is_out_of_range_is_clamped_and_nan_is_refused():
     assert np.asarray(to_image(torch.full((3, 1, 1), 7.0))).max() == 255
-    with pytest.raises(ValueError, match="the picture has NaN or infinite values"):
+    with pytest.raises(ValueError, match="expected finite pixel values, got NaN or infinity"):
         to_image(torch.full((3, 1, 1), float("nan")))
 
 
@@ -87,7 +87,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.png"
     save_image(Image.fromarray(pixels()), path)
     before = path.read_bytes()
-    with pytest.raises(RuntimeError), replacing(path) as partial:
+    with pytest.raises(RuntimeError), atomic_write(path) as partial:
         partial.write_bytes(b"half")
         raise RuntimeError
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

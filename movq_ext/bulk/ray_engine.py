@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..io.checkpoint import from_pretrained
+from ..io.weights import from_pretrained
 from .run import BatchDecoder, Report, Settings, Tell, decode_shard
 from .shards import Shard, shard_of
 

@@ -25,9 +25,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..io.checkpoint import from_pretrained
-from ..io.files import printable, remove_partials, replacing
+from ..io.files import atomic_write, printable, remove_partial_files
 from ..io.images import to_image
+from ..io.weights import from_pretrained
 from ..model.decoder import MOVQDecoder
 from ..model.layers import ResnetBlock, Stage
 from .shards import Codebook, PictureError, Sample, Shard
@@ -210,7 +210,7 @@ def decode_shard(shard: Shard, decoder: BatchDecoder, tell: Tell = lambda pictur
             _write_rejects(shard, rejects)  # before the pictures take their name: who finds them knows what is missing
         report.rejected = len(rejects)
         report.reasons = [f"{one['name']}: {one['reason']}" for one in rejects[:SHOWN]]
-        remove_partials(paths)
+        remove_partial_files(paths)
     except (OSError, ValueError) as error:
         report.decoded = 0
         if shard.is_done():  # by another run, which took what this one was writing for what the dead leave behind
@@ -252,7 +252,7 @@ def _write_rejects(shard: Shard, rejects: list[dict[str, str | None]]) -> None:
         shard.rejects.unlink(missing_ok=True)
         return
     shard.rejects.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(shard.rejects) as partial:
+    with atomic_write(shard.rejects) as partial:
         partial.write_text("".join(f"{json.dumps(one)}\n" for one in rejects))
 
 

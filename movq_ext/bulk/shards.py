@@ -31,7 +31,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..io.codes import CodeFile, codebook_id, name_problem
-from ..io.files import parse_json, printable, refusing, replacing, require_file
+from ..io.files import atomic_write, parse_json, printable, require_file, wrap_errors
 from ..model.autoencoder import MOVQ
 
 CODEBOOK_KEY = b"movq_ext.codebook"  # in the metadata of a Parquet file: whose codes these are, if it says so
@@ -199,7 +199,7 @@ class ParquetShard(Shard):
                 for row in range(batch.num_rows):
                     sample = Sample(f"row {count}", rest=rest.slice(row, 1), rest_bytes=rest_bytes)
                     try:
-                        with refusing(ShardError, "the row cannot be read"):
+                        with wrap_errors(ShardError, "the row cannot be read"):
                             values = {name: batch[name][row].as_py() for name in known}
                             if values.get("name") is not None:
                                 sample.name = str(values["name"])
@@ -230,7 +230,7 @@ class ParquetShard(Shard):
                 flush()
 
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.target) as partial:
+        with atomic_write(self.target) as partial:
             with pq.ParquetWriter(partial, whole) as writer:
                 yield write
                 if rows:
@@ -240,7 +240,7 @@ class ParquetShard(Shard):
     def _open(self) -> Iterator[Any]:
         _, pq = _pyarrow()
         require_file(self.source)
-        with refusing(ShardError, f"{self.source} is damaged or no Parquet file"):
+        with wrap_errors(ShardError, f"{self.source} is damaged or no Parquet file"):
             file = pq.ParquetFile(self.source)
         with file:
             columns = file.schema_arrow.names
@@ -259,7 +259,7 @@ class WebDatasetShard(Shard):
 
     def samples(self, codebook: Codebook) -> Iterator[Sample]:
         require_file(self.source)
-        with refusing(ShardError, f"{self.source} is damaged or no tar file (one that is compressed is not read)"):
+        with wrap_errors(ShardError, f"{self.source} is damaged or no tar file (one that is compressed is not read)"):
             tar = tarfile.open(self.source, "r:")
         with tar:
             self._require_whole(tar)
@@ -281,7 +281,7 @@ class WebDatasetShard(Shard):
 
     def _require_whole(self, tar: tarfile.TarFile) -> None:
         """Zeros follow the last member, TAR_END or more, and nothing else: tarfile takes all that it cannot read for the end."""
-        with refusing(ShardError, f"{self.source} is damaged"):
+        with wrap_errors(ShardError, f"{self.source} is damaged"):
             place = -1
             for member in tar:
                 if member.offset <= place:  # a size below zero, which some versions of tarfile follow for ever
@@ -303,11 +303,11 @@ class WebDatasetShard(Shard):
             raise ValueError(problems[0])
         if "npy" not in sample.rest or "png" in sample.rest:
             raise ValueError(f"a sample must have a .npy and no .png, got {printable(str(sorted(sample.rest)), 200)}")
-        with refusing(ShardError, "the .npy cannot be read"):
+        with wrap_errors(ShardError, "the .npy cannot be read"):
             codes = np.load(io.BytesIO(sample.rest.pop("npy")), allow_pickle=False)
         size: tuple[Any, Any] = (None, None)
         if "json" in sample.rest:
-            with refusing(ShardError, "the .json cannot be read"):
+            with wrap_errors(ShardError, "the .json cannot be read"):
                 found = parse_json(sample.rest["json"].decode())
             if isinstance(found, dict):
                 size = found.get("height"), found.get("width")
@@ -316,7 +316,7 @@ class WebDatasetShard(Shard):
     @contextmanager
     def writing(self) -> Iterator[Write]:
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.target) as partial, tarfile.open(partial, "w") as tar:
+        with atomic_write(self.target) as partial, tarfile.open(partial, "w") as tar:
 
             def write(sample: Sample, png: bytes) -> None:
                 for extension, data in {**sample.rest, "png": png}.items():
@@ -344,7 +344,7 @@ class CodeFileShard(Shard):
     def count(self) -> int | None:
         try:
             require_file(self.source)
-            with refusing(ValueError, str(self.source)), safe_open(self.source, framework="pt") as file:
+            with wrap_errors(ValueError, str(self.source)), safe_open(self.source, framework="pt") as file:
                 return len(file.keys())
         except (OSError, ValueError):
             return None
@@ -370,9 +370,9 @@ class CodeFileShard(Shard):
     def writing(self) -> Iterator[Write]:
         def write(sample: Sample, png: bytes) -> None:
             path = self.path_of(sample)
-            with refusing(PictureError, "it cannot be written"):
+            with wrap_errors(PictureError, "it cannot be written"):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with replacing(path) as partial:
+                with atomic_write(path) as partial:
                     partial.write_bytes(png)
 
         yield write
@@ -493,7 +493,7 @@ def _refused(items: Iterable[Any], path: Path) -> Iterator[Any]:
     """items; what a library raises on the way becomes a ShardError."""
     iterator = iter(items)
     while True:
-        with refusing(ShardError, f"{path} is damaged"):
+        with wrap_errors(ShardError, f"{path} is damaged"):
             try:
                 item = next(iterator)
             except StopIteration:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..io.files import replacing
+from ..io.files import atomic_write
 from ..model.autoencoder import MOVQ
 from ..model.decoder import MOVQDecoder
 
@@ -134,7 +134,7 @@ def export_decoder(
                 package = aoti_compile_and_package(program, package_path=f"{folder}/decoder.pt2", inductor_configs=configs)
         except Exception as error:  # whatever the compilers of Python, C++ and CUDA have to say
             raise ExportError(f"PyTorch could not compile the decoder for {device}: {error}") from error
-        with replacing(path) as partial:
+        with atomic_write(path) as partial:
             shutil.copyfile(package, partial)
     return path
 

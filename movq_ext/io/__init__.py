@@ -1,1 +1,1 @@
-"""Files: weights, codes and images, with atomic writes and safe reads."""
+"""Weights, code files and images: atomic writes and safe reads."""

@@ -1,4 +1,4 @@
-"""Writing files so that nobody ever sees half of one, and reading files of which nobody knows where they come from."""
+"""Atomic writes and safe reads of untrusted files."""
 
 from __future__ import annotations
 
@@ -11,94 +11,98 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-MOST_JSON = 1 << 20  # bytes of a config: those of published models have a thousand
-MOST_REASON = 300  # characters of another library's error
-MOST_NAME = 200  # bytes of a name, of the 255 that disks take: a partial file has more in its own
+MAX_JSON_CHARACTERS = 1 << 20  # of a config; published ones have about a thousand
+MAX_REASON_CHARACTERS = 300  # of another library's message, in an error
+MAX_SHOWN_CHARACTERS = 200  # of a value from a file, in an error
+MAX_NAME_BYTES = 200  # file systems allow 255, and a partial file's name is up to 50 longer than the final one
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A name to write to, beside path, which takes path's place at once when the block ends without an error."""
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside path; rename it to path if the block succeeds, delete it otherwise.
+
+    Readers see the old file or the complete new one, also after a crash of the machine.
+    """
     path = Path(path)
-    partial = path.with_name(f".{_short(path.name)}.{os.getpid()}.{threading.get_ident()}.partial")
+    partial = path.with_name(f".{_partial_stem(path.name)}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
         partial.touch()
-        mode = partial.stat().st_mode  # as the umask has it, which cannot be asked without changing it for all threads
+        mode = partial.stat().st_mode  # reading the umask itself would change it for all threads
         yield partial
         with open(partial, "rb") as file:
-            os.fsync(file.fileno())  # else a crash of the machine could leave the name without its contents
-        partial.chmod(mode)  # some writers make files that only their owner can read
+            os.fsync(file.fileno())  # contents before the name: a crash must not leave an empty file under it
+        partial.chmod(mode)  # some libraries create files readable by their owner only
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def remove_partials(paths: Iterable[Path]) -> None:
-    """Remove what ``replacing`` left beside these files in processes that were killed. No other process may be writing them."""
-    names: dict[Path, set[str]] = {}
+def remove_partial_files(paths: Iterable[Path]) -> None:
+    """Delete the partial files that killed processes left beside these paths. No process may be writing to the paths."""
+    stems: dict[Path, set[str]] = {}
     for path in paths:
-        names.setdefault(path.parent, set()).add(_short(path.name))
-    for folder, known in names.items():
+        stems.setdefault(path.parent, set()).add(_partial_stem(path.name))
+    for folder, known in stems.items():
         for partial in folder.glob(".*.partial"):
             if partial.name[1:].rsplit(".", 3)[0] in known:
                 partial.unlink(missing_ok=True)
 
 
-def _short(name: str) -> str:
-    """name, or a fingerprint of one that has more than MOST_NAME bytes."""
+def _partial_stem(name: str) -> str:
+    """Return name, or its hash if it is longer than MAX_NAME_BYTES."""
     encoded = os.fsencode(name)
-    return name if len(encoded) <= MOST_NAME else hashlib.sha256(encoded).hexdigest()
+    return name if len(encoded) <= MAX_NAME_BYTES else hashlib.sha256(encoded).hexdigest()
 
 
 def require_file(path: str | Path) -> None:
-    """Raises FileNotFoundError if there is no such file, OSError if it may not be read, or is a folder, pipe or device."""
+    """Raise FileNotFoundError if path does not exist, and OSError if it is unreadable or not a regular file."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}")
     if not path.is_file():
-        raise OSError(f"{path} is no file but a folder, pipe or device")
+        raise OSError(f"expected a regular file, got a folder, pipe or device: {path}")
     with open(path, "rb"):
         pass
 
 
 @contextmanager
-def refusing(error_class: type[Exception], message: str) -> Iterator[None]:
-    """Around what reads a file that may be bad: an ``error_class`` passes, all others become one, ``message: reason``.
+def wrap_errors(error_class: type[Exception], message: str) -> Iterator[None]:
+    """Turn every exception of the block into an ``error_class`` with ``message`` and the reason.
 
-    Libraries have many words for a bad file: RecursionError, OverflowError, MemoryError, struct.error, zipfile.BadZipFile...
+    Libraries report a damaged file in many ways: RecursionError, OverflowError, MemoryError, struct.error, zipfile.BadZipFile...
     """
     try:
         yield
     except error_class:
         raise
     except Exception as error:
-        raise error_class(f"{message}: {printable(f'{type(error).__name__}: {error}', MOST_REASON)}") from error
+        raise error_class(f"{message}: {printable(f'{type(error).__name__}: {error}', MAX_REASON_CHARACTERS)}") from error
 
 
 def read_json(path: str | Path) -> Any:
-    """What a JSON file of at most MOST_JSON bytes holds. Raises what parse_json does."""
-    with open(path, "rb") as file:
-        return parse_json(file.read(MOST_JSON + 1).decode())
+    """Parse a JSON file. Raises like parse_json, and OSError."""
+    with open(path, encoding="utf-8") as file:
+        return parse_json(file.read(MAX_JSON_CHARACTERS + 1))
 
 
-def parse_json(text: str, most: int = MOST_JSON) -> Any:
-    """What ``text`` says.
+def parse_json(text: str, max_characters: int = MAX_JSON_CHARACTERS) -> Any:
+    """Parse untrusted JSON.
 
-    Raises ValueError for more than ``most`` characters, a name that comes twice or no JSON, RecursionError for deep nesting.
+    Raises ValueError for invalid JSON, more than ``max_characters`` or a repeated key, and RecursionError for deep nesting.
     """
-    if len(text) > most:  # every character may become an object of 50 bytes and more
-        raise ValueError(f"more than {most} characters of JSON")
+    if len(text) > max_characters:  # a character can become an object of more than 50 bytes
+        raise ValueError(f"expected at most {max_characters} characters of JSON, got more")
     return json.loads(text, object_pairs_hook=_without_duplicates)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a name comes twice in one JSON object")
+        raise ValueError("a JSON object has a repeated key")
     return result
 
 
-def printable(text: str, most: int | None = None) -> str:
-    """text without what could act on a terminal or cannot be encoded, cut to about ``most`` characters."""
-    cut = text if most is None or len(text) <= most else f"{text[:most]}..."
+def printable(text: str, max_characters: int | None = None) -> str:
+    """Escape characters that control a terminal or cannot be encoded, and cut text after ``max_characters``."""
+    cut = text if max_characters is None or len(text) <= max_characters else f"{text[:max_characters]}..."
     return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in cut)

@@ -1,0 +1,111 @@
+"""Folders of a diffusers ``VQModel``: published names for its entries, and a config for MOVQ."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..model.layers import NORM_GROUPS
+from .files import read_json, require_file, wrap_errors
+from .original_weights import NOMINAL_RESOLUTION
+from .tensor_files import CheckpointError, format_names, read_tensors
+
+WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+RENAMED = (
+    (".mid_block.attentions.0.", ".mid.attn_1."),
+    (".resnets.", ".block."),
+    (".attentions.", ".attn."),
+    (".conv_shortcut.", ".nin_shortcut."),
+    (".upsamplers.0.", ".upsample."),
+    (".downsamplers.0.", ".downsample."),
+    (".conv_norm_out.", ".norm_out."),
+)
+RENAMED_IN_ATTENTION = {"to_q": "q", "query": "q", "to_k": "k", "key": "k", "to_v": "v", "value": "v", "to_out.0": "proj_out",
+                        "proj_attn": "proj_out", "group_norm": "norm", "spatial_norm": "norm"}  # fmt: skip
+
+
+def read_diffusers_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return (entries under the published names, keyword arguments of MOVQ).
+
+    Raises OSError if a file is missing or cannot be read, and CheckpointError if the folder does not hold a ``VQModel`` with
+    ``norm_type="spatial"``.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise CheckpointError(f"{folder}: expected model.safetensors (from save_pretrained) or config.json (from diffusers)")
+    require_file(path)
+    with wrap_errors(CheckpointError, f"{path} is damaged or not a config of a diffusers VQModel"):
+        keywords = _convert_config(read_json(path), path)
+    weights = next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), None)
+    if weights is None:
+        raise FileNotFoundError(f"no such file: {folder / WEIGHT_FILES[0]} (or .bin)")
+    state, _ = read_tensors(weights)
+    levels = len(keywords["ddconfig"]["ch_mult"])
+    published = {_published_name(name, levels): _as_convolution(name, tensor) for name, tensor in state.items()}
+    if len(published) < len(state):
+        raise CheckpointError(f"{weights} has entries under both the old and the new names of diffusers")
+    return published, keywords
+
+
+def _convert_config(config: Any, path: Path) -> dict[str, Any]:
+    for key, default, expected in (
+        ("_class_name", None, "VQModel"),
+        ("norm_type", "group", "spatial"),
+        ("norm_num_groups", 32, NORM_GROUPS),
+        ("act_fn", "silu", "silu"),
+    ):
+        if config.get(key, default) != expected:
+            raise CheckpointError(f"{path}: expected {key} {expected!r}, got {config.get(key, default)!r}")
+    widths = config["block_out_channels"]
+    attention = _levels_with_attention(config["down_block_types"], "DownEncoderBlock2D", path)
+    decoder_attention = _levels_with_attention(config["up_block_types"], "UpDecoderBlock2D", path)[::-1]
+    if len(attention) != len(widths) or attention != decoder_attention:
+        raise CheckpointError(f"{path}: expected the same levels in block_out_channels, down_block_types and up_block_types")
+    if any(width % widths[0] for width in widths):
+        raise CheckpointError(f"{path}: expected block_out_channels to be multiples of the first, got {widths}")
+    return {
+        "ddconfig": {
+            "ch": widths[0],
+            "out_ch": config["out_channels"],
+            "ch_mult": [width // widths[0] for width in widths],
+            "num_res_blocks": config["layers_per_block"],
+            "attn_resolutions": [NOMINAL_RESOLUTION >> level for level, attends in enumerate(attention) if attends],
+            "in_channels": config["in_channels"],
+            "resolution": NOMINAL_RESOLUTION,
+            "z_channels": config["latent_channels"],
+            "mid_attn": config.get("mid_block_add_attention", True),
+        },
+        "n_embed": config["num_vq_embeddings"],
+        "embed_dim": config.get("vq_embed_dim") or config["latent_channels"],
+    }
+
+
+def _levels_with_attention(blocks: list[str], plain: str, path: Path) -> list[bool]:
+    others = set(blocks) - {plain, f"Attn{plain}"}
+    if others:
+        raise CheckpointError(f"{path}: expected blocks {plain} or Attn{plain}, got {format_names(others)}")
+    return [block != plain for block in blocks]
+
+
+def _published_name(name: str, levels: int) -> str:
+    """Convert a name: with 4 levels, ``decoder.up_blocks.0.resnets.1.conv1.weight`` is ``decoder.up.3.block.1.conv1.weight``."""
+    if up := re.match(r"decoder\.up_blocks\.(\d{1,4})\.", name):
+        # diffusers numbers the decoder's levels in execution order, the published model from the highest resolution.
+        name = f"decoder.up.{levels - 1 - int(up[1])}.{name[up.end() :]}"
+    name = re.sub(r"^encoder\.down_blocks\.", "encoder.down.", name)
+    name = re.sub(r"\.mid_block\.resnets\.(\d{1,4})\.", lambda match: f".mid.block_{int(match[1]) + 1}.", name)
+    for old, new in RENAMED:
+        name = name.replace(old, new)
+    attention = re.match(r"(.*\.attn(?:_1|\.\d+)\.)(to_out\.0|\w+)(\..*)", name)
+    if attention and attention[2] in RENAMED_IN_ATTENTION:
+        name = attention[1] + RENAMED_IN_ATTENTION[attention[2]] + attention[3]
+    return name
+
+
+def _as_convolution(name: str, tensor: Tensor) -> Tensor:
+    """Reshape an attention weight: diffusers stores linear layers, the published model 1x1 convolutions."""
+    linear = re.search(r"\.attentions\.\d+\.(query|key|value|proj_attn|to_[qkv]|to_out\.0)\.weight$", name)
+    return tensor[:, :, None, None] if linear and tensor.dim() == 2 else tensor

@@ -1,0 +1,7 @@
+"""Train a MoVQ autoencoder on a folder of photographs."""
+
+from .config import SMALL_MODEL_CONFIG, TrainingConfig
+from .photographs import Photographs
+from .trainer import Trainer
+
+__all__ = ["SMALL_MODEL_CONFIG", "Photographs", "Trainer", "TrainingConfig"]
