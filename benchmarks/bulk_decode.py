@@ -23,9 +23,10 @@ import pyarrow.parquet as pq
 import torch
 from timing import environment, write
 
+from movq_ext.bulk.batches import Settings
+from movq_ext.bulk.find import find_shards
 from movq_ext.bulk.ray_engine import run_with_ray
-from movq_ext.bulk.run import Settings, run_in_process
-from movq_ext.bulk.shards import find_shards
+from movq_ext.bulk.run import run_in_process
 from movq_ext.demo import SMALL_MODEL
 
 CODES = 16384

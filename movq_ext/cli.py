@@ -21,8 +21,10 @@ import torch
 from tqdm import tqdm
 
 from . import MOVQ, ExportError, build_info, explain, export_decoder, from_pretrained
-from .bulk.run import Settings, run_in_process
-from .bulk.shards import Codebook, find_shards
+from .bulk.batches import Settings
+from .bulk.codebook import Codebook
+from .bulk.find import find_shards
+from .bulk.run import run_in_process
 from .demo import PHOTOS, SMALL_MODEL, round_trip
 from .io.codes import CodeFile, codebook_id, encode_image
 from .io.files import printable, read_json, require_file, wrap_errors
@@ -114,7 +116,7 @@ def decode(args: argparse.Namespace) -> int:
         from .bulk.ray_engine import run_with_ray as run
     else:
         run = run_in_process
-    counts = [shard.count() for shard in waiting[:MOST_COUNTED]]
+    counts = [shard.count_samples() for shard in waiting[:MOST_COUNTED]]
     known = [count for count in counts if count is not None]
     total = sum(known) if len(known) == len(waiting) else None
     reports, start = [], time.monotonic()
@@ -131,7 +133,7 @@ def decode(args: argparse.Namespace) -> int:
     decoded, present, rejected = (
         sum(getattr(report, field) for report in reports) for field in ("decoded", "present", "rejected")
     )
-    rejected += sum(shard.rejected() for shard in set(shards).difference(waiting))  # by an earlier run
+    rejected += sum(shard.count_rejects() for shard in set(shards).difference(waiting))  # by an earlier run
     failed, seconds = sum(bool(report.error) for report in reports), time.monotonic() - start
     print(f"decoded {decoded}, already there {present}, failed {rejected}")
     if len(shards) > 1 or not waiting:

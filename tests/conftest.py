@@ -48,6 +48,10 @@ except ModuleNotFoundError as error:
 if Path(movq_ext.__file__).resolve().is_relative_to(SOURCE / "movq_ext") and not editable():
     pytest.exit("the source folder hides the installed movq_ext: is it on PYTHONPATH?", returncode=4)
 
+from models import SMALL_MOVQ  # noqa: E402  (imports movq_ext, which was not checked before)
+
+from movq_ext.bulk.batches import BatchDecoder, Settings  # noqa: E402
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -56,3 +60,23 @@ def folder(tmp_path_factory):
     for i, size in enumerate([(40, 40), (30, 20), (5, 6)]):  # the last is smaller than a crop
         Image.fromarray(np.stack([np.roll(np.resize(ramp, size), i + c) for c in range(3)], 2)).save(folder / f"{i}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A small MOVQ, saved."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    movq_ext.save_pretrained(movq_ext.MOVQ(**SMALL_MOVQ), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(model_folder):
+    return movq_ext.from_pretrained(model_folder)
+
+
+@pytest.fixture(scope="session")
+def decoder(model_folder):
+    """The BatchDecoder of a small MOVQ on a CPU."""
+    return BatchDecoder(Settings(model_folder, "cpu"))

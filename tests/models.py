@@ -16,6 +16,7 @@ CPU = torch.device("cpu")
 DDCONFIG = dict(ch=32, out_ch=3, ch_mult=[1, 1], num_res_blocks=0, attn_resolutions=[], in_channels=3, resolution=32,
                 z_channels=4, dropout=0.1)  # fmt: skip
 MODEL = dict(ddconfig=DDCONFIG, n_embed=32, embed_dim=4)
+SMALL_MOVQ = dict(ddconfig={**DDCONFIG, "dropout": 0.0}, n_embed=64, embed_dim=4)
 CONFIG = TrainingConfig(steps=12, batch_size=2, crop=8, warmup_steps=2, continuous_steps=4, restart_every=3)
 
 

@@ -1,6 +1,7 @@
-"""Shards through Ray Data: workers that keep the model decode them, on a cluster or on the cores and GPUs of one machine.
+"""Decode shards with Ray Data, on a cluster or on the cores and GPUs of one machine.
 
-A worker that dies is started anew, and its shard is begun again. Paths must mean the same on all machines of a cluster.
+Each worker loads the model once and decodes one shard at a time. Ray replaces a worker that dies and retries its shard. All
+machines of a cluster must see the same files under the same paths.
 """
 
 from __future__ import annotations
@@ -10,104 +11,135 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..io.weights import from_pretrained
-from .run import BatchDecoder, Report, Settings, Tell, decode_shard
-from .shards import Shard, shard_of
+from .batches import BatchDecoder, OnProgress, Settings
+from .find import make_shard
+from .run import Report, decode_shard
+from .shards import Shard
 
 logger = logging.getLogger(__name__)
 
-TRIES = 4  # that a shard has before it is given up: one that kills its worker would else do so for ever
-CORES = 4  # of a worker, if there are as many
+MAX_ATTEMPTS = 4  # at a shard: one that kills its worker would otherwise be retried forever
+CORES_PER_WORKER = 4  # by default, if a machine has as many
 
 
 class Attempts:
-    """A Ray actor that outlives the workers and counts how often they began with a shard. If it dies it counts anew."""
+    """A Ray actor that counts the attempts at each shard. It outlives the workers; if it dies, the count restarts at zero."""
 
     def __init__(self) -> None:
         self.count: Counter[str] = Counter()
 
-    def begin(self, source: str) -> int:
+    def increment(self, source: str) -> int:
+        """Count one more attempt at a shard, and return how many there have been."""
         self.count[source] += 1
         return self.count[source]
 
 
 class Worker:
-    """What runs in every actor of Ray Data: it holds the model, and takes a shard at a time."""
+    """A Ray Data actor that holds the model and decodes one shard per call."""
 
     def __init__(self, settings: Settings, attempts: Any) -> None:
         self.decoder, self.attempts = BatchDecoder(settings), attempts
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        """Decode the one shard of a batch with columns ``source`` and ``target``. Return its report as JSON."""
         import ray
 
         source, target = str(batch["source"][0]), str(batch["target"][0])
-        if ray.get(self.attempts.begin.remote(source)) > TRIES:
-            report = Report(source, error=f"{source}: the workers that decoded it died {TRIES} times")
+        if ray.get(self.attempts.increment.remote(source)) > MAX_ATTEMPTS:
+            report = Report(source, error=f"{source}: the workers that decoded it died {MAX_ATTEMPTS} times")
         else:
-            report = self.decode(shard_of(Path(source), Path(target)))
+            report = self.decode(make_shard(Path(source), Path(target)))
         return {"report": [json.dumps(asdict(report))]}
 
     def decode(self, shard: Shard) -> Report:
+        """Decode a shard; end the process on an error that is not the shard's fault."""
         try:
             return decode_shard(shard, self.decoder)
         except Exception:
-            # Not the shard's fault: the GPU may be of no use to this process any more. Ray starts another one.
-            logger.exception("a worker failed while it decoded %s, and ends", shard.source)
+            # A CUDA error can leave the GPU unusable for the rest of this process. Ray starts another one.
+            logger.exception("worker failed on %s and exits", shard.source)
             logging.shutdown()
             os._exit(1)
 
 
-def run_with_ray(shards: Sequence[Shard], settings: Settings, tell: Tell) -> Iterator[Report]:
-    """Decode shards on the Ray cluster that RAY_ADDRESS or ``ray start`` names, or one of this machine's own.
+@dataclass(frozen=True)
+class WorkerPlan:
+    """How many workers to start, each with this many cores and, if there are any, a GPU."""
 
-    There is a worker for every GPU or, without, for every ``settings.threads`` cores. ``tell`` hears of every shard's pictures.
+    workers: int
+    cores: int
+    with_gpu: bool
+
+
+def run_with_ray(shards: Sequence[Shard], settings: Settings, on_progress: OnProgress) -> Iterator[Report]:
+    """Decode shards on the Ray cluster of ``RAY_ADDRESS`` or ``ray start``, or else on a local one that ends with the run.
+
+    Starts one worker per GPU or, without GPUs, one per ``settings.threads`` cores. Yields reports as shards finish.
     """
     try:
         import ray.data
     except ImportError as error:
-        raise ValueError("workers need Ray Data: pip install 'movq_ext[ray]'") from error
+        raise ValueError("several workers need Ray Data: pip install 'movq_ext[ray]'") from error
 
-    from_pretrained(settings.model)  # what may be wrong with it is said here, and not by every worker
-    ours = not ray.is_initialized()
-    if ours:
+    from_pretrained(settings.model)  # report a bad model here, once, rather than from every worker
+    start_ray = not ray.is_initialized()
+    if start_ray:
         ray.init(logging_level=logging.WARNING, include_dashboard=False)
     try:
-        yield from _run(ray, shards, settings, tell)
+        yield from _run_on_cluster(ray, shards, settings, on_progress)
     finally:
-        if ours:
+        if start_ray:
             ray.shutdown()
 
 
-def _run(ray: Any, shards: Sequence[Shard], settings: Settings, tell: Tell) -> Iterator[Report]:
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+def plan_workers(nodes: Sequence[dict[str, float]], settings: Settings, shards: int) -> WorkerPlan:
+    """Divide a cluster among workers.
+
+    Args:
+        nodes: the resources of each machine, as Ray names them: ``{"CPU": 8.0, "GPU": 1.0}``.
+        settings: its device and threads limit the workers.
+        shards: the largest useful number of workers.
+
+    Raises:
+        ValueError: the settings ask for a GPU that the cluster does not have.
+    """
     gpus = 0 if settings.device == "cpu" else int(sum(node.get("GPU", 0) for node in nodes))
     if settings.device is not None and settings.device != "cpu" and not gpus:
-        raise ValueError(f"device must be one that Ray's cluster has, got {settings.device!r} and a cluster without GPUs")
-    # A worker's cores are those of one machine.
-    most = [int(node.get("CPU", 0) // max(1, node.get("GPU", 0))) for node in nodes if not gpus or node.get("GPU", 0)]
-    cores = min(settings.threads or CORES, max(1, min(most) if gpus else max(most)))
-    workers = min(len(shards), gpus or max(1, sum(cpus // cores for cpus in most)))
-    logger.info("%d workers with %d cores%s", workers, cores, " and a GPU each" if gpus else "")
+        raise ValueError(f"expected a device of the Ray cluster, got {settings.device!r} on a cluster without GPUs")
+    wanted = settings.threads or CORES_PER_WORKER
+    if gpus:  # the machine with the fewest cores per GPU decides, as all workers are alike
+        fewest = min(int(node.get("CPU", 0) // max(1, node["GPU"])) for node in nodes if node.get("GPU", 0))
+        return WorkerPlan(min(shards, gpus), min(wanted, max(1, fewest)), with_gpu=True)
+    node_cores = [int(node.get("CPU", 0)) for node in nodes]
+    cores = min(wanted, max(1, *node_cores))  # a worker runs on one machine
+    return WorkerPlan(min(shards, max(1, sum(count // cores for count in node_cores))), cores, with_gpu=False)
 
-    ray.data.DataContext.get_current().enable_progress_bars = False  # whoever called has one
+
+def _run_on_cluster(ray: Any, shards: Sequence[Shard], settings: Settings, on_progress: OnProgress) -> Iterator[Report]:
+    plan = plan_workers([node["Resources"] for node in ray.nodes() if node["Alive"]], settings, len(shards))
+    logger.info("%d workers with %d cores%s", plan.workers, plan.cores, " and a GPU each" if plan.with_gpu else "")
+
+    ray.data.DataContext.get_current().enable_progress_bars = False  # the caller shows its own
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     attempts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Attempts).remote()
-    # Workers have another working directory.
-    settings = replace(settings, model=settings.model.resolve(), device="cuda" if gpus else "cpu", threads=cores)
+    device = "cuda" if plan.with_gpu else "cpu"
+    # Paths are made absolute: workers have another working directory.
+    settings = replace(settings, model=settings.model.resolve(), device=device, threads=plan.cores)
     rows = [{"source": str(shard.source.resolve()), "target": str(shard.target.resolve())} for shard in shards]
     reports = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Worker,
         fn_constructor_args=[settings, attempts],
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
-        num_cpus=cores,
-        num_gpus=1 if gpus else None,
+        compute=ray.data.ActorPoolStrategy(size=plan.workers, max_tasks_in_flight_per_actor=1),
+        num_cpus=plan.cores,
+        num_gpus=1 if plan.with_gpu else None,
     )
     for row in reports.iter_rows():
         report = Report(**json.loads(row["report"]))
-        tell(report.decoded + report.present + report.rejected)
+        on_progress(report.decoded + report.present + report.rejected)
         yield report

@@ -1,0 +1,88 @@
+"""The codebook that codes refer to, and the check that codes fit it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..io.codes import codebook_id
+from ..io.files import printable
+from ..model.autoencoder import MOVQ
+
+MAX_SIDE_PIXELS = 1 << 20
+MAX_IMAGE_PIXELS = 1 << 28  # a small file can claim a huge image
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """The properties of a model's codebook that files of codes depend on.
+
+    Args:
+        fingerprint: hash of the codebook's vectors.
+        size: number of codes.
+        cell: pixels per code along each side.
+    """
+
+    fingerprint: str
+    size: int
+    cell: int
+
+    @classmethod
+    def of(cls, model: MOVQ) -> Codebook:
+        """Return the codebook of a model."""
+        return cls(codebook_id(model), model.quantize.re_embed, model.downsampling)
+
+    def require(self, fingerprint: str, path: Path) -> None:
+        """Raise ValueError if the codes in path belong to another codebook."""
+        if fingerprint != self.fingerprint:
+            raise ValueError(f"{path} was made with codebook {fingerprint}, but the model has {self.fingerprint}")
+
+    def to_grid(self, codes: Any, size: tuple[Any, Any] = (None, None)) -> tuple[Tensor, tuple[int, int]]:
+        """Check codes from a file.
+
+        Args:
+            codes: integer array ``(h, w)`` or ``(h * w,)``; anything else is an error.
+            size: (height, width) of the image in pixels. If both are None, the image covers the whole grid, and 1-D codes form
+                a square.
+
+        Returns:
+            Codes ``(h, w)`` int64, and the image's (height, width) in pixels.
+
+        Raises:
+            ValueError: codes are not integers, are not in the codebook or do not match the size.
+        """
+        if not isinstance(codes, np.ndarray) or codes.dtype.kind not in "iu" or codes.ndim not in (1, 2) or not codes.size:
+            found = f"{codes.dtype} of shape {codes.shape}" if isinstance(codes, np.ndarray) else "none"
+            raise ValueError(f"codes must be integers of one or two dimensions, got {found}")
+        height, width = self._size_of(codes) if size[0] is None and size[1] is None else _check_sides(size)
+        if height * width > MAX_IMAGE_PIXELS:
+            raise ValueError(f"expected an image of at most {MAX_IMAGE_PIXELS} pixels, got {height} x {width} (height x width)")
+        rows, columns = -(-height // self.cell), -(-width // self.cell)
+        if codes.shape not in ((rows, columns), (rows * columns,)):
+            expected = f"expected {rows} x {columns} codes for an image of {height} x {width} pixels (height x width)"
+            raise ValueError(f"{expected}, got shape {codes.shape}")
+        low, high = int(codes.min()), int(codes.max())
+        if low < 0 or high >= self.size:
+            raise ValueError(f"codes must be in [0, {self.size}), got values from {low} to {high}")
+        return torch.from_numpy(codes.astype(np.int64)).view(rows, columns), (height, width)
+
+    def _size_of(self, codes: np.ndarray) -> tuple[int, int]:
+        """Return (height, width) in pixels of the whole grid."""
+        side = math.isqrt(codes.size)
+        if codes.ndim == 1 and side * side != codes.size:
+            raise ValueError(f"1-D codes without height and width must form a square, got {codes.size} codes")
+        rows, columns = (side, side) if codes.ndim == 1 else codes.shape
+        return rows * self.cell, columns * self.cell
+
+
+def _check_sides(size: tuple[Any, Any]) -> tuple[int, int]:
+    if not all(type(pixels) is int and 0 < pixels <= MAX_SIDE_PIXELS for pixels in size):
+        found = printable(f"{size[0]!r} and {size[1]!r}", 100)
+        raise ValueError(f"height and width must be integers from 1 to {MAX_SIDE_PIXELS}, got {found}")
+    return size

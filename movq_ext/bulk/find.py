@@ -1,0 +1,88 @@
+"""Find the shards in files and folders, and decide where their images go."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from ..io.files import require_file
+from .code_files import CodeFileShard
+from .parquet import ParquetShard
+from .shards import Shard
+from .webdataset import WebDatasetShard
+
+SHARD_FORMATS: dict[str, type[Shard]] = {shard.suffix: shard for shard in (ParquetShard, WebDatasetShard, CodeFileShard)}
+
+
+def make_shard(source: Path, target: Path) -> Shard:
+    """Return the shard of a source. The suffix decides on the format; an unknown suffix means a code file."""
+    return SHARD_FORMATS.get(source.suffix.lower(), CodeFileShard)(source, target)
+
+
+def find_shards(inputs: Iterable[Path], out: Path) -> list[Shard]:
+    """Return the shards among files and folders.
+
+    Folders are searched recursively, except for links to folders and names that start with ``.`` or ``_``. The output has the
+    same structure as the folder. A code file that is given by its path is decoded straight to ``out``.
+
+    Args:
+        inputs: files and folders.
+        out: output folder.
+
+    Returns:
+        The shards, in the order of inputs and sorted within a folder.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        OSError: a folder cannot be read, or a path is neither a file nor a folder.
+        ValueError: a folder has no shards, two outputs or an input and an output coincide, or one output is inside another.
+    """
+    shards: dict[Path, Shard] = {}
+    for path in inputs:
+        for source, target in _search_folder(path, out) if path.is_dir() else [_locate_file(path, out)]:
+            if target.resolve() == source.resolve():
+                raise ValueError(f"{source} would be overwritten by its own images: choose an output other than {out}")
+            if target in shards:
+                both = f"{shards[target].source} and {source}"
+                raise ValueError(f"{both} would both be written to {target}: pass their folder, or decode each to its own output")
+            shards[target] = make_shard(source, target)
+    _require_separate_folders(shards)
+    return list(shards.values())
+
+
+def _locate_file(path: Path, out: Path) -> tuple[Path, Path]:
+    """Return (source, target) of a file that was given by its path."""
+    require_file(path)
+    return path, out if isinstance(make_shard(path, out), CodeFileShard) else out / path.name
+
+
+def _search_folder(folder: Path, out: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield (source, target) of every shard in a folder."""
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"output {out} is inside input {folder}: the next run would read the images as codes")
+    files = sorted(file for file in _visible_files(folder) if file.suffix.lower() in SHARD_FORMATS)
+    if not files:
+        raise ValueError(f"{folder} has no shards ({', '.join(SHARD_FORMATS)})")
+    for file in files:
+        yield file, out / SHARD_FORMATS[file.suffix.lower()].target_of(file.relative_to(folder))
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
+    """Yield the files in a folder, recursively, without hidden ones. Raises OSError if a folder cannot be read."""
+
+    def raise_error(error: OSError) -> None:
+        raise error
+
+    for parent, folders, files in os.walk(folder, onerror=raise_error):
+        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
+        yield from (Path(parent, name) for name in files if not name.startswith((".", "_")))
+
+
+def _require_separate_folders(shards: dict[Path, Shard]) -> None:
+    """Raise ValueError if a code file's folder of images is inside another's: two images could have the same path."""
+    folders = {target: shard.source for target, shard in shards.items() if isinstance(shard, CodeFileShard)}
+    for target, source in folders.items():
+        if (outer := next((parent for parent in target.parents if parent in folders), None)) is not None:
+            problem = f"{source} would be written to {target}, among the images of {folders[outer]}"
+            raise ValueError(f"{problem}: decode each to its own output")

@@ -1,0 +1,133 @@
+"""Parquet shards: one row per image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from ..io.files import atomic_write, printable, require_file, wrap_errors
+from .codebook import Codebook
+from .shards import Sample, Shard, ShardError, WriteImage, guarded
+
+CODEBOOK_KEY = b"movq_ext.codebook"  # optional file metadata: the fingerprint of the codebook
+KNOWN_COLUMNS = ("name", "height", "width")  # the columns, besides the codes, that are interpreted
+BATCH_ROWS = 256  # rows per read, and at most per row group written
+ROW_GROUP_BYTES = 32 << 20  # a row group is written once its images reach this size
+
+
+class ParquetShard(Shard):
+    """A Parquet file of rows with codes, decoded to a Parquet file of rows with images."""
+
+    suffix = ".parquet"
+
+    def count_samples(self) -> int | None:
+        try:
+            with self._open() as file:
+                return int(file.metadata.num_rows)
+        except (OSError, ValueError):  # samples() reports it
+            return None
+
+    def count_images(self) -> int:
+        return int(_import_pyarrow()[1].read_metadata(self.target).num_rows)
+
+    def samples(self, codebook: Codebook) -> Iterator[Sample]:
+        with self._open() as file:
+            metadata = file.schema_arrow.metadata or {}
+            if CODEBOOK_KEY in metadata:
+                codebook.require(metadata[CODEBOOK_KEY].decode(errors="replace"), self.source)
+            index = 0
+            for batch in guarded(file.iter_batches(BATCH_ROWS), self.source):
+                columns = {name: batch[name] for name in ("codes", *KNOWN_COLUMNS) if name in batch.schema.names}
+                others = batch.drop_columns(["codes"])
+                row_bytes = others.nbytes // max(1, batch.num_rows)
+                for row in range(batch.num_rows):
+                    sample = Sample(f"row {index}", payload=others.slice(row, 1), payload_bytes=row_bytes)
+                    _parse_row(columns, row, sample, codebook)
+                    yield sample
+                    index += 1
+
+    @contextmanager
+    def open_writer(self) -> Iterator[WriteImage]:
+        pa, pq = _import_pyarrow()
+        with self._open() as file:
+            schema = file.schema_arrow
+        schema = schema.remove(schema.get_field_index("codes"))
+        image_field = pa.field("image", pa.binary())
+        others: list[Any] = []  # the other columns of the buffered images
+        pngs: list[bytes] = []
+
+        def flush() -> None:
+            table = pa.Table.from_batches(others, schema)
+            writer.write_table(table.append_column(image_field, pa.array(pngs, pa.binary())))
+            others.clear()
+            pngs.clear()
+
+        def write(sample: Sample, png: bytes) -> None:
+            others.append(sample.payload)
+            pngs.append(png)
+            if len(pngs) >= BATCH_ROWS or sum(map(len, pngs)) >= ROW_GROUP_BYTES:
+                flush()
+
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(self.target) as partial, pq.ParquetWriter(partial, schema.append(image_field)) as writer:
+            yield write
+            if pngs:
+                flush()
+
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        _, pq = _import_pyarrow()
+        require_file(self.source)
+        with wrap_errors(ShardError, f"{self.source} is damaged or not a Parquet file"):
+            file = pq.ParquetFile(self.source)
+        with file:
+            columns = file.schema_arrow.names
+            if "codes" not in columns or "image" in columns or len(set(columns)) != len(columns):
+                expected = "must have a column 'codes', no column 'image' and no repeated column"
+                raise ShardError(f"{self.source} {expected}, got {printable(str(columns), 200)}")
+            yield file
+
+
+def _parse_row(columns: dict[str, Any], row: int, sample: Sample, codebook: Codebook) -> None:
+    """Fill in the sample's name, codes and size, or its problem."""
+    try:
+        with wrap_errors(ShardError, "the row cannot be read"):
+            values = {name: columns[name][row].as_py() for name in KNOWN_COLUMNS if name in columns}
+            if values.get("name") is not None:
+                sample.name = str(values["name"])
+            codes = _to_array(columns["codes"][row])
+        sample.codes, sample.size = codebook.to_grid(codes, (values.get("height"), values.get("width")))
+    except ValueError as error:
+        sample.problem = str(error)
+
+
+def _to_array(scalar: Any) -> np.ndarray | None:
+    """Convert a Parquet list of integers, list of rows or tensor to an array, and null to None."""
+    pa, _ = _import_pyarrow()
+    if not scalar.is_valid:
+        return None
+    if hasattr(scalar, "to_numpy"):  # an Arrow tensor
+        return np.asarray(scalar.to_numpy())
+    values = getattr(getattr(scalar, "value", scalar), "values", None)  # extension types, such as Ray's tensor, have .value
+    if not isinstance(values, pa.Array):
+        raise ShardError(f"codes must be a list of integers, got {printable(str(scalar.type), 100)}")
+    nested = hasattr(values.type, "value_type")
+    rows = [row.values for row in values] if nested else [values]
+    if any(row is None or row.null_count for row in rows):
+        raise ShardError("codes must not contain nulls")
+    if len({len(row) for row in rows}) > 1:
+        raise ShardError("codes must have rows of equal length")
+    return np.array([np.asarray(row) for row in rows]) if nested else np.asarray(values)
+
+
+def _import_pyarrow() -> tuple[Any, Any]:
+    """Import (pyarrow, pyarrow.parquet)."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ShardError("Parquet files need pyarrow: pip install 'movq_ext[parquet]'") from error
+    return pyarrow, pyarrow.parquet

@@ -1,0 +1,183 @@
+"""Decoding of whole shards, by runs that are interrupted, repeated or concurrent."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from shard_files import (
+    CODES,
+    GRIDS,
+    MANY_ROWS,
+    MANY_SHARDS,
+    assert_every_image_once,
+    file_names,
+    modification_times,
+    npy_bytes,
+    read_rejects,
+    run_decode,
+    size_columns,
+    start_decode,
+    wait_for_first_shard,
+    write_code_file,
+    write_many_shards,
+    write_parquet,
+    write_tar,
+)
+
+from movq_ext.bulk import parquet, run
+from movq_ext.bulk.batches import BatchDecoder, Settings
+from movq_ext.bulk.parquet import ParquetShard
+from movq_ext.bulk.run import decode_shard
+from movq_ext.bulk.shards import Sample
+from movq_ext.bulk.webdataset import WebDatasetShard
+
+
+def test_chunks(monkeypatch):
+    """Every sample is in one chunk; chunks are bounded in bytes and in samples."""
+    monkeypatch.setattr(run, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(run, "MAX_CHUNK_SAMPLES", 3)
+    sizes = [(8, 8), (7, 5), (8, 8), (0, 0), (0, 0), (0, 0), (10, 10), (1, 1)]
+    samples = [Sample(str(i), size=size) for i, size in enumerate(sizes)] + [Sample("8", payload_bytes=297), Sample("9")]
+    found = [[sample.name for sample in chunk] for chunk in run._chunks(samples)]
+    assert found == [["0", "1", "2"], ["3", "4", "5"], ["6"], ["7", "8"], ["9"]]
+
+
+def test_a_second_run_decodes_only_what_is_missing(model, model_folder, tmp_path, capsys):
+    for i in range(3):
+        write_parquet(tmp_path / f"in/{i}.parquet", **size_columns())
+    write_code_file(model, tmp_path / "in/3.safetensors", [("bad", torch.full((1, 1), CODES), (2, 2))])
+    assert run_decode(model_folder, tmp_path / "in", "-o", tmp_path / "out") == 1
+    before = modification_times(tmp_path / "out")
+    (tmp_path / "out/1.parquet").unlink()
+    (tmp_path / "out/3/4.png").unlink()
+    capsys.readouterr()
+    assert run_decode(model_folder, tmp_path / "in", "-o", tmp_path / "out") == 1
+    assert "decoded 7, already there 5, failed 1\nshards: done 2, already there 2, failed 0" in capsys.readouterr().out
+    after = modification_times(tmp_path / "out")
+    changed = {path.name for path in before if before[path] != after[path]}
+    assert set(after) == set(before) and changed == {"1.parquet", "4.png", "3.safetensors.rejects.jsonl"}
+
+
+def test_a_second_run_reports_the_rejects_of_the_first(model_folder, tmp_path, capsys):
+    """The first may have been killed before it reported them."""
+    write_parquet(tmp_path / "in/x.parquet", pa.array([[1], [CODES], [-1]]))
+    for expected in ("decoded 1, already there 0, failed 2", "decoded 0, already there 0, failed 2"):
+        assert run_decode(model_folder, tmp_path / "in", "-o", tmp_path / "out") == 1
+        captured = capsys.readouterr().out
+        assert expected in captured and "rejects.jsonl" in captured
+
+
+def test_a_single_finished_shard(model_folder, tmp_path, capsys):
+    for _ in range(2):
+        assert run_decode(model_folder, write_parquet(tmp_path / "x.parquet"), "-o", tmp_path / "out") == 0
+    assert "decoded 0, already there 0, failed 0\nshards: done 0, already there 1, failed 0" in capsys.readouterr().out
+
+
+def test_a_folder_at_the_path_of_the_output(model_folder, tmp_path, capsys):
+    """It does not count as a finished shard."""
+    source = write_parquet(tmp_path / "x.parquet")
+    (tmp_path / "out/x.parquet").mkdir(parents=True)
+    assert run_decode(model_folder, source, "-o", tmp_path / "out") == 2
+    assert f"Is a directory: '{tmp_path}/out" in capsys.readouterr().err.replace("' -> '", "Is a directory: '")
+
+
+@pytest.mark.parametrize("kind", [ParquetShard, WebDatasetShard])
+def test_two_runs_at_once(model_folder, decoder, tmp_path, monkeypatch, kind):
+    """The run that finishes first removes the other's partial file as stale. Its images and rejects stay."""
+    if kind is ParquetShard:
+        source = write_parquet(tmp_path / "x.parquet", pa.array([[1], [CODES], [2]]))
+    else:
+        source = write_tar(tmp_path / "x.tar", [(f"{i}.npy", npy_bytes(np.array([i]))) for i in (1, CODES, 2)])
+    shard, real, other = kind(source, tmp_path / "out" / source.name), decoder.decode, []
+
+    def decode(codes):
+        if not other:
+            with ThreadPoolExecutor(1) as thread:
+                other.append(thread.submit(decode_shard, shard, BatchDecoder(Settings(model_folder, "cpu"))).result())
+                other.append((modification_times(tmp_path / "out"), read_rejects(shard.rejects_path)))
+        return real(codes)
+
+    monkeypatch.setattr(decoder, "decode", decode)
+    report = decode_shard(shard, decoder)
+    assert (other[0].decoded, other[0].rejected) == (2, 1)
+    assert (report.decoded, report.present, report.rejected, report.error) == (0, 2, 1, "")
+    assert shard.target in other[1][0] and read_rejects(shard.rejects_path) == other[1][1]
+    assert file_names(tmp_path / "out") == [source.name, f"{source.name}.rejects.jsonl"]
+
+
+@pytest.mark.parametrize("kind", [ParquetShard, WebDatasetShard])
+def test_shards_are_written_atomically(decoder, tmp_path, monkeypatch, kind):
+    """An exception leaves no file behind, and the rejects are written before the images appear."""
+    if kind is ParquetShard:
+        source = write_parquet(tmp_path / "in/x.parquet", **size_columns())
+    else:
+        files = [(f"{i}.npy", npy_bytes(GRIDS[i])) for i in range(4)]
+        source = write_tar(tmp_path / "in/x.tar", [*files, ("5.txt", b"")])
+    shard, seen = kind(source, tmp_path / "out" / source.name), []
+    real = decoder.decode
+
+    def decode(codes):
+        seen.append(sorted(path.name for path in (tmp_path / "out").iterdir()))
+        if len(seen) == 3:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return real(codes)
+
+    monkeypatch.setattr(decoder, "decode", decode)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        decode_shard(shard, decoder)
+    assert all(len(files) == 1 and files[0].endswith(".partial") for files in seen) and file_names(tmp_path / "out") == []
+    monkeypatch.setattr(os, "replace", lambda *paths: seen.append(file_names(tmp_path / "out")) or os.rename(*paths))
+    report = decode_shard(shard, decoder)
+    assert report.decoded == (6 if kind is ParquetShard else 4) and file_names(tmp_path / "out")[0] == source.name
+    if kind is WebDatasetShard:
+        assert f"{source.name}.rejects.jsonl" in seen[-1] and source.name not in seen[-1]
+
+
+@pytest.mark.parametrize("kind", [ParquetShard, WebDatasetShard])
+def test_a_finished_shard_is_counted_but_not_decoded(decoder, tmp_path, kind):
+    """A worker can die after it finished a shard and before it reported."""
+    if kind is ParquetShard:
+        source = write_parquet(tmp_path / "x.parquet", pa.array([[1], [CODES], [2, 3]]))
+    else:
+        codes = [np.array([1]), np.array([CODES]), np.array([2, 3])]
+        source = write_tar(tmp_path / "x.tar", [(f"{i}.npy", npy_bytes(array)) for i, array in enumerate(codes)])
+    shard, progress = kind(source, tmp_path / "out" / source.name), []
+    first = decode_shard(shard, decoder)
+    before = modification_times(tmp_path / "out")
+    second = decode_shard(shard, decoder, progress.append)
+    assert (first.decoded, first.present, first.rejected) == (1, 0, 2)
+    assert (second.decoded, second.present, second.rejected) == (0, 1, 2)
+    assert before == modification_times(tmp_path / "out") and sum(progress) == 3
+
+
+def test_a_full_disk(decoder, tmp_path, monkeypatch):
+    shard = ParquetShard(write_parquet(tmp_path / "x.parquet", **size_columns()), tmp_path / "out/x.parquet")
+
+    @contextmanager
+    def disk_full(path):
+        yield path.with_suffix(".partial")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(parquet, "atomic_write", disk_full)
+    report = decode_shard(shard, decoder)
+    assert "No space left" in report.error and report.decoded == 0 and not shard.target.exists()
+
+
+def test_a_killed_run_can_be_restarted(model_folder, tmp_path):
+    source, out = write_many_shards(tmp_path / "in"), tmp_path / "out"
+    process = start_decode(model_folder, source, out, "--engine", "process")
+    wait_for_first_shard(process, out)
+    process.kill()
+    process.wait()
+    before = modification_times(out)
+    assert not all((out / f"{i}.parquet").exists() for i in range(MANY_SHARDS))
+    for path in out.glob("*.parquet"):
+        assert pq.read_table(path).num_rows == MANY_ROWS
+    assert run_decode(model_folder, source, "-o", out) == 0
+    assert_every_image_once(out)
+    assert all(path.stat().st_mtime_ns == before[path] for path in before if path.suffix == ".parquet")

@@ -1,0 +1,43 @@
+"""Options of the decode command."""
+
+import pytest
+from shard_files import run_decode, size_columns, write_parquet
+
+from movq_ext import cli
+from movq_ext.bulk import ray_engine, run
+from movq_ext.cli import main, memory_size
+
+
+@pytest.mark.parametrize(
+    "text, size", [("7", 7), ("500M", 500 << 20), ("1.5g", 3 << 29), ("2 GiB", 2 << 30), ("4KB", 4096), ("1T", 1 << 40)]
+)
+def test_memory_sizes(text, size):
+    assert memory_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "M", "5X", "-1", "1.2.3", "0"])
+def test_bad_memory_sizes(model_folder, tmp_path, capsys, text):
+    with pytest.raises(SystemExit):
+        run_decode(model_folder, tmp_path, f"--max-memory={text}")
+    assert f"invalid memory_size value: '{text}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("threads", ["0", "-1", "x", "1025", "99999999999"])
+def test_bad_threads(model_folder, tmp_path, capsys, threads):
+    with pytest.raises(SystemExit):
+        run_decode(model_folder, tmp_path, f"--threads={threads}")
+    assert f"--threads: must be 1 to 1024, got {threads}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "engine, shards, installed, used",
+    [("auto", 2, True, "Ray"), ("auto", 1, True, "process"), ("auto", 2, False, "process"), ("process", 2, True, "process")],
+)
+def test_choice_of_engine(model_folder, tmp_path, monkeypatch, capsys, engine, shards, installed, used):
+    for i in range(shards):
+        write_parquet(tmp_path / f"in/{i}.parquet", **size_columns())
+    monkeypatch.setattr(ray_engine, "run_with_ray", run.run_in_process)
+    monkeypatch.setattr(cli, "find_spec", lambda name: installed or None)
+    arguments = [tmp_path / "in", "-o", tmp_path / "out", "--model", model_folder, "--device", "cpu", "--engine", engine]
+    assert main(["decode", *map(str, arguments)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(used)

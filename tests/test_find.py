@@ -1,0 +1,60 @@
+"""Which shards are found, and where their images go."""
+
+import os
+
+import pytest
+from shard_files import file_names, read_rejects, run_decode, write_parquet
+
+from movq_ext.bulk.find import find_shards
+
+
+def test_find_shards(tmp_path):
+    write_parquet(tmp_path / "in/a.parquet")
+    (tmp_path / "in/notes.txt").touch()
+    (tmp_path / "in/_hidden.parquet").touch()
+    (tmp_path / "in/.b.parquet.1.2.partial").touch()
+    (tmp_path / "codes/x").mkdir(parents=True)
+    for name in ("x.safetensors", "x/y.safetensors"):  # x/y/a.jpg in the first and a.jpg in the second would share a path
+        (tmp_path / "codes" / name).touch()
+    assert [shard.source.name for shard in find_shards([tmp_path / "in"], tmp_path / "out")] == ["a.parquet"]
+    (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe.tar")
+    for inputs, out, error, message in [
+        ([tmp_path / "missing"], "out", FileNotFoundError, "no such file: .*missing"),
+        ([tmp_path / "empty"], "out", ValueError, r"empty has no shards \(.parquet, .tar, .safetensors\)"),
+        ([tmp_path / "pipe.tar"], "out", OSError, "expected a regular file, got a folder, pipe or device"),
+        ([tmp_path / "in"], "in", ValueError, "output .* is inside input"),
+        ([tmp_path / "in"], "in/deep/er", ValueError, "output .* is inside input"),
+        ([tmp_path / "in", tmp_path / "in/a.parquet"], "out", ValueError, "would both be written to .*a.parquet"),
+        ([tmp_path / "codes"], "out", ValueError, "codes/x/y.safetensors would be written to .*, among the images of "),
+    ]:
+        with pytest.raises(error, match=message):
+            find_shards(inputs, tmp_path / out)
+    with pytest.raises(ValueError, match="would be overwritten by its own images"):
+        find_shards([tmp_path / "in/a.parquet"], tmp_path / "in")
+
+
+def test_hidden_folders_and_links(model_folder, tmp_path):
+    """Hidden folders and links to folders are skipped; a dangling link is reported."""
+    for name in ("split=train/a", "_delta_log/b", ".cache/deep/c"):
+        write_parquet(tmp_path / f"in/{name}.parquet")
+    (tmp_path / "in/dangling.parquet").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "in/circle").symlink_to(tmp_path / "in")
+    assert run_decode(model_folder, tmp_path / "in", "-o", tmp_path / "out") == 1
+    assert file_names(tmp_path / "out") == ["dangling.parquet.rejects.jsonl", "split=train/a.parquet"]
+    assert "no such file" in read_rejects(tmp_path / "out/dangling.parquet.rejects.jsonl")[0]["reason"]
+
+
+def test_an_unreadable_folder(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "in/a.parquet")
+    (tmp_path / "in/closed").mkdir()
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="closed"):
+        find_shards([tmp_path / "in"], tmp_path / "out")

@@ -1,0 +1,137 @@
+"""WebDataset shards, decoded by the command line."""
+
+import gzip
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from shard_files import (
+    GRIDS,
+    SIZES,
+    expected_pixels,
+    file_names,
+    npy_bytes,
+    png_pixels,
+    read_rejects,
+    read_tar,
+    run_decode,
+    write_tar,
+)
+
+from movq_ext.bulk import webdataset
+
+
+def test_samples_and_their_other_files(model, model_folder, tmp_path):
+    files = []
+    for i, size in enumerate(SIZES):
+        codes = GRIDS[i].astype(np.int32) if i % 2 else GRIDS[i].ravel()
+        metadata = {"height": size[0], "width": size[1], "caption": "café"}
+        files += [(f"deep/{i}.cls", b"7"), (f"deep/{i}.npy", npy_bytes(codes)), (f"deep/{i}.json", json.dumps(metadata).encode())]
+    files.insert(0, ("deep/0.of.more.words", b"copied"))
+    files += [("a.b/9.npy", npy_bytes(GRIDS[0].ravel())), ("__meta__", b"skipped")]
+    source = write_tar(tmp_path / "x.tar", files)
+    assert run_decode(model_folder, source, "-o", tmp_path / "out") == 0
+    found = read_tar(tmp_path / "out/x.tar")
+    assert len(found) == 3 * len(SIZES) + 2 and list(found)[-1] == "a.b/9.png" and found["deep/0.of.more.words"] == b"copied"
+    for i in range(len(SIZES)):
+        assert np.array_equal(png_pixels(found[f"deep/{i}.png"]), expected_pixels(model, i)) and found[f"deep/{i}.cls"] == b"7"
+        assert json.loads(found[f"deep/{i}.json"])["caption"] == "café" and f"deep/{i}.npy" not in found
+    assert np.array_equal(png_pixels(found["a.b/9.png"]), expected_pixels(model, 0))
+
+
+def test_bad_samples(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(webdataset, "MAX_SAMPLE_BYTES", 4000)
+    good = npy_bytes(GRIDS[0])
+    pickled = io.BytesIO()
+    np.save(pickled, np.array([{}]), allow_pickle=True)
+    huge = bytearray(npy_bytes(np.zeros((8, 8), np.int64)))
+    huge[huge.index(b"(8, 8)") : huge.index(b"(8, 8)") + 14] = b"(999999999, 8)"
+    floats = npy_bytes(np.zeros((4, 4)))
+    bad = [
+        ("1", [("npy", good), ("npy", good)], "the sample has two files of one type: ['npy', 'npy']"),
+        ("2", [("txt", b"")], "a sample must have a .npy and no .png, got ['txt']"),
+        ("3", [("npy", good), ("png", b"")], "a sample must have a .npy and no .png"),
+        ("4", [("npy", pickled.getvalue())], "the .npy cannot be read: ValueError: Object arrays cannot be loaded"),
+        ("5", [("npy", good[:-1])], "the .npy cannot be read"),
+        ("6", [("npy", bytes(huge))], "the .npy cannot be read"),
+        ("7", [("npy", good), ("json", b"{")], "the .json cannot be read"),
+        ("8", [("npy", good), ("json", b'{"height": 8.5, "width": 8}')], "must be integers from 1 to 1048576, got 8.5 and 8"),
+        ("9", [("npy", good), ("json", b'{"height": true, "width": 8}')], "must be integers from 1 to 1048576, got True and 8"),
+        ("10", [("npy", floats)], "codes must be integers of one or two dimensions, got float64 of shape (4, 4)"),
+        ("11", [("npy", good), ("bin", bytes(4001))], "expected at most 4000 bytes per sample, got more"),
+        ("../12", [("npy", good)], "expected an image name inside the output folder"),
+    ]
+    files = [(f"{key}.{extension}", contents) for key, parts, _ in bad for extension, contents in parts]
+    source = write_tar(tmp_path / "x.tar", [("0.npy", good), *files, ("13.json", b"[1]"), ("13.npy", good)])
+    assert run_decode(model_folder, source, "-o", tmp_path / "out") == 1
+    assert list(read_tar(tmp_path / "out/x.tar")) == ["0.png", "13.json", "13.png"]
+    rejects = read_rejects(tmp_path / "out/x.tar.rejects.jsonl")
+    assert [reject["name"] for reject in rejects] == [key for key, _, _ in bad]
+    for reject, (_, _, reason) in zip(rejects, bad, strict=True):
+        assert reason in reject["reason"], reject
+
+
+def damaged_header(archive):
+    """Damage the header of the second member."""
+    return archive[:1024] + b"\xff" * 20 + archive[1044:]
+
+
+def two_archives(archive):
+    return archive * 2
+
+
+def negative_size(archive):
+    """Give the first member a size that leads back to its own header."""
+    header = bytearray(archive[:512])
+    header[124:136] = (256**12 - 512).to_bytes(12, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + archive[512:]
+
+
+def compressed(archive):
+    return gzip.compress(archive) + bytes(1024)
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [(damaged_header, "no end-of-archive marker after 1 members"), (two_archives, "no end-of-archive marker after 4 members"),
+     (negative_size, "damaged"), (compressed, "damaged or not an uncompressed tar file")],
+)  # fmt: skip
+def test_damage_that_tarfile_takes_for_the_end(model_folder, tmp_path, damage, reason):
+    """tarfile stops silently at each of these, or never stops."""
+    source = write_tar(tmp_path / "x.tar", [(f"{i}.npy", npy_bytes(GRIDS[0])) for i in range(4)])
+    source.write_bytes(damage(source.read_bytes()))
+    assert run_decode(model_folder, source, "-o", tmp_path / "out") == 2
+    (reject,) = read_rejects(tmp_path / "out/x.tar.rejects.jsonl")
+    assert reason in reject["reason"] and file_names(tmp_path / "out") == ["x.tar.rejects.jsonl"]
+
+
+def test_links_and_other_members(model_folder, tmp_path):
+    """Links and devices are rejected. Members that WebDataset ignores (folders, macOS's ._ files) are skipped."""
+    source = tmp_path / "x.tar"
+    with tarfile.open(source, "w") as tar:
+        kinds = [tarfile.REGTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE]
+        files = [(f"d/{i}.npy", kind) for i, kind in enumerate(kinds)]
+        for name, kind in [("d", tarfile.DIRTYPE), *files, ("d/._0.npy", tarfile.REGTYPE)]:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "d/0.npy"
+            member.size = len(npy_bytes(GRIDS[0])) if kind == tarfile.REGTYPE else 0
+            tar.addfile(member, io.BytesIO(npy_bytes(GRIDS[0])))
+    assert run_decode(model_folder, source, "-o", tmp_path / "out") == 1
+    rejects = read_rejects(tmp_path / "out/x.tar.rejects.jsonl")
+    assert [reject["name"] for reject in rejects] == ["d/1", "d/2", "d/3"]
+    assert {reject["reason"] for reject in rejects} == {"npy must be a regular file, got a link or device"}
+    assert list(read_tar(tmp_path / "out/x.tar")) == ["d/0.png"]
+
+
+def test_files_of_a_sample_must_be_adjacent(model_folder, tmp_path):
+    """In a tar sorted by suffix, codes would otherwise be decoded without their height and width."""
+    size, codes = b'{"height": 7, "width": 7}', npy_bytes(GRIDS[0])
+    files = [("0.json", size), ("1.json", size), ("0.npy", codes), ("1.npy", codes), ("2.npy", codes)]
+    assert run_decode(model_folder, write_tar(tmp_path / "x.tar", files), "-o", tmp_path / "out") == 1
+    assert list(read_tar(tmp_path / "out/x.tar")) == ["2.png"]
+    reasons = [reject["reason"] for reject in read_rejects(tmp_path / "out/x.tar.rejects.jsonl")]
+    assert ["must be adjacent" in reason for reason in reasons] == [False, False, True, True]
