@@ -1,10 +1,10 @@
-"""Decoding many codes: Ray's workers against one process, on this machine.
+"""Compare bulk decoding in one process with Ray's workers, on this machine.
 
     python benchmarks/bulk_decode.py --out benchmarks/results/bulk_cpu
 
-Random codes for the shipped model (256x256 pictures) in Parquet shards. "images/s" is of the work alone: pictures by the mean
-of the workers' seconds; "of the command" counts Ray's and the model's start too. "ratio" is to the first line's. The engines
-take turns.
+Decodes Parquet shards of random codes with the shipped model, to 256x256 images. "images/s" leaves out the start of Ray and the
+model: it divides the images by the workers' mean time. "images/s of the command" counts the whole command. "ratio" is relative
+to the first row. The engines run in turns; each number is the median of the rounds.
 """
 
 from __future__ import annotations
@@ -29,32 +29,33 @@ from movq_ext.bulk.ray_engine import run_with_ray
 from movq_ext.bulk.run import run_in_process
 from movq_ext.demo import SMALL_MODEL
 
-CODES = 16384
-GRID = (32, 32)
+CODES = 16384  # in the shipped model's codebook
+GRID = (32, 32)  # 256x256 pixels
 
 
-def make_shards(folder: Path, shards: int, pictures: int) -> None:
-    codes = np.random.default_rng(0)
+def make_shards(folder: Path, shards: int, images: int) -> None:
+    """Write Parquet shards of random codes."""
+    generator = np.random.default_rng(0)
     folder.mkdir()
     for i in range(shards):
-        rows = codes.integers(0, CODES, (pictures, GRID[0] * GRID[1])).tolist()
+        rows = generator.integers(0, CODES, (images, GRID[0] * GRID[1])).tolist()
         pq.write_table(pa.table({"codes": rows}), folder / f"{i:04}.parquet")
 
 
 def measure(source: Path, out: Path, threads: int, workers: int) -> tuple[float, float]:
-    """Pictures a second: of the work, of the whole command. No workers: in this process."""
+    """Return images per second without and with the start of the command. Zero workers decode in this process."""
     shards, start = find_shards([source], out), time.perf_counter()
     settings = Settings(SMALL_MODEL, "cpu", threads=threads)
-    reports = list((run_with_ray if workers else run_in_process)(shards, settings, lambda pictures: None))
-    wall, pictures = time.perf_counter() - start, sum(report.decoded for report in reports)
+    reports = list((run_with_ray if workers else run_in_process)(shards, settings, lambda images: None))
+    wall, images = time.perf_counter() - start, sum(report.decoded for report in reports)
     assert not any(report.error or report.rejected for report in reports)
-    return pictures / (sum(report.seconds for report in reports) / max(1, workers)), pictures / wall
+    return images / (sum(report.seconds for report in reports) / max(1, workers)), images / wall
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=12)
-    parser.add_argument("--pictures", type=int, default=40, help="in a shard")
+    parser.add_argument("--images", type=int, default=40, help="per shard")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/bulk_cpu"), help="folder")
     options = parser.parse_args()
@@ -62,7 +63,7 @@ def main() -> None:
     engines = [("one process", cores, 0), ("Ray", cores, 1), ("Ray", 1, cores)]
     found: dict[Any, list[tuple[float, float]]] = {engine: [] for engine in engines}
     with tempfile.TemporaryDirectory() as folder:
-        make_shards(Path(folder) / "codes", options.shards, options.pictures)
+        make_shards(Path(folder) / "codes", options.shards, options.images)
         for turn in range(options.rounds):
             for i, (engine, threads, workers) in enumerate(engines):
                 out = Path(folder) / f"{turn}-{i}"
@@ -73,7 +74,7 @@ def main() -> None:
         first = rows[0]["images/s"] if rows else work
         rows.append({"engine": engine, "workers": workers or 1, "threads of each": threads, "images/s": work,
                      "ratio": work / first, "images/s of the command": command})  # fmt: skip
-    title = f"Decoding {options.shards} shards of {options.pictures} pictures of 256x256"
+    title = f"Decoding {options.shards} shards of {options.images} images of 256x256"
     write(options.out, "bulk", title, environment(torch.device("cpu")), rows)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..io.codes import codebook_id
-from ..io.files import printable
+from ..io.files import MAX_SHOWN_CHARACTERS, printable
 from ..model.autoencoder import MOVQ
 
 MAX_SIDE_PIXELS = 1 << 20
@@ -83,6 +83,6 @@ class Codebook:
 
 def _check_sides(size: tuple[Any, Any]) -> tuple[int, int]:
     if not all(type(pixels) is int and 0 < pixels <= MAX_SIDE_PIXELS for pixels in size):
-        found = printable(f"{size[0]!r} and {size[1]!r}", 100)
+        found = printable(f"{size[0]!r} and {size[1]!r}", MAX_SHOWN_CHARACTERS)
         raise ValueError(f"height and width must be integers from 1 to {MAX_SIDE_PIXELS}, got {found}")
     return size

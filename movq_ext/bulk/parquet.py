@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..io.files import atomic_write, printable, require_file, wrap_errors
+from ..io.files import MAX_SHOWN_CHARACTERS, atomic_write, printable, require_file, wrap_errors
 from .codebook import Codebook
 from .shards import Sample, Shard, ShardError, WriteImage, guarded
 
@@ -87,7 +87,7 @@ class ParquetShard(Shard):
             columns = file.schema_arrow.names
             if "codes" not in columns or "image" in columns or len(set(columns)) != len(columns):
                 expected = "must have a column 'codes', no column 'image' and no repeated column"
-                raise ShardError(f"{self.source} {expected}, got {printable(str(columns), 200)}")
+                raise ShardError(f"{self.source} {expected}, got {printable(str(columns), MAX_SHOWN_CHARACTERS)}")
             yield file
 
 
@@ -113,7 +113,7 @@ def _to_array(scalar: Any) -> np.ndarray | None:
         return np.asarray(scalar.to_numpy())
     values = getattr(getattr(scalar, "value", scalar), "values", None)  # extension types, such as Ray's tensor, have .value
     if not isinstance(values, pa.Array):
-        raise ShardError(f"codes must be a list of integers, got {printable(str(scalar.type), 100)}")
+        raise ShardError(f"codes must be a list of integers, got {printable(str(scalar.type), MAX_SHOWN_CHARACTERS)}")
     nested = hasattr(values.type, "value_type")
     rows = [row.values for row in values] if nested else [values]
     if any(row is None or row.null_count for row in rows):

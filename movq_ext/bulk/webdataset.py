@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..io.codes import name_problem
-from ..io.files import atomic_write, parse_json, printable, require_file, wrap_errors
+from ..io.files import MAX_SHOWN_CHARACTERS, atomic_write, parse_json, printable, require_file, wrap_errors
 from .codebook import Codebook
 from .shards import Sample, Shard, ShardError, WriteImage, guarded
 
@@ -43,7 +43,7 @@ class WebDatasetShard(Shard):
                     if key in seen:
                         raise ValueError("repeated sample name: the files of a sample must be adjacent")
                     if len(sample.payload) < len(files):
-                        found = printable(str([extension for extension, _ in files]), 200)
+                        found = printable(str([extension for extension, _ in files]), MAX_SHOWN_CHARACTERS)
                         raise ValueError(f"the sample has two files of one type: {found}")
                     _parse(sample, codebook)
                 except ValueError as error:
@@ -113,7 +113,8 @@ def _parse(sample: Sample, codebook: Codebook) -> None:
     if problems := [contents for contents in sample.payload.values() if isinstance(contents, str)]:
         raise ValueError(problems[0])
     if "npy" not in sample.payload or "png" in sample.payload:
-        raise ValueError(f"a sample must have a .npy and no .png, got {printable(str(sorted(sample.payload)), 200)}")
+        found = printable(str(sorted(sample.payload)), MAX_SHOWN_CHARACTERS)
+        raise ValueError(f"a sample must have a .npy and no .png, got {found}")
     with wrap_errors(ShardError, "the .npy cannot be read"):
         codes = np.load(io.BytesIO(sample.payload.pop("npy")), allow_pickle=False)
     size: tuple[Any, Any] = (None, None)
