@@ -32,7 +32,7 @@ from timing import environment, write
 from torch import Tensor
 
 import movq_ext
-from movq_ext.demo import PHOTOS, SMALL_MODEL
+from movq_ext.demo import PHOTOS, SMALL_MODEL_PATH
 from movq_ext.io.codes import encode_image
 from movq_ext.io.images import load_image
 
@@ -62,11 +62,11 @@ def main() -> int:
         save_random(folder, small=options.quick)
         generators = [torch.Generator().manual_seed(seed) for seed in range(options.seeds)]
         latents = [torch.randn(1, 4, size // 8, size // 8, generator=generator) for generator in generators]
-        shipped = movq_ext.from_pretrained(SMALL_MODEL)
+        shipped = movq_ext.from_pretrained(SMALL_MODEL_PATH)
         photographs = [quantised_latents(shipped, photo) for photo in list(PHOTOS)[: options.seeds]]
         cases: list[tuple[str, Path, tuple[str, ...], list[Tensor]]]
         cases = [("Kandinsky 2.x, random weights", folder, KINDS, latents)]
-        cases.append(("shipped, photographs", SMALL_MODEL, KINDS[:2], photographs))
+        cases.append(("shipped, photographs", SMALL_MODEL_PATH, KINDS[:2], photographs))
         for title, folder, kinds, latents in cases:
             references: dict[str, list[Tensor]] = {}
             under_autocast = DTYPES[1:] if gpu else DTYPES[2:]

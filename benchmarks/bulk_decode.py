@@ -27,7 +27,7 @@ from movq_ext.bulk.batches import Settings
 from movq_ext.bulk.find import find_shards
 from movq_ext.bulk.ray_engine import run_with_ray
 from movq_ext.bulk.run import run_in_process
-from movq_ext.demo import SMALL_MODEL
+from movq_ext.demo import SMALL_MODEL_PATH
 
 CODES = 16384  # in the shipped model's codebook
 GRID = (32, 32)  # 256x256 pixels
@@ -45,7 +45,7 @@ def make_shards(folder: Path, shards: int, images: int) -> None:
 def measure(source: Path, out: Path, threads: int, workers: int) -> tuple[float, float]:
     """Return images per second without and with the start of the command. Zero workers decode in this process."""
     shards, start = find_shards([source], out), time.perf_counter()
-    settings = Settings(SMALL_MODEL, "cpu", threads=threads)
+    settings = Settings(SMALL_MODEL_PATH, "cpu", threads=threads)
     reports = list((run_with_ray if workers else run_in_process)(shards, settings, lambda images: None))
     wall, images = time.perf_counter() - start, sum(report.decoded for report in reports)
     assert not any(report.error or report.rejected for report in reports)

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from movq_ext import __version__, from_pretrained
-from movq_ext.demo import SMALL_MODEL, Quality
+from movq_ext.demo import SMALL_MODEL_PATH, Quality
 from movq_ext.io.codes import codebook_id, decode_image, encode_image
 from movq_ext.io.images import find_images, load_image
 
@@ -20,7 +20,7 @@ from movq_ext.io.images import find_images, load_image
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--model", type=Path, default=SMALL_MODEL)
+    parser.add_argument("--model", type=Path, default=SMALL_MODEL_PATH)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     model = from_pretrained(args.model)

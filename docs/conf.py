@@ -86,7 +86,7 @@ class CommandLine(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         top = parser()
         (commands,) = (action for action in top._actions if isinstance(action, argparse._SubParsersAction))
-        return [self.section("python -m movq_ext", top), *(self.section(name, sub) for name, sub in commands.choices.items())]
+        return [self.section("movq-ext", top), *(self.section(name, sub) for name, sub in commands.choices.items())]
 
     def section(self, title: str, command: argparse.ArgumentParser) -> nodes.section:
         section = nodes.section(ids=[nodes.make_id(f"command {title}")])

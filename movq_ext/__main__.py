@@ -1,4 +1,4 @@
-"""``python -m movq_ext``: the command line."""
+"""``python -m movq_ext``, the same as the console script ``movq-ext``."""
 
 import sys
 

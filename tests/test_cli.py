@@ -1,8 +1,7 @@
+import argparse
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -10,9 +9,9 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from movq_ext import MOVQ, save_pretrained
-from movq_ext.cli import main
-from movq_ext.demo import PHOTOS, SMALL_MODEL
+from movq_ext import MOVQ, __version__, save_pretrained
+from movq_ext.cli import COMMANDS, main, parser
+from movq_ext.demo import PHOTOS, SMALL_MODEL_PATH
 from movq_ext.io.codes import CodeFile
 from movq_ext.training import TrainingConfig
 
@@ -41,6 +40,13 @@ def photographs(tmp_path):
 
 def call(*arguments):
     return main([str(argument) for argument in arguments])
+
+
+def subparser(*command):
+    """The parser of a command, or of the command line itself."""
+    top = parser()
+    (commands,) = (action for action in top._actions if isinstance(action, argparse._SubParsersAction))
+    return commands.choices[command[0]] if command else top
 
 
 def encode(model, photographs, out, *more):
@@ -87,7 +93,7 @@ def test_one_bad_file_does_not_stop_the_rest(model, photographs, tmp_path, capsy
 
 def test_two_pictures_of_one_name(model, photographs, tmp_path, capsys):
     assert encode(model, [photographs, photographs / "a.png"], tmp_path / "codes.safetensors") == 1
-    assert "another picture of this call has the same name" in capsys.readouterr().err
+    assert "another image in this call has the same name" in capsys.readouterr().err
 
 
 def test_the_codebook_must_be_the_models(model, photographs, tmp_path, capsys):
@@ -114,6 +120,7 @@ def test_wrong_calls(model, tmp_path, capsys):
         (("info", "--model", tmp_path / "missing"), "error: no such file or folder: .*missing"),
         (("train", tmp_path, "-o", tmp_path / "t"), "error: found no images in "),
         (("train", tmp_path, "--steps", 0), "error: steps must be positive, got 0"),
+        (("demo", tmp_path, "--photo", "cat"), "error: expected --photo to be a file or one of astronaut, .*, got cat"),
     ]:
         assert call(*arguments) == 2
         assert re.search(message, capsys.readouterr().err)
@@ -122,7 +129,9 @@ def test_wrong_calls(model, tmp_path, capsys):
         (("info", "--device", "banana"), "argument --device: cannot use 'banana'"),
         (("info", "--device", "cuda:99"), "argument --device: cannot use 'cuda:99'"),
         (("info", "--dtype", "int8"), "argument --dtype: invalid choice: 'int8'"),
-        ((), "the following arguments are required"),
+        (("demo", "out", "--size", "0"), "argument --size: expected a positive integer, got '0'"),
+        (("export", "--size", "64:"), "argument --size: expected N or MIN:MAX, got '64:'"),
+        (("banana",), "invalid choice: 'banana'"),
     ]:
         with pytest.raises(SystemExit) as stop:
             call(*arguments)
@@ -143,27 +152,77 @@ def test_demo(tmp_path, capsys, name):
     psnr, ssim = re.search(r"PSNR (\S+) dB, SSIM (\S+)", printed).groups()
     assert float(psnr) == pytest.approx(peak_signal_noise_ratio(original, decoded), abs=0.006)
     assert float(ssim) == pytest.approx(structural_similarity(original, decoded, channel_axis=2), abs=6e-5)
-    assert float(psnr) > 20  # what a grey picture reaches is about 12
+    assert float(psnr) > 20  # a uniform grey image reaches about 12
     assert "path        native: " in printed and "device      cpu" in printed
-    both = np.asarray(Image.open(tmp_path / "side_by_side.png"))
-    assert np.array_equal(both[:, :256], original) and np.array_equal(both[:, -256:], decoded)
+    both, width = np.asarray(Image.open(tmp_path / "side_by_side.png")), original.shape[1]
+    assert np.array_equal(both[:, :width], original) and np.array_equal(both[:, -width:], decoded)
     (codes,) = CodeFile.load(tmp_path / "codes.safetensors").codes.values()
-    assert codes.shape == (32, 32) and codes.unique().numel() > 300
+    assert codes.shape == (width // 8, width // 8) and codes.unique().numel() > 300
+
+
+def test_demo_reports_sizes(tmp_path, capsys):
+    """The codes of 256x256 pixels: 32 * 32 * 14 bits = 1792 bytes, 0.219 bits per pixel."""
+    assert call("demo", tmp_path, "--size", 256, "--device", "cpu") == 0
+    printed = capsys.readouterr().out
+    image = Image.open(PHOTOS["astronaut"]).resize((256, 256), Image.Resampling.LANCZOS)
+    image.save(tmp_path / "photo.png")
+    png, code_file = ((tmp_path / name).stat().st_size / 1e3 for name in ("photo.png", "codes.safetensors"))
+    assert "astronaut.png, 256x256, scaled down from 512x512" in printed
+    assert re.search(r"codes       32x32 of 14 bits, \d+ distinct of 16384\n", printed)
+    assert f"size        1.8 kB of codes (0.219 bit/pixel); the photograph as PNG: {png:.1f} kB\n" in printed
+    assert f"codes.safetensors ({code_file:.1f} kB, 32 bits per code)" in printed
+
+
+def test_demo_claims_unseen_photographs_only_for_the_shipped_model(model, tmp_path, capsys):
+    own_photo = tmp_path / "photo.png"
+    Image.open(PHOTOS["chelsea"]).save(own_photo)
+    shipped = ("--photo", "chelsea", "--size", 64)
+    for arguments, claimed in [
+        (shipped, True),
+        ((*shipped, "--model", SMALL_MODEL_PATH / ".." / "small"), True),
+        ((*shipped, "--model", model), False),
+        (("--photo", own_photo, "--size", 64), False),
+    ]:
+        assert call("demo", tmp_path / "out", "--device", "cpu", *arguments) == 0
+        assert ("(not in the model's training data)" in capsys.readouterr().out) == claimed
 
 
 def test_the_shipped_model(capsys):
-    assert len(PHOTOS) == 4
-    assert sum(path.stat().st_size for path in SMALL_MODEL.iterdir()) < 8 << 20
+    assert list(PHOTOS) == ["astronaut", "chelsea", "china", "coffee", "honey_bee"]
+    assert sum(path.stat().st_size for path in SMALL_MODEL_PATH.iterdir()) < 8 << 20
     call("info", "--device", "cpu")
     report = json.loads(capsys.readouterr().out)["model"]
     assert report["downsampling"] == 8 and report["embed_dim"] == 4
 
 
-def test_as_a_program(tmp_path):
-    run = subprocess.run(
-        [sys.executable, "-P", "-m", "movq_ext", "demo", tmp_path / "out", "--device", "cpu"], capture_output=True, text=True
-    )
-    assert run.returncode == 0 and "PSNR" in run.stdout and run.stderr == ""
+def test_no_command_prints_the_help(capsys):
+    assert call() == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("usage: movq-ext ") and captured.err == ""
+    for command in COMMANDS.values():
+        assert command.SUMMARY in " ".join(captured.out.split())
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        call("--version")
+    assert stop.value.code == 0 and capsys.readouterr().out == f"movq-ext {__version__}\n"
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=lambda command: " ".join(command) or "movq-ext")
+def test_every_option_has_a_plain_help_text(command, capsys):
+    """No markup, no pattern that argparse did not fill in, and a default wherever one is used."""
+    with pytest.raises(SystemExit) as stop:
+        call(*command, "--help")
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and text.startswith(" ".join(["usage: movq-ext", *command]))
+    assert not re.search(r"[`{}%]|:\w+:", re.sub(r"80% |\{\w+(,\w+)+\}", "", text)), text
+    for action in subparser(*command)._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            continue
+        assert action.help and len(action.help) > 8, action.option_strings
+        if action.option_strings and action.nargs != 0:
+            assert "(default: " in action.help or action.default is None, action.option_strings
 
 
 def test_help_says_what_every_training_option_is(capsys):
@@ -172,8 +231,8 @@ def test_help_says_what_every_training_option_is(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(TrainingConfig):
         flag = "--" + field.name.replace("_", "-")
-        value = "" if isinstance(field.default, bool) else f" {field.name.upper()}"
-        default = "" if isinstance(field.default, bool) else f" ({field.default})"
+        value = "" if isinstance(field.default, bool) else " N"
+        default = "" if isinstance(field.default, bool) else f" (default: {field.default})"
         assert f"{flag}{value} {field.metadata['help']}{default}" in text
 
 
@@ -181,6 +240,6 @@ def test_an_interruption_is_no_traceback(monkeypatch, capsys):
     def interrupted():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("movq_ext.cli.build_info", interrupted)
+    monkeypatch.setattr("movq_ext.cli.info.build_info", interrupted)
     assert call("info") == 130
-    assert capsys.readouterr().err == "interrupted: the same command goes on from what is there\n"
+    assert capsys.readouterr().err == "interrupted; run the same command again to continue\n"

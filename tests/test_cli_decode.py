@@ -3,9 +3,9 @@
 import pytest
 from shard_files import run_decode, size_columns, write_parquet
 
-from movq_ext import cli
 from movq_ext.bulk import ray_engine, run
-from movq_ext.cli import main, memory_size
+from movq_ext.cli import decode, main
+from movq_ext.cli.common import memory_size
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ def test_memory_sizes(text, size):
 def test_bad_memory_sizes(model_folder, tmp_path, capsys, text):
     with pytest.raises(SystemExit):
         run_decode(model_folder, tmp_path, f"--max-memory={text}")
-    assert f"invalid memory_size value: '{text}'" in capsys.readouterr().err
+    assert f"expected a size such as 500M or 8G, got '{text}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("threads", ["0", "-1", "x", "1025", "99999999999"])
@@ -37,7 +37,7 @@ def test_choice_of_engine(model_folder, tmp_path, monkeypatch, capsys, engine, s
     for i in range(shards):
         write_parquet(tmp_path / f"in/{i}.parquet", **size_columns())
     monkeypatch.setattr(ray_engine, "run_with_ray", run.run_in_process)
-    monkeypatch.setattr(cli, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr(decode, "find_spec", lambda name: installed or None)
     arguments = [tmp_path / "in", "-o", tmp_path / "out", "--model", model_folder, "--device", "cpu", "--engine", engine]
     assert main(["decode", *map(str, arguments)]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith(used)

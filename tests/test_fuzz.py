@@ -288,7 +288,7 @@ def test_the_command_line_says_what_is_wrong(model, tmp_path, capsys, monkeypatc
     (tmp_path / "deep.safetensors").write_bytes(struct.pack("<Q", 2**40))
     os.mkfifo(tmp_path / "pipe")
     for arguments, message in [
-        (("train", tmp_path, "--config", tmp_path / "deep.json"), "does not hold MOVQ's keywords .*: RecursionError"),
+        (("train", tmp_path, "--config", tmp_path / "deep.json"), "expected .* to hold MOVQ's arguments .*: RecursionError"),
         (("decode", tmp_path / "deep.safetensors", "--model", model), "is damaged"),
         (("decode", tmp_path / "pipe", "--model", model), "expected a regular file"),
         (("info", "--model", tmp_path / "deep.safetensors"), "is damaged"),

@@ -1,0 +1,50 @@
+"""The command line: ``movq-ext {demo,encode,decode,train,export,info}``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from .. import ExportError, __version__
+from . import decode, demo, encode, export, info, train
+from .common import print_error
+
+COMMANDS = {"demo": demo, "encode": encode, "decode": decode, "train": train, "export": export, "info": info}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    top = argparse.ArgumentParser(
+        prog="movq-ext",
+        description="Encode images to MoVQ codes, decode codes to images, train models and export them.",
+        epilog="Run movq-ext COMMAND --help for the options of a command.",
+    )
+    top.add_argument("--version", action="version", version=f"movq-ext {__version__}")
+    subparsers = top.add_subparsers(title="commands", metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        sub = subparsers.add_parser(name, help=command.SUMMARY, description=command.SUMMARY)
+        command.add_arguments(sub)
+        sub.set_defaults(run=command.run)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit status.
+
+    0 if everything was done, 1 if some files failed and the rest were done, 2 for a wrong call, 130 if interrupted.
+    Without a command, print the help.
+    """
+    top = parser()
+    args = top.parse_args(argv)
+    if not hasattr(args, "run"):
+        top.print_help()
+        return 0
+    try:
+        status: int = args.run(args)
+        return status
+    except (OSError, ValueError, TypeError, FloatingPointError, ExportError) as error:
+        print_error(str(error))
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        return 130  # 128 + SIGINT, as shells report it

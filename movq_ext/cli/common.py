@@ -1,0 +1,82 @@
+"""What several commands share: options, types of their values, and error messages."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .. import MOVQ, from_pretrained
+from ..demo import SMALL_MODEL_PATH
+from ..io.files import printable
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MAX_THREADS = 1024
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add ``--device``."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device_name, default=default, help="torch device (default: a GPU if there is one)")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add ``--device``, ``--model`` and ``--dtype``, which `load_model` reads."""
+    add_device(parser)
+    parser.add_argument("--model", type=Path, default=SMALL_MODEL_PATH, metavar="PATH",
+                        help="weights: a file or folder that from_pretrained reads (default: the shipped model)")  # fmt: skip
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the weights (default: %(default)s)")
+
+
+def load_model(args: argparse.Namespace) -> MOVQ:
+    """Load the model that the options name."""
+    return from_pretrained(args.model, device=args.device, dtype=DTYPES[args.dtype])
+
+
+def print_error(message: str) -> None:
+    """Print an error to stderr, above the progress bar if there is one."""
+    tqdm.write(f"error: {printable(message)}", file=sys.stderr)
+
+
+def device_name(text: str) -> str:
+    """Check that torch can compute on a device."""
+    try:
+        torch.zeros(1, device=text).item()  # fails on the meta device, which creates tensors but holds no values
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without the backend
+        raise argparse.ArgumentTypeError(f"cannot use {text!r}: {str(error).splitlines()[0]}") from error
+    return text
+
+
+def positive(text: str) -> int:
+    """Parse a positive integer."""
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def size_range(text: str) -> tuple[int, int]:
+    """Parse ``N`` or ``MIN:MAX``; a single number is both ends of its range."""
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected N or MIN:MAX, got {text!r}")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def memory_size(text: str) -> int:
+    """Parse a size in bytes; K, M, G and T stand for powers of 1024."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    size = int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"expected a size such as 500M or 8G, got {text!r}")
+    return size
+
+
+def thread_count(text: str) -> int:
+    """Parse a number of threads."""
+    if not (text.isdecimal() and 1 <= int(text) <= MAX_THREADS):
+        raise argparse.ArgumentTypeError(f"must be 1 to {MAX_THREADS}, got {text}")
+    return int(text)

@@ -1,0 +1,34 @@
+"""``movq-ext info``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import torch
+
+from .. import build_info, explain
+from ..io.codes import codebook_id
+from .common import add_model, load_model
+
+SUMMARY = "Print versions, the build, the path that runs on the device, and the model's config, as JSON."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    report: dict[str, Any] = build_info()
+    report["path"] = explain(torch.empty(0, device=args.device))
+    model = load_model(args)
+    report["model"] = {
+        "path": str(args.model),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "downsampling": model.downsampling,
+        "codebook": codebook_id(model),
+        **model.config,
+    }
+    print(json.dumps(report, indent=2, default=str))
+    return 0

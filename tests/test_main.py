@@ -1,0 +1,31 @@
+"""`python -m movq_ext` and the console script `movq-ext` in processes of their own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from movq_ext import __version__
+
+MODULE = [sys.executable, "-P", "-m", "movq_ext"]
+SCRIPT = [str(Path(sys.executable).with_name("movq-ext"))]
+commands = pytest.mark.parametrize("command", [MODULE, SCRIPT], ids=["module", "script"])
+
+
+@commands
+def test_as_a_program(tmp_path, command):
+    run = subprocess.run([*command, "demo", tmp_path / "out", "--device", "cpu"], capture_output=True, text=True)
+    assert run.returncode == 0 and "PSNR" in run.stdout and run.stderr == ""
+
+
+@commands
+def test_both_have_one_name(command):
+    run = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, f"movq-ext {__version__}\n", "")
+
+
+@commands
+def test_the_exit_status_is_that_of_main(command):
+    run = subprocess.run([*command, "info", "--model", "missing"], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (2, "") and run.stderr == "error: no such file or folder: missing\n"
