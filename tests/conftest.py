@@ -48,7 +48,7 @@ except ModuleNotFoundError as error:
 if Path(movq_ext.__file__).resolve().is_relative_to(SOURCE / "movq_ext") and not editable():
     pytest.exit("the source folder hides the installed movq_ext: is it on PYTHONPATH?", returncode=4)
 
-from models import SMALL_MOVQ  # noqa: E402  (imports movq_ext, which was not checked before)
+from models import SMALL_MOVQ  # noqa: E402  (needs the checks above)
 
 from movq_ext.bulk.batches import BatchDecoder, Settings  # noqa: E402
 

@@ -16,15 +16,15 @@ SHARD_FORMATS: dict[str, type[Shard]] = {shard.suffix: shard for shard in (Parqu
 
 
 def make_shard(source: Path, target: Path) -> Shard:
-    """Return the shard of a source. The suffix decides on the format; an unknown suffix means a code file."""
+    """Create the shard of a source, in the format of its suffix. A file with an unknown suffix is taken for a code file."""
     return SHARD_FORMATS.get(source.suffix.lower(), CodeFileShard)(source, target)
 
 
 def find_shards(inputs: Iterable[Path], out: Path) -> list[Shard]:
     """Return the shards among files and folders.
 
-    Folders are searched recursively, except for links to folders and names that start with ``.`` or ``_``. The output has the
-    same structure as the folder. A code file that is given by its path is decoded straight to ``out``.
+    Folders are searched recursively, except for links to folders and names that start with ``.`` or ``_``. The output mirrors
+    the folder. A code file that is given by its path is decoded straight to ``out``.
 
     Args:
         inputs: files and folders.
@@ -69,7 +69,7 @@ def _search_folder(folder: Path, out: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _visible_files(folder: Path) -> Iterator[Path]:
-    """Yield the files in a folder, recursively, without hidden ones. Raises OSError if a folder cannot be read."""
+    """Yield the visible files in a folder, recursively. Raises OSError if a folder cannot be read."""
 
     def raise_error(error: OSError) -> None:
         raise error

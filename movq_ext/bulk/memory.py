@@ -36,7 +36,8 @@ def machine_memory() -> int:
 def peak_values_per_pixel(decoder: MOVQDecoder) -> int:
     """Return the peak number of feature values held per pixel of the image.
 
-    The peak is in one residual block, which holds its input, the normalised input, the convolution's output and the sum.
+    The peak is in one residual block, which holds its input, the normalised input, the convolution's output and the sum. A block
+    of level ``l`` runs at ``1 / 4**l`` of the image's pixels; its share is rounded up.
     """
     stages = enumerate(cast(Stage, stage) for stage in decoder.up)
     blocks = ((level, cast(ResnetBlock, block)) for level, stage in stages for block in stage.block)

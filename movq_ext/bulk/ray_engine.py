@@ -69,7 +69,7 @@ class Worker:
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """How many workers to start, each with this many cores and, if there are any, a GPU."""
+    """How many workers to start, and the cores and GPU of each."""
 
     workers: int
     cores: int
@@ -84,7 +84,7 @@ def run_with_ray(shards: Sequence[Shard], settings: Settings, on_progress: OnPro
     try:
         import ray.data
     except ImportError as error:
-        raise ValueError("several workers need Ray Data: pip install 'movq_ext[ray]'") from error
+        raise ValueError("the Ray engine needs Ray Data: pip install 'movq_ext[ray]'") from error
 
     from_pretrained(settings.model)  # report a bad model here, once, rather than from every worker
     start_ray = not ray.is_initialized()
@@ -112,11 +112,11 @@ def plan_workers(nodes: Sequence[dict[str, float]], settings: Settings, shards: 
     if settings.device is not None and settings.device != "cpu" and not gpus:
         raise ValueError(f"expected a device of the Ray cluster, got {settings.device!r} on a cluster without GPUs")
     wanted = settings.threads or CORES_PER_WORKER
-    if gpus:  # the machine with the fewest cores per GPU decides, as all workers are alike
+    if gpus:  # the machine with the fewest cores per GPU sets the limit, as all workers are alike
         fewest = min(int(node.get("CPU", 0) // max(1, node["GPU"])) for node in nodes if node.get("GPU", 0))
         return WorkerPlan(min(shards, gpus), min(wanted, max(1, fewest)), with_gpu=True)
     node_cores = [int(node.get("CPU", 0)) for node in nodes]
-    cores = min(wanted, max(1, *node_cores))  # a worker runs on one machine
+    cores = min(wanted, max([1, *node_cores]))  # a worker runs on one machine
     return WorkerPlan(min(shards, max(1, sum(count // cores for count in node_cores))), cores, with_gpu=False)
 
 

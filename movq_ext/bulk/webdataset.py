@@ -107,7 +107,7 @@ def _read_files(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes | str]]:
 
 
 def _parse(sample: Sample, codebook: Codebook) -> None:
-    """Fill in the sample's codes and size, and take the codes out of its payload. Raises ValueError if it cannot be decoded."""
+    """Fill in the sample's codes and size, and remove the codes from its payload. Raises ValueError for a bad sample."""
     if (problem := name_problem(sample.name)) is not None:
         raise ValueError(problem)
     if problems := [contents for contents in sample.payload.values() if isinstance(contents, str)]:
