@@ -101,7 +101,8 @@ def test_sdist_can_be_built_from(source, tmp_path):
     for folder in (".ci", "csrc", "docs", "movq_ext", "tests"):
         for path in (source / folder).rglob("*"):
             assert (unpacked / path.relative_to(source)).exists(), path
-    assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md"} <= {path.name for path in unpacked.iterdir()}
+    documents = {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CITATION.cff"}
+    assert documents <= {path.name for path in unpacked.iterdir()}
     log, wheel = build("wheel", unpacked, tmp_path / "wheel", MOVQ_EXT_CUDA="0")
     assert log.count("movq_ext is built without its CUDA kernels: MOVQ_EXT_CUDA=0") == 1
     assert package_files(source) <= set(zipfile.ZipFile(wheel).namelist())
