@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from movq_ext import MOVQ
 from movq_ext.io import codes
-from movq_ext.io.codes import CodeFile, codebook_id, decode_image, encode_image
+from movq_ext.io.codes import FORMAT, CodeFile, CodeFileError, codebook_id, decode_image, encode_image
 
 DDCONFIG = dict(
     ch=32, out_ch=3, ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=(), in_channels=3, resolution=32, z_channels=4
@@ -21,7 +21,7 @@ def model():
     return MOVQ(DDCONFIG, 64, 4).eval()
 
 
-def filled():
+def two_images():
     file = CodeFile("book")
     file.add("a.jpg", torch.arange(6).view(2, 3), (15, 24))
     file.add("deep/b.png", torch.zeros(1, 1, dtype=torch.long), (1, 1))
@@ -29,16 +29,16 @@ def filled():
 
 
 def test_save_and_load(tmp_path):
-    filled().save(tmp_path / "new/codes.safetensors")
+    two_images().save(tmp_path / "new/codes.safetensors")
     loaded = CodeFile.load(tmp_path / "new/codes.safetensors")
-    assert (loaded.codebook, loaded.sizes) == ("book", filled().sizes)
-    assert all(torch.equal(loaded.codes[name], tensor) for name, tensor in filled().codes.items())
+    assert (loaded.codebook, loaded.sizes) == ("book", two_images().sizes)
+    assert all(torch.equal(loaded.codes[name], tensor) for name, tensor in two_images().codes.items())
     assert loaded.codes["a.jpg"].dtype == torch.int32
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "codes.safetensors"
-    filled().save(path)
+    two_images().save(path)
 
     def disk_full(tensors, partial, metadata):
         partial.write_bytes(b"half")
@@ -53,7 +53,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kept", [0, 7, 30, -1])
 def test_truncated_files_are_refused(tmp_path, kept):
     path = tmp_path / "codes.safetensors"
-    filled().save(path)
+    two_images().save(path)
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ValueError, match="is damaged"):
         CodeFile.load(path)
@@ -62,11 +62,11 @@ def test_truncated_files_are_refused(tmp_path, kept):
 @pytest.mark.parametrize(("metadata", "message"), [
     (None, "expected a code file of format 'movq_ext.codes.1', got format None"),
     ({"format": "other"}, "got format 'other'"),
-    ({"format": codes.FORMAT}, "is damaged"),
-    ({"format": codes.FORMAT, "codebook": "x", "sizes": "{"}, "is damaged"),
-    ({"format": codes.FORMAT, "codebook": "x", "sizes": "[]"}, "is damaged"),
-    ({"format": codes.FORMAT, "codebook": "x", "sizes": "{}"}, "'a' has no size"),
-    ({"format": codes.FORMAT, "codebook": "x", "sizes": '{"a": [1]}'}, "is damaged"),
+    ({"format": FORMAT}, "is damaged"),
+    ({"format": FORMAT, "codebook": "x", "sizes": "{"}, "is damaged"),
+    ({"format": FORMAT, "codebook": "x", "sizes": "[]"}, "is damaged"),
+    ({"format": FORMAT, "codebook": "x", "sizes": "{}"}, "'a' has no size"),
+    ({"format": FORMAT, "codebook": "x", "sizes": '{"a": [1]}'}, "is damaged"),
 ])  # fmt: skip
 def test_damaged_metadata_are_refused(tmp_path, metadata, message):
     save_file({"a": torch.zeros(1, 1, dtype=torch.int32)}, tmp_path / "codes.safetensors", metadata=metadata)
@@ -76,7 +76,7 @@ def test_damaged_metadata_are_refused(tmp_path, metadata, message):
 
 @pytest.mark.parametrize("name", ["../a.png", "/etc/a.png", "b/../../a.png", "..\\a.png"])
 def test_names_outside_the_output_folder_are_refused(tmp_path, name):
-    metadata = {"format": codes.FORMAT, "codebook": "x", "sizes": json.dumps({name: [1, 1]})}
+    metadata = {"format": FORMAT, "codebook": "x", "sizes": json.dumps({name: [1, 1]})}
     save_file({name: torch.zeros(1, 1, dtype=torch.int32)}, tmp_path / "codes.safetensors", metadata=metadata)
     with pytest.raises(ValueError, match="expected an image name inside the output folder, got "):
         CodeFile.load(tmp_path / "codes.safetensors")
@@ -90,8 +90,8 @@ def test_png_names():
 
 
 @pytest.mark.parametrize("other", ["a/./b.jpg", "a//b.jpg", "./a/b.jpg"])
-def test_a_name_in_two_ways_is_refused(tmp_path, other):
-    """They would be decoded to one file."""
+def test_two_spellings_of_one_name_are_refused(tmp_path, other):
+    """They would be decoded to the same file."""
     file = CodeFile("book")
     for name in ("a/b.jpg", other):
         file.add(name, torch.zeros(1, 1), (1, 1))
@@ -100,8 +100,8 @@ def test_a_name_in_two_ways_is_refused(tmp_path, other):
         CodeFile.load(tmp_path / "x.safetensors")
 
 
-def test_no_two_pictures_have_one_png():
-    """Not even where one's own name is what another has with a suffix added."""
+def test_no_two_images_share_a_png():
+    """Not even if one name is another name plus a suffix."""
     names = ["a.jpg", "a.png", "a.jpg.png", "b.jpg", "b.jpg.gif", "c", "c.png.png"]
     found = CodeFile("book", dict.fromkeys(names, torch.zeros(1, 1))).png_names()
     assert list(found) == names and len(set(found.values())) == len(names)
@@ -109,7 +109,7 @@ def test_no_two_pictures_have_one_png():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (17, 33), (8, 5)])
-def test_pictures_of_any_size(model, size):
+def test_images_of_any_size(model, size):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
     indices = encode_image(model, image)
     assert indices.shape == (-(-size[0] // 2), -(-size[1] // 2))
@@ -117,7 +117,7 @@ def test_pictures_of_any_size(model, size):
 
 
 @pytest.mark.parametrize(("grid", "size"), [((2, 2), (5, 4)), ((2, 2), (2, 4)), ((4,), (4, 1))])
-def test_a_size_that_does_not_fit_is_refused(model, grid, size):
+def test_a_mismatched_size_is_refused(model, grid, size):
     with pytest.raises(ValueError, match=r"expected codes of shape \(\d+, \d+\) for an image of .*, got \("):
         decode_image(model, torch.zeros(grid, dtype=torch.int32), size)
 
@@ -127,3 +127,45 @@ def test_codebook_id(model):
     assert codebook_id(model) != codebook_id(other)
     other.load_state_dict(model.state_dict())
     assert codebook_id(other.half()) == codebook_id(model)
+
+
+# --- Untrusted files
+
+NOT_A_SIZE = "expected two positive integers as the size of 'a', got "
+
+
+@pytest.mark.parametrize(("size", "message"), [
+    ("[1e999, 1]", NOT_A_SIZE), ("[true, 1]", NOT_A_SIZE), ('["1", 1]', NOT_A_SIZE), ("[-1, 1]", NOT_A_SIZE),
+    ("[0, 1]", NOT_A_SIZE), ('[1, 1], "a": [2, 2]', "has a repeated key"), ("[1, 1, 1]", "is damaged: ValueError"),
+    ("[" * 60, "is damaged"), ("[" + "{}," * 10**5 + "{}]", "characters of JSON"),
+])  # fmt: skip
+def test_untrusted_sizes(tmp_path, size, message):
+    metadata = {"format": FORMAT, "codebook": "x", "sizes": '{"a": ' + size + "}"}
+    save_file({"a": torch.zeros(1, 1, dtype=torch.int32)}, tmp_path / "codes.safetensors", metadata=metadata)
+    with pytest.raises(CodeFileError, match=message):
+        CodeFile.load(tmp_path / "codes.safetensors")
+
+
+@pytest.mark.parametrize("grid", [torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.int32)])
+def test_tensors_of_the_wrong_type_are_refused(tmp_path, grid):
+    save_file({"a": grid}, tmp_path / "codes.safetensors", metadata={"format": FORMAT, "codebook": "x", "sizes": '{"a": [1, 1]}'})
+    with pytest.raises(CodeFileError, match="expected 'a' to be int32 with 2 dimensions, got "):
+        CodeFile.load(tmp_path / "codes.safetensors")
+
+
+@pytest.mark.parametrize("name", [".", "a/..", "", "\0", "\udcff", "__metadata__", "x" * 5000])
+def test_invalid_names_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="expected an image name"):
+        CodeFile("book").add(name, torch.zeros(1, 1), (1, 1))
+    if name.isascii() and name != "__metadata__":
+        metadata = {"format": FORMAT, "codebook": "x", "sizes": json.dumps({name: [1, 1]})}
+        save_file({name: torch.zeros(1, 1, dtype=torch.int32)}, tmp_path / "codes.safetensors", metadata=metadata)
+        with pytest.raises(CodeFileError, match="expected an image name"):
+            CodeFile.load(tmp_path / "codes.safetensors")
+
+
+def test_names_that_json_escapes(tmp_path):
+    file = CodeFile("book")
+    file.add("\U0001f600" * 100, torch.zeros(1, 1), (10**9, 10**9))
+    file.save(tmp_path / "codes.safetensors")
+    assert CodeFile.load(tmp_path / "codes.safetensors").sizes == file.sizes

@@ -1,6 +1,5 @@
 """One model that several threads, streams or processes decode with."""
 
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,7 +8,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from movq_ext import MOVQ, annotate, decode_tiled
-from movq_ext.io.files import atomic_write
 
 THREADS, ROUNDS = 8, 3
 DDCONFIG = dict(
@@ -124,29 +122,6 @@ def test_streams_share_a_model(way):
                 tolerance = 2e-2 if way is under_autocast else 1e-3
                 for result, expected in zip(results, wanted[offset::2], strict=True):
                     torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
-
-
-def test_threads_write_one_file(tmp_path, monkeypatch):
-    """The file is always one thread's, whole, with the rights that the umask gives, which nobody changes: it is the process's."""
-    path, barrier = tmp_path / "a.bin", threading.Barrier(THREADS)
-    old = os.umask(0o027)
-    try:
-        with monkeypatch.context() as patch, ThreadPoolExecutor(THREADS) as pool:
-            patch.setattr(os, "umask", lambda mask: pytest.fail("the umask was changed"))
-
-            def work(byte):
-                barrier.wait()
-                for _ in range(20):
-                    with atomic_write(path) as partial, open(partial, "wb") as file:
-                        for _ in range(10):
-                            file.write(bytes([byte]) * 1000)
-                    content = path.read_bytes()
-                    assert len(content) == 10_000 and len(set(content)) == 1
-
-            list(pool.map(work, range(THREADS)))
-    finally:
-        os.umask(old)
-    assert path.stat().st_mode & 0o777 == 0o640 and list(tmp_path.iterdir()) == [path]
 
 
 class Decoded(Dataset):

@@ -1,17 +1,115 @@
-from shard_files import file_names
+import json
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
-from movq_ext.io.files import atomic_write, remove_partial_files
+import pytest
+
+from movq_ext.io.files import (
+    MAX_JSON_CHARACTERS,
+    atomic_write,
+    parse_json,
+    printable,
+    read_json,
+    remove_partial_files,
+    require_file,
+    wrap_errors,
+)
+
+THREADS = 8
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- atomic_write
+
+
+def test_the_new_file_appears_when_the_block_ends(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with atomic_write(path) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old" and partial.parent == tmp_path
+    assert path.read_text() == "new" and names(tmp_path) == ["a.txt"]
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_write(path) as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and names(tmp_path) == ["a.txt"]
+
+
+def test_contents_reach_the_disk_before_the_name(tmp_path, monkeypatch):
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def recorded_fsync(descriptor):
+        fsync(descriptor)
+        calls.append(("fsync", os.fstat(descriptor).st_size))
+
+    def recorded_replace(old, new):
+        replace(old, new)
+        calls.append(("replace", new.stat().st_size))
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    with atomic_write(tmp_path / "a.txt") as partial:
+        partial.write_text("whole")
+    assert calls == [("fsync", 5), ("replace", 5)]
+
+
+@pytest.mark.parametrize("mask", [0o027, 0o077])
+def test_a_private_file_gets_the_permissions_of_the_umask(tmp_path, mask):
+    """Some libraries create files that only their owner can read."""
+    old = os.umask(mask)
+    try:
+        with atomic_write(tmp_path / "a.txt") as partial:
+            partial.unlink()
+            os.close(os.open(partial, os.O_CREAT | os.O_WRONLY, 0o600))
+    finally:
+        os.umask(old)
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_concurrent_writers(tmp_path, monkeypatch):
+    """Readers always see one writer's complete file. The umask belongs to the process, so no writer may change it."""
+    path, barrier = tmp_path / "a.bin", threading.Barrier(THREADS)
+    old = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch, ThreadPoolExecutor(THREADS) as pool:
+            patch.setattr(os, "umask", lambda mask: pytest.fail("the umask was changed"))
+
+            def work(byte):
+                barrier.wait()
+                for _ in range(20):
+                    with atomic_write(path) as partial, open(partial, "wb") as file:
+                        for _ in range(10):
+                            file.write(bytes([byte]) * 1000)
+                    content = path.read_bytes()
+                    assert len(content) == 10_000 and len(set(content)) == 1
+
+            list(pool.map(work, range(THREADS)))
+    finally:
+        os.umask(old)
+    assert path.stat().st_mode & 0o777 == 0o640 and list(tmp_path.iterdir()) == [path]
+
+
+# --- remove_partial_files
 
 
 def test_partial_files_of_killed_processes(tmp_path):
     for name in (".x.parquet.12.34.partial", ".y.parquet.12.34.partial", ".x.parquet", "x.parquet.12.34.partial"):
         (tmp_path / name).touch()
     remove_partial_files([tmp_path / "x.parquet", tmp_path / "gone/x.parquet"])
-    assert file_names(tmp_path) == [".x.parquet", ".y.parquet.12.34.partial", "x.parquet.12.34.partial"]
+    assert names(tmp_path) == [".x.parquet", ".y.parquet.12.34.partial", "x.parquet.12.34.partial"]
 
 
 def test_the_longest_names(tmp_path):
-    """The partial file of the longest name that a file can have is written, and found if its process was killed."""
+    """The partial file's name fits the file system too, and remove_partial_files finds it."""
     path, left = tmp_path / f"{'é' * 125}.png", tmp_path / "left"
     with atomic_write(path) as partial:
         partial.write_text("whole")
@@ -19,4 +117,73 @@ def test_the_longest_names(tmp_path):
         name = partial.name
     left.rename(tmp_path / name)
     remove_partial_files([path])
-    assert file_names(tmp_path) == [path.name] and path.read_text() == "whole"
+    assert names(tmp_path) == [path.name] and path.read_text() == "whole"
+
+
+# --- Safe reads
+
+
+def test_require_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    with pytest.raises(FileNotFoundError, match=r"no such file: .*a\.txt"):
+        require_file(path)
+    path.touch()
+    require_file(path)
+    monkeypatch.setattr("builtins.open", lambda *_: (_ for _ in ()).throw(PermissionError("denied")))
+    with pytest.raises(PermissionError, match="denied"):
+        require_file(path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
+def test_require_file_refuses_anything_else(tmp_path, kind):
+    create = {"pipe": os.mkfifo, "folder": os.mkdir, "device": lambda path: os.symlink("/dev/zero", path)}[kind]
+    create(tmp_path / "a")
+    with pytest.raises(OSError, match=r"expected a regular file, got a folder, pipe or device: .*/a"):
+        require_file(tmp_path / "a")
+
+
+def test_wrap_errors():
+    with pytest.raises(ValueError) as raised, wrap_errors(ValueError, "a.bin is damaged"):
+        raise KeyError("x")
+    assert str(raised.value) == "a.bin is damaged: KeyError: 'x'"
+    assert isinstance(raised.value.__cause__, KeyError)
+
+
+def test_wrap_errors_passes_its_own_class():
+    own = UnicodeError("own")
+    with pytest.raises(ValueError, match="own") as raised, wrap_errors(ValueError, "a.bin is damaged"):
+        raise own
+    assert raised.value is own
+
+
+def test_wrap_errors_does_not_catch_an_interruption():
+    with pytest.raises(KeyboardInterrupt), wrap_errors(ValueError, "a.bin is damaged"):
+        raise KeyboardInterrupt
+
+
+def test_a_wrapped_reason_is_short_and_printable():
+    with pytest.raises(ValueError, match="is damaged") as raised, wrap_errors(ValueError, "a.bin is damaged"):
+        raise OSError("\x1b" + "x" * 10**5)
+    assert len(str(raised.value)) < 400 and "\x1b" not in str(raised.value)
+
+
+def test_parse_json():
+    assert parse_json('{"a": [1, {"a": null}]}') == {"a": [1, {"a": None}]}
+    for text, message in [("[1, 2]", "at most 5 characters"), ('{"a":1,"a":2}', "has a repeated key")]:
+        with pytest.raises(ValueError, match=message):
+            parse_json(text, 5 if "[" in text else 99)
+
+
+def test_read_json(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"é": 1}, ensure_ascii=False), encoding="utf-8")
+    assert read_json(path) == {"é": 1}
+    path.write_text("{}".ljust(MAX_JSON_CHARACTERS))
+    assert read_json(path) == {}
+    path.write_text("{}".ljust(MAX_JSON_CHARACTERS + 1))
+    with pytest.raises(ValueError, match="at most 1048576 characters of JSON"):
+        read_json(path)
+
+
+def test_printable():
+    assert printable("a\x1b\n\udcffé\u202e", 9) == "a\\x1b\n\\udcffé\\u202e" and printable("abc", 2) == "ab..."

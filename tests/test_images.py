@@ -1,10 +1,13 @@
+import struct
+import subprocess
+import zlib
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from movq_ext.io.files import atomic_write
-from movq_ext.io.images import find_images, load_image, pad_to_multiple, save_image, to_image, to_tensor
+from movq_ext.io.images import ImageError, find_images, load_image, pad_to_multiple, save_image, to_image, to_tensor
 
 
 def pixels(height=5, width=7, seed=0):
@@ -18,7 +21,7 @@ def test_pixels_survive_the_round_trip():
     assert np.array_equal(np.asarray(to_image(x)), every)
 
 
-def test_what_is_out_of_range_is_clamped_and_nan_is_refused():
+def test_values_are_clamped_and_nan_is_refused():
     assert np.asarray(to_image(torch.full((3, 1, 1), 7.0))).max() == 255
     with pytest.raises(ValueError, match="expected finite pixel values, got NaN or infinity"):
         to_image(torch.full((3, 1, 1), float("nan")))
@@ -33,7 +36,7 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     assert (loaded.mode, loaded.size) == ("RGB", (7, 5))
 
 
-def test_sixteen_bits_are_scaled_not_cut(tmp_path):
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     Image.fromarray(np.array([[0, 32768, 65535]], dtype=np.uint16)).save(tmp_path / "deep.png")
     assert np.asarray(load_image(tmp_path / "deep.png"))[0, :, 0].tolist() == [0, 128, 255]
 
@@ -41,14 +44,14 @@ def test_sixteen_bits_are_scaled_not_cut(tmp_path):
 def test_orientation_is_applied(tmp_path):
     image = Image.fromarray(pixels())
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees
     image.save(tmp_path / "turned.png", exif=exif)
     assert load_image(tmp_path / "turned.png").size == (5, 7)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 20, 0.5, 0.9])
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_damaged_pictures_are_refused(tmp_path, kept, suffix):
+def test_damaged_images_are_refused(tmp_path, kept, suffix):
     path = tmp_path / f"a.{suffix}"
     Image.fromarray(pixels(64, 64)).save(path)
     data = path.read_bytes()
@@ -83,12 +86,61 @@ def test_padding_repeats_the_border(size, padded):
     assert torch.equal(out[:, :, -1, -1], x[:, :, -1, -1])
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "a.png"
-    save_image(Image.fromarray(pixels()), path)
-    before = path.read_bytes()
-    with pytest.raises(RuntimeError), atomic_write(path) as partial:
+def test_save_image(tmp_path, monkeypatch):
+    path, array = tmp_path / "a.png", pixels()
+    save_image(Image.fromarray(array), path)
+    assert np.array_equal(np.asarray(load_image(path)), array) and path.stat().st_mode & 0o400
+
+    def disk_full(image, partial, format):
         partial.write_bytes(b"half")
-        raise RuntimeError
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-    assert path.stat().st_mode & 0o400
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        save_image(Image.fromarray(pixels(seed=1)), path)
+    assert np.array_equal(np.asarray(load_image(path)), array) and list(tmp_path.iterdir()) == [path]
+
+
+# --- Untrusted files
+
+
+def png(width, height):
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(bytes(10**6))),
+        (b"IEND", b""),
+    ]
+    packed = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+@pytest.mark.parametrize("size", [(2**31 - 1, 1), (1, 2**31 - 1), (65536, 65536), (0, 0)])
+def test_impossible_sizes_are_refused(tmp_path, size):
+    (tmp_path / "a.png").write_bytes(png(*size))
+    with pytest.raises(ImageError, match=r"cannot read .*a.png: "):
+        load_image(tmp_path / "a.png")
+
+
+def test_loading_an_image_starts_no_program(tmp_path, monkeypatch):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    monkeypatch.setattr(subprocess, "check_output", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    with pytest.raises(ImageError, match="cannot identify image file"):
+        load_image(tmp_path / "a.png")
+
+
+def test_every_error_of_pillow_becomes_an_image_error(tmp_path, monkeypatch):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    for error in (
+        struct.error("x"),
+        MemoryError(),
+        OverflowError("x"),
+        KeyError("x"),
+        zlib.error("x"),
+        RecursionError("x"),
+        OSError("x"),
+    ):
+        monkeypatch.setattr(Image.Image, "getexif", lambda self, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(ImageError, match=f"cannot read .*a.png: {type(error).__name__}: "):
+            load_image(tmp_path / "a.png")

@@ -1,0 +1,52 @@
+"""Damaged diffusers folders. test_diffusers_parity.py loads intact ones and compares the models."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from movq_ext import MOVQ, CheckpointError, from_pretrained
+
+DDCONFIG = dict(ch=32, out_ch=3, ch_mult=[1], num_res_blocks=0, attn_resolutions=[], in_channels=3, resolution=256, z_channels=4)
+CONFIG = {
+    "_class_name": "VQModel", "norm_type": "spatial", "block_out_channels": [32], "down_block_types": ["DownEncoderBlock2D"],
+    "up_block_types": ["UpDecoderBlock2D"], "in_channels": 3, "out_channels": 3, "latent_channels": 4, "num_vq_embeddings": 8,
+    "layers_per_block": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def state():
+    return dict(MOVQ(DDCONFIG, 8, 4).state_dict())
+
+
+def test_the_intact_folder_loads(tmp_path, state):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
+    assert from_pretrained(tmp_path).config["n_embed"] == 8
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("[" * 10**5, "not a config of a diffusers VQModel: RecursionError"),
+    (json.dumps({**CONFIG, "block_out_channels": [0]}), "not a config of a diffusers VQModel: ZeroDivisionError"),
+    (" " * (1 << 20) + "{}", "at most 1048576 characters"),
+    (json.dumps({**CONFIG, "layers_per_block": 10**9}), "of 1000000000 blocks"),
+    ("\xff", "not a config of a diffusers VQModel: UnicodeDecodeError"),
+])  # fmt: skip
+def test_invalid_configs(tmp_path, state, text, message):
+    (tmp_path / "config.json").write_bytes(text.encode("latin1"))
+    save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("new", "message"), [
+    ({"decoder.up_blocks." + "9" * 5000 + ".x": torch.zeros(1)}, "1 unexpected"),
+    ({"encoder.mid_block.resnets.0.conv1.bias": torch.zeros(32)}, "under both the old and the new names"),
+])  # fmt: skip
+def test_invalid_names(tmp_path, state, new, message):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    save_file({**state, **new}, tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        from_pretrained(tmp_path)

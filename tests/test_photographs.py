@@ -1,0 +1,41 @@
+import pytest
+import torch
+
+from movq_ext.training import Photographs, photographs
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_crops_depend_only_on_the_generator(folder, monkeypatch):
+    photos = Photographs(folder, 8)
+    a, b, c = (photos.batch(20, generator(seed)) for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert a.shape == (20, 3, 8, 8) and a.min() >= -1 and a.max() <= 1
+    monkeypatch.setattr(photographs, "CACHE_BYTES", 0)
+    assert torch.equal(Photographs(folder, 8).batch(20, generator(1)), a)
+
+
+def test_the_cache_is_bounded(folder, monkeypatch):
+    opened, load = [], photographs.load_image
+    monkeypatch.setattr(photographs, "load_image", lambda path: opened.append(path) or load(path))
+    monkeypatch.setattr(photographs, "CACHE_BYTES", 3 * 40 * 40)  # the largest of the three photographs, or the two others
+    Photographs(folder, 8).batch(50, generator())
+    assert 3 < len(opened) < 50
+
+
+def test_unreadable_images_are_skipped(folder, tmp_path, caplog):
+    (tmp_path / "0.png").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="could not read any of the 1 images"):
+        Photographs(tmp_path, 8).batch(1, generator())
+    (tmp_path / "1.png").write_bytes((folder / "0.png").read_bytes())
+    photos = Photographs(tmp_path, 8)
+    caplog.clear()
+    assert photos.batch(9, generator()).isfinite().all()
+    assert sum("skipping an unreadable image" in record.message for record in caplog.records) == 1
+
+
+def test_a_folder_without_images_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="found no images in "):
+        Photographs(tmp_path, 8)

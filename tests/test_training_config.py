@@ -1,0 +1,33 @@
+import dataclasses
+import inspect
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import movq_ext
+from movq_ext import MOVQ
+from movq_ext.training import SMALL_MODEL_CONFIG, TrainingConfig
+
+
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("steps", 0, "must be positive, got 0"),
+    ("batch_size", -1, "must be positive"),
+    ("learning_rate", float("nan"), "must be positive"),
+    ("warmup_steps", -1, "must not be negative"),
+    ("ema_decay", 1.0, r"must be in \[0, 1\)"),
+])  # fmt: skip
+def test_numbers_out_of_range_are_refused(name, value, message):
+    with pytest.raises(ValueError, match=f"{name} {message}"):
+        TrainingConfig(**{name: value})
+
+
+def test_the_help_of_every_option_is_its_documentation():
+    documented = dict(re.findall(r"^ {4}(\w+): (.+)\.$", inspect.getdoc(TrainingConfig), re.MULTILINE))
+    assert {field.name: field.metadata["help"] for field in dataclasses.fields(TrainingConfig)}.items() <= documented.items()
+
+
+def test_the_shipped_config_builds_the_shipped_model():
+    shipped = json.loads((Path(movq_ext.__file__).parent / "assets/small/config.json").read_text())
+    assert json.loads(json.dumps(MOVQ(**SMALL_MODEL_CONFIG).config)) == shipped

@@ -1,0 +1,156 @@
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from checkpoints import CODES, DDCONFIG, make_movq, same_weights
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from movq_ext import CheckpointError, from_pretrained, save_pretrained
+from movq_ext.io import weights
+
+DEEP = "[" * 10**6 + "]" * 10**6
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_save_and_load(tmp_path, as_file):
+    model = make_movq(attn_resolutions=(256,), num_res_blocks=2)
+    save_pretrained(model, tmp_path / "new" / "folder")
+    path = tmp_path / "new/folder"
+    loaded = from_pretrained(path / "model.safetensors" if as_file else path)
+    assert same_weights(loaded, model) and not loaded.training
+    assert torch.equal(loaded.decode_code(CODES), model.decode_code(CODES))
+    assert sorted(file.name for file in path.iterdir()) == ["config.json", "model.safetensors"]
+    assert json.loads((path / "config.json").read_text()) == json.loads(json.dumps(model.config))
+    assert all(p.requires_grad for p in loaded.parameters())
+
+
+def test_dtypes(tmp_path):
+    model = make_movq()
+    save_pretrained(model, tmp_path, dtype=torch.float16)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert same_weights(from_pretrained(tmp_path), make_movq().half().float())
+    assert {p.dtype for p in from_pretrained(tmp_path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+    assert from_pretrained(tmp_path, device="meta").quant_conv.weight.is_meta
+
+
+def test_a_config_can_be_given(tmp_path):
+    model = make_movq()
+    torch.save(model.state_dict(), tmp_path / "movq.pt")
+    assert from_pretrained(tmp_path / "movq.pt", config={**model.config, "beta": 0.5}).quantize.beta == 0.5
+    save_pretrained(model, tmp_path)
+    with pytest.raises(ValueError, match="config is only for original checkpoints"):
+        from_pretrained(tmp_path, config=model.config)
+    with pytest.raises(CheckpointError, match=r"invalid MOVQ config: .*n_embed"):
+        from_pretrained(tmp_path / "movq.pt", config={"ddconfig": DDCONFIG})
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda state: state.pop("decoder.conv_in.bias"), "1 missing: decoder.conv_in.bias$"),
+    (lambda state: state.update({"decoder.spare": torch.zeros(1)}), "1 unexpected: decoder.spare$"),
+    (lambda state: state.update({"decoder.conv_in.bias": torch.zeros(7)}),
+     r"1 of the wrong shape: decoder.conv_in.bias \(expected \(64,\), got \(7,\)\)$"),
+    (lambda state: [state.pop(name) for name in list(state) if ".norm1.weight" in name and "encoder" in name],
+     "missing: encoder.down.0.block.0.norm1.weight, "),
+    (lambda state: [state.update({f"decoder.{i}": torch.zeros(1)}) for i in range(100)],
+     "100 unexpected: decoder.0, decoder.1, .* and 92 more$"),
+])  # fmt: skip
+def test_the_error_names_entries_that_do_not_match(tmp_path, damage, message, with_config):
+    model = make_movq()
+    state = dict(model.state_dict())
+    damage(state)
+    path = tmp_path / "model.safetensors"
+    save_file(state, path, metadata={weights.CONFIG_KEY: json.dumps(model.config)} if with_config else None)
+    with pytest.raises(CheckpointError, match=message):
+        from_pretrained(path)
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no such file or folder: .*/nothing"):
+        from_pretrained(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match=r"expected model.safetensors .* or config.json"):
+        from_pretrained(tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="expected a file from save_pretrained, got one without"):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("config", ["{", "{}", "[]", '{"ddconfig": {}, "n_embed": 1, "embed_dim": 1}', '{"unknown": 1}'])
+def test_a_damaged_config_is_refused(tmp_path, config):
+    save_file(dict(make_movq().state_dict()), tmp_path / "model.safetensors", metadata={weights.CONFIG_KEY: config})
+    with pytest.raises(CheckpointError):
+        from_pretrained(tmp_path)
+
+
+def config(**changes):
+    return {"ddconfig": {**DDCONFIG, **changes}, "n_embed": 16, "embed_dim": 5}
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    (DEEP, "characters of JSON|RecursionError"),
+    ("[" * 10**5, "RecursionError"),
+    (json.dumps(config())[:-1] + ', "n_embed": 8}', "has a repeated key"),
+    (json.dumps(config(num_res_blocks=10**9)), "levels of 1000000000 blocks"),
+    (json.dumps(config(ch_mult=[1] * 10**5)), "100000 levels of"),
+    (json.dumps(config(ch=32 * 10**18)), "invalid MOVQ config: RuntimeError|OverflowError|TypeError"),
+    (json.dumps({**config(), "n_embed": 0}), "invalid MOVQ config: ZeroDivisionError"),
+    (json.dumps({**config(), "remap": "/dev/zero"}), "expected a config with the keys ddconfig"),
+    (json.dumps({**config(), "ddconfig": []}), "invalid MOVQ config: AttributeError"),
+])  # fmt: skip
+def test_untrusted_configs(tmp_path, text, message):
+    save_file(make_movq().state_dict(), tmp_path / "model.safetensors", metadata={weights.CONFIG_KEY: text})
+    with pytest.raises(CheckpointError, match=message):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("entry", [
+    torch.zeros(64, dtype=torch.long), torch.zeros(64, dtype=torch.complex64), torch.zeros(64, dtype=torch.bool),
+    torch.zeros(64, device="meta"), torch.zeros(64).to_sparse(), torch.zeros(64).to(torch.float8_e4m3fn),
+], ids=["int64", "complex", "bool", "meta", "sparse", "float8"])  # fmt: skip
+def test_entries_of_the_wrong_type_are_refused(tmp_path, entry):
+    torch.save({**make_movq().state_dict(), "decoder.conv_in.bias": entry}, tmp_path / "movq.ckpt")
+    message = rf"1 of the wrong type \(expected dense floating-point tensors\): decoder.conv_in.bias {entry.dtype}$"
+    with pytest.raises(CheckpointError, match=message):
+        from_pretrained(tmp_path / "movq.ckpt", dtype=torch.float16)
+
+
+def test_a_failed_save_keeps_the_old_files(tmp_path, monkeypatch):
+    save_pretrained(make_movq(0), tmp_path)
+
+    def disk_full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(weights, "save_file", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        save_pretrained(make_movq(1), tmp_path)
+    assert same_weights(from_pretrained(tmp_path), make_movq(0))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("replaces", [0, 1])
+def test_a_killed_save_keeps_the_old_or_the_new_model(tmp_path, replaces):
+    """SIGKILL right before each rename. The second model has other shapes, so a mixed pair would fail to load."""
+    save_pretrained(make_movq(0), tmp_path)
+    script = f"""
+import os, signal, torch
+from movq_ext import MOVQ, save_pretrained
+done, replace = 0, os.replace
+def replace_or_die(*paths):
+    global done
+    if done == {replaces}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    done += 1
+    replace(*paths)
+os.replace = replace_or_die
+save_pretrained(MOVQ({ {**DDCONFIG, "z_channels": 7}!r}, 8, 3), {str(tmp_path)!r})
+"""
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
+    loaded = from_pretrained(tmp_path)
+    assert same_weights(loaded, make_movq(0)) if replaces == 0 else loaded.decoder.z_channels == 7
