@@ -1,4 +1,4 @@
-"""The tests are of the installed package: the source folder beside them has neither movq_ext._C nor a build record."""
+"""Test the installed package: the source folder lacks movq_ext._C and the build record."""
 
 import json
 import os
@@ -16,24 +16,24 @@ SOURCE = Path(__file__).resolve().parents[1]
 
 
 def editable():
-    """Whether `pip install -e` installed this very folder."""
+    """Return True if `pip install -e` installed this folder."""
     urls = (json.loads(found.read_text("direct_url.json") or "{}") for found in metadata.distributions(name="movq_ext"))
     return any(url.get("dir_info", {}).get("editable") and url["url"] == SOURCE.as_uri() for url in urls)
 
 
 def hide_source():
-    """`python -m pytest`, and every `python -c` that a test starts, would put the current folder first on sys.path."""
+    """Keep the source folder off sys.path: `python -m pytest` and the tests' `python -c` would put it first."""
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != SOURCE]
     os.environ["PYTHONSAFEPATH"] = "1"
     if (found := sys.modules.get("movq_ext")) and Path(found.__file__).is_relative_to(SOURCE):
-        pytest.exit("movq_ext was imported from its source folder before the tests began", returncode=4)
+        pytest.exit("movq_ext was imported from its source folder before the tests started", returncode=4)
 
 
-settings.register_profile("ci", derandomize=True)  # a run's failure is then that of its change
+settings.register_profile("ci", derandomize=True)  # a CI failure then comes from the change under test
 if os.environ.get("CI"):
     settings.load_profile("ci")
 
-torch.backends.cudnn.allow_tf32 = False  # a convolution in float32 has TF32's error on a GPU otherwise, 10 bits
+torch.backends.cudnn.allow_tf32 = False  # TF32 has a 10-bit mantissa, too coarse for the float32 tolerances
 
 if not editable():
     hide_source()
@@ -43,10 +43,10 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "movq_ext":
         raise
-    pytest.exit("movq_ext is not installed here; run: pip install '.[test]'", returncode=4)
+    pytest.exit("movq_ext is not installed in this environment; run: pip install '.[test]'", returncode=4)
 
 if Path(movq_ext.__file__).resolve().is_relative_to(SOURCE / "movq_ext") and not editable():
-    pytest.exit("the source folder hides the installed movq_ext: is it on PYTHONPATH?", returncode=4)
+    pytest.exit("the source folder shadows the installed movq_ext; remove it from PYTHONPATH", returncode=4)
 
 from models import SMALL_MOVQ  # noqa: E402  (needs the checks above)
 
@@ -54,10 +54,11 @@ from movq_ext.bulk.batches import BatchDecoder, Settings  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def photo_folder(tmp_path_factory):
+    """Three small photographs; the last is smaller than a crop."""
     folder = tmp_path_factory.mktemp("photographs")
     ramp = np.linspace(0, 255, 40, dtype=np.uint8)
-    for i, size in enumerate([(40, 40), (30, 20), (5, 6)]):  # the last is smaller than a crop
+    for i, size in enumerate([(40, 40), (30, 20), (5, 6)]):
         Image.fromarray(np.stack([np.roll(np.resize(ramp, size), i + c) for c in range(3)], 2)).save(folder / f"{i}.png")
     return folder
 

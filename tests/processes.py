@@ -1,4 +1,4 @@
-"""Runs a function in several processes that are joined by gloo and brings back what each of them made."""
+"""Run a function in several processes of one gloo group and collect their results."""
 
 import faulthandler
 import os
@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 
 def run(function, processes, folder, *arguments):
-    """``function(rank, *arguments)`` of every rank. A process that crashes says where it was."""
+    """Return ``function(rank, *arguments)`` for every rank. A crash raises RuntimeError with the process's stack."""
     try:
         torch.multiprocessing.spawn(_process, (function, processes, str(folder), arguments), nprocs=processes)
     except torch.multiprocessing.ProcessExitedException as error:
@@ -25,7 +25,7 @@ def _process(rank, function, processes, folder, arguments):
     torch.save(function(rank, *arguments), _result(folder, rank))
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(0)  # FSDP2 keeps its group: gloo's threads would still run, and free tensors, while the interpreter ends
+    os._exit(0)  # FSDP2 keeps the group alive: gloo's threads would free tensors while the interpreter shuts down
 
 
 def _stacks(folder, rank):

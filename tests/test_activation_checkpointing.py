@@ -117,11 +117,11 @@ def test_the_whole_model():
     assert not model.encoder.gradient_checkpointing and not model.decoder.gradient_checkpointing
 
 
-def test_training_steps_are_the_same(folder, tmp_path):
+def test_training_steps_are_the_same(photo_folder, tmp_path):
     weights = []
     for checkpoint in (False, True):
         torch.manual_seed(0)
-        run = Trainer(MOVQ(**MODEL), folder, tmp_path, CONFIG, CPU, checkpoint_activations=checkpoint)
+        run = Trainer(MOVQ(**MODEL), photo_folder, tmp_path, CONFIG, CPU, checkpoint_activations=checkpoint)
         assert run.model.decoder.gradient_checkpointing == checkpoint
         for _ in range(6):  # the codebook comes in after four
             run.train_step()

@@ -1,4 +1,4 @@
-"""One model that several threads, streams or processes decode with."""
+"""Several threads, streams or processes decode with one model."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ THREADS, ROUNDS = 8, 3
 DDCONFIG = dict(
     ch=32, out_ch=3, ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=(16,), in_channels=3, resolution=32, z_channels=4
 )
-LEAST = 10_752  # bytes for each column of the latents: the second map of the decode goes to a file
+COLUMN_MEMORY = 10_752  # bytes per column of the latents: too few for the second map, which goes to a file
 SIZES = [(4, 4), (3, 5), (8, 4), (6, 6), (2, 9), (7, 1), (1, 1), (5, 8)]
 
 
@@ -43,7 +43,7 @@ def in_strips(model, codes):
 def in_files(model, codes):
     with torch.no_grad():
         z, zq = latents(model, codes)
-    return decode_tiled(model.decoder, z, zq, max_memory=LEAST * z.shape[3])
+    return decode_tiled(model.decoder, z, zq, max_memory=COLUMN_MEMORY * z.shape[3])
 
 
 @torch.no_grad()
@@ -74,37 +74,37 @@ def annotated(model, codes):
         return model.decode_code(codes)
 
 
-WAYS = [in_strips, in_files, under_autocast, layer_by_layer, with_gradients, in_half_precision, annotated]
+WAYS_TO_DECODE = [in_strips, in_files, under_autocast, layer_by_layer, with_gradients, in_half_precision, annotated]
 
 
 @pytest.mark.parametrize("add_conv", [False, True])
-@pytest.mark.parametrize("way", WAYS)
-def test_threads_share_a_model(way, add_conv):
-    """All begin at once with a model that nobody has used, so that what it derives and keeps is made by all of them."""
-    wanted = [way(prepared(way, add_conv), codes) for codes in jobs()]
+@pytest.mark.parametrize("decode", WAYS_TO_DECODE)
+def test_threads_share_a_model(decode, add_conv):
+    """All threads start together on an unused model, so that they race to fill its caches."""
+    expected_results = [decode(prepared(decode, add_conv), codes) for codes in jobs()]
     for _ in range(ROUNDS):
-        model, barrier = prepared(way, add_conv), threading.Barrier(THREADS)
+        model, barrier = prepared(decode, add_conv), threading.Barrier(THREADS)
 
         def work(codes, model=model, barrier=barrier):
             barrier.wait()
-            return [way(model, codes) for _ in range(2)]
+            return [decode(model, codes) for _ in range(2)]
 
         with ThreadPoolExecutor(THREADS) as pool:
-            for results, expected in zip(pool.map(work, jobs()), wanted, strict=True):
+            for results, expected in zip(pool.map(work, jobs()), expected_results, strict=True):
                 for result in results:
                     torch.testing.assert_close(result, expected)
 
 
-def prepared(way, add_conv):
+def prepared(decode, add_conv):
     model = make(add_conv=add_conv)
-    return model.half() if way is in_half_precision else model
+    return model.half() if decode is in_half_precision else model
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("way", [in_strips, in_files, under_autocast, layer_by_layer, with_gradients])
-def test_streams_share_a_model(way):
-    """Two threads, each with a stream of its own."""
-    wanted = [way(make().cuda(), codes) for codes in jobs("cuda")]
+@pytest.mark.parametrize("decode", [in_strips, in_files, under_autocast, layer_by_layer, with_gradients])
+def test_streams_share_a_model(decode):
+    """Two threads, each on its own stream."""
+    expected_results = [decode(make().cuda(), codes) for codes in jobs("cuda")]
     for _ in range(ROUNDS):
         model, barrier = make().cuda(), threading.Barrier(2)
         torch.cuda.synchronize()
@@ -113,18 +113,18 @@ def test_streams_share_a_model(way):
             stream = torch.cuda.Stream()
             with torch.cuda.stream(stream):
                 barrier.wait()
-                results = [way(model, codes) for codes in jobs("cuda")[offset::2]]
+                results = [decode(model, codes) for codes in jobs("cuda")[offset::2]]
             stream.synchronize()
             return results
 
         with ThreadPoolExecutor(2) as pool:
             for offset, results in enumerate(pool.map(work, range(2))):
-                tolerance = 2e-2 if way is under_autocast else 1e-3
-                for result, expected in zip(results, wanted[offset::2], strict=True):
+                tolerance = 2e-2 if decode is under_autocast else 1e-3
+                for result, expected in zip(results, expected_results[offset::2], strict=True):
                     torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
 
 
-class Decoded(Dataset):
+class DecodedImages(Dataset):
     def __init__(self, model):
         self.model = model
 
@@ -137,9 +137,9 @@ class Decoded(Dataset):
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_of_a_data_loader(start):
-    """Forked after the model was used here, or started anew with a pickled model."""
+    """Workers are forked after the parent has used the model, or spawned with a pickled model."""
     model = make()
-    wanted = [(in_strips(model, codes), in_files(model, codes)) for codes in jobs()]
-    loader = DataLoader(Decoded(model), batch_size=None, num_workers=2, multiprocessing_context=start, timeout=120)
-    for got, expected in zip(loader, wanted, strict=True):
+    expected_results = [(in_strips(model, codes), in_files(model, codes)) for codes in jobs()]
+    loader = DataLoader(DecodedImages(model), batch_size=None, num_workers=2, multiprocessing_context=start, timeout=120)
+    for got, expected in zip(loader, expected_results, strict=True):
         torch.testing.assert_close(tuple(got), expected)

@@ -8,28 +8,28 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_crops_depend_only_on_the_generator(folder, monkeypatch):
-    photos = Photographs(folder, 8)
+def test_crops_depend_only_on_the_generator(photo_folder, monkeypatch):
+    photos = Photographs(photo_folder, 8)
     a, b, c = (photos.batch(20, generator(seed)) for seed in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert a.shape == (20, 3, 8, 8) and a.min() >= -1 and a.max() <= 1
     monkeypatch.setattr(photographs, "CACHE_BYTES", 0)
-    assert torch.equal(Photographs(folder, 8).batch(20, generator(1)), a)
+    assert torch.equal(Photographs(photo_folder, 8).batch(20, generator(1)), a)
 
 
-def test_the_cache_is_bounded(folder, monkeypatch):
+def test_the_cache_is_bounded(photo_folder, monkeypatch):
     opened, load = [], photographs.load_image
     monkeypatch.setattr(photographs, "load_image", lambda path: opened.append(path) or load(path))
     monkeypatch.setattr(photographs, "CACHE_BYTES", 3 * 40 * 40)  # the largest of the three photographs, or the two others
-    Photographs(folder, 8).batch(50, generator())
+    Photographs(photo_folder, 8).batch(50, generator())
     assert 3 < len(opened) < 50
 
 
-def test_unreadable_images_are_skipped(folder, tmp_path, caplog):
+def test_unreadable_images_are_skipped(photo_folder, tmp_path, caplog):
     (tmp_path / "0.png").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="could not read any of the 1 images"):
         Photographs(tmp_path, 8).batch(1, generator())
-    (tmp_path / "1.png").write_bytes((folder / "0.png").read_bytes())
+    (tmp_path / "1.png").write_bytes((photo_folder / "0.png").read_bytes())
     photos = Photographs(tmp_path, 8)
     caplog.clear()
     assert photos.batch(9, generator()).isfinite().all()

@@ -1,4 +1,4 @@
-"""Decodes again and again: nothing is kept that grows. MOVQ_EXT_CASES=10000 for so many decodes of each kind."""
+"""Repeated decodes leak nothing. MOVQ_EXT_CASES=10000 runs that many decodes of each kind."""
 
 import gc
 import itertools
@@ -15,9 +15,9 @@ from movq_ext.model import feature_maps
 
 DECODES = int(os.environ.get("MOVQ_EXT_CASES", 150))
 WARM_UP = 40
-RSS_GROWTH = 24 << 20  # bytes: what the allocator may come to keep after the warm-up, whatever the number of decodes
+MAX_RSS_GROWTH = 24 << 20  # bytes that the allocator may retain after the warm-up, whatever the number of decodes
 SIZES = [(1, 1), (3, 5), (8, 4), (6, 6), (2, 9), (7, 1)]
-LEAST = 43_008  # bytes for latents 4 wide: half of that holds less than one map of (1, 32, 48, 8)
+MEMORY = 43_008  # bytes, the minimum for latents 4 cells wide. Half of it holds no map of (1, 32, 48, 8): maps go to files
 SETTINGS = dict(
     ch=32, out_ch=3, ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=(), in_channels=3, resolution=32, z_channels=4
 )
@@ -32,30 +32,34 @@ def latents(height=4, width=4, batch=1, **options):
     return torch.randn(batch, 4, height, width, **options), torch.randn(batch, 4, height, width)
 
 
-def tensors():
-    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+def count_tensors():
+    return sum(issubclass(type(found), Tensor) for found in gc.get_objects())
 
 
 @pytest.fixture
 def files(monkeypatch):
-    """How many temporary files were made."""
-    made = itertools.count()
-    real = feature_maps.tempfile.TemporaryFile
-    monkeypatch.setattr(feature_maps.tempfile, "TemporaryFile", lambda *args, **options: (next(made), real(*args, **options))[1])
-    return made
+    """A list with an entry for every temporary file that was created."""
+    created, create = [], feature_maps.tempfile.TemporaryFile
+
+    def recorded(*args, **options):
+        created.append(options)
+        return create(*args, **options)
+
+    monkeypatch.setattr(feature_maps.tempfile, "TemporaryFile", recorded)
+    return created
 
 
 def usage():
-    """Live tensors, open files, other objects, and bytes in memory."""
-    while gc.collect():  # what earlier tests left may take more than one pass to go
+    """Return the numbers of live tensors, open files and objects, and the resident memory in bytes."""
+    while gc.collect():  # garbage of earlier tests can take more than one pass
         pass
     with open("/proc/self/statm") as file:
         resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return tensors(), len(os.listdir("/proc/self/fd")), len(gc.get_objects()), resident
+    return count_tensors(), len(os.listdir("/proc/self/fd")), len(gc.get_objects()), resident
 
 
-def soak(work, decodes=DECODES):
-    """work(0), work(1), ...: after a warm-up nothing grows."""
+def assert_no_leak(work, decodes=DECODES):
+    """Call work(0), work(1), ... and compare the usage after a warm-up with that at the end."""
     for i in range(WARM_UP):
         work(i)
     before = usage()
@@ -64,9 +68,9 @@ def soak(work, decodes=DECODES):
     after = usage()
     for name, was, now in zip(("tensors", "open files"), before, after, strict=False):
         assert now <= was, f"{was} {name} became {now}"
-    # Some objects torch and the interpreter keep.
+    # torch and the interpreter retain a few objects.
     assert after[2] - before[2] < decodes // 4, f"{before[2]} objects became {after[2]}"
-    assert after[3] - before[3] < RSS_GROWTH, f"{before[3]} bytes became {after[3]}"
+    assert after[3] - before[3] < MAX_RSS_GROWTH, f"{before[3]} bytes became {after[3]}"
 
 
 @torch.no_grad()
@@ -75,12 +79,12 @@ def in_strips(decoder, i):
 
 
 @torch.no_grad()
-def of_changing_size(decoder, i):
+def with_changing_sizes(decoder, i):
     decoder(*latents(*SIZES[i % len(SIZES)], batch=1 + i % 3))
 
 
 def in_files(decoder, i):
-    decode_tiled(decoder, *latents(24, 4), max_memory=LEAST)
+    decode_tiled(decoder, *latents(24, 4), max_memory=MEMORY)
 
 
 @torch.inference_mode()
@@ -111,22 +115,24 @@ def annotated(decoder, i):
         decoder(*latents())
 
 
+WAYS_TO_DECODE = [in_strips, with_changing_sizes, in_files, in_half_precision, under_autocast, with_gradients, with_features,
+                  annotated]  # fmt: skip
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads memory and open files from /proc")
-@pytest.mark.parametrize(
-    "work", [in_strips, of_changing_size, in_files, in_half_precision, under_autocast, with_gradients, with_features, annotated]
-)
+@pytest.mark.parametrize("work", WAYS_TO_DECODE)
 def test_decodes(work, files):
     decoder = make()
     if work is in_half_precision:
         decoder.half()
-    soak(lambda i: work(decoder, i))
-    assert not profiling._annotated and (next(files) >= DECODES) == (work is in_files)
+    assert_no_leak(lambda i: work(decoder, i))
+    assert not profiling._annotated and (len(files) >= DECODES) == (work is in_files)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads memory and open files from /proc")
 @pytest.mark.parametrize("how", ["in place", "data", "loaded"])
 def test_weights_that_change_between_decodes(how):
-    """What is derived of them is replaced, and right."""
+    """Values derived from the old weights are dropped, and those from the new ones are right."""
     decoder, z, zq = make(), *latents()
     states = [make(seed).state_dict() for seed in range(2)]
     wanted = []
@@ -150,11 +156,11 @@ def test_weights_that_change_between_decodes(how):
         for got, expected in zip((decoder(z, zq), decoder.forward_with_features_output(z, zq)[0]), wanted[i % 2], strict=True):
             torch.testing.assert_close(got, expected)
 
-    soak(work)
+    assert_no_leak(work)
 
 
-def test_parameters_that_take_the_place_of_dropped_ones():
-    """The new one may have its predecessor's address and version, but has other values."""
+def test_replaced_parameters():
+    """A new parameter can reuse its predecessor's address and version, with other values."""
     decoder = make()
     upsample = decoder.up[1].upsample
     x = torch.randn(1, 32, 5, 5)
@@ -168,30 +174,30 @@ def test_parameters_that_take_the_place_of_dropped_ones():
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads memory and open files from /proc")
-def test_models_that_come_and_go():
-    gone = []
+def test_dropped_models_are_freed():
+    dropped = []
 
     def work(i):
         decoder = make(i)
         with torch.no_grad(), annotate(decoder):
             decoder(*latents())
             decoder.forward_with_features_output(*latents())
-        gone[:] = [*gone[-20:], weakref.ref(decoder), weakref.ref(decoder.conv_out.weight)]
+        dropped[:] = [*dropped[-20:], weakref.ref(decoder), weakref.ref(decoder.conv_out.weight)]
 
-    soak(work, DECODES // 3)
-    assert all(ref() is None for ref in gone) and not profiling._annotated
+    assert_no_leak(work, DECODES // 3)
+    assert all(ref() is None for ref in dropped) and not profiling._annotated
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads memory and open files from /proc")
-@pytest.mark.parametrize("what", [ValueError, KeyboardInterrupt])
-def test_decodes_that_fail(what, files):
-    """Each at another layer: no file stays open, no range, no map."""
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_failed_decodes(error, files):
+    """Each fails at another layer. None leaves a file or profiler range open, or a map in memory."""
     decoder, calls = make(), itertools.count()
     fails_at = 0
 
     def fail(*_):
         if next(calls) == fails_at:
-            raise what
+            raise error
 
     for conv in decoder.modules():
         if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
@@ -200,8 +206,8 @@ def test_decodes_that_fail(what, files):
     def work(i):
         nonlocal calls, fails_at
         calls, fails_at = itertools.count(), i % 10
-        with pytest.raises(what), annotate(decoder):
-            decode_tiled(decoder, *latents(24, 4), max_memory=LEAST)
+        with pytest.raises(error), annotate(decoder):
+            decode_tiled(decoder, *latents(24, 4), max_memory=MEMORY)
 
-    soak(work)
-    assert not profiling._annotated and not profiling._opened.ranges and next(files) >= DECODES // 2
+    assert_no_leak(work)
+    assert not profiling._annotated and not profiling._opened.ranges and len(files) >= DECODES // 2

@@ -21,24 +21,24 @@ def trainer(folder, out, **changes):
     return Trainer(MOVQ(**MODEL), folder, out, dataclasses.replace(CONFIG, **changes), CPU)
 
 
-def test_the_loss_falls(folder, tmp_path):
-    run = trainer(folder, tmp_path, steps=80)
+def test_the_loss_falls(photo_folder, tmp_path):
+    run = trainer(photo_folder, tmp_path, steps=80)
     losses = [run.train_step()[1].item() for _ in range(80)]
     assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:5])
 
 
 @pytest.mark.parametrize("amp", [False, True])
 @pytest.mark.parametrize("stop", [3, 4, 7])
-def test_a_resumed_run_matches_an_uninterrupted_one(folder, tmp_path, amp, stop):
-    whole = trainer(folder, tmp_path / "whole", amp=amp)
+def test_a_resumed_run_matches_an_uninterrupted_one(photo_folder, tmp_path, amp, stop):
+    whole = trainer(photo_folder, tmp_path / "whole", amp=amp)
     whole.run(save_every=100)
-    first = trainer(folder, tmp_path / "parts", amp=amp)
+    first = trainer(photo_folder, tmp_path / "parts", amp=amp)
     first.out.mkdir()
     for _ in range(stop):
         first.train_step()
     first.save()
     first.train_step()  # not saved: the resumed run repeats it
-    second = trainer(folder, tmp_path / "parts", amp=amp)
+    second = trainer(photo_folder, tmp_path / "parts", amp=amp)
     second.resume()
     torch.manual_seed(123)
     second.run(save_every=100)
@@ -64,24 +64,25 @@ def config_file(tmp_path):
     return tmp_path / "model.json"
 
 
-def test_a_killed_run_resumes(folder, tmp_path, config_file):
-    subprocess.run(train_command(folder, tmp_path / "whole", config_file), check=True, capture_output=True)
-    process = subprocess.Popen(train_command(folder, tmp_path / "killed", config_file), stderr=subprocess.DEVNULL)
+def test_a_killed_run_resumes(photo_folder, tmp_path, config_file):
+    whole, killed = (train_command(photo_folder, tmp_path / name, config_file) for name in ("whole", "killed"))
+    subprocess.run(whole, check=True, capture_output=True)
+    process = subprocess.Popen(killed, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (tmp_path / "killed/training.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    again = subprocess.run(train_command(folder, tmp_path / "killed", config_file), check=True, capture_output=True, text=True)
+    again = subprocess.run(killed, check=True, capture_output=True, text=True)
     assert "resumed" in again.stderr and "PSNR" in again.stderr.upper()
     a, b = (torch.load(tmp_path / name / "training.pt", weights_only=True) for name in ("whole", "killed"))
     assert all(torch.equal(a["average"][name], b["average"][name]) for name in a["average"])
 
 
-def test_two_processes_train_one_model(folder, tmp_path, config_file):
+def test_two_processes_train_one_model(photo_folder, tmp_path, config_file):
     port = str(20000 + os.getpid() % 20000)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
-    command = train_command(folder, tmp_path / "out", config_file)
+    command = train_command(photo_folder, tmp_path / "out", config_file)
     subprocess.run(torchrun + command[1:], check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     state = torch.load(tmp_path / "out/training.pt", weights_only=True)
     assert state["step"] == 60 and all(tensor.isfinite().all() for tensor in state["model"].values())
@@ -94,13 +95,13 @@ def train_rank(rank, folder, out):
     return run.model.state_dict(), run.average.state_dict()
 
 
-def test_ranks_agree_bit_for_bit(folder, tmp_path):
-    for first, second in zip(*processes.run(train_rank, 2, tmp_path, folder, tmp_path), strict=True):
+def test_ranks_agree_bit_for_bit(photo_folder, tmp_path):
+    for first, second in zip(*processes.run(train_rank, 2, tmp_path, photo_folder, tmp_path), strict=True):
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_unused_codes_are_replaced_with_latents(folder, tmp_path):
-    run = trainer(folder, tmp_path)
+def test_unused_codes_are_replaced_with_latents(photo_folder, tmp_path):
+    run = trainer(photo_folder, tmp_path)
     run.usage[:30] = 1
     latents = torch.randn(2, 4, 4, 4)
     before = run.model.quantize.embedding.weight.detach().clone()
@@ -113,17 +114,17 @@ def test_unused_codes_are_replaced_with_latents(folder, tmp_path):
     assert run.usage.sum() == 0
 
 
-def test_a_crop_that_the_model_cannot_downsample_is_refused(folder, tmp_path):
+def test_a_crop_that_the_model_cannot_downsample_is_refused(photo_folder, tmp_path):
     with pytest.raises(ValueError, match="crop must be a multiple of the model's downsampling 2, got 9"):
-        trainer(folder, tmp_path, crop=9)
+        trainer(photo_folder, tmp_path, crop=9)
 
 
-def test_an_unsuitable_checkpoint_is_refused(folder, tmp_path):
-    run = trainer(folder, tmp_path)
+def test_an_unsuitable_checkpoint_is_refused(photo_folder, tmp_path):
+    run = trainer(photo_folder, tmp_path)
     run.save()
     with pytest.raises(ValueError, match=r"was saved with learning_rate=0.001, now 0.5; seed=0, now 3"):
-        trainer(folder, tmp_path, learning_rate=0.5, seed=3).resume()
-    trainer(folder, tmp_path, steps=20).resume()
+        trainer(photo_folder, tmp_path, learning_rate=0.5, seed=3).resume()
+    trainer(photo_folder, tmp_path, steps=20).resume()
     run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"training\.pt is damaged"):
         run.resume()
@@ -132,8 +133,8 @@ def test_an_unsuitable_checkpoint_is_refused(folder, tmp_path):
         run.resume()
 
 
-def test_a_non_finite_loss_stops_the_run(folder, tmp_path):
-    run = trainer(folder, tmp_path)
+def test_a_non_finite_loss_stops_the_run(photo_folder, tmp_path):
+    run = trainer(photo_folder, tmp_path)
     run.save()
     with torch.no_grad():
         run.model.quant_conv.bias.fill_(float("nan"))
