@@ -81,3 +81,11 @@ def model(model_folder):
 def decoder(model_folder):
     """The BatchDecoder of a small MOVQ on a CPU."""
     return BatchDecoder(Settings(model_folder, "cpu"))
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests that are skipped without a GPU, so that ``-m gpu`` selects them."""
+    for item in items:
+        backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+        if backend == "gpu" or any("needs a GPU" in mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif")):
+            item.add_marker("gpu")
