@@ -49,8 +49,8 @@ def seen(model, run, *more, layer_by_layer=True):
 def assert_nothing_left(model):
     for name, module in model.named_modules():
         assert not module._forward_hooks and not module._forward_pre_hooks and not module._forward_hooks_always_called, name
-    assert not profiling._annotated and not profiling._opened.ranges
-    assert profiling.layer_range(model) is profiling.OFF
+    assert not profiling._annotated and not profiling._open_ranges.stack
+    assert profiling.layer_range(model) is profiling.NO_RANGE
 
 
 def test_every_layer_is_a_range_inside_its_block(decoder, z):
@@ -302,10 +302,10 @@ def test_a_compiled_model_has_the_names_of_the_one_it_was_made_from(decoder, z):
 
 
 def test_off_is_one_shared_object(decoder):
-    assert profiling.layer_range(decoder) is profiling.layer_range(decoder.conv_in) is profiling.OFF
+    assert profiling.layer_range(decoder) is profiling.layer_range(decoder.conv_in) is profiling.NO_RANGE
     with movq_ext.annotate(decoder.mid):
-        assert profiling.layer_range(decoder.conv_in) is profiling.OFF
-        assert profiling.layer_range(decoder.mid.block_1) is not profiling.OFF
+        assert profiling.layer_range(decoder.conv_in) is profiling.NO_RANGE
+        assert profiling.layer_range(decoder.mid.block_1) is not profiling.NO_RANGE
 
 
 @pytest.fixture

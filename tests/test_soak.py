@@ -210,4 +210,4 @@ def test_failed_decodes(error, files):
             decode_tiled(decoder, *latents(24, 4), max_memory=MEMORY)
 
     assert_no_leak(work)
-    assert not profiling._annotated and not profiling._opened.ranges and len(files) >= DECODES // 2
+    assert not profiling._annotated and not profiling._open_ranges.stack and len(files) >= DECODES // 2

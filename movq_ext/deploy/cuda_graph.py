@@ -1,4 +1,4 @@
-"""Decoding by CUDA graphs: the kernels of a decode are recorded once for each size and then launched as one."""
+"""Decode by CUDA graphs: the kernels of a decode are recorded once for each size, and later launched together."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from torch import Tensor
 from ..model.checks import check_positive
 from ..model.decoder import MOVQDecoder
 
-WARM_UPS = 2  # decodes before the recording: libraries choose and load their kernels in the first
+WARM_UP_DECODES = 2  # before recording: libraries choose and load their kernels in the first
 
 
 class CUDAGraphDecoder:
-    """A decoder whose decodes on a GPU are recorded, on the first call with a size, and replayed from then on.
+    """Wraps a decoder to record its decodes on a GPU as CUDA graphs, one for each size, and replay them.
 
-    Call it like the decoder, with gradients off: ``(z, zq)`` to an image that is the caller's to keep. A graph is kept for each
-    combination of shapes, dtypes, device and autocast. Graphs share one memory pool, so that many sizes take little more than the
-    largest, and calls from several threads and streams wait for one another. Not yet measured on a GPU.
+    Call it like the decoder, under ``torch.no_grad()`` or ``torch.inference_mode()``. The image it returns is a new tensor. The
+    first call with a combination of shapes, dtypes, device and autocast state records a graph, and later calls replay it. All
+    graphs share one memory pool, so many sizes take little more memory than the largest. Calls from several threads and streams
+    wait for one another. Not yet measured on a GPU.
 
-    What a graph sees: weights that are changed in place, by whatever means, since it reads their memory and makes what follows
-    from them anew. All graphs are recorded again when a weight or buffer is elsewhere in memory or has another dtype or layout
-    (``decoder.to(...)``, ``parameter.data = ...``, ``load_state_dict(assign=True)``, a layer that was put in). What it does not
-    see: hooks in Python, which ran at the recording for the last time, and settings such as
-    ``torch.backends.cudnn.allow_tf32``; call `clear` after changing those.
+    Replays see weights that change in place, because a graph reads their memory and derives folded weights in every replay. All
+    graphs are recorded again when a weight or buffer has moved in memory or changed its dtype or layout, as after
+    ``decoder.to(...)``, ``parameter.data = ...``, ``load_state_dict(assign=True)`` or replacing a layer. Replays run no Python
+    hooks and ignore settings such as ``torch.backends.cudnn.allow_tf32``: call `clear` after changing those.
 
-    On other devices than a GPU the decoder just runs, and ``eager_reason`` says so.
+    On other devices than a GPU, the decoder runs without graphs and ``eager_reason`` says why.
 
     Args:
-        decoder: in evaluation.
-        max_graphs: how many are kept; that which was not used for longest is dropped for a new one.
+        decoder: in evaluation mode.
+        max_graphs: number of graphs to hold; the least recently used one is dropped for a new one.
 
     Attributes:
-        eager_reason: why the last call was no replay; None if it was one, or there was no call.
+        eager_reason: why the last call did not use a graph; None if it did, or before the first call.
 
     Raises:
-        TypeError: decoder is no MOVQDecoder.
+        TypeError: decoder is not a MOVQDecoder.
         ValueError: max_graphs is not a positive integer.
     """
 
@@ -50,79 +50,89 @@ class CUDAGraphDecoder:
         check_positive(max_graphs=max_graphs)
         self.decoder, self.max_graphs = decoder, max_graphs
         self.eager_reason: str | None = None
-        self._graphs: OrderedDict[Hashable, DecodeGraph] = OrderedDict()  # the last is the last that was used
-        self._weights: Hashable = None
+        self._graphs: OrderedDict[Hashable, DecodeGraph] = OrderedDict()  # from least to most recently used
+        self._weight_layouts: Hashable = None  # that the graphs were recorded with
         self._lock = threading.Lock()
 
     def __call__(self, z: Tensor, zq: Tensor) -> Tensor:
-        """As `MOVQDecoder.forward`, whose errors it raises; RuntimeError in training or where gradients would be recorded."""
+        """Return ``decoder(z, zq)``.
+
+        Raises what `MOVQDecoder.forward` raises, and RuntimeError in training mode or if a gradient would be recorded.
+        """
         decoder = self.decoder
         decoder.check_latents(z, zq)
         if decoder.training:
-            raise RuntimeError("CUDAGraphDecoder cannot train: call decoder.eval() first, or call the decoder itself")
+            raise RuntimeError("decoder must be in evaluation mode, got training mode: call decoder.eval() first")
         if torch.is_grad_enabled() and any(x.requires_grad for x in (z, zq, *decoder.parameters())):
-            raise RuntimeError("no gradient goes through a CUDA graph: call under torch.no_grad() or torch.inference_mode()")
+            raise RuntimeError(
+                "decoder, z and zq must not require gradients: call under torch.no_grad() or torch.inference_mode()"
+            )
         self.eager_reason = _eager_reason(z)
         if self.eager_reason:
             return decoder(z, zq)  # type: ignore[no-any-return]
         with self._lock:
-            return self._graph(z, zq).replay(z, zq)
+            return self._find_or_record(z, zq).replay(z, zq)
 
     def __len__(self) -> int:
-        """How many graphs are held."""
+        """Return the number of graphs."""
         return len(self._graphs)
 
     def clear(self) -> None:
-        """Drop all graphs and their memory; each size is recorded again when it next comes."""
+        """Free all graphs and their memory. The next call with a size records it again."""
         with self._lock:
-            self._drop(len(self._graphs))
+            self._drop_oldest(len(self._graphs))
 
-    def _graph(self, z: Tensor, zq: Tensor) -> DecodeGraph:
-        weights = tuple(_place(x) for x in (*self.decoder.parameters(), *self.decoder.buffers()))
-        if weights != self._weights:
-            self._drop(len(self._graphs))
-            self._weights = weights
+    def _find_or_record(self, z: Tensor, zq: Tensor) -> DecodeGraph:
+        weight_layouts = tuple(_memory_layout(x) for x in (*self.decoder.parameters(), *self.decoder.buffers()))
+        if weight_layouts != self._weight_layouts:
+            self._drop_oldest(len(self._graphs))
+            self._weight_layouts = weight_layouts
         autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         key = (*((x.shape, x.dtype, x.device) for x in (z, zq)), autocast)
         if key not in self._graphs:
-            self._drop(len(self._graphs) + 1 - self.max_graphs)
-            shared = next(iter(self._graphs.values()), None)
-            self._graphs[key] = DecodeGraph(self.decoder, z, zq, shared)
+            self._drop_oldest(len(self._graphs) + 1 - self.max_graphs)
+            sharing = next(iter(self._graphs.values()), None)
+            self._graphs[key] = DecodeGraph(self.decoder, z, zq, sharing)
         self._graphs.move_to_end(key)
         return self._graphs[key]
 
-    def _drop(self, count: int) -> None:
+    def _drop_oldest(self, count: int) -> None:
         for _ in range(count):
             self._graphs.popitem(last=False)[1].close()
 
 
 class DecodeGraph:
-    """One recorded decode, of latents like z and zq. ``shared`` is another graph, of the same device, to share memory with."""
+    """Records one decode, of latents with the shapes and dtypes of z and zq, and replays it.
+
+    Args:
+        decoder, z, zq: what to record.
+        sharing: another graph on the same device to share a memory pool with, or None.
+    """
 
     _pool: Any  # torch has no public name for its type
-    _done: torch.cuda.Event  # of the pool's last replay
+    _done: torch.cuda.Event  # the end of the last replay in the pool
 
-    def __init__(self, decoder: MOVQDecoder, z: Tensor, zq: Tensor, shared: DecodeGraph | None) -> None:
-        self._pool = shared._pool if shared else torch.cuda.graph_pool_handle()
-        self._done = shared._done if shared else torch.cuda.Event()
+    def __init__(self, decoder: MOVQDecoder, z: Tensor, zq: Tensor, sharing: DecodeGraph | None) -> None:
+        self._pool = sharing._pool if sharing else torch.cuda.graph_pool_handle()
+        self._done = sharing._done if sharing else torch.cuda.Event()
         self._graph = torch.cuda.CUDAGraph()
-        # Not in inference mode, though the caller may be: its tensors could not be written outside of it.
+        # Inference mode is off even if the caller has it on: inference tensors cannot be written outside it.
         with torch.cuda.device(z.device), torch.inference_mode(False), torch.no_grad(), _autocast_uncached():
             current, side = torch.cuda.current_stream(), torch.cuda.Stream()
             self._inputs = [torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x) for x in (z, zq)]
             side.wait_stream(current)
             with torch.cuda.stream(side):
-                for _ in range(WARM_UPS):
+                for _ in range(WARM_UP_DECODES):
                     decoder(*self._inputs)
             current.wait_stream(side)
             with torch.cuda.graph(self._graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
                 self._output: Tensor = decoder(*self._inputs)
 
     def replay(self, z: Tensor, zq: Tensor) -> Tensor:
-        """The decode of z and zq, in memory of its own: that of the graph is the next replay's."""
+        """Return the decode of z and zq as a new tensor: the next replay overwrites the graph's own output."""
         with torch.cuda.device(z.device):
             stream = torch.cuda.current_stream()
-            stream.wait_event(self._done)  # another stream's replay may be using the pool
+            stream.wait_event(self._done)  # a replay on another stream may still use the pool
             for static, x in zip(self._inputs, (z, zq), strict=True):
                 static.copy_(x)
             self._graph.replay()
@@ -131,7 +141,7 @@ class DecodeGraph:
         return out
 
     def close(self) -> None:
-        """Give the memory back, once no replay uses it."""
+        """Free the memory after the last replay has ended."""
         self._done.synchronize()
         self._graph.reset()
 
@@ -141,9 +151,10 @@ def _eager_reason(z: Tensor) -> str | None:
 
 
 def _autocast_uncached() -> AbstractContextManager[None]:
-    """Autocast as it is, but for its memory of cast weights: a graph must cast them itself, in every replay."""
+    """Return autocast with its current settings and without its cache: a graph must cast weights in every replay."""
     return torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False)
 
 
-def _place(x: Tensor) -> Hashable:
+def _memory_layout(x: Tensor) -> Hashable:
+    """Return what must not change between replays that read x."""
     return x.data_ptr(), x.dtype, x.shape, x.stride(), x.device

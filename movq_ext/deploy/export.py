@@ -1,4 +1,4 @@
-"""Decoders as compiled files (.pt2) that run without the code of the model: torch.export and AOTInductor."""
+"""Compile decoders to files (.pt2) that run without the model's code, by torch.export and AOTInductor."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from ..io.files import atomic_write
 from ..model.autoencoder import MOVQ
 from ..model.decoder import MOVQDecoder
 
-Sizes = int | tuple[int, int]  # one size, or the least and the most
-METADATA = "movq_ext.decoder"
+SizeRange = int | tuple[int, int]  # one size, or (minimum, maximum)
+METADATA_KEY = "movq_ext.decoder"
+EXAMPLE_SIZES = {"batch": 2, "height": 4, "width": 6}  # torch.export makes size 1 a constant, and gives equal sizes one symbol
+DIMENSIONS = {"batch": 0, "height": 2, "width": 3}
 
 
 class ExportError(RuntimeError):
-    """A decoder could not be compiled here."""
+    """The decoder could not be compiled on this machine."""
 
 
 class QuantDecoder(nn.Module):
-    """`MOVQ.decode` without the rest of the model."""
+    """`MOVQ.decode` as a module of its own."""
 
     def __init__(self, model: MOVQ) -> None:
         super().__init__()
@@ -42,54 +44,54 @@ def export_decoder(
     model: MOVQDecoder | MOVQ,
     path: str | Path,
     *,
-    height: Sizes = 32,
-    width: Sizes | None = None,
-    batch: Sizes = 1,
+    height: SizeRange = 32,
+    width: SizeRange | None = None,
+    batch: SizeRange = 1,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     inductor_configs: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Compile a decoder, weights included, into one file that any program with libtorch runs. It takes a minute or several.
+    """Compile a decoder and its weights to one file, which any program with libtorch can run. Takes a minute or more.
 
-    The program of a MOVQDecoder takes ``z (B, z_channels, h, w)`` and ``zq (B, zq_ch, h, w)``; that of a MOVQ takes what
-    `MOVQ.decode` takes, ``quant (B, embed_dim, h, w)``. Both return the image ``(B, out_ch, H, W)`` and run in evaluation,
-    without gradients.
+    The program compiled from a MOVQDecoder takes ``z (B, z_channels, h, w)`` and ``zq (B, zq_ch, h, w)``. The one compiled from a
+    MOVQ takes the argument of `MOVQ.decode`, ``quant (B, embed_dim, h, w)``. Both return the image ``(B, out_ch, H, W)``, in
+    evaluation mode and without gradients; ``torch.no_grad()`` is not needed.
 
-    `load_exported` runs the file and checks what it is given. Without movq_ext:
+    `load_exported` runs the file and checks its arguments. To run it without movq_ext:
 
     - Python: ``torch._inductor.aoti_load_package(path)(z, zq)``;
     - C++: ``torch::inductor::AOTIModelPackageLoader(path).run({z, zq})``, from
       ``torch/csrc/inductor/aoti_package/model_package_loader.h``.
 
-    **They check nothing**: a wrong size, dtype or layout (contiguous is right) is read as if it were the right one. What is right
-    stands in ``get_metadata()["movq_ext.decoder"]`` and, with ``AOTI_RUNTIME_CHECK_INPUTS=1`` in the environment, torch checks it
-    (and refuses size 1 where that is the least of several).
+    **Neither checks its arguments**: a tensor of the wrong size, dtype or layout (it must be contiguous) gives wrong results or
+    reads beyond its memory. ``get_metadata()["movq_ext.decoder"]`` holds the right ones. With ``AOTI_RUNTIME_CHECK_INPUTS=1`` in
+    the environment, torch checks them too, but also refuses size 1 where that is the minimum of a range.
 
-    The file is for this version of torch and this kind of device: CPUs with the vector instructions of this one, or GPUs of
-    this one's compute capability. On a CPU it holds PyTorch's own operators only. Where the CUDA kernels run (see `explain`) it
-    calls them, and whoever loads it without movq_ext calls ``torch.ops.load_library`` first, on movq_ext's ``_C.*.so`` (in C++
-    ``dlopen``, in a program that is linked with libpython). Not yet run on a GPU.
+    The file runs only with this version of torch, on CPUs with this one's vector instructions or GPUs of this one's compute
+    capability. For a CPU, it holds only PyTorch's operators. Where the CUDA kernels run (see `explain`), it calls them: a program
+    that does not import movq_ext must first load movq_ext's ``_C.*.so`` with ``torch.ops.load_library`` (in C++ with ``dlopen``,
+    in a program linked with libpython). Not yet run on a GPU.
 
     Args:
-        model: is left as it is.
-        path: file to write, ending in ``.pt2``. An older one is replaced at once, when all is done.
-        height, width: of the latent: one size, or (least, most) for a program that takes all between. width is height if None.
-        batch: images, alike.
+        model: is not modified.
+        path: file to write, ending in ``.pt2``. An existing file is replaced atomically.
+        height, width: of the latent: one size, or (minimum, maximum) for a program that takes all sizes between. width defaults
+            to height.
+        batch: number of images: one size, or (minimum, maximum).
         dtype: of weights, latents and image; the model's if None.
-        device: to compile for and on; the model's if None.
+        device: to compile on and for; the model's if None.
         inductor_configs: options of torch._inductor.config, such as ``{"max_autotune": True}``.
 
     Returns:
         path.
 
     Raises:
-        TypeError: model is neither class, a size is no integer, or dtype is not floating point.
+        TypeError: model is neither class, a size is not an integer, or dtype is not floating point.
         ValueError: path does not end in .pt2, or a size or range is not positive.
         FileNotFoundError: path's folder does not exist.
         ExportError: no C++ compiler is found, or PyTorch's compiler fails.
     """
-    from torch._inductor import aoti_compile_and_package  # here, because it takes a second that only an export needs
-    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.cpp_builder import get_cpp_compiler  # imported late: this takes a second
     from torch._inductor.exc import InvalidCxxCompiler
 
     path = Path(path)
@@ -98,9 +100,9 @@ def export_decoder(
     if path.suffix != ".pt2":
         raise ValueError(f"path must end in .pt2, got {str(path)!r}")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"path is in a folder that does not exist: {str(path.parent)!r}")
+        raise FileNotFoundError(f"path must be in an existing folder, got {str(path.parent)!r}")
     sizes = {"batch": batch, "height": height, "width": height if width is None else width}
-    ranges = {name: _range(name, size) for name, size in sizes.items()}
+    ranges = {name: _as_range(name, size) for name, size in sizes.items()}
     weight = next(model.parameters())
     device, dtype = torch.device(device or weight.device), dtype or weight.dtype
     if not dtype.is_floating_point:
@@ -113,47 +115,56 @@ def export_decoder(
     network = deepcopy(QuantDecoder(model) if isinstance(model, MOVQ) else model).to(device, dtype).eval().requires_grad_(False)
     decoder = model.decoder if isinstance(model, MOVQ) else model
     channels = {"quant": decoder.zq_ch} if isinstance(model, MOVQ) else {"z": decoder.z_channels, "zq": decoder.zq_ch}
+    batch, height, width = (min(max(EXAMPLE_SIZES[name], low), high) for name, (low, high) in ranges.items())
+    latents = [torch.zeros(batch, count, height, width, dtype=dtype, device=device) for count in channels.values()]
     metadata = {"version": __version__, "channels": channels, **ranges, "dtype": str(dtype)[6:], "device": device.type}
-    # A size of 1 would be taken for a constant, and two equal ones for one.
-    example = [min(most, max(least, few)) for few, (least, most) in zip((2, 4, 6), ranges.values(), strict=True)]
-    latents = tuple(torch.zeros(example[0], count, *example[1:], dtype=dtype, device=device) for count in channels.values())
-    dynamic = {
-        dim: torch.export.Dim(name, min=least, max=most)
-        for dim, (name, (least, most)) in zip((0, 2, 3), ranges.items(), strict=True)
-        if least < most
-    }
-    configs = {
-        "aot_inductor.use_runtime_constant_folding": True,  # what is made of weights alone is made when the file is loaded
-        **(inductor_configs or {}),
-        "aot_inductor.metadata": {METADATA: json.dumps(metadata)},
-    }
     with tempfile.TemporaryDirectory() as folder:
         try:
-            with torch.no_grad(), torch.autocast(device.type, enabled=False):
-                program = torch.export.export(network, latents, dynamic_shapes=(dynamic,) * len(latents))
-                package = aoti_compile_and_package(program, package_path=f"{folder}/decoder.pt2", inductor_configs=configs)
-        except Exception as error:  # whatever the compilers of Python, C++ and CUDA have to say
+            package = _compile(network, latents, ranges, f"{folder}/decoder.pt2", metadata, inductor_configs)
+        except Exception as error:  # the compilers of Python, C++ and CUDA raise many kinds
             raise ExportError(f"PyTorch could not compile the decoder for {device}: {error}") from error
         with atomic_write(path) as partial:
             shutil.copyfile(package, partial)
     return path
 
 
+def _compile(
+    network: nn.Module,
+    latents: list[Tensor],
+    ranges: Mapping[str, tuple[int, int]],
+    path: str,
+    metadata: Mapping[str, Any],
+    inductor_configs: Mapping[str, Any] | None,
+) -> str:
+    from torch._inductor import aoti_compile_and_package
+
+    dynamic = {DIMENSIONS[name]: torch.export.Dim(name, min=low, max=high) for name, (low, high) in ranges.items() if low < high}
+    configs = {
+        "aot_inductor.use_runtime_constant_folding": True,  # folded weights are computed once, on loading
+        **(inductor_configs or {}),
+        "aot_inductor.metadata": {METADATA_KEY: json.dumps(metadata)},
+    }
+    with torch.no_grad(), torch.autocast(latents[0].device.type, enabled=False):
+        program = torch.export.export(network, tuple(latents), dynamic_shapes=(dynamic,) * len(latents))
+        package: str = aoti_compile_and_package(program, package_path=path, inductor_configs=configs)
+    return package
+
+
 class ExportedDecoder:
-    """A file of `export_decoder`, loaded. Call it like the model it was made from: ``(z, zq)`` or ``(quant)`` to an image.
+    """A program that `export_decoder` compiled. Call it like the model: ``(z, zq)`` or ``(quant)`` to an image.
 
     Args:
         path, device: see `load_exported`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no such file, is damaged, or was compiled for another kind of device.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file was not written by `export_decoder`, is damaged, or was compiled for another type of device.
 
     Attributes:
         inputs: channels of each latent, by name.
-        batch: the least and the most images.
-        height: the least and the most rows of the latent.
-        width: the least and the most columns.
+        batch: minimum and maximum number of images.
+        height: minimum and maximum number of the latent's rows.
+        width: minimum and maximum number of the latent's columns.
         dtype: of latents and image.
         device: of latents and image; without an index, any device of that type.
     """
@@ -167,9 +178,9 @@ class ExportedDecoder:
         device = None if device is None else torch.device(device)
         try:
             self._run = aoti_load_package(str(path), device_index=-1 if device is None or device.index is None else device.index)
-            metadata = json.loads(self._run.get_metadata()[METADATA])
+            metadata = json.loads(self._run.get_metadata()[METADATA_KEY])
         except KeyError as error:
-            raise ValueError(f"{path} was not made by export_decoder") from error
+            raise ValueError(f"{path} was not written by export_decoder") from error
         except RuntimeError as error:
             raise ValueError(f"{path} cannot be loaded: {error}") from error
         self.inputs: dict[str, int] = metadata["channels"]
@@ -177,54 +188,54 @@ class ExportedDecoder:
         self.dtype: torch.dtype = getattr(torch, metadata["dtype"])
         self.device = device or torch.device(metadata["device"])
         if self.device.type != metadata["device"]:
-            raise ValueError(f"{path} was compiled for {metadata['device']}, device is {self.device}")
+            raise ValueError(f"device must be a {metadata['device']} device, which {path} was compiled for, got {self.device}")
 
     def __call__(self, *latents: Tensor) -> Tensor:
-        """Latents ``(batch, channels, height, width)``, any strides, to images ``(batch, out_ch, H, W)``.
+        """Decode latents ``(batch, channels, height, width)`` with any strides to images ``(batch, out_ch, H, W)``.
 
-        Raises TypeError (number, dtype) or ValueError (shape, device) naming the argument.
+        Raises TypeError (number, dtype) or ValueError (shape, device), which name the argument.
         """
         if len(latents) != len(self.inputs):
-            raise TypeError(f"the program takes {' and '.join(self.inputs)}, got {len(latents)} arguments")
+            raise TypeError(f"expected {' and '.join(self.inputs)}, got {len(latents)} arguments")
         for (name, channels), x in zip(self.inputs.items(), latents, strict=True):
             if not isinstance(x, Tensor) or x.dtype != self.dtype:
                 given = x.dtype if isinstance(x, Tensor) else type(x).__name__
                 raise TypeError(f"{name} must be a tensor of {self.dtype}, got {given}")
             if x.device.type != self.device.type or self.device.index not in (None, x.device.index):
                 raise ValueError(f"{name} must be on {self.device}, got {x.device}")
-            bounds = [self.batch, (channels, channels), self.height, self.width]
-            if x.dim() != 4 or not all(least <= size <= most for size, (least, most) in zip(x.shape, bounds, strict=True)):
-                wanted = ", ".join(str(least) if least == most else f"{least} to {most}" for least, most in bounds)
-                raise ValueError(f"{name} must have shape ({wanted}), got {tuple(x.shape)}")
+            ranges = [self.batch, (channels, channels), self.height, self.width]
+            if x.dim() != 4 or not all(low <= size <= high for size, (low, high) in zip(x.shape, ranges, strict=True)):
+                expected = ", ".join(str(low) if low == high else f"{low} to {high}" for low, high in ranges)
+                raise ValueError(f"{name} must have shape ({expected}), got {tuple(x.shape)}")
             if x.shape[0] != latents[0].shape[0] or x.shape[2:] != latents[0].shape[2:]:
                 shapes = [tuple(x.shape) for x in latents]
-                raise ValueError(f"{' and '.join(self.inputs)} must have one batch, height and width, got {shapes}")
+                raise ValueError(f"{' and '.join(self.inputs)} must have the same batch, height and width, got {shapes}")
         with torch.no_grad():
             out: Tensor = self._run(*(x.detach().contiguous() for x in latents))
         return out
 
 
 def load_exported(path: str | Path, device: torch.device | str | None = None) -> ExportedDecoder:
-    """Load a file that `export_decoder` wrote, to run it without the model.
+    """Load a file that `export_decoder` wrote. The model is not needed, nor is ``torch.no_grad()`` for calling the program.
 
     Args:
-        path: the file. It holds machine code: load only what you trust.
-        device: ``"cuda:1"`` for a GPU other than the first; it must be of the type that the file was compiled for.
+        path: the file. It contains machine code: load only files you trust.
+        device: a GPU other than the first, such as ``"cuda:1"``; its type must be the one that the file was compiled for.
 
     Returns:
-        The program, to be called like the model.
+        The program, called like the model.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no such file, is damaged, or was compiled for another kind of device.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file was not written by `export_decoder`, is damaged, or was compiled for another type of device.
     """
     return ExportedDecoder(path, device)
 
 
-def _range(name: str, sizes: Sizes) -> tuple[int, int]:
-    bounds = sizes if isinstance(sizes, tuple) else (sizes, sizes)
-    if len(bounds) != 2 or not all(isinstance(size, int) and not isinstance(size, bool) for size in bounds):
-        raise TypeError(f"{name} must be an integer or two (least, most), got {sizes!r}")
+def _as_range(name: str, size: SizeRange) -> tuple[int, int]:
+    bounds = size if isinstance(size, tuple) else (size, size)
+    if len(bounds) != 2 or not all(isinstance(bound, int) and not isinstance(bound, bool) for bound in bounds):
+        raise TypeError(f"{name} must be an integer or (minimum, maximum), got {size!r}")
     if not 1 <= bounds[0] <= bounds[1]:
-        raise ValueError(f"{name} must be positive, and the least no more than the most, got {sizes!r}")
+        raise ValueError(f"{name} must be positive, with minimum <= maximum, got {size!r}")
     return bounds

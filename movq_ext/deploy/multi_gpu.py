@@ -1,13 +1,12 @@
-"""One image over several processes: each computes a band of rows of every map, and the image is that of one process.
+"""Decode one image on several processes, each of which computes a band of rows of every map.
 
-It is a decode in strips whose maps have rows in other processes. When a process has written the last of its rows of a map, it
-exchanges the rows at the edges of its band with its neighbours and the moments with all, so that whoever reads the map finds what
-a convolution or a norm needs. Only attention needs more: keys and values of all positions.
+This is a decode in strips whose maps have rows in other processes. After a process has written its last row of a map, it
+exchanges the rows at the edges of its band with its neighbours, for convolutions, and its moments with all processes, for norms.
+Attention also gathers the keys and values of all positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal, overload
 
 import torch
@@ -15,12 +14,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..model.decoder import MOVQDecoder
-from ..model.feature_maps import FeatureMap, Kept, MapStore, Moments
+from ..model.feature_maps import FeatureMap, MapStore, Moments, Storage
 from ..model.layers import AttnBlock
-from ..model.strips import STRIP_BYTES, Rows, Strips, check_decoder, check_evaluation, computes_in_float32, in_float32
+from ..model.strip_checks import LayeredDecoder, check_layers, check_no_dropout
+from ..model.strip_norms import NormalisedRows
+from ..model.strips import STRIP_BYTES, Strips, computes_in_float32, to_float32
 
 GPU_STRIP_BYTES = 1 << 30  # enough pixels to fill a GPU; not yet measured on one
-SAMPLES = 64  # of a latent, to see whether processes have the same
+SAMPLED_VALUES = 64  # of each latent, to compare it between processes
 
 
 @overload
@@ -38,237 +39,250 @@ def decode_sharded(
 def decode_sharded(
     decoder: MOVQDecoder, z: Tensor, zq: Tensor, group: dist.ProcessGroup | None = None, *, gather: bool = True
 ) -> Tensor | tuple[Tensor, int]:
-    """``decoder(z, zq)`` with each process of a group computing a band of rows, for images too large or too slow for one GPU.
+    """Return ``decoder(z, zq)``, decoded by all processes of a group: for images too large or too slow for one GPU.
 
-    Every process of the group calls it with the same decoder, z and zq. Work and maps are divided by the rows of the latent, as
-    evenly as they go. For each map a process sends one row to each neighbour and the mean and variance of each channel to all.
-    For each attention layer all processes get the keys and values of all positions, ``2 * h * w * C`` elements: passing them
-    around a ring would take less memory.
+    Every process of the group calls this function with the same decoder, z and zq, under ``torch.no_grad()`` or
+    ``torch.inference_mode()``. The rows of the latent, and with them work and maps, are divided as evenly as possible. For each
+    map, a process sends one row to each neighbour and the mean and variance of each channel to all. For each attention layer,
+    every process receives the keys and values of all positions, ``2 * h * w * C`` elements.
 
     Args:
-        decoder: in evaluation mode, if it has dropout; whole in every process (FSDP's parameters are not).
-        z, zq: as for ``decoder``, the same in every process; z has a row for each of them at the least.
-        group: the default group if None. Its backend must take the latents' device, as gloo does CPUs and nccl GPUs.
-        gather: give every process the whole image.
+        decoder: whole in every process, not sharded by FSDP; in evaluation mode if it has dropout.
+        z, zq: as for ``decoder``, the same in every process. z needs at least one row per process.
+        group: the default group if None. Its backend must support the latents' device: gloo for CPUs, nccl for GPUs.
+        gather: return the whole image in every process.
 
     Returns:
-        What ``decoder(z, zq)`` returns, but for rounding. With ``gather=False`` this process's rows of it,
-        ``(B, out_ch, rows, W)``, and the number of the first of them.
+        The image, equal to ``decoder(z, zq)`` up to rounding. With ``gather=False``, this process's rows of it,
+        ``(B, out_ch, rows, W)``, and the index of the first row.
 
     Raises:
-        ValueError: as the decoder's; z and zq differ between processes; there are more processes than rows of z; the process is
-            not in the group; the decoder trains with dropout; a gradient would be recorded.
-        TypeError: as `decode_tiled`'s; the decoder is no MOVQDecoder, or some of its parameters are sharded.
-        RuntimeError: torch.distributed is not initialised. An error in one process only leaves the others waiting for it.
+        ValueError: as the decoder; z and zq differ between processes; z has fewer rows than there are processes; the process is
+            not in the group; dropout is active; a gradient would be recorded.
+        TypeError: as `decode_tiled`; decoder is not a MOVQDecoder, or its parameters are sharded.
+        RuntimeError: torch.distributed is not initialised. If only one process raises, the others wait until the group's timeout.
     """
-    _check(decoder, z, zq)
+    _check_arguments(decoder, z, zq)
     with torch.no_grad():
         band = Band(group, z.shape[2])
         band.check_same(z, zq)
-        if band.processes > band.cells:
-            sizes = f"{band.cells} rows for {band.processes} processes"
+        if band.world_size > band.latent_rows:
+            sizes = f"{band.latent_rows} rows for {band.world_size} processes"
             raise ValueError(f"z must have a row for every process of the group, got {sizes}")
         if computes_in_float32(decoder, z):
-            rows = _decode(*in_float32(decoder, z, zq), band).half()
+            rows = _decode_band(*to_float32(decoder, z, zq), band).half()
         else:
-            rows = _decode(decoder, z, zq, band)
-        height = z.shape[2] * 2 ** (decoder.num_resolutions - 1)
+            rows = _decode_band(decoder, z, zq, band)
+        height = z.shape[2] << (decoder.num_resolutions - 1)
         first, last = band.rows(height)
         if not gather:
             return rows.contiguous(), first
-        whole = rows.new_empty(height, *(rows.shape[dim] for dim in (0, 1, 3)))
+        whole = rows.new_empty(height, *(rows.shape[dim] for dim in (0, 1, 3)))  # rows first: a band is contiguous
         whole[first:last] = rows.permute(2, 0, 1, 3)
-        band.complete(whole)
+        band.all_gather_bands(whole)
         return whole.permute(1, 2, 0, 3).contiguous()
 
 
 class Band:
-    """The rows that each process of a group makes of a map, and what the processes tell each other.
+    """The rows of each map that a process computes, and the communication between the processes.
 
     Args:
         group: the default group if None.
-        cells: rows of the latent; maps have a multiple of them.
+        latent_rows: rows of the latent; every map has a multiple of them.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, cells: int) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, latent_rows: int) -> None:
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError("torch.distributed must be initialised: call torch.distributed.init_process_group first")
-        self.group, self.cells = group, cells
-        self.process, self.processes = dist.get_rank(group), dist.get_world_size(group)
-        if self.process < 0:
+        self.group, self.latent_rows = group, latent_rows
+        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        if self.rank < 0:
             raise ValueError("group must contain this process")
 
-    def rows(self, height: int, process: int | None = None) -> tuple[int, int]:
-        """The first row of a process's band (by default this one's) in a map of so many, and the row behind its last."""
-        process = self.process if process is None else process
-        first, last = (self.cells * p // self.processes for p in (process, process + 1))
-        return first * (height // self.cells), last * (height // self.cells)
+    def rows(self, height: int, rank: int | None = None) -> tuple[int, int]:
+        """Return (first, last): the band of a process, this one by default, is rows first to last - 1 of a map."""
+        rank = self.rank if rank is None else rank
+        scale = height // self.latent_rows
+        first, last = (self.latent_rows * r // self.world_size * scale for r in (rank, rank + 1))
+        return first, last
 
-    def gather(self, x: Tensor) -> Tensor:
-        """Every process's x, ``(processes, *x.shape)``."""
-        out = [torch.empty_like(x) for _ in range(self.processes)]
+    def haloed_rows(self, height: int) -> tuple[int, int]:
+        """Return (first, last) of this process's band with one more row on either side, where the map has one."""
+        first, last = self.rows(height)
+        return max(0, first - 1), min(height, last + 1)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Return the x of every process, ``(processes, *x.shape)``."""
+        out = [torch.empty_like(x) for _ in range(self.world_size)]
         dist.all_gather(out, x, self.group)
         return torch.stack(out)
 
-    def complete(self, whole: Tensor) -> None:
-        """Bring together a contiguous tensor of which each process has its own rows, in dimension 0."""
+    def all_gather_bands(self, whole: Tensor) -> None:
+        """Complete a contiguous tensor of which each process holds its band, in dimension 0."""
         works = []
-        for process in range(self.processes):  # all_gather takes bands of one size only
-            first, last = self.rows(whole.shape[0], process)
-            works.append(dist.broadcast(_bytes(whole[first:last]), group=self.group, group_src=process, async_op=True))
+        for rank in range(self.world_size):  # all_gather takes only bands of equal size
+            first, last = self.rows(whole.shape[0], rank)
+            works.append(dist.broadcast(_as_bytes(whole[first:last]), group=self.group, group_src=rank, async_op=True))
         for work in works:
-            assert work is not None, "a process of the group"
+            assert work is not None, "broadcast returns None outside the group"
             work.wait()
 
-    def swap(self, neighbours: dict[int, tuple[Tensor, Tensor]]) -> None:
-        """Send each neighbour the first of its tensors and receive the second."""
+    def exchange(self, neighbours: dict[int, tuple[Tensor, Tensor]]) -> None:
+        """Send the first tensor to each neighbour and receive the second from it."""
         ops = []
-        for process, tensors in neighbours.items():
-            for way, tensor in zip((dist.isend, dist.irecv), tensors, strict=True):
-                ops.append(dist.P2POp(way, _bytes(tensor), group=self.group, group_peer=process))
+        for rank, (sent, received) in neighbours.items():
+            for operation, tensor in ((dist.isend, sent), (dist.irecv, received)):
+                ops.append(dist.P2POp(operation, _as_bytes(tensor), group=self.group, group_peer=rank))
         for work in dist.batch_isend_irecv(ops) if ops else ():
             work.wait()
 
     def check_same(self, z: Tensor, zq: Tensor) -> None:
-        """z and zq must be the same in every process, but for rounding."""
-        shapes = torch.tensor([*z.shape, *zq.shape], dtype=torch.float64, device=z.device)
-        found = self.gather(torch.cat([shapes, _sample(z), _sample(zq)]))
-        shapes, samples = found[:, : len(shapes)], found[:, len(shapes) :]
+        """Raise ValueError unless z and zq are the same in every process, up to rounding."""
+        shape = torch.tensor([*z.shape, *zq.shape], dtype=torch.float64, device=z.device)
+        gathered = self.all_gather(torch.cat([shape, _sample(z), _sample(zq)]))
+        shapes, samples = gathered[:, : len(shape)], gathered[:, len(shape) :]
         differ = (shapes != shapes[0]).any(1) | ((samples - samples[0]).abs().mean(1) > 0.1 * samples[0].abs().mean())
         if differ.any():
-            others = differ.nonzero().flatten().tolist()
-            raise ValueError(f"z and zq must be the same in every process of the group, got others in {others} than in 0")
+            ranks = differ.nonzero().flatten().tolist()
+            raise ValueError(f"z and zq must be the same in every process of the group, got others in ranks {ranks} than in 0")
 
 
 class BandMap(FeatureMap):
-    """A map of which this process writes its band only, and reads one row more on either side once that is done."""
+    """A map that stores this process's band and one row more on either side, which the neighbours compute.
 
-    def __init__(self, channels: int, height: int, width: int, kept: Kept, band: Band) -> None:
-        super().__init__(channels, height, width, kept)
+    Args:
+        storage: of the rows ``band.haloed_rows(height)``.
+    """
+
+    def __init__(self, channels: int, height: int, width: int, storage: Storage, band: Band) -> None:
+        super().__init__(channels, height, width, storage)
         self.moments: BandMoments = BandMoments(band)
         self._band = band
         self._first, self._last = band.rows(height)
-        self._begin = _kept_rows(height, band)[0]
+        self._first_stored = band.haloed_rows(height)[0]
 
     def read(self, first: int, last: int) -> Tensor:
-        return super().read(first - self._begin, last - self._begin)
+        return super().read(first - self._first_stored, last - self._first_stored)
 
-    def place(self, first: int, last: int) -> Tensor:
-        return super().place(first - self._begin, last - self._begin)
+    def reserve(self, first: int, last: int) -> Tensor:
+        return super().reserve(first - self._first_stored, last - self._first_stored)
 
-    def keep(self, first: int, rows: Tensor) -> None:
-        super().keep(first - self._begin, rows)
+    def commit(self, first: int, rows: Tensor) -> None:
+        """Store rows and, after the band's last row, exchange edges and moments with the other processes."""
+        super().commit(first - self._first_stored, rows)
         if first + rows.shape[2] == self._last:
-            self._swap_edges()
-            self.moments.merge()
+            self._exchange_edges()
+            self.moments.all_reduce()
 
     def successor(self, channels: int) -> BandMap:
-        return BandMap(channels, self.height, self.width, self._kept, self._band)
+        return BandMap(channels, self.height, self.width, self.storage, self._band)
 
-    def _swap_edges(self) -> None:
+    def _exchange_edges(self) -> None:
+        above, below = self.halo(self._first, self._last)
         neighbours = {}
-        for process, own, beyond in ((-1, self._first, self._first - 1), (1, self._last - 1, self._last)):
-            if 0 <= beyond < self.height:
-                neighbours[self._band.process + process] = self._kept_row(own), self._kept_row(beyond)
-        self._band.swap(neighbours)
+        if above:
+            neighbours[self._band.rank - 1] = self._stored_row(self._first), self._stored_row(self._first - 1)
+        if below:
+            neighbours[self._band.rank + 1] = self._stored_row(self._last - 1), self._stored_row(self._last)
+        self._band.exchange(neighbours)
 
-    def _kept_row(self, row: int) -> Tensor:
-        return self._kept.read((row - self._begin) * self._row, self._row)
+    def _stored_row(self, row: int) -> Tensor:
+        return self.storage.read((row - self._first_stored) * self.row_size, self.row_size)
 
 
 class BandMoments(Moments):
-    """Moments of the rows that this process wrote and, once merged, of the whole map."""
+    """Moments of the rows that this process wrote; after `all_reduce`, those of the whole map."""
 
     def __init__(self, band: Band) -> None:
         super().__init__()
         self._band = band
 
-    def merge(self) -> None:
-        assert self.mean is not None
+    def all_reduce(self) -> None:
+        """Merge the moments of all processes."""
+        assert self.mean is not None, "no rows were written"
         count = self.mean.new_full((1,), self.count)
-        parts = self._band.gather(torch.cat([count, self.mean, self.m2]))
-        counts, (means, m2s) = parts[:, :1], parts[:, 1:].chunk(2, dim=1)
+        gathered = self._band.all_gather(torch.cat([count, self.mean, self.m2]))
+        counts, (means, m2s) = gathered[:, :1], gathered[:, 1:].chunk(2, dim=1)
         self.mean = (means * (counts / counts.sum())).sum(0)
         self.m2 = (m2s + counts * (means - self.mean).square()).sum(0)
         self.count = int(counts.sum())
 
 
 class BandStore(MapStore):
-    """Makes maps of which this process has its band and the rows at either side."""
+    """Allocates maps that store this process's band and the row on either side."""
 
-    def __init__(self, like: Tensor, band: Band) -> None:
-        super().__init__(like)
+    def __init__(self, dtype: torch.dtype, device: torch.device, band: Band) -> None:
+        super().__init__(dtype, device)
         self.band = band
 
-    def new(self, channels: int, height: int, width: int) -> BandMap:
-        begin, end = _kept_rows(height, self.band)
-        return BandMap(channels, height, width, self._keep(channels * (end - begin) * width), self.band)
+    def allocate(self, channels: int, height: int, width: int) -> BandMap:
+        first, last = self.band.haloed_rows(height)
+        return BandMap(channels, height, width, self.allocate_storage(channels * (last - first) * width), self.band)
 
 
 class BandStrips(Strips):
-    """Runs layers on this process's band of the maps of one image."""
+    """Runs the layers of a decoder on this process's band of each map."""
 
-    def __init__(self, store: BandStore, zq: Tensor, working: int) -> None:
-        super().__init__(store, zq, working)
+    def __init__(self, store: BandStore, zq: Tensor, strip_bytes: int) -> None:
+        super().__init__(store, zq, strip_bytes)
         self.band = store.band
 
-    def first(self, conv: nn.Conv2d, z: Tensor) -> FeatureMap:
-        source = MapStore(z).new(*z.shape[1:])  # which every process has whole
-        source.write(0, z)
-        return self._convolve(source, self._copied(source), conv, self.store.new(conv.out_channels, *z.shape[2:]))
+    def store_latent(self, z: Tensor) -> FeatureMap:
+        """Return z as a whole map, since every process has all of it."""
+        x = MapStore(z.dtype, z.device).allocate(*z.shape[1:])
+        x.write(0, z)
+        return x
 
-    def rows(self, x: FeatureMap) -> Tensor:
-        """The band of x."""
+    def features(self, x: FeatureMap) -> Tensor:
+        """Return the band of x."""
         return x.read(*self.band.rows(x.height))
 
-    def last(self, norm: nn.Module, conv: nn.Conv2d, x: FeatureMap) -> Tensor:
-        """The band of conv(silu(norm(x)))."""
+    def image(self, norm: nn.Module, conv: nn.Conv2d, x: FeatureMap) -> Tensor:
+        """Return the band of ``conv(silu(norm(x)))``."""
         first, last = self.band.rows(x.height)
-        return super().last(norm, conv, x)[:, :, first:last]
+        return super().image(norm, conv, x)[:, :, first:last]
 
-    def _keys_and_values(self, block: AttnBlock, x: FeatureMap, normalise: Rows) -> tuple[Tensor, Tensor]:
-        k, v = super()._keys_and_values(block, x, normalise)
+    def keys_and_values(self, block: AttnBlock, x: FeatureMap, normalised: NormalisedRows) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of all positions, gathered from all processes."""
+        k, v = super().keys_and_values(block, x, normalised)
         for whole in (k, v):
-            self.band.complete(whole[0, 0])
+            self.band.all_gather_bands(whole[0, 0])
         return k, v
 
-    def _spans(self, x: FeatureMap, values: int) -> Iterator[tuple[int, int]]:
+    def spans(self, x: FeatureMap, values_per_pixel: int) -> list[tuple[int, int]]:
+        """Return the rows of each strip that lie in the band."""
         band_first, band_last = self.band.rows(x.height)
-        for first, last in super()._spans(x, values):
-            if first < band_last and last > band_first:
-                yield max(first, band_first), min(last, band_last)
+        spans = super().spans(x, values_per_pixel)
+        return [
+            (max(first, band_first), min(last, band_last)) for first, last in spans if first < band_last and last > band_first
+        ]
 
 
-def _decode(decoder: MOVQDecoder, z: Tensor, zq: Tensor, band: Band) -> Tensor:
-    """This process's rows of the images, one image after the other."""
-    working = STRIP_BYTES if z.device.type == "cpu" else GPU_STRIP_BYTES
-    images = zip(z.split(1), zq.contiguous(memory_format=torch.channels_last).split(1), strict=True)
-    return torch.cat([BandStrips(BandStore(z, band), zq, working).decode(decoder, z) for z, zq in images])
+def _decode_band(decoder: LayeredDecoder, z: Tensor, zq: Tensor, band: Band) -> Tensor:
+    """Return this process's rows of the images, decoded one after another."""
+    strip_bytes = STRIP_BYTES if z.device.type == "cpu" else GPU_STRIP_BYTES
+    latents = zip(z.split(1), zq.contiguous(memory_format=torch.channels_last).split(1), strict=True)
+    return torch.cat([BandStrips(BandStore(z.dtype, z.device, band), zq, strip_bytes).decode(decoder, z) for z, zq in latents])
 
 
-def _check(decoder: MOVQDecoder, z: Tensor, zq: Tensor) -> None:
+def _check_arguments(decoder: MOVQDecoder, z: Tensor, zq: Tensor) -> None:
     if not isinstance(decoder, MOVQDecoder):
         raise TypeError(f"decoder must be a MOVQDecoder, got {type(decoder).__name__}")
-    if any(hasattr(p, "placements") for p in decoder.parameters()):  # a DTensor's
-        raise TypeError("decoder's parameters must be whole in every process, got sharded ones (DTensor), as FSDP makes them")
+    if any(hasattr(p, "placements") for p in decoder.parameters()):  # DTensors
+        raise TypeError("decoder's parameters must be whole in every process, got sharded ones (DTensor, as with FSDP)")
     decoder.check_latents(z, zq)
-    check_decoder(decoder)
-    check_evaluation(decoder)
+    check_layers(decoder)
+    check_no_dropout(decoder)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (z, zq, *decoder.parameters())):
-        raise ValueError("decoder, z and zq must not require a gradient: none is recorded. Call it under torch.no_grad()")
+        raise ValueError("decoder, z and zq must not require gradients: call under torch.no_grad() or torch.inference_mode()")
 
 
-def _kept_rows(height: int, band: Band) -> tuple[int, int]:
-    """The band of a map and a row on either side, where there is one."""
-    first, last = band.rows(height)
-    return max(0, first - 1), min(height, last + 1)
-
-
-def _bytes(x: Tensor) -> Tensor:
-    """A contiguous tensor's values in a type that every backend carries."""
+def _as_bytes(x: Tensor) -> Tensor:
+    """View a contiguous tensor as bytes, a type that every backend can send."""
     return x.view(torch.uint8)
 
 
 def _sample(x: Tensor) -> Tensor:
-    """Values from all over x."""
-    return x.reshape(-1)[torch.linspace(0, x.numel() - 1, SAMPLES, dtype=torch.float64, device=x.device).long()].double()
+    """Return values from all over x, in float64."""
+    indices = torch.linspace(0, x.numel() - 1, SAMPLED_VALUES, dtype=torch.float64, device=x.device).long()
+    return x.reshape(-1)[indices].double()

@@ -1,5 +1,4 @@
-"""Feature maps that are written and read by rows, each with the moments of its channels; in memory, or in temporary files beyond
-a budget."""
+"""Feature maps that are read and written by rows: in memory, or beyond a budget in temporary files. Each gathers its moments."""
 
 from __future__ import annotations
 
@@ -12,15 +11,15 @@ from torch import Tensor
 
 
 class Moments:
-    """Mean and sum of squared distances of every channel, gathered strip by strip (Chan et al.) in float64."""
+    """Running mean and sum of squared deviations of each channel, merged strip by strip in float64 (Chan et al.)."""
 
     def __init__(self) -> None:
         self.count = 0
         self.mean: Tensor | None = None
 
     def add(self, strip: Tensor) -> None:
-        """strip: ``(1, C, rows, W)``."""
-        tokens = widened(strip.permute(0, 2, 3, 1).reshape(-1, strip.shape[1]))
+        """Merge the values of a strip, ``(1, C, rows, W)``."""
+        tokens = upcast(strip.permute(0, 2, 3, 1).reshape(-1, strip.shape[1]))
         count, mean = tokens.shape[0], tokens.mean(0)
         m2 = (tokens - mean).square_().sum(0).double()
         mean = mean.double()
@@ -32,124 +31,148 @@ class Moments:
         self.m2 = self.m2 + m2 + delta.square() * (self.count * count / total)
         self.count = total
 
-    def of_groups(self, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-        """Mean and reciprocal standard deviation of every channel's group, ``(C,)`` float64 each."""
-        assert self.mean is not None, "moments of a map that was not written"
+    def group_statistics(self, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+        """Return the mean and ``1 / sqrt(variance + eps)`` of each channel's group, ``(C,)`` in float64."""
+        assert self.mean is not None, "no rows were written"
         means = self.mean.unflatten(0, (groups, -1))
         mean = means.mean(1, keepdim=True)
         variance = ((self.m2 / self.count).unflatten(0, (groups, -1)) + (means - mean).square()).mean(1, keepdim=True)
         return mean.expand_as(means).flatten(), (variance + eps).rsqrt().expand_as(means).flatten()
 
 
-class FeatureMap:
-    """``(1, C, H, W)``, in channels_last wherever it is kept."""
+class MemoryStorage:
+    """A flat array of values in memory."""
 
-    def __init__(self, channels: int, height: int, width: int, kept: Kept) -> None:
-        self.channels, self.height, self.width, self._kept = channels, height, width, kept
+    def __init__(self, values: Tensor) -> None:
+        self.values, self.dtype = values, values.dtype
+
+    def read(self, first: int, count: int) -> Tensor:
+        """Return ``count`` values from index ``first`` on. They may be the storage itself: do not modify them."""
+        return self.values[first : first + count]
+
+    def reserve(self, first: int, count: int) -> Tensor:
+        """Return a buffer for ``count`` values from index ``first`` on: fill it, then call `commit`."""
+        return self.values[first : first + count]
+
+    def commit(self, first: int, buffer: Tensor) -> None:
+        """Store a buffer that `reserve` returned."""
+
+
+class FileStorage:
+    """A flat array of values in a file, with the methods of `MemoryStorage`."""
+
+    def __init__(self, file: IO[bytes], dtype: torch.dtype, device: torch.device) -> None:
+        self.file, self.dtype, self.device = file, dtype, device
+
+    def read(self, first: int, count: int) -> Tensor:
+        values = torch.empty(count, dtype=self.dtype)
+        self.file.seek(first * values.itemsize)
+        received = self.file.readinto(values.view(torch.uint8).numpy().data)  # type: ignore[attr-defined]
+        if received != values.nbytes:
+            raise OSError(f"expected {values.nbytes} bytes in a temporary file of feature maps, got {received}")
+        return values.to(self.device)
+
+    def reserve(self, first: int, count: int) -> Tensor:
+        return torch.empty(count, dtype=self.dtype, device=self.device)
+
+    def commit(self, first: int, buffer: Tensor) -> None:
+        self.file.seek(first * buffer.itemsize)
+        self.file.write(buffer.cpu().view(torch.uint8).numpy().data)
+
+
+Storage = MemoryStorage | FileStorage
+
+
+class FeatureMap:
+    """A map ``(1, C, H, W)``, stored in channels_last."""
+
+    def __init__(self, channels: int, height: int, width: int, storage: Storage) -> None:
+        self.channels, self.height, self.width, self.storage = channels, height, width, storage
+        self.row_size = width * channels  # values
         self.moments = Moments()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.storage.dtype
+
     def read(self, first: int, last: int) -> Tensor:
-        """Rows first to last - 1, ``(1, C, rows, W)``. To be left as they are: they may be the map itself."""
-        return self._rows(self._kept.read(first * self._row, (last - first) * self._row))
+        """Return rows first to last - 1, ``(1, C, rows, W)``. They may be the map itself: do not modify them."""
+        return self._rows(self.storage.read(first * self.row_size, (last - first) * self.row_size))
 
     def write(self, first: int, strip: Tensor) -> None:
-        """Rows from first on."""
-        self.keep(first, self.place(first, first + strip.shape[2]).copy_(strip))
+        """Copy a strip to the rows from ``first`` on."""
+        self.commit(first, self.reserve(first, first + strip.shape[2]).copy_(strip))
 
-    def place(self, first: int, last: int) -> Tensor:
-        """Where to make rows first to last - 1, ``(1, C, rows, W)``, before `keep`."""
-        return self._rows(self._kept.place(first * self._row, (last - first) * self._row))
+    def reserve(self, first: int, last: int) -> Tensor:
+        """Return a buffer for rows first to last - 1, ``(1, C, rows, W)``: fill it, then call `commit`."""
+        return self._rows(self.storage.reserve(first * self.row_size, (last - first) * self.row_size))
 
-    def keep(self, first: int, rows: Tensor) -> None:
-        """What was made in its place; its part of the moments is added."""
+    def commit(self, first: int, rows: Tensor) -> None:
+        """Store rows that `reserve` returned, and add them to the moments."""
         self.moments.add(rows)
-        self._kept.keep(first * self._row, rows.permute(0, 2, 3, 1).flatten())
+        self.storage.commit(first * self.row_size, rows.permute(0, 2, 3, 1).flatten())
+
+    def halo(self, first: int, last: int) -> tuple[int, int]:
+        """Return how many rows of halo, 0 or 1, the map has above and below rows first to last - 1."""
+        return int(first > 0), int(last < self.height)
 
     def successor(self, channels: int) -> FeatureMap:
-        """A map of as many pixels and at most as many channels that takes this one's place row by row: row r of this map can be
-        read until row r of that one is written."""
-        assert channels <= self.channels
-        return FeatureMap(channels, self.height, self.width, self._kept)
+        """Return a map of the same height and width, and at most as many channels, that reuses this map's storage row by row.
 
-    @property
-    def _row(self) -> int:
-        return self.width * self.channels
+        A row of this map stays readable until the successor's row of the same number is reserved.
+        """
+        assert channels <= self.channels
+        return FeatureMap(channels, self.height, self.width, self.storage)
 
     def _rows(self, values: Tensor) -> Tensor:
         return values.view(1, -1, self.width, self.channels).permute(0, 3, 1, 2)
 
 
-class Kept:
-    """A row of values in memory."""
-
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
-
-    def read(self, first: int, count: int) -> Tensor:
-        return self.values[first : first + count]
-
-    def place(self, first: int, count: int) -> Tensor:
-        """Where to put values that are to be kept from first on."""
-        return self.values[first : first + count]
-
-    def keep(self, first: int, place: Tensor) -> None:
-        pass
-
-
-class Filed(Kept):
-    """A row of values in a file."""
-
-    def __init__(self, file: IO[bytes], like: Tensor) -> None:
-        self.file, self.like = file, like
-
-    def read(self, first: int, count: int) -> Tensor:
-        values = torch.empty(count, dtype=self.like.dtype)
-        self.file.seek(first * values.itemsize)
-        if self.file.readinto(values.view(torch.uint8).numpy().data) != values.nbytes:  # type: ignore[attr-defined]
-            raise OSError("a temporary file of decode_tiled is shorter than what was written to it")
-        return values.to(self.like.device)
-
-    def place(self, first: int, count: int) -> Tensor:
-        return self.like.new_empty(count)
-
-    def keep(self, first: int, place: Tensor) -> None:
-        self.file.seek(first * place.itemsize)
-        self.file.write(place.cpu().view(torch.uint8).numpy().data)
-
-
 class MapStore:
-    """Makes maps: at most ``budget`` bytes of them in memory (None: all), the others in temporary files in ``folder``."""
+    """Allocates feature maps in memory up to a budget, and beyond it in temporary files. Closes the files as a context manager.
 
-    def __init__(self, like: Tensor, budget: int | None = None, folder: str | None = None) -> None:
-        self.like, self.budget, self.folder = like.new_empty(0), budget, folder
-        self._used = 0
+    Args:
+        dtype, device: of the maps.
+        budget: bytes of maps in memory; None for no limit.
+        folder: where to create the temporary files; the system's default if None.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, budget: int | None = None, folder: str | None = None) -> None:
+        self.dtype, self.device, self.budget, self.folder = dtype, device, budget, folder
+        self._used = 0  # bytes
         self._files: list[IO[bytes]] = []
-        self._spare: Tensor | None = None  # of the last map that was dropped: memory that the system need not give again
+        self._released: Tensor | None = None  # the last released buffer: the next map may reuse pages that are already mapped
 
-    def new(self, channels: int, height: int, width: int) -> FeatureMap:
-        return FeatureMap(channels, height, width, self._keep(channels * height * width))
+    def allocate(self, channels: int, height: int, width: int) -> FeatureMap:
+        """Return a map ``(1, channels, height, width)`` with no rows written yet."""
+        return FeatureMap(channels, height, width, self.allocate_storage(channels * height * width))
 
-    def drop(self, map_: FeatureMap) -> None:
-        """The map, and every successor of it, is not needed any more."""
-        kept = map_._kept
-        if isinstance(kept, Filed):
-            self._files.remove(kept.file)
-            kept.file.close()
-        else:
-            self._used -= kept.values.nbytes
-            self._spare = kept.values
-
-    def _keep(self, count: int) -> Kept:
-        size = count * self.like.itemsize
+    def allocate_storage(self, count: int) -> Storage:
+        """Return storage for ``count`` values."""
+        size = count * self.dtype.itemsize
         if self.budget is not None and self._used + size > self.budget:
             self._files.append(tempfile.TemporaryFile(dir=self.folder))
-            return Filed(self._files[-1], self.like)
-        values, self._spare = self._spare, None
+            return FileStorage(self._files[-1], self.dtype, self.device)
+        values, self._released = self._released, None
         if values is None or size > values.nbytes or (self.budget is not None and self._used + values.nbytes > self.budget):
-            values = None  # given back before more is asked for
-            values = self.like.new_empty(count)
+            values = None  # freed before more is allocated
+            values = self.empty(count)
         self._used += values.nbytes
-        return Kept(values)
+        return MemoryStorage(values)
+
+    def release(self, map_: FeatureMap) -> None:
+        """Free the storage of a map, which its successors share."""
+        storage = map_.storage
+        if isinstance(storage, FileStorage):
+            self._files.remove(storage.file)
+            storage.file.close()
+        else:
+            self._used -= storage.values.nbytes
+            self._released = storage.values
+
+    def empty(self, *shape: int) -> Tensor:
+        """Return an uninitialised tensor with the maps' dtype and device."""
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def __enter__(self) -> MapStore:
         return self
@@ -159,6 +182,6 @@ class MapStore:
             file.close()
 
 
-def widened(x: Tensor) -> Tensor:
-    """x in float32 at least."""
+def upcast(x: Tensor) -> Tensor:
+    """Return x in float32, or as it is if its dtype is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

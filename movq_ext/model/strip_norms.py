@@ -1,0 +1,152 @@
+"""GroupNorm and SpatialNorm of strips, with the statistics of the whole map.
+
+A norm is one multiplication and one addition for each value, ``x * scale + shift``. For SpatialNorm the two also hold the
+modulation by zq: ``(x * scale + shift) * y + b = x * (scale * y) + (shift * y + b)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import profiling
+from ..ops.native import is_power_of_two_ratio, scale_by_cells
+from .feature_maps import FeatureMap, upcast
+from .layers import SpatialNorm
+
+
+class NormalisedRows:
+    """Rows of ``norm(x)``, then SiLU if ``activation`` is "silu".
+
+    Args:
+        norm: a GroupNorm or SpatialNorm.
+        x: a map of which all rows are written.
+        zq: ``(1, zq_ch, h, w)``.
+        activation: "silu" or None.
+    """
+
+    def __init__(self, norm: nn.Module, x: FeatureMap, zq: Tensor, activation: str | None) -> None:
+        self.norm, self.x, self.activation = norm, x, activation
+        group_norm = norm.norm_layer if isinstance(norm, SpatialNorm) else norm
+        assert isinstance(group_norm, nn.GroupNorm)
+        mean, rstd = x.moments.group_statistics(group_norm.num_groups, group_norm.eps)
+        scale = rstd if group_norm.weight is None else rstd * group_norm.weight
+        shift = -mean * scale if group_norm.bias is None else group_norm.bias - mean * scale
+        self.dtype = torch.promote_types(x.dtype, torch.float32)
+        scale, shift = (t.to(self.dtype)[None, :, None, None] for t in (scale, shift))
+        self.affine = _modulate(norm, zq, x, scale, shift) if isinstance(norm, SpatialNorm) else ChannelAffine(scale, shift)
+
+    def write_rows(self, first: int, last: int, out: Tensor) -> None:
+        values = upcast(self.x.read(first, last))
+        result = out if out.dtype == self.dtype else values  # where the dtypes differ, values is a copy
+        with profiling.layer_range(self.norm):
+            for part in self.affine.parts(first, last):
+                rows = slice(part.first - first, part.last - first)
+                scale_by_cells(values[:, :, rows], part.scale, part.shift, out=result[:, :, rows])
+            if self.activation == "silu":
+                F.silu(result, inplace=True)
+            if result is not out:
+                out.copy_(result)
+
+
+class AffinePart(NamedTuple):
+    """Scale and shift of rows first to last - 1: one of each for every channel and block of pixels."""
+
+    first: int
+    last: int
+    scale: Tensor
+    shift: Tensor
+
+
+class Affine(Protocol):
+    """The scales and shifts of a map."""
+
+    def parts(self, first: int, last: int) -> Iterator[AffinePart]:
+        """Yield the scales and shifts of rows first to last - 1."""
+        ...
+
+
+class ChannelAffine:
+    """One scale and shift for each channel, ``(1, C, 1, 1)``."""
+
+    def __init__(self, scale: Tensor, shift: Tensor) -> None:
+        self.scale, self.shift = scale, shift
+
+    def parts(self, first: int, last: int) -> Iterator[AffinePart]:
+        yield AffinePart(first, last, self.scale, self.shift)
+
+
+class CellAffine:
+    """One scale and shift for each channel and cell of zq, ``(1, C, h, w)``, where a cell covers ``size`` whole rows."""
+
+    def __init__(self, scale: Tensor, shift: Tensor, size: int) -> None:
+        self.scale, self.shift, self.size = scale, shift, size
+
+    def parts(self, first: int, last: int) -> Iterator[AffinePart]:
+        for part_first, part_last in split_at_cells(first, last, self.size):
+            cells = slice(part_first // self.size, -(-part_last // self.size))
+            yield AffinePart(part_first, part_last, self.scale[:, :, cells], self.shift[:, :, cells])
+
+
+class NearestAffine:
+    """One scale and shift for each channel and cell of zq, ``(1, C, h, w)``, resized (nearest) to the map's pixels."""
+
+    def __init__(self, scale: Tensor, shift: Tensor, height: int, width: int) -> None:
+        self.scale, self.shift = scale, shift
+        self.rows, self.columns = nearest_indices(scale, height, width)
+
+    def parts(self, first: int, last: int) -> Iterator[AffinePart]:
+        scale, shift = (t[:, :, self.rows[first:last]][:, :, :, self.columns] for t in (self.scale, self.shift))
+        yield AffinePart(first, last, scale, shift)
+
+
+class ConvolvedAffine:
+    """A scale and shift for each value, for norms with add_conv: a 3x3 convolution does not commute with the resize of zq."""
+
+    def __init__(self, norm: SpatialNorm, zq: Tensor, x: FeatureMap, scale: Tensor, shift: Tensor) -> None:
+        self.norm, self.zq, self.x, self.scale, self.shift = norm, zq, x, scale, shift
+        self.rows, self.columns = nearest_indices(zq, x.height, x.width)
+
+    def parts(self, first: int, last: int) -> Iterator[AffinePart]:
+        above, below = self.x.halo(first, last)
+        resized = self.zq[:, :, self.rows[first - above : last + below]][:, :, :, self.columns]
+        convolved = self.norm.conv(resized)
+        y, b = self.norm.modulation(convolved[:, :, above : convolved.shape[2] - below])
+        yield AffinePart(first, last, *_combine(y, b, self.scale, self.shift))
+
+
+def _modulate(norm: SpatialNorm, zq: Tensor, x: FeatureMap, scale: Tensor, shift: Tensor) -> Affine:
+    if norm.add_conv:
+        return ConvolvedAffine(norm, zq, x, scale, shift)
+    scale, shift = _combine(*norm.modulation(zq), scale, shift)
+    height, width = zq.shape[2:]
+    if is_power_of_two_ratio(height, x.height) and is_power_of_two_ratio(width, x.width):
+        return CellAffine(scale, shift, x.height // height)
+    return NearestAffine(scale, shift, x.height, x.width)
+
+
+def _combine(y: Tensor, b: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    y, b = upcast(y), upcast(b)
+    return y * scale, torch.addcmul(b, y, shift)
+
+
+def split_at_cells(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
+    """Split rows first to last - 1 into at most three parts: a cell's last rows, whole cells of ``size`` rows, a cell's first
+    rows."""
+    head = min(last, -(-first // size) * size)
+    tail = max(head, last // size * size)
+    return ((begin, end) for begin, end in ((first, head), (head, tail), (tail, last)) if begin < end)
+
+
+def nearest_indices(small: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return the row and the column of ``small`` that torch's nearest resize takes for each row and column of the result."""
+
+    def indices(count: int, size: int) -> Tensor:
+        numbers = torch.arange(count, dtype=torch.float32, device=small.device)
+        return F.interpolate(numbers[None, None], size=size, mode="nearest")[0, 0].long()
+
+    return indices(small.shape[2], height), indices(small.shape[3], width)

@@ -1,0 +1,100 @@
+"""Sources of rows: what a layer adds or writes to its output, one strip at a time."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from .. import profiling
+from ..ops.onednn import Convolution
+from .feature_maps import FeatureMap, MapStore
+from .fusion import is_plain_conv
+from .strip_norms import NormalisedRows
+
+HALO = 2  # rows of input that a 3x3 convolution takes beyond its rows of output
+PACKED_ROWS = 32  # of the strips that weights are packed for
+
+
+class RowSource(Protocol):
+    """Computes any rows of a map."""
+
+    def write_rows(self, first: int, last: int, out: Tensor) -> None:
+        """Write rows first to last - 1 to out, ``(1, C, last - first, W)``."""
+        ...
+
+
+class StoredRows:
+    """Rows of a map."""
+
+    def __init__(self, x: FeatureMap) -> None:
+        self.x = x
+
+    def write_rows(self, first: int, last: int, out: Tensor) -> None:
+        rows = self.x.read(first, last)
+        if rows.data_ptr() != out.data_ptr():  # a successor's rows are already there
+            out.copy_(rows)
+
+
+class PointwiseRows:
+    """Rows of a 1x1 convolution of a map."""
+
+    def __init__(self, conv: nn.Module, x: FeatureMap) -> None:
+        self.conv, self.x = conv, x
+
+    def write_rows(self, first: int, last: int, out: Tensor) -> None:
+        out.copy_(self.conv(self.x.read(first, last)))
+
+
+class StripBuffer:
+    """Memory for one strip. Every strip overwrites the one before, whose memory is still in the cache."""
+
+    def __init__(self, store: MapStore) -> None:
+        self._store, self._values = store, store.empty(0)
+
+    def rows(self, x: FeatureMap, count: int) -> Tensor:
+        """Return uninitialised memory for ``count`` rows of a map like x, ``(1, C, count, W)``."""
+        size = count * x.row_size
+        if self._values.numel() < size:
+            self._values = self._store.empty(size)
+        return self._values[:size].view(1, count, x.width, x.channels).permute(0, 3, 1, 2)
+
+
+class ConvolvedRows:
+    """Rows of a 3x3 convolution of a source's rows."""
+
+    def __init__(self, conv: nn.Conv2d, source: StoredRows | NormalisedRows, buffer: StripBuffer) -> None:
+        self.conv, self.source, self.buffer = conv, source, buffer
+        self.packed: Convolution | None = None
+        if is_plain_conv(conv):
+            x = source.x
+            typical_input = (1, x.channels, min(x.height, PACKED_ROWS) + HALO, x.width)
+            self.packed = Convolution(conv.weight, conv.bias, (0, 1), typical_input)
+
+    def write_rows(self, first: int, last: int, out: Tensor) -> None:
+        self.add_rows(first, last, out.zero_())
+
+    def add_rows(self, first: int, last: int, out: Tensor) -> None:
+        """Add rows first to last - 1 to out."""
+        strip = haloed_rows(self.source, first, last, self.buffer)
+        if self.packed is not None:
+            with profiling.layer_range(self.conv):
+                self.packed.add_to(out, strip)
+            return
+        # A module pads all its input: give it only rows of the map, and cut off the rows that saw zeros instead of neighbours.
+        above, below = self.source.x.halo(first, last)
+        inside = strip[:, :, 1 - above : strip.shape[2] - 1 + below]
+        convolved = self.conv(inside.clone())  # a hook may keep its input, and the buffer is reused
+        out.add_(convolved[:, :, above : convolved.shape[2] - below])
+
+
+def haloed_rows(source: StoredRows | NormalisedRows, first: int, last: int, buffer: StripBuffer) -> Tensor:
+    """Return rows first - 1 to last of a source, in the buffer. Rows outside the map are zeros."""
+    above, below = source.x.halo(first, last)
+    strip = buffer.rows(source.x, last - first + HALO)
+    source.write_rows(first - above, last + below, strip[:, :, 1 - above : strip.shape[2] - 1 + below])
+    if not above:
+        strip[:, :, 0] = 0
+    if not below:
+        strip[:, :, -1] = 0
+    return strip
