@@ -119,3 +119,21 @@ def hooked(decoder):
 
 def quantised(decoder):
     decoder.conv_out = nn.Sequential(decoder.conv_out, nn.Hardtanh())
+
+
+def larger(decoder):
+    torch.manual_seed(1)
+    decoder.up[1].upsample.conv = nn.Conv2d(64, 64, 5, padding=2)
+
+
+class Trebled(nn.GroupNorm):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+def other_norm(decoder):
+    decoder.up[0].block[0].norm2.norm_layer.__class__ = Trebled
+
+
+def hooked_norm(decoder):
+    decoder.up[0].block[0].norm2.norm_layer.register_forward_hook(lambda layer, inputs, out: 2 * out)

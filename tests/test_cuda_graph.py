@@ -1,3 +1,5 @@
+"""CUDAGraphDecoder, on a CPU with stand-ins for CUDA graphs, and the programs that torch compiles and exports for a GPU."""
+
 import threading
 from unittest import mock
 
@@ -19,10 +21,10 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 
 class Recording:
-    """Stands for a DecodeGraph on a CPU: what is recorded, replayed and closed is noted, the decode runs eagerly."""
+    """A stand-in for DecodeGraph on a CPU: logs what is recorded, replayed and closed, and decodes eagerly."""
 
-    def __init__(self, decoder, z, zq, shared):
-        self.decoder, self.shape, self.pool = decoder, tuple(z.shape[2:]), shared.pool if shared else object()
+    def __init__(self, decoder, z, zq, sharing):
+        self.decoder, self.shape, self.pool = decoder, tuple(z.shape[2:]), sharing.pool if sharing else object()
         Recording.log.append(("record", self.shape))
 
     def replay(self, z, zq):
@@ -43,11 +45,11 @@ def log(monkeypatch):
 
 
 def events(log, kind):
-    return [shape for what, shape in log if what == kind]
+    return [shape for logged, shape in log if logged == kind]
 
 
 @torch.no_grad()
-def test_on_a_cpu_it_is_the_decoder_and_says_so():
+def test_on_a_cpu_it_runs_the_decoder_and_says_so():
     decoder = make_decoder(**SMALL)
     graphed = CUDAGraphDecoder(decoder)
     assert graphed.eager_reason is None
@@ -56,7 +58,7 @@ def test_on_a_cpu_it_is_the_decoder_and_says_so():
 
 
 @torch.no_grad()
-def test_each_size_is_recorded_once_and_the_least_recently_used_dropped(log):
+def test_each_size_is_recorded_once_and_the_least_recently_used_is_dropped(log):
     graphed = CUDAGraphDecoder(make_decoder(**SMALL), max_graphs=2)
     a, b, c = ((2, 2), (2, 4), (4, 4))
     for grid in (a, b, a, c, a, b):
@@ -69,7 +71,7 @@ def test_each_size_is_recorded_once_and_the_least_recently_used_dropped(log):
 
 
 @torch.no_grad()
-def test_what_a_graph_is_kept_for(log, monkeypatch):
+def test_shapes_dtypes_and_autocast_have_their_own_graphs(log, monkeypatch):
     graphed = CUDAGraphDecoder(make_decoder(**SMALL))
     z, zq = latents((2, 2))
 
@@ -113,8 +115,8 @@ def new_buffer(decoder):
 
 @pytest.mark.parametrize("change", [assign, other_storage, other_layout, other_layer, new_buffer])
 @torch.no_grad()
-def test_weights_elsewhere_are_recorded_again(log, change, monkeypatch):
-    monkeypatch.setattr(MOVQDecoder, "check_latents", lambda self, z, zq: None)  # which asks for conv_in.weight
+def test_graphs_are_recorded_again_when_weights_move(log, change, monkeypatch):
+    monkeypatch.setattr(MOVQDecoder, "check_latents", lambda self, z, zq: None)  # it needs conv_in.weight
     decoder = make_decoder(**SMALL)
     graphed = CUDAGraphDecoder(decoder)
     for grid in ((2, 2), (2, 4), (2, 2)):
@@ -128,19 +130,19 @@ def test_weights_elsewhere_are_recorded_again(log, change, monkeypatch):
     assert events(log, "close") == [(2, 4), (2, 2)] and events(log, "record")[2:] == [(2, 2)] and len(graphed) == 1
 
 
-def test_refusals(log):
+def test_invalid_calls(log):
     decoder = make_decoder(**SMALL)
     graphed = CUDAGraphDecoder(decoder)
-    with pytest.raises(RuntimeError, match=r"no gradient goes through a CUDA graph: call under torch.no_grad\(\)"):
+    with pytest.raises(RuntimeError, match=r"must not require gradients: call under torch.no_grad\(\) or torch.inf"):
         graphed(*latents())
     decoder.requires_grad_(False)
     graphed(*latents())
-    with pytest.raises(RuntimeError, match="no gradient goes through"):
+    with pytest.raises(RuntimeError, match="must not require gradients"):
         graphed(latents()[0].requires_grad_(), latents()[1])
     with pytest.raises(ValueError, match="z and zq must have the same batch size"):
         graphed(latents()[0][:1], latents()[1])
     decoder.train()
-    with torch.no_grad(), pytest.raises(RuntimeError, match=r"cannot train: call decoder.eval"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"decoder must be in evaluation mode, got training mode: call decoder.eval\(\)"):
         graphed(*latents())
     with pytest.raises(TypeError, match="decoder must be a MOVQDecoder, got Identity"):
         CUDAGraphDecoder(nn.Identity())
@@ -149,12 +151,12 @@ def test_refusals(log):
 
 
 class Rerun:
-    """Stands for torch.cuda.CUDAGraph on a CPU: a replay decodes the recorded inputs into the recorded output."""
+    """A stand-in for torch.cuda.CUDAGraph on a CPU: a replay decodes the recorded inputs into the recorded output."""
 
     output = None
 
     def replay(self):
-        if self.output is not None:  # the recording itself has made the first one
+        if self.output is not None:  # the recording itself computed the first one
             self.output.copy_(self.decoder(*self.inputs))
 
     def reset(self):
@@ -170,25 +172,25 @@ def rerun(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Rerun)
 
 
-def test_results_are_the_callers_in_every_mode(rerun):
+def test_replays_do_not_overwrite_earlier_results(rerun):
     decoder = make_decoder(**SMALL)
-    graphed, kept = CUDAGraphDecoder(decoder), []
+    graphed, results = CUDAGraphDecoder(decoder), []
     for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
         for scale in (1, 2):
             z, zq = (scale * x for x in latents())
             with mode():
                 out = graphed(z, zq)
                 (graph,) = graphed._graphs.values()
-                # what replays read and write from now on; the first call has made them with its own values
+                # From now on a replay decodes; the first call's output was computed while recording.
                 graph._graph.decoder, graph._graph.inputs, graph._graph.output = decoder, graph._inputs, graph._output
                 out = graphed(z, zq)
-                kept.append((out, out.clone(), decoder(z, zq)))
-    for out, then, expected in kept:
-        assert torch.equal(out, then) and torch.equal(out, expected)
+                results.append((out, out.clone(), decoder(z, zq)))
+    for out, copy, expected in results:
+        assert torch.equal(out, copy) and torch.equal(out, expected)
 
 
 class Counting:
-    """A backend of torch.compile that counts graphs and keeps their operators."""
+    """A backend of torch.compile that counts graphs and lists their symbolic sizes."""
 
     def __init__(self):
         self.graphs, self.placeholders = 0, []
@@ -200,17 +202,17 @@ class Counting:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_compiled_it_is_one_graph_for_all_sizes(training):
+def test_one_compiled_graph_serves_all_sizes(training):
     torch._dynamo.reset()
     decoder, backend = make_decoder(num_res_blocks=0).train(training), Counting()
     compiled = torch.compile(decoder, fullgraph=True, dynamic=True, backend=backend)
-    # Four rows would at first be taken for the four channels: sizes that are equal in the first call get one name.
+    # No size equals the number of channels, 4: sizes that are equal in the first call share a symbol.
     for grid, batch in (((6, 7), 2), ((3, 5), 3), ((8, 4), 5)):
         assert_close(compiled(*latents(grid, batch)), decoder(*latents(grid, batch)).double(), slack=10)
     assert backend.graphs == 1 and len(backend.placeholders[0]) >= 3
 
 
-def test_compiled_it_has_no_graph_break():
+def test_compiling_breaks_no_graph():
     torch._dynamo.reset()
     report = torch._dynamo.explain(make_decoder(num_res_blocks=0))(*latents())
     assert report.graph_count == 1 and report.graph_break_count == 0, report.break_reasons
@@ -218,7 +220,7 @@ def test_compiled_it_has_no_graph_break():
 
 @pytest.fixture
 def fake_cuda(monkeypatch):
-    """Tensors on a GPU that are only shapes, for a machine without one; the kernels are taken to be compiled for it."""
+    """Fake GPU tensors, without data, for a machine without a GPU; the kernels count as compiled for it."""
     monkeypatch.setattr(functional, "device_reason", lambda index: None)
     mode = FakeTensorMode()
     with mode, torch.device("cuda"):
@@ -242,7 +244,7 @@ BACKWARD = {"movq_ext.spatial_norm_backward": NORMS, "movq_ext.attention_backwar
 
 @pytest.mark.skipif(not extension_available(), reason="needs the compiled extension")
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_an_exported_gpu_decoder_holds_our_operators(fake_cuda, dynamic):
+def test_an_exported_gpu_decoder_calls_our_operators(fake_cuda, dynamic):
     _, decoder, inputs = fake_cuda
     sizes = {0: torch.export.Dim("batch", max=8), 2: torch.export.Dim("height", max=64), 3: torch.export.Dim("width", max=64)}
     with torch.no_grad():
@@ -253,15 +255,15 @@ def test_an_exported_gpu_decoder_holds_our_operators(fake_cuda, dynamic):
 
 @needs_gpu
 @pytest.mark.skipif(not extension_available(), reason="needs the compiled extension")
-def test_a_traced_gpu_training_step_holds_our_operators():
-    """On a real GPU, for autograd asks for the device."""
+def test_a_traced_gpu_training_step_calls_our_operators():
+    """On a real GPU, because autograd queries the device."""
     decoder = make_decoder().cuda()
     step = lambda z, zq: torch.autograd.grad(decoder(z, zq).sum(), [*decoder.parameters()])
     assert operators(make_fx(step)(*latents(device="cuda")).graph) == FORWARD | BACKWARD
 
 
 @pytest.mark.skipif(not extension_available(), reason="needs the compiled extension")
-def test_a_compiled_gpu_decoder_is_one_graph_with_our_operators(fake_cuda):
+def test_a_compiled_gpu_decoder_is_one_graph_that_calls_our_operators(fake_cuda):
     torch._dynamo.reset()
     mode, decoder, inputs = fake_cuda
     seen = []
@@ -279,18 +281,18 @@ def test_a_compiled_gpu_decoder_is_one_graph_with_our_operators(fake_cuda):
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_gpu_replays_are_the_decoder(dtype):
+def test_gpu_replays_match_the_decoder(dtype):
     decoder = make_decoder().to("cuda", dtype)
     graphed = CUDAGraphDecoder(decoder, max_graphs=2)
-    kept = []
+    results = []
     for grid, batch in [((4, 6), 2), ((8, 8), 1), ((4, 6), 2), ((3, 5), 1), ((8, 8), 1), ((4, 6), 2)]:
         for sign in (1, -1):
             z, zq = (sign * x for x in latents(grid, batch, dtype, device="cuda"))
             out = graphed(z, zq)
-            kept.append((out, out.clone(), decoder(z, zq)))
+            results.append((out, out.clone(), decoder(z, zq)))
             assert graphed.eager_reason is None and len(graphed) <= 2
-    for out, then, expected in kept:
-        assert torch.equal(out, then)  # later replays left it alone
+    for out, copy, expected in results:
+        assert torch.equal(out, copy)  # later replays did not overwrite it
         assert_close(out, expected.double(), slack=10)
 
 
@@ -301,7 +303,7 @@ def test_gpu_replays_see_weights_that_change_in_place():
     graphed = CUDAGraphDecoder(decoder)
     graphed(z, zq)
     (graph,) = graphed._graphs.values()
-    for change in (lambda p: p.mul_(1.5), lambda p: p.data.mul_(0.5)):  # the second leaves the parameter's version as it is
+    for change in (lambda p: p.mul_(1.5), lambda p: p.data.mul_(0.5)):  # the second does not change the parameter's version
         for parameter in decoder.parameters():
             change(parameter)
         out = graphed(z, zq)
@@ -325,18 +327,18 @@ def test_gpu_replays_in_every_mode():
         second = graphed(z, zq)
         with torch.autocast("cuda", torch.bfloat16):
             mixed, mixed_expected = graphed(z, zq), decoder(z, zq)
-        decoder.conv_out.weight.mul_(2)  # were the cast weight remembered, it would be the old one
+        decoder.conv_out.weight.mul_(2)  # a cached cast would still have the old weight
         with torch.autocast("cuda", torch.bfloat16):
             later, later_expected = graphed(z, zq), decoder(z, zq)
     assert len(graphed) == 2 and mixed.dtype == torch.bfloat16
     for out, wanted in ((first, expected), (second, expected), (mixed, mixed_expected), (later, later_expected)):
         assert_close(out.clone(), wanted.double(), slack=10)
-    with pytest.raises(RuntimeError, match="no gradient goes through"):
+    with pytest.raises(RuntimeError, match="must not require gradients"):
         graphed(z, zq)
 
 
 @needs_gpu
-def test_gpu_replays_from_threads_with_streams_of_their_own():
+def test_gpu_replays_from_threads_with_their_own_streams():
     decoder = make_decoder().cuda()
     graphed, wrong = CUDAGraphDecoder(decoder), []
 
@@ -364,7 +366,7 @@ def test_gpu_replays_from_threads_with_streams_of_their_own():
 
 @needs_gpu
 @torch.no_grad()
-def test_gpu_compiled_without_graph_breaks():
+def test_gpu_compiling_breaks_no_graph():
     torch._dynamo.reset()
     decoder, args = make_decoder().cuda(), latents(device="cuda")
     assert_close(torch.compile(decoder, fullgraph=True)(*args), decoder(*args).double(), slack=100)

@@ -1,3 +1,5 @@
+"""Exported decoders: their results, the arguments they accept, and files that cannot be written or loaded."""
+
 import subprocess
 import sys
 import zipfile
@@ -15,16 +17,16 @@ from movq_ext.model import layers
 from movq_ext.ops import cuda
 from movq_ext.ops.extension import extension_available
 
-SMALL = dict(ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=[])  # compiling takes the time of these tests
+SMALL = dict(ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=[])  # compiling takes most of these tests' time
 
-# What runs the file where there is no movq_ext to import.
+# Runs a file in a process that cannot import movq_ext.
 STANDALONE = """
 import importlib.abc, sys, torch, torch._inductor
 
 class Refuse(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "movq_ext":
-            raise ImportError("movq_ext is not to be imported here")
+            raise ImportError("movq_ext must not be imported here")
 
 sys.meta_path.insert(0, Refuse())
 try:
@@ -63,13 +65,13 @@ def test_any_size_in_a_process_without_movq_ext(tmp_path):
             expected = decoder(*args)
         assert_close(out, expected.double(), slack=10)
         assert torch.equal(program(*args), out)
-    assert b"_FOLDED_CONST_" in read_all(path)  # the weights of upsampling, made once
+    assert b"_FOLDED_CONST_" in read_all(path)  # upsampling's folded weights, computed once on loading
     strided = [x.to(memory_format=torch.channels_last) for x in calls[0]]
     assert torch.equal(program(*strided), outputs[0]) and not program(strided[0].requires_grad_(), strided[1]).requires_grad
 
     z, zq = latents((4, 6))
     for error, message, args in [
-        (TypeError, "the program takes z and zq, got 1 arguments", (z,)),
+        (TypeError, "expected z and zq, got 1 arguments", (z,)),
         (TypeError, "zq must be a tensor of torch.float32, got list", (z, [1.0])),
         (TypeError, "z must be a tensor of torch.float32, got torch.float64", (z.double(), zq)),
         (ValueError, "z must be on cpu, got meta", (z.to("meta"), zq)),
@@ -77,8 +79,8 @@ def test_any_size_in_a_process_without_movq_ext(tmp_path):
         (ValueError, r"z must have shape .*, got \(5, 4, 4, 6\)", latents((4, 6), 5)),
         (ValueError, r"z must have shape .*, got \(2, 4, 17, 6\)", latents((17, 6))),
         (ValueError, r"zq must have shape .*, got \(5, 4, 6\)", (z, zq[0])),
-        (ValueError, "z and zq must have one batch, height and width", (z, zq[:1])),
-        (ValueError, "z and zq must have one batch, height and width", (z, zq[:, :, :3])),
+        (ValueError, "z and zq must have the same batch, height and width", (z, zq[:1])),
+        (ValueError, "z and zq must have the same batch, height and width", (z, zq[:, :, :3])),
     ]:
         with pytest.raises(error, match=message):
             program(*args)
@@ -99,8 +101,7 @@ def test_dtypes_and_one_size(tmp_path, dtype):
         program(*latents(batch=1, dtype=dtype))
 
 
-def test_a_whole_model_takes_its_codes_latents(tmp_path, capsys):
-    """By the command line, from weights on disk."""
+def test_exporting_an_autoencoder_from_the_command_line(tmp_path, capsys):
     torch.manual_seed(0)
     model = MOVQ(**MODEL).eval()
     movq_ext.save_pretrained(model, tmp_path / "model")
@@ -122,7 +123,7 @@ def test_a_whole_model_takes_its_codes_latents(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_hooks_and_training_state_are_the_models_own(tmp_path):
+def test_hooks_are_compiled_and_the_model_stays_in_training(tmp_path):
     decoder = make_decoder(**SMALL, dropout=0.9).train()
     decoder.up[1].upsample.conv.register_forward_hook(lambda module, args, out: out * 2)
     program = load_exported(export_decoder(decoder, tmp_path / "decoder.pt2", height=4, width=6))
@@ -134,17 +135,17 @@ def test_hooks_and_training_state_are_the_models_own(tmp_path):
 BAD = {
     "model": (TypeError, "model must be a MOVQDecoder or a MOVQ, got Identity", dict(model=nn.Identity())),
     "suffix": (ValueError, "path must end in .pt2, got '.*decoder.so'", dict(path="decoder.so")),
-    "folder": (FileNotFoundError, "path is in a folder that does not exist: '.*missing'", dict(path="missing/decoder.pt2")),
-    "zero": (ValueError, "height must be positive, and the least no more than the most, got 0", dict(height=0)),
-    "order": (ValueError, r"batch must be positive, and .*, got \(3, 2\)", dict(batch=(3, 2))),
-    "three": (TypeError, r"width must be an integer or two \(least, most\), got \(1, 2, 3\)", dict(width=(1, 2, 3))),
-    "float": (TypeError, "height must be an integer or two .*, got 2.5", dict(height=2.5)),
+    "folder": (FileNotFoundError, "path must be in an existing folder, got '.*missing'", dict(path="missing/decoder.pt2")),
+    "zero": (ValueError, "height must be positive, with minimum <= maximum, got 0", dict(height=0)),
+    "order": (ValueError, r"batch must be positive, with .*, got \(3, 2\)", dict(batch=(3, 2))),
+    "three": (TypeError, r"width must be an integer or \(minimum, maximum\), got \(1, 2, 3\)", dict(width=(1, 2, 3))),
+    "float": (TypeError, "height must be an integer or .*, got 2.5", dict(height=2.5)),
     "dtype": (TypeError, "dtype must be floating point, got torch.int8", dict(dtype=torch.int8)),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_refusals(tmp_path, case):
+def test_invalid_arguments(tmp_path, case):
     error, message, change = BAD[case]
     arguments = {"model": make_decoder(**SMALL), "path": "decoder.pt2", **change}
     model, path = arguments.pop("model"), arguments.pop("path")
@@ -154,7 +155,7 @@ def test_refusals(tmp_path, case):
 
 
 def test_without_a_compiler(tmp_path):
-    """In a process of its own: torch remembers the compiler it found."""
+    """In a new process, because torch caches the compiler it found."""
     script = f"""
 import movq_ext
 movq_ext.export_decoder(movq_ext.MOVQ(**{MODEL!r}), {str(tmp_path / "decoder.pt2")!r})
@@ -165,12 +166,12 @@ movq_ext.export_decoder(movq_ext.MOVQ(**{MODEL!r}), {str(tmp_path / "decoder.pt2
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_compilation_leaves_the_old_file(tmp_path):
+def test_a_failed_compilation_keeps_the_old_file(tmp_path):
     path = tmp_path / "decoder.pt2"
     path.write_bytes(b"old")
     decoder = make_decoder(**SMALL)
-    cannot_be_traced = lambda module, args: bool(args[0].sum() > 0) and None
-    decoder.up[1].upsample.register_forward_pre_hook(cannot_be_traced)
+    data_dependent = lambda module, args: bool(args[0].sum() > 0) and None
+    decoder.up[1].upsample.register_forward_pre_hook(data_dependent)  # torch.export cannot trace it
     with pytest.raises(ExportError, match="PyTorch could not compile the decoder for cpu"):
         export_decoder(decoder, path)
     assert path.read_bytes() == b"old" and [file.name for file in tmp_path.iterdir()] == ["decoder.pt2"]
@@ -184,13 +185,13 @@ def test_files_that_cannot_be_loaded(tmp_path):
         load_exported(tmp_path / "noise.pt2")
     linear = torch.export.export(nn.ReLU(), (torch.ones(3),))
     torch._inductor.aoti_compile_and_package(linear, package_path=str(tmp_path / "other.pt2"))
-    with pytest.raises(ValueError, match=r"other.pt2 was not made by export_decoder"):
+    with pytest.raises(ValueError, match=r"other.pt2 was not written by export_decoder"):
         load_exported(tmp_path / "other.pt2")
 
 
 @pytest.mark.skipif(not extension_available(), reason="needs the compiled extension")
-def test_the_file_can_call_our_operators(tmp_path, monkeypatch):
-    """As it does on a GPU: here a CPU decoder is made to call them, and their CPU version answers."""
+def test_the_file_calls_our_operators(tmp_path, monkeypatch):
+    """As on a GPU: this CPU decoder is patched to call them, and their CPU implementations run."""
 
     def attention(*maps):
         q, k, v = (x.flatten(2).transpose(1, 2).unsqueeze(1) for x in maps)

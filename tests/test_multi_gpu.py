@@ -1,4 +1,4 @@
-"""One image over several processes is the image of one. Each number of processes is started once and decodes all cases."""
+"""decode_sharded must match a single-process decode. Each number of processes is started once and decodes all cases."""
 
 import re
 
@@ -13,7 +13,7 @@ from torch import nn
 from movq_ext import ResnetBlock, SpatialNorm, decode_sharded
 from movq_ext.deploy import multi_gpu
 
-LITTLE = 60_000  # bytes of a strip, so that every band has several
+LITTLE, PLENTY = 60_000, 1 << 30  # bytes of a strip: several strips a band, and one
 PROCESSES = [2, 4]
 GRIDS = {name: case for name, case in CASES.items() if case[1][0] >= max(PROCESSES)} | {
     "five rows, attention on every level": (dict(attn_resolutions=[8, 16]), (5, 4), None),
@@ -24,7 +24,7 @@ GRIDS = {name: case for name, case in CASES.items() if case[1][0] >= max(PROCESS
 
 
 def shortcuts(decoder):
-    """3x3 ones, which see rows of other processes too."""
+    """3x3 shortcuts, which also read rows of other processes."""
     decoder.up[0].block[0] = ResnetBlock(in_channels=64, out_channels=32, conv_shortcut=True, zq_ch=5)
     decoder.up[0].block[1] = ResnetBlock(in_channels=32, out_channels=64, conv_shortcut=True, zq_ch=5)
     decoder.norm_out = SpatialNorm(64, 5, num_groups=32)
@@ -35,8 +35,8 @@ CHANGES = {change.__name__: change for change in (adapted, patched, hooked, shor
 DTYPES = {torch.float64: 1e-11, torch.bfloat16: 5e-2, torch.float16: 2**-11}
 
 
-def plain(decoder):
-    return None
+def unmodified(decoder):
+    pass
 
 
 def identity(decoder):
@@ -49,11 +49,11 @@ def training(decoder):
 
 
 REFUSED = {
-    "rows": (plain, latents((1, 9)), "ValueError: z must have a row for every process of the group, got 1 rows for 2 processes"),
-    "channels": (plain, latents(z=3), r"ValueError: z must have shape \(batch, 4"),
-    "padding": (circular, latents(), "TypeError: .* takes 3x3 nn.Conv2d padded with zeros, got .*circular"),
-    "conv_out": (quantised, latents(), "TypeError: .* takes 3x3 nn.Conv2d padded with zeros, got Sequential"),
-    "block": (identity, latents(), "TypeError: .* takes ResnetBlock, .* got Identity"),
+    "rows": (unmodified, latents((1, 9)), "ValueError: z must have a row for every process of the group, got 1 rows for 2 processes"),
+    "channels": (unmodified, latents(z=3), r"ValueError: z must have shape \(batch, 4"),
+    "padding": (circular, latents(), "TypeError: .* must be 3x3 nn.Conv2d padded with zeros, got .*circular"),
+    "conv_out": (quantised, latents(), "TypeError: .* must be 3x3 nn.Conv2d padded with zeros, got Sequential"),
+    "block": (identity, latents(), "TypeError: decoder's layers must be ResnetBlock, .* got Identity"),
     "dropout": (training, latents(), "ValueError: decoder must be in evaluation mode"),
 }
 
@@ -79,9 +79,9 @@ def worker(rank, size):
 def decode_all(rank, size):
     results = {}
     for name, (changes, grid, zq_grid) in GRIDS.items():
-        for bytes_ in (LITTLE, 1 << 30):
-            multi_gpu.STRIP_BYTES = bytes_
-            results[name, bytes_] = decode_sharded(make_decoder(**changes), *latents(grid, zq_grid=zq_grid))
+        for strip_bytes in (LITTLE, PLENTY):
+            multi_gpu.STRIP_BYTES = strip_bytes
+            results[name, strip_bytes] = decode_sharded(make_decoder(**changes), *latents(grid, zq_grid=zq_grid))
     for name, change in CHANGES.items():
         change(decoder := make_decoder())
         results[name] = decode_sharded(decoder, *latents((6, 4)))
@@ -93,11 +93,11 @@ def decode_all(rank, size):
     moments, x = multi_gpu.BandMoments(multi_gpu.Band(None, 40)), large_mean()
     first, last = multi_gpu.Band(None, 40).rows(40)
     moments.add(x[:, :, first:last])
-    moments.merge()
-    results["moments"] = (moments.count, *moments.of_groups(4, 1e-6))
-    some = sorted({size // 2, size - 1})  # one of two, two of four: with other ranks in the group than in the world
-    arguments = make_decoder(), *latents(), dist.new_group(some)
-    results["some"] = decode_sharded(*arguments) if rank in some else message(decode_sharded, *arguments)
+    moments.all_reduce()
+    results["moments"] = (moments.count, *moments.group_statistics(4, 1e-6))
+    ranks = sorted({size // 2, size - 1})  # one of two, two of four: ranks in the group differ from those in the world
+    arguments = make_decoder(), *latents(), dist.new_group(ranks)
+    results["group"] = decode_sharded(*arguments) if rank in ranks else message(decode_sharded, *arguments)
     if size == 2:
         for name, (change, (z, zq), _) in REFUSED.items():
             change(decoder := make_decoder())
@@ -116,27 +116,27 @@ def large_mean():
 
 @pytest.fixture(scope="module", params=PROCESSES)
 def results(request, tmp_path_factory):
-    """What every process made of every case."""
+    """The results of every process for every case."""
     return processes.run(worker, request.param, tmp_path_factory.mktemp("processes"), request.param)
 
 
 def each(results, key):
-    """The results of all processes, which must be the same bits."""
+    """Return the result of the first process, after checking that all have the same bits."""
     found = [result[key] for result in results]
     assert all(torch.equal(x, found[0]) for x in found)
     return found[0]
 
 
-def test_bands_are_the_whole(results):
+def test_every_process_gets_the_whole_image(results):
     for name, (changes, grid, zq_grid) in GRIDS.items():
-        wanted = make_decoder(**changes)(*latents(grid, zq_grid=zq_grid))
-        for bytes_ in (LITTLE, 1 << 30):
-            out = each(results, (name, bytes_))
+        expected = make_decoder(**changes)(*latents(grid, zq_grid=zq_grid))
+        for strip_bytes in (LITTLE, PLENTY):
+            out = each(results, (name, strip_bytes))
             assert out.is_contiguous() and not out.requires_grad
-            assert_close(out, wanted.double(), slack=5)
+            assert_close(out, expected.double(), slack=5)
 
 
-def test_layers_that_somebody_changed(results):
+def test_modified_layers(results):
     for name, change in CHANGES.items():
         change(decoder := make_decoder())
         assert_close(each(results, name), decoder(*latents((6, 4))).double(), slack=5)
@@ -155,13 +155,13 @@ def test_autocast_and_inference_mode(results):
     assert_close(each(results, "inference mode"), make_decoder()(*latents()).double(), slack=5)
 
 
-def test_each_process_can_keep_its_rows(results):
-    wanted, bands = make_decoder()(*latents((7, 4))), [result["rows"] for result in results]
+def test_without_gather_each_process_returns_its_rows(results):
+    expected, bands = make_decoder()(*latents((7, 4))), [result["rows"] for result in results]
     assert [first for _, first in bands] == [2 * (7 * rank // len(results)) for rank in range(len(results))]
-    assert_close(torch.cat([rows for rows, _ in bands], 2), wanted.double(), slack=5)
+    assert_close(torch.cat([rows for rows, _ in bands], 2), expected.double(), slack=5)
 
 
-def test_moments_of_all_processes_with_a_large_mean(results):
+def test_merged_moments_with_a_large_mean(results):
     x = large_mean()
     grouped = x.double().reshape(4, -1)
     for count, mean, rstd in (result["moments"] for result in results):
@@ -170,41 +170,41 @@ def test_moments_of_all_processes_with_a_large_mean(results):
         torch.testing.assert_close(rstd[::2], (grouped.var(1, correction=0) + 1e-6).rsqrt(), rtol=1e-5, atol=0)
 
 
-def test_a_group_of_some_processes(results):
+def test_a_group_without_all_processes(results):
     members = {len(results) // 2, len(results) - 1}
     for rank, result in enumerate(results):
         if rank in members:
-            assert_close(result["some"], make_decoder()(*latents()).double(), slack=5)
+            assert_close(result["group"], make_decoder()(*latents()).double(), slack=5)
         else:
-            assert result["some"] == "ValueError: group must contain this process"
+            assert result["group"] == "ValueError: group must contain this process"
 
 
-def test_it_refuses(results):
+def test_invalid_arguments(results):
     for result in results:
-        assert re.match("ValueError: .* must not require a gradient: .* under torch.no_grad", result["gradient"])
+        assert re.match("ValueError: .* must not require gradients: call under torch.no_grad", result["gradient"])
     if len(results) != 2:
         return
-    other = r"ValueError: z and zq must be the same in every process of the group, got others in \[1\] than in 0"
-    wanted = {name: pattern for name, (_, _, pattern) in REFUSED.items()}
-    wanted |= dict.fromkeys(("other z", "other zq", "other shape"), other)
-    wanted["ddp"] = "TypeError: decoder must be a MOVQDecoder, got DistributedDataParallel"
+    other = r"ValueError: z and zq must be the same in every process of the group, got different ones in ranks \[1\] than in rank 0"
+    expected = {name: pattern for name, (_, _, pattern) in REFUSED.items()}
+    expected |= dict.fromkeys(("other z", "other zq", "other shape"), other)
+    expected["ddp"] = "TypeError: decoder must be a MOVQDecoder, got DistributedDataParallel"
     for result in results:
-        for name, pattern in wanted.items():
+        for name, pattern in expected.items():
             assert re.match(pattern, result["refused", name], re.DOTALL), (name, result["refused", name])
 
 
-def test_it_needs_torch_distributed():
+def test_torch_distributed_must_be_initialised():
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"torch\.distributed must be initialised"):
         decode_sharded(make_decoder(), *latents())
 
 
-def test_the_bands_cover_every_row_once():
+def test_bands_cover_every_row_once():
     for size in range(1, 9):
-        for cells in range(size, 20):
+        for latent_rows in range(size, 20):
             bands = []
-            for process in range(size):
-                band = multi_gpu.Band.__new__(multi_gpu.Band)  # not to start so many processes
-                band.cells, band.process, band.processes = cells, process, size
-                bands.append(band.rows(4 * cells))
-            assert [row for first, last in bands for row in range(first, last)] == list(range(4 * cells))
+            for rank in range(size):
+                band = multi_gpu.Band.__new__(multi_gpu.Band)  # without torch.distributed and its processes
+                band.latent_rows, band.rank, band.world_size = latent_rows, rank, size
+                bands.append(band.rows(4 * latent_rows))
+            assert [row for first, last in bands for row in range(first, last)] == list(range(4 * latent_rows))
             assert max(last - first for first, last in bands) - min(last - first for first, last in bands) <= 4

@@ -144,7 +144,7 @@ class Band:
         differ = (shapes != shapes[0]).any(1) | ((samples - samples[0]).abs().mean(1) > 0.1 * samples[0].abs().mean())
         if differ.any():
             ranks = differ.nonzero().flatten().tolist()
-            raise ValueError(f"z and zq must be the same in every process of the group, got others in ranks {ranks} than in 0")
+            raise ValueError(f"z and zq must be the same in every process of the group, got different ones in ranks {ranks} than in rank 0")
 
 
 class BandMap(FeatureMap):

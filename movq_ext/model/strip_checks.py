@@ -13,16 +13,21 @@ from .layers import AttnBlock, GroupNorm, ResnetBlock, SpatialNorm, Upsample
 CONV3X3_NAMES = ("conv_in", "conv_out", "conv1", "conv2", "conv_shortcut", "conv")
 
 
+class Step(Protocol):
+    @property
+    def layer(self) -> nn.Module: ...
+
+
 class LayeredDecoder(Protocol):
-    """A decoder that runs the layers of ``steps()`` between conv_in and norm_out, as `MOVQDecoder` does."""
+    """What decoding in strips requires of a decoder. `MOVQDecoder` satisfies it."""
 
     conv_in: nn.Conv2d
     norm_out: GroupNorm | SpatialNorm
     conv_out: nn.Conv2d
     give_pre_end: bool
 
-    def steps(self) -> Iterable[tuple[str, nn.Module, bool]]:
-        """Yield each layer's name, the layer, and whether it is conditioned on zq."""
+    def steps(self) -> Iterable[Step]:
+        """Yield the layers between conv_in and norm_out, in execution order."""
         ...
 
     def named_modules(self) -> Iterable[tuple[str, nn.Module]]: ...
@@ -32,9 +37,9 @@ class LayeredDecoder(Protocol):
 
 def check_layers(decoder: LayeredDecoder) -> None:
     """Raise TypeError unless every layer is of a known class and every 3x3 convolution is an ``nn.Conv2d`` padded with zeros."""
-    for _, layer, _ in decoder.steps():
-        if not isinstance(layer, (ResnetBlock, AttnBlock, Upsample)):
-            raise TypeError(f"decoder must consist of ResnetBlock, AttnBlock and Upsample layers, got {type(layer).__name__}")
+    for step in decoder.steps():
+        if not isinstance(step.layer, (ResnetBlock, AttnBlock, Upsample)):
+            raise TypeError(f"decoder's layers must be ResnetBlock, AttnBlock or Upsample, got {type(step.layer).__name__}")
     for name, module in decoder.named_modules():
         for child_name, child in module.named_children():
             if child_name in CONV3X3_NAMES and not _is_zero_padded_conv3x3(child):

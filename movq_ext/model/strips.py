@@ -83,8 +83,8 @@ class Strips:
     def decode(self, decoder: LayeredDecoder, z: Tensor) -> Tensor:
         """Return the decoder's image of z, ``(1, z_channels, h, w)``."""
         h = self.convolve(StoredRows(self.store_latent(z)), decoder.conv_in)
-        for _, layer, _ in decoder.steps():
-            h = self.run_layer(layer, h)
+        for step in decoder.steps():
+            h = self.run_layer(step.layer, h)
         return self.features(h) if decoder.give_pre_end else self.image(decoder.norm_out, decoder.conv_out, h)
 
     def store_latent(self, z: Tensor) -> FeatureMap:

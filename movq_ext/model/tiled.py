@@ -57,8 +57,8 @@ def decode_tiled(decoder: MOVQDecoder, z: Tensor, zq: Tensor, *, max_memory: int
 
 
 def _min_memory(decoder: MOVQDecoder, z: Tensor) -> int:
-    """Return twice the bytes of a strip of one row of the image."""
-    blocks = [layer for _, layer, _ in decoder.steps() if isinstance(layer, ResnetBlock)]
+    """Return the smallest max_memory: half of it holds a strip of one row of the largest map."""
+    blocks = [step.layer for step in decoder.steps() if isinstance(step.layer, ResnetBlock)]
     values = max((convolution_values(block.in_channels, block.out_channels) for block in blocks), default=0)
     dtype = torch.float32 if computes_in_float32(decoder, z) else z.dtype
     width = z.shape[3] << (decoder.num_resolutions - 1)

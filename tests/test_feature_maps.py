@@ -1,0 +1,226 @@
+"""Feature maps: their storage in memory and in files, their budget, and their moments."""
+
+import tempfile
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from spies import record_calls
+from tolerances import assert_close
+
+from movq_ext.model import feature_maps
+from movq_ext.model.feature_maps import FeatureMap, FileStorage, MapStore, MemoryStorage, Moments, upcast
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+
+@pytest.fixture(params=["memory", "file"])
+def make_storage(request):
+    files = []
+
+    def make(count, dtype=torch.float32):
+        if request.param == "memory":
+            return MemoryStorage(torch.full((count,), torch.nan, dtype=dtype))
+        files.append(tempfile.TemporaryFile())
+        return FileStorage(files[-1], dtype, CPU)
+
+    yield make
+    for file in files:
+        file.close()
+
+
+@pytest.fixture
+def files(monkeypatch):
+    """The temporary files and their folders."""
+    return record_calls(monkeypatch, feature_maps.tempfile, "TemporaryFile", lambda file, dir: (file, dir))
+
+
+def rows(first, last, channels=3, width=4, dtype=torch.float32):
+    """Rows first to last - 1 of a map, each value different."""
+    values = torch.arange(first * width * channels, last * width * channels, dtype=dtype)
+    return values.view(1, last - first, width, channels).permute(0, 3, 1, 2)
+
+
+# --- Storage
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_committed_values_are_read_back(make_storage, dtype):
+    storage = make_storage(20, dtype)
+    for first, count in ((12, 8), (0, 5), (5, 7), (3, 4)):  # in any order, and over older values
+        buffer = storage.reserve(first, count)
+        assert buffer.shape == (count,) and buffer.dtype == storage.dtype == dtype
+        storage.commit(first, buffer.copy_(torch.arange(first, first + count) + count))
+    expected = torch.tensor([5, 6, 7, *range(7, 11), *range(14, 19), *range(20, 28)], dtype=dtype)
+    for first, count in ((0, 20), (4, 6), (19, 1)):
+        assert torch.equal(storage.read(first, count), expected[first : first + count])
+
+
+def test_memory_is_not_copied():
+    values = torch.zeros(8)
+    storage = MemoryStorage(values)
+    assert storage.reserve(2, 3).data_ptr() == storage.read(2, 1).data_ptr() == values[2:].data_ptr()
+
+
+def test_a_file_that_was_cut_short():
+    with tempfile.TemporaryFile() as file:
+        storage = FileStorage(file, torch.float32, CPU)
+        storage.commit(0, torch.ones(10))
+        file.truncate(30)
+        assert torch.equal(storage.read(0, 7), torch.ones(7))
+        with pytest.raises(OSError, match="expected 16 bytes in a temporary file of feature maps, got 6"):
+            storage.read(6, 4)
+
+
+# --- Maps
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_written_rows_are_read_back(make_storage, dtype):
+    x = FeatureMap(3, 6, 4, make_storage(3 * 6 * 4, dtype))
+    for first, last in ((0, 1), (1, 4), (4, 6)):
+        x.write(first, rows(first, last, dtype=dtype))
+    for first in range(6):
+        for last in range(first + 1, 7):
+            assert torch.equal(x.read(first, last), rows(first, last, dtype=dtype))
+    assert x.read(0, 6).is_contiguous(memory_format=torch.channels_last) and x.dtype == dtype
+
+
+def test_moments_are_those_of_all_written_rows(make_storage):
+    x = FeatureMap(3, 6, 4, make_storage(3 * 6 * 4))
+    for first, last in ((0, 1), (1, 4), (4, 6)):
+        buffer = x.reserve(first, last)
+        x.commit(first, buffer.copy_(rows(first, last)))
+    values = rows(0, 6, dtype=torch.float64)
+    assert x.moments.count == 24
+    torch.testing.assert_close(x.moments.mean, values.mean((0, 2, 3)))
+    torch.testing.assert_close(x.moments.m2 / 24, values.var((0, 2, 3), correction=0))
+
+
+@pytest.mark.parametrize("channels", [3, 2, 1])
+def test_a_successor_reuses_the_storage_row_by_row(make_storage, channels):
+    x = FeatureMap(3, 6, 4, make_storage(3 * 6 * 4))
+    x.write(0, rows(0, 6))
+    successor = x.successor(channels)
+    assert (successor.channels, successor.height, successor.width) == (channels, 6, 4) and successor.storage is x.storage
+    for first, last in ((0, 1), (1, 4), (4, 6)):
+        assert torch.equal(x.read(first, 6), rows(first, 6))  # not overwritten yet
+        successor.write(first, -rows(first, last, channels))
+    assert torch.equal(successor.read(0, 6), -rows(0, 6, channels))
+    assert successor.moments.count == 24 and (successor.moments.mean < 0).all() and (x.moments.mean > 0).all()
+
+
+def test_a_successor_has_no_more_channels():
+    x = FeatureMap(3, 6, 4, MemoryStorage(torch.zeros(3 * 6 * 4)))
+    with pytest.raises(AssertionError):
+        x.successor(4)
+
+
+def test_the_halo_ends_at_the_maps_edges():
+    x = FeatureMap(1, 6, 1, MemoryStorage(torch.zeros(6)))
+    assert [x.halo(*span) for span in ((0, 6), (0, 5), (1, 6), (2, 3))] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+# --- Budget
+
+
+def test_maps_beyond_the_budget_go_to_files(files, tmp_path):
+    map_bytes = 3 * 6 * 4 * 2
+    with MapStore(torch.bfloat16, CPU, 2 * map_bytes + 1, str(tmp_path)) as store:
+        maps = [store.allocate(3, 6, 4) for _ in range(4)]
+        assert [type(x.storage) for x in maps] == [MemoryStorage] * 2 + [FileStorage] * 2
+        assert [folder for _, folder in files] == [str(tmp_path)] * 2
+        for i, x in enumerate(maps):
+            x.write(0, torch.full((1, 3, 6, 4), float(i)))
+        assert all((x.read(0, 6) == i).all() for i, x in enumerate(maps))
+        store.release(maps[0])
+        assert isinstance(store.allocate(3, 6, 4).storage, MemoryStorage)
+        assert isinstance(store.allocate(1, 1, 1).storage, FileStorage)
+
+
+@pytest.mark.parametrize("budget, storage", [(None, MemoryStorage), (0, FileStorage)])
+def test_no_limit_and_no_memory(files, budget, storage):
+    with MapStore(torch.float32, CPU, budget) as store:
+        assert all(type(store.allocate(3, 60, 40).storage) is storage for _ in range(3))
+    assert len(files) == (3 if budget == 0 else 0)
+
+
+def test_files_are_closed_on_release_and_on_exit(files):
+    with pytest.raises(KeyError), MapStore(torch.float32, CPU, 0) as store:
+        first, *_ = (store.allocate(3, 6, 4) for _ in range(3))
+        store.release(first.successor(2))
+        assert [file.closed for file, _ in files] == [True, False, False]
+        raise KeyError
+    assert all(file.closed for file, _ in files)
+
+
+def test_a_released_buffer_is_reused_if_it_is_large_enough():
+    store = MapStore(torch.float32, CPU)
+    x = store.allocate(3, 6, 4)
+    address = x.storage.values.data_ptr()
+    store.release(x)
+    smaller = store.allocate(3, 2, 4)
+    assert smaller.storage.values.data_ptr() == address
+    store.release(smaller)
+    larger = store.allocate(3, 7, 4)
+    assert larger.storage.values.numel() == 3 * 7 * 4
+
+
+def test_a_released_buffer_counts_whole_against_the_budget():
+    map_bytes = 3 * 6 * 4 * 4
+    store = MapStore(torch.float32, CPU, map_bytes + 3 * 2 * 4 * 4)
+    first, small = store.allocate(3, 6, 4), store.allocate(3, 2, 4)
+    store.release(first)
+    store.allocate(3, 2, 4)  # in the buffer of 6 rows
+    assert isinstance(store.allocate(3, 2, 4).storage, FileStorage)
+    store.release(small)
+    assert isinstance(store.allocate(3, 2, 4).storage, MemoryStorage)
+
+
+# --- Moments
+
+
+@given(
+    heights=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    width=st.integers(1, 7),
+    groups=st.sampled_from([1, 2, 4, 8]),
+    offset=st.sampled_from([0.0, 5.0, -300.0]),
+)
+def test_moments_match_float64(heights, width, groups, offset):
+    generator = torch.Generator().manual_seed(sum(heights))
+    x = torch.randn(1, 8, sum(heights), width, generator=generator) * torch.arange(1, 9)[:, None, None] + offset
+    moments = Moments()
+    for strip in x.split(heights, dim=2):
+        moments.add(strip)
+    mean, rstd = moments.group_statistics(groups, 1e-6)
+    grouped = x.double().reshape(groups, -1)
+    assert mean.dtype == rstd.dtype == torch.float64 and mean.shape == rstd.shape == (8,)
+    torch.testing.assert_close(mean, grouped.mean(1).repeat_interleave(8 // groups), rtol=1e-5, atol=1e-5)
+    expected = (grouped.var(1, correction=0) + 1e-6).rsqrt().repeat_interleave(8 // groups)
+    assert_close(rstd.float(), expected, slack=50)
+
+
+def test_moments_with_a_large_mean():
+    x = torch.randn(1, 8, 40, 30) + 4096
+    moments = Moments()
+    for strip in x.split([1, 30, 2, 7], dim=2):
+        moments.add(strip)
+    mean, rstd = moments.group_statistics(4, 1e-6)
+    grouped = x.double().reshape(4, -1)
+    expected = (grouped.var(1, correction=0) + 1e-6).rsqrt()
+    torch.testing.assert_close(mean[::2], grouped.mean(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(rstd[::2], expected, rtol=1e-5, atol=0)
+
+
+def test_moments_of_no_rows():
+    with pytest.raises(AssertionError, match="no rows were written"):
+        Moments().group_statistics(1, 1e-6)
+
+
+@pytest.mark.parametrize("dtype, expected", [(torch.float16, torch.float32), (torch.bfloat16, torch.float32),
+                                             (torch.float32, torch.float32), (torch.float64, torch.float64)])  # fmt: skip
+def test_upcast(dtype, expected):
+    x = torch.ones(3, dtype=dtype)
+    assert upcast(x).dtype == expected and (upcast(x) is x) == (dtype == expected)

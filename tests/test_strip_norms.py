@@ -1,0 +1,87 @@
+"""The norms of strips must match those of whole maps, whatever rows are asked for."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerances import assert_close
+from torch import nn
+
+from movq_ext import GroupNorm, SpatialNorm
+from movq_ext.model import strip_norms
+from movq_ext.model.feature_maps import MapStore
+from movq_ext.model.strip_norms import NormalisedRows, nearest_indices, split_at_cells
+
+HEIGHT, WIDTH = 12, 8
+NORMS = {
+    "group norm": (lambda: GroupNorm(8, 32, 1e-6), (3, 4), strip_norms.ChannelAffine),
+    "group norm without weights": (lambda: nn.GroupNorm(8, 32, affine=False), (3, 4), strip_norms.ChannelAffine),
+    "cells of 4x2": (lambda: SpatialNorm(32, 5, num_groups=8), (3, 4), strip_norms.CellAffine),
+    "cells of one pixel": (lambda: SpatialNorm(32, 5, num_groups=8), (HEIGHT, WIDTH), strip_norms.CellAffine),
+    "cells of uneven size": (lambda: SpatialNorm(32, 5, num_groups=8), (5, 3), strip_norms.NearestAffine),
+    "zq larger than the map": (lambda: SpatialNorm(32, 5, num_groups=8), (30, 9), strip_norms.NearestAffine),
+    "add_conv": (lambda: SpatialNorm(32, 5, num_groups=8, add_conv=True), (3, 4), strip_norms.ConvolvedAffine),
+    "add_conv, uneven": (lambda: SpatialNorm(32, 5, num_groups=8, add_conv=True), (5, 3), strip_norms.ConvolvedAffine),
+}
+
+
+def make_norm(name, dtype):
+    torch.manual_seed(0)
+    norm = NORMS[name][0]()
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter, 0.3, 0.5)
+    return norm.to(dtype)
+
+
+def stored(values):
+    x = MapStore(values.dtype, values.device).allocate(*values.shape[1:])
+    x.write(0, values)
+    return x
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", NORMS)
+@torch.no_grad()
+def test_rows_match_the_norm_of_the_whole_map(name, dtype, activation):
+    _, grid, affine = NORMS[name]
+    norm, generator = make_norm(name, dtype), torch.Generator().manual_seed(1)
+    values = (torch.randn(1, 32, HEIGHT, WIDTH, generator=generator) + 3).to(dtype)
+    zq = torch.randn(1, 5, *grid, generator=generator).to(dtype)
+    inputs = (values, zq) if isinstance(norm, SpatialNorm) else (values,)
+    expected = make_norm(name, dtype).double()(*(x.double() for x in inputs))
+    expected = F.silu(expected) if activation == "silu" else expected
+    rows = NormalisedRows(norm, stored(values), zq, activation)
+    assert type(rows.affine) is affine
+    for first in range(HEIGHT):
+        for last in range(first + 1, HEIGHT + 1):
+            out = torch.full((1, 32, last - first, WIDTH), torch.nan, dtype=dtype)
+            rows.write_rows(first, last, out)
+            assert_close(out, expected[:, :, first:last], slack=3)
+
+
+@torch.no_grad()
+def test_the_map_is_not_modified():
+    values = torch.randn(1, 32, HEIGHT, WIDTH)
+    x = stored(values)
+    rows = NormalisedRows(make_norm("cells of 4x2", torch.float32), x, torch.randn(1, 5, 3, 4), "silu")
+    rows.write_rows(0, HEIGHT, torch.empty(1, 32, HEIGHT, WIDTH))
+    assert torch.equal(x.read(0, HEIGHT), values)
+
+
+@given(first=st.integers(0, 40), count=st.integers(1, 40), size=st.integers(1, 9))
+def test_parts_are_whole_cells_or_lie_in_one(first, count, size):
+    parts = list(split_at_cells(first, first + count, size))
+    assert [row for begin, end in parts for row in range(begin, end)] == list(range(first, first + count))
+    assert len(parts) <= 3
+    for begin, end in parts:
+        assert begin // size == (end - 1) // size or (begin % size == 0 and end % size == 0)
+
+
+@pytest.mark.parametrize("small", range(1, 14))
+def test_nearest_indices_are_torchs(small):
+    for height, width in ((1, 40), (7, 13), (26, 39), (small, 3 * small)):
+        values = torch.arange(small * small, dtype=torch.float32).view(1, 1, small, small)
+        rows, columns = nearest_indices(values, height, width)
+        assert torch.equal(values[:, :, rows][:, :, :, columns], F.interpolate(values, size=(height, width), mode="nearest"))
