@@ -68,7 +68,7 @@ def decode_sharded(
         band.check_same(z, zq)
         if band.world_size > band.latent_rows:
             sizes = f"{band.latent_rows} rows for {band.world_size} processes"
-            raise ValueError(f"z must have a row for every process of the group, got {sizes}")
+            raise ValueError(f"z must have at least one row per process, got {sizes}")
         if computes_in_float32(decoder, z):
             rows = _decode_band(*to_float32(decoder, z, zq), band).half()
         else:
@@ -137,14 +137,16 @@ class Band:
             work.wait()
 
     def check_same(self, z: Tensor, zq: Tensor) -> None:
-        """Raise ValueError unless z and zq are the same in every process, up to rounding."""
+        """Raise ValueError if z or zq differ between processes, in shape or clearly in a sample of their values."""
         shape = torch.tensor([*z.shape, *zq.shape], dtype=torch.float64, device=z.device)
         gathered = self.all_gather(torch.cat([shape, _sample(z), _sample(zq)]))
         shapes, samples = gathered[:, : len(shape)], gathered[:, len(shape) :]
         differ = (shapes != shapes[0]).any(1) | ((samples - samples[0]).abs().mean(1) > 0.1 * samples[0].abs().mean())
         if differ.any():
             ranks = differ.nonzero().flatten().tolist()
-            raise ValueError(f"z and zq must be the same in every process of the group, got different ones in ranks {ranks} than in rank 0")
+            raise ValueError(
+                f"z and zq must be the same in all processes of the group, but those of ranks {ranks} differ from rank 0's"
+            )
 
 
 class BandMap(FeatureMap):
