@@ -1,5 +1,6 @@
 """Models of diffusers with random weights, before and after `accelerate`."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -13,7 +14,8 @@ from torch import nn
 
 import movq_ext
 from movq_ext import accelerate, restore
-from movq_ext.diffusers import acceleration as served
+from movq_ext.diffusers import acceleration, attention, norms, registry
+from movq_ext.diffusers.accelerated import Accelerated
 from movq_ext.model import fusion
 
 diffusers = pytest.importorskip("diffusers")
@@ -91,23 +93,21 @@ def assert_equal(actual, expected):
     assert all(map(torch.equal, actual, expected))
 
 
-class Counted:
-    """How often the operators of this package run."""
+class Counted(contextlib.ExitStack):
+    """Counts how often the operators of this package run."""
 
     def __enter__(self):
-        functions = (served, "fused_spatial_norm"), (served, "attention"), (torch.nn.functional, "conv_transpose2d")
-        self._patches = [mock.patch.object(place, name, wraps=getattr(place, name)) for place, name in functions]
-        self.mocks = [patch.__enter__() for patch in self._patches]
-        return self
+        self.norms = [self._wrap(module, "fused_spatial_norm") for module in (norms, attention)]
+        self.attention, self.upsampling = self._wrap(attention, "attention"), self._wrap(torch.nn.functional, "conv_transpose2d")
+        return super().__enter__()
 
-    def __exit__(self, *error):
-        for patch in self._patches:
-            patch.__exit__(*error)
+    def _wrap(self, module, name):
+        return self.enter_context(mock.patch.object(module, name, wraps=getattr(module, name)))
 
     @property
     def calls(self):
-        """Of spatial_norm, attention and upsampling."""
-        return tuple(m.call_count for m in self.mocks)
+        """Calls of spatial norms, attention and upsampling."""
+        return sum(norm.call_count for norm in self.norms), self.attention.call_count, self.upsampling.call_count
 
 
 # Results
@@ -119,7 +119,7 @@ def test_results_are_the_same_and_all_of_it_is_served(name):
     model = MODELS[name]()
     expected = outputs(model)
     report = accelerate(model)
-    assert report.left == {}
+    assert report.skipped == {}
     norms = sum(isinstance(m, nn.GroupNorm) for m in model.modules())
     attends = sum(isinstance(m, Attention) for m in model.modules())
     with Counted() as counted:
@@ -169,9 +169,9 @@ def test_biases_that_the_next_kernel_adds(name, monkeypatch):
     expected = outputs(model)
     accelerate(model)
     monkeypatch.setattr(fusion, "runs_kernels", lambda x: True)
-    with mock.patch.object(served, "fused_spatial_norm", wraps=served.fused_spatial_norm) as norm:
+    with Counted() as counted:
         actual = outputs(model)
-    biased = [call for call in norm.call_args_list if call.args[3].f_bias is not None]
+    biased = [call for norm in counted.norms for call in norm.call_args_list if call.args[3].f_bias is not None]
     blocks = [m for m in model.modules() if hasattr(m, "conv_shortcut")]
     assert len(biased) == len(blocks) > 0
     assert_same(actual, expected)
@@ -220,7 +220,7 @@ def test_unet():
     arguments = torch.randn(1, 4, 8, 8), 3, torch.randn(1, 2, 8)
     expected = unet(*arguments).sample
     report = accelerate(unet)
-    assert len(report.replaced["ResnetBlock2D"]) > 5 and set(report.left.values()) == {"it has more than one head"}
+    assert len(report.replaced["ResnetBlock2D"]) > 5 and set(report.skipped.values()) == {"it has more than one head"}
     assert_same([unet(*arguments).sample], [expected])
 
 
@@ -256,7 +256,7 @@ def test_what_works_on_video_is_left():
     expected = model.decode(z, num_frames=2).sample
     report = accelerate(model)
     temporal = {name for name, module in model.named_modules() if type(module).__name__ == "TemporalResnetBlock"}
-    assert report.left == dict.fromkeys(temporal, "it works on maps with a time axis") and temporal
+    assert report.skipped == dict.fromkeys(temporal, "it works on maps with a time axis") and temporal
     assert_same([model.decode(z, num_frames=2).sample], [expected])
 
 
@@ -492,17 +492,17 @@ def test_a_forward_on_the_instance():
     block = model.decoder.mid_block.resnets[0]
     block.forward = block.forward
     report = accelerate(model)
-    assert report.left == {"decoder.mid_block.resnets.0": "its forward was replaced (by offloading, or a patch)"}
+    assert report.skipped == {"decoder.mid_block.resnets.0": "its forward was replaced (by offloading, or a patch)"}
     restore(model)
     del block.forward
     accelerate(model)
     for module in model.modules():  # as offloading does, which keeps what was there
-        if isinstance(module, served.Served):
+        if isinstance(module, Accelerated):
             module.forward = module.forward
     with Counted() as counted:
         assert_same(outputs(model), expected)
     assert min(counted.calls) > 0
-    assert accelerate(model).left == {}
+    assert accelerate(model).skipped == {}
     restore(model)
     assert_equal(outputs(model), expected)
 
@@ -528,7 +528,7 @@ def test_attention_processors():
         assert_same(outputs(model), expected)
         assert counted.calls[1] == 4
     model.set_attn_processor(SlicedAttnProcessor(1))
-    assert set(accelerate(model).left.values()) == {"its processor is SlicedAttnProcessor"}
+    assert set(accelerate(model).skipped.values()) == {"its processor is SlicedAttnProcessor"}
 
 
 @torch.no_grad()
@@ -581,19 +581,19 @@ def test_parts_of_other_kinds_are_left_with_a_reason():
     blocks["hook"].nonlinearity.register_forward_hook(lambda *_: None)
     report = accelerate(blocks)
     assert report.replaced == {"ResnetBlock2D": ["good"]}
-    assert report.left == {
+    assert report.skipped == {
         "mish": "its activation is Mish, not SiLU",
         "down": "it resamples between its norm and its convolution",
         "norm": "its norm2 is Identity, not GroupNorm",
         "wide": "its head is larger than 512",
-        "rms": "it normalises its queries or does not scale them",
+        "rms": "it normalises its queries, or does not scale its scores",
         "cond": "its spatial_norm is Identity, not SpatialNorm",
         "hook": "its activation is hooked or patched",
         "bare": "it is not a nearest upsampling and a convolution",
         "large": "its convolution is replaced, hooked or not a padded 3x3",
     }
     lines = str(report).splitlines()
-    assert lines[:3] == ["1 parts replaced", "  ResnetBlock2D (1): good", "9 left as they are"] and len(lines) == 12
+    assert lines[:3] == ["1 parts replaced", "  ResnetBlock2D (1): good", "9 parts skipped"] and len(lines) == 12
 
 
 # Pipelines and errors
@@ -613,7 +613,7 @@ def test_pipeline():
     pipe = pipeline()
     expected = outputs(pipe.vae)
     report = accelerate(pipe)
-    assert report.left == {"text_encoder": "no part of it is of a kind that can be served"}
+    assert report.skipped == {"text_encoder": "none of its parts can be accelerated"}
     assert report.replaced["Upsample2D"] == ["vae.decoder.up_blocks.0.upsamplers.0"]
     assert "  ResnetBlock2D (10): vae.encoder.down_blocks.0.resnets.0, " in str(report) and " and 7 more" in str(report)
     assert_same(outputs(pipe.vae), expected)
@@ -628,18 +628,18 @@ def test_errors():
                 function(given)
     widths = dict(encoder_block_out_channels=(4, 4), decoder_block_out_channels=(4, 4))
     tiny = diffusers.AutoencoderTiny(num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), **widths)
-    with pytest.raises(ValueError, match=r"no part that can be served, got AutoencoderTiny \(no part of it is of a kind"):
+    with pytest.raises(ValueError, match=r"must have parts that can be accelerated, got AutoencoderTiny \(none of its"):
         accelerate(tiny)
     restore(tiny)
 
 
 def test_without_diffusers(monkeypatch):
-    monkeypatch.setattr(served, "_served_classes", served._served_classes.__wrapped__)
+    monkeypatch.setattr(acceleration, "accelerated_classes", registry.accelerated_classes.__wrapped__)
     monkeypatch.setitem(sys.modules, "diffusers.models.attention_processor", None)
     with pytest.raises(ImportError, match="accelerate needs diffusers: pip install diffusers"):
         accelerate(nn.Linear(2, 2))
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        _ = served.nothing
+        _ = registry.nothing
 
 
 # On a GPU
@@ -676,5 +676,5 @@ def test_gradients_on_a_gpu(name):
 
 
 def test_names():
-    assert movq_ext.accelerate is served.accelerate and movq_ext.restore is served.restore
-    assert movq_ext.AccelerationReport is served.AccelerationReport
+    assert movq_ext.accelerate is acceleration.accelerate and movq_ext.restore is acceleration.restore
+    assert movq_ext.AccelerationReport is acceleration.AccelerationReport

@@ -16,7 +16,8 @@ import torch
 
 import movq_ext
 from movq_ext import build_info
-from movq_ext.ops import extension
+from movq_ext.ops import extension, source_folder
+from movq_ext.ops.source_folder import find_installed_copy
 
 SOURCE = Path(__file__).resolve().parents[1]
 COMPILED = build_info()["extension"] == "loaded"
@@ -249,6 +250,57 @@ def test_no_record_is_a_reason(tmp_path):
     assert "imported from its source folder" in extension.read_record(tmp_path / "none.json")["reason"]
 
 
+def start_python_in(folder, **environment):
+    """Import movq_ext as a REPL in this folder would, which looks for packages there first; returns stderr."""
+    script = "import movq_ext; print(movq_ext.__file__)"
+    unsafe = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
+    run = subprocess.run([sys.executable, "-c", script], cwd=folder, env={**unsafe, **environment},
+                         capture_output=True, text=True, check=True)  # fmt: skip
+    return Path(run.stdout.strip()).parent, run.stderr
+
+
+def test_a_source_folder_beside_an_installed_copy_gives_one_warning_with_both_paths(source, tmp_path):
+    source, (installed, log) = source.resolve(), start_python_in(tmp_path)
+    assert installed == Path(movq_ext.__file__).parent and "RuntimeWarning" not in log
+    imported, log = start_python_in(source)
+    assert imported == source / "movq_ext"
+    message = f"imported from its source folder, {imported}, which hides the installed copy, {installed}."
+    assert log.count("RuntimeWarning") == log.count(message) == 1
+    assert start_python_in(source, PYTHONSAFEPATH="1") == (installed, "")
+
+
+def write_dist_info(folder, direct_url=None):
+    (folder / "movq_ext-0.1.0.dist-info").mkdir(parents=True)
+    (folder / "movq_ext-0.1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: movq_ext\nVersion: 0.1.0\n")
+    if direct_url:
+        (folder / "movq_ext-0.1.0.dist-info/direct_url.json").write_text(json.dumps(direct_url))
+
+
+def test_the_installed_copy_is_found(tmp_path, monkeypatch):
+    clone, packages, package = tmp_path / "a clone", tmp_path / "packages", tmp_path / "a clone/movq_ext"
+    monkeypatch.setattr(sys, "path", [str(clone), str(packages)])
+    assert find_installed_copy(package) is None
+    write_dist_info(packages)
+    assert find_installed_copy(package) == packages / "movq_ext"
+    assert find_installed_copy(packages / "movq_ext") is None
+    write_dist_info(clone)  # as the egg-info of a build would be
+    assert find_installed_copy(package) == packages / "movq_ext"
+
+
+def test_an_editable_install_is_its_source_folder(tmp_path, monkeypatch):
+    clone, packages, other = tmp_path / "a clone", tmp_path / "packages", tmp_path / "other"
+    monkeypatch.setattr(sys, "path", [str(clone), str(packages)])
+    write_dist_info(packages, {"url": clone.as_uri(), "dir_info": {"editable": True}})
+    assert find_installed_copy(clone / "movq_ext") is None
+    assert find_installed_copy(other / "movq_ext") == clone / "movq_ext"
+
+
+def test_an_installed_package_does_not_look_for_others(tmp_path, monkeypatch):
+    """It would cost time in every import."""
+    monkeypatch.setattr(source_folder, "find_installed_copy", lambda package: pytest.fail("looked for other copies"))
+    source_folder.warn_if_installed_elsewhere(tmp_path / "movq_ext")
+
+
 def test_build_info():
     info = build_info()
     assert info["version"] == movq_ext.__version__
@@ -269,10 +321,10 @@ def test_a_device_without_code_is_named_with_what_there_is(monkeypatch):
     extension.device_reason.cache_clear()
     monkeypatch.setattr(extension, "extension", Extension())
     monkeypatch.setattr(extension, "_record", {"arch_list": "8.0 9.0"})
-    reason = "movq_ext._C was compiled for compute capability 8.0 9.0, device 0 has 7.5"
+    reason = "movq_ext._C was compiled for compute capability 8.0 9.0, but device 0 has 7.5"
     reason += "; reinstall movq_ext with TORCH_CUDA_ARCH_LIST=7.5"
     assert extension.device_reason(0) == reason
-    assert extension.device_reason(1) == "device 1 cannot be asked: busy"
+    assert extension.device_reason(1) == "device 1 cannot be queried: busy"
     assert extension.device_reason(2) is None
     extension.device_reason.cache_clear()
 

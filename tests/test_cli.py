@@ -1,3 +1,5 @@
+"""All commands through `main`. The options of decode have a file of their own, test_cli_decode.py."""
+
 import argparse
 import dataclasses
 import json
@@ -6,18 +8,16 @@ import re
 import numpy as np
 import pytest
 import torch
+from models import SMALL_MOVQ
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from movq_ext import MOVQ, __version__, save_pretrained
 from movq_ext.cli import COMMANDS, main, parser
 from movq_ext.demo import PHOTOS, SMALL_MODEL_PATH
-from movq_ext.io.codes import CodeFile
+from movq_ext.io.codes import CodeFile, encode_image
 from movq_ext.training import TrainingConfig
 
-DDCONFIG = dict(
-    ch=32, out_ch=3, ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=(), in_channels=3, resolution=32, z_channels=4
-)
 SIZES = {"a.png": (9, 14), "deep/b.png": (1, 1), "c.jpg": (16, 8)}
 
 
@@ -25,7 +25,7 @@ SIZES = {"a.png": (9, 14), "deep/b.png": (1, 1), "c.jpg": (16, 8)}
 def model(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
-    save_pretrained(MOVQ(DDCONFIG, 64, 4), folder)
+    save_pretrained(MOVQ(**SMALL_MOVQ), folder)
     return folder
 
 
@@ -58,7 +58,7 @@ def decode(model, codes, out, *more):
     return call("decode", codes, "-o", out, "--model", model, "--device", "cpu", *more)
 
 
-def test_a_folder_there_and_back(model, photographs, tmp_path, capsys):
+def test_encode_and_decode_a_folder(model, photographs, tmp_path, capsys):
     codes, out = tmp_path / "codes.safetensors", tmp_path / "out"
     assert encode(model, photographs, codes) == 0
     assert capsys.readouterr().out == "encoded 3, already there 0, failed 0\n"
@@ -91,18 +91,45 @@ def test_one_bad_file_does_not_stop_the_rest(model, photographs, tmp_path, capsy
     assert f"error: {codes}: a.png: codes must be in [0, 64), got values from" in captured.err
 
 
-def test_two_pictures_of_one_name(model, photographs, tmp_path, capsys):
+def test_two_images_with_the_same_name(model, photographs, tmp_path, capsys):
     assert encode(model, [photographs, photographs / "a.png"], tmp_path / "codes.safetensors") == 1
     assert "another image in this call has the same name" in capsys.readouterr().err
 
 
-def test_the_codebook_must_be_the_models(model, photographs, tmp_path, capsys):
+def test_codes_of_another_codebook(model, photographs, tmp_path, capsys):
     codes, other = tmp_path / "codes.safetensors", tmp_path / "other"
     encode(model, photographs, codes)
-    save_pretrained(MOVQ(DDCONFIG, 64, 4), other)
+    save_pretrained(MOVQ(**SMALL_MOVQ), other)
     for command in (encode(other, photographs, codes), decode(other, codes, tmp_path / "out")):
         assert command == 2
     assert capsys.readouterr().err.count("was made with codebook") == 2
+
+
+def test_interrupted_encoding_saves_finished_images(model, photographs, tmp_path, monkeypatch, capsys):
+    """And the next call encodes the rest."""
+    encoded = []
+
+    def encode_two(model, image):
+        if len(encoded) == 2:
+            raise KeyboardInterrupt
+        encoded.append(image)
+        return encode_image(model, image)
+
+    codes = tmp_path / "codes.safetensors"
+    monkeypatch.setattr("movq_ext.cli.encode.encode_image", encode_two)
+    assert encode(model, photographs, codes) == 130
+    assert len(CodeFile.load(codes).codes) == 2
+    monkeypatch.undo()
+    assert encode(model, photographs, codes) == 0
+    assert "encoded 1, already there 2, failed 0\n" in capsys.readouterr().out
+
+
+def test_encoding_saves_at_intervals(model, photographs, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr("movq_ext.cli.encode.SAVE_INTERVAL_SECONDS", 0)
+    monkeypatch.setattr(CodeFile, "save", lambda self, path: saved.append(len(self.codes)))
+    assert encode(model, photographs, tmp_path / "codes.safetensors") == 0
+    assert saved == [1, 2, 3, 3]  # after each image, and at the end
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -161,14 +188,14 @@ def test_demo(tmp_path, capsys, name):
 
 
 def test_demo_reports_sizes(tmp_path, capsys):
-    """The codes of 256x256 pixels: 32 * 32 * 14 bits = 1792 bytes, 0.219 bits per pixel."""
+    """256x256 pixels are 32 * 32 codes of 14 bits: 1792 bytes, 0.219 bits per pixel."""
     assert call("demo", tmp_path, "--size", 256, "--device", "cpu") == 0
     printed = capsys.readouterr().out
     image = Image.open(PHOTOS["astronaut"]).resize((256, 256), Image.Resampling.LANCZOS)
     image.save(tmp_path / "photo.png")
     png, code_file = ((tmp_path / name).stat().st_size / 1e3 for name in ("photo.png", "codes.safetensors"))
     assert "astronaut.png, 256x256, scaled down from 512x512" in printed
-    assert re.search(r"codes       32x32 of 14 bits, \d+ distinct of 16384\n", printed)
+    assert re.search(r"codes       32x32 grid, 14 bits per code, \d+ distinct of 16384\n", printed)
     assert f"size        1.8 kB of codes (0.219 bit/pixel); the photograph as PNG: {png:.1f} kB\n" in printed
     assert f"codes.safetensors ({code_file:.1f} kB, 32 bits per code)" in printed
 
@@ -211,7 +238,7 @@ def test_version(capsys):
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=lambda command: " ".join(command) or "movq-ext")
 def test_every_option_has_a_plain_help_text(command, capsys):
-    """No markup, no pattern that argparse did not fill in, and a default wherever one is used."""
+    """No markup, no unfilled placeholder, and the default of every option that has one."""
     with pytest.raises(SystemExit) as stop:
         call(*command, "--help")
     text = capsys.readouterr().out
@@ -225,7 +252,7 @@ def test_every_option_has_a_plain_help_text(command, capsys):
             assert "(default: " in action.help or action.default is None, action.option_strings
 
 
-def test_help_says_what_every_training_option_is(capsys):
+def test_help_of_training_options(capsys):
     with pytest.raises(SystemExit):
         call("train", "--help")
     text = " ".join(capsys.readouterr().out.split())
@@ -236,7 +263,7 @@ def test_help_says_what_every_training_option_is(capsys):
         assert f"{flag}{value} {field.metadata['help']}{default}" in text
 
 
-def test_an_interruption_is_no_traceback(monkeypatch, capsys):
+def test_interruption(monkeypatch, capsys):
     def interrupted():
         raise KeyboardInterrupt
 

@@ -26,7 +26,7 @@ def test_bad_memory_sizes(model_folder, tmp_path, capsys, text):
 def test_bad_threads(model_folder, tmp_path, capsys, threads):
     with pytest.raises(SystemExit):
         run_decode(model_folder, tmp_path, f"--threads={threads}")
-    assert f"--threads: must be 1 to 1024, got {threads}" in capsys.readouterr().err
+    assert f"--threads: expected a number from 1 to 1024, got '{threads}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

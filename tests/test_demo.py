@@ -1,4 +1,4 @@
-"""The demo from Python; test_cli.py has what the command prints."""
+"""The demo as a function. test_cli.py tests what the command prints."""
 
 import math
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models import SMALL_MOVQ
 from PIL import Image
 
 from movq_ext import MOVQ, from_pretrained
@@ -14,15 +15,12 @@ from movq_ext.io.codes import CodeFile, decode_image
 from movq_ext.io.images import ImageError
 
 DEMO_IMAGE = Path(__file__).resolve().parents[1] / "docs/images/demo.png"
-DDCONFIG = dict(
-    ch=32, out_ch=3, ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=(), in_channels=3, resolution=32, z_channels=4
-)
 
 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return MOVQ(DDCONFIG, 64, 4)
+    return MOVQ(**SMALL_MOVQ)
 
 
 def image(height, width, seed=0):
@@ -33,6 +31,7 @@ def uniform(height, width, value):
     return Image.new("RGB", (width, height), (value, value, value))
 
 
+@pytest.mark.filterwarnings("error")  # scikit-image divides by zero if there is no error
 @pytest.mark.parametrize(("first", "second", "psnr"), [
     (0, 255, 0.0),  # the largest possible error
     (100, 101, 48.130804),  # 20 log10(255)
@@ -45,13 +44,13 @@ def test_psnr_of_uniform_images(first, second, psnr):
 
 @pytest.mark.parametrize(("first", "second"), [(100, 120), (0, 255), (7, 7)])
 def test_ssim_of_uniform_images(first, second):
-    """Without variance SSIM is its luminance term, (2 a b + C) / (a^2 + b^2 + C) with C = (0.01 * 255)^2 = 6.5025."""
+    """SSIM without variance reduces to its luminance term, (2ab + C) / (a^2 + b^2 + C) with C = (0.01 * 255)^2 = 6.5025."""
     expected = (2 * first * second + 6.5025) / (first**2 + second**2 + 6.5025)
     assert Quality.of(uniform(9, 11, first), uniform(9, 11, second)).ssim == pytest.approx(expected, rel=1e-9)
 
 
 def test_ssim_of_one_window():
-    """Seven pixels a side are one window, so that SSIM is the formula of Wang et al. (2004) with sample covariances."""
+    """For 7x7 pixels, a single window, SSIM is the formula of Wang et al. (2004) with sample covariances."""
     first, second = image(7, 7, 1), image(7, 7, 2)
     per_channel = []
     for channel in range(3):
@@ -64,7 +63,7 @@ def test_ssim_of_one_window():
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (2, 2), (9, 2), (3, 3), (4, 40), (5, 5), (6, 6), (7, 7)], ids=str)
 def test_small_images(model, tmp_path, shape):
-    """SSIM needs a window of three pixels; below that it is NaN, and everything else is as ever."""
+    """SSIM needs a window of at least 3 pixels. It is NaN for smaller images; everything else works."""
     image(*shape).save(tmp_path / "photo.png")
     result = round_trip(model, tmp_path / "photo.png", tmp_path / "out")
     assert result.size == result.photo_size == (shape[1], shape[0])
@@ -94,7 +93,7 @@ def test_size(model, tmp_path, photo, limit, size):
 
 
 def test_bits():
-    """64x48 pixels, cells of 8 pixels, 1000 codes: 8 * 6 codes of 10 bits."""
+    """64x48 pixels in cells of 8 pixels are 8 * 6 codes, here of 10 bits."""
     result = RoundTrip((64, 48), (64, 48), (6, 8), 3, 10, 0, 0, Quality(0, 0), 0, 0)
     assert result.code_bits == 480 and result.bits_per_pixel == 0.15625
 
@@ -102,11 +101,11 @@ def test_bits():
 @pytest.mark.parametrize(("codes", "bits"), [(2, 1), (3, 2), (64, 6), (65, 7)])
 def test_bits_per_code(tmp_path, codes, bits):
     image(8, 8).save(tmp_path / "photo.png")
-    assert round_trip(MOVQ(DDCONFIG, codes, 4), tmp_path / "photo.png", tmp_path / "out").bits_per_code == bits
+    assert round_trip(MOVQ(**{**SMALL_MOVQ, "n_embed": codes}), tmp_path / "photo.png", tmp_path / "out").bits_per_code == bits
 
 
 def test_written_files(model, tmp_path):
-    """The decoded image is that of the codes in the file, and the sizes are those of the files."""
+    """The image is decoded from the codes in the file, and the reported sizes are those of the files."""
     original = image(20, 30)
     original.save(tmp_path / "photo.png")
     result = round_trip(model, tmp_path / "photo.png", tmp_path / "a/b")
@@ -142,8 +141,8 @@ def test_errors(model, tmp_path):
         round_trip(model, tmp_path / "photo.png", tmp_path / "file")
 
 
-def test_the_image_in_the_readme_is_what_the_demo_makes(tmp_path):
-    """Up to the rounding of its colours, and to codes that another machine's arithmetic chooses."""
+def test_readme_image_is_the_output_of_the_demo(tmp_path):
+    """They differ by the rounding of colours, and by codes that another machine's rounding errors change."""
     round_trip(from_pretrained(SMALL_MODEL_PATH), PHOTOS[DEFAULT_PHOTO], tmp_path)
     made, committed = Image.open(tmp_path / "side_by_side.png"), Image.open(DEMO_IMAGE)
     assert committed.size == made.size == (512 + 8 + 512, 512)
@@ -151,8 +150,8 @@ def test_the_image_in_the_readme_is_what_the_demo_makes(tmp_path):
     assert DEMO_IMAGE.stat().st_size < 700_000
 
 
-def test_the_shipped_model_is_better_at_the_default_size(tmp_path):
-    """The figures of the documents: 24.7 dB at 512 pixels, 22.1 dB at 256."""
+def test_quality_at_both_sizes(tmp_path):
+    """The documents say 24.7 dB at 512 pixels and 22.1 dB at 256."""
     model = from_pretrained(SMALL_MODEL_PATH)
     for size, psnr in [(512, 24.66), (256, 22.09)]:
         assert round_trip(model, PHOTOS["astronaut"], tmp_path, size).quality.psnr == pytest.approx(psnr, abs=0.05)

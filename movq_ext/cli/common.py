@@ -78,5 +78,5 @@ def memory_size(text: str) -> int:
 def thread_count(text: str) -> int:
     """Parse a number of threads."""
     if not (text.isdecimal() and 1 <= int(text) <= MAX_THREADS):
-        raise argparse.ArgumentTypeError(f"must be 1 to {MAX_THREADS}, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a number from 1 to {MAX_THREADS}, got {text!r}")
     return int(text)

@@ -40,10 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     shards = find_shards(args.codes, args.out)
     args.out.mkdir(parents=True, exist_ok=True)
-    finished: list[Shard] = []
-    pending: list[Shard] = []
-    for shard in shards:
-        (finished if shard.is_done() else pending).append(shard)
+    done = {shard for shard in shards if shard.is_done()}
+    pending = [shard for shard in shards if shard not in done]
     settings = Settings(args.model, args.device, DTYPES[args.dtype], args.max_memory, args.threads)
     use_ray = args.engine == "ray" or (args.engine == "auto" and len(pending) > 1 and find_spec("ray") is not None)
     start = time.monotonic()
@@ -52,14 +50,14 @@ def run(args: argparse.Namespace) -> int:
 
     decoded = sum(report.decoded for report in reports)
     present = sum(report.present for report in reports)
-    rejected = sum(report.rejected for report in reports) + sum(shard.count_rejects() for shard in finished)  # by earlier runs
+    rejected = sum(report.rejected for report in reports) + sum(shard.count_rejects() for shard in done)  # by earlier runs
     failed_shards = sum(bool(report.error) for report in reports)
     print(f"decoded {decoded}, already there {present}, failed {rejected}")
     if len(shards) > 1 or not pending:
-        print(f"shards: done {len(reports) - failed_shards}, already there {len(finished)}, failed {failed_shards}")
+        print(f"shards: done {len(reports) - failed_shards}, already there {len(done)}, failed {failed_shards}")
     print(f"{seconds:.1f} s, {decoded / max(seconds, 1e-9):.2f} images/s, {'Ray' if use_ray else 'in one process'}")
     if rejected or failed_shards:
-        print(f"what could not be decoded, and why: {args.out}/**/*.rejects.jsonl")
+        print(f"failed samples and the reasons: {args.out}/**/*.rejects.jsonl")
     if failed_shards and failed_shards == len(pending):
         return 2
     return 1 if rejected or failed_shards else 0

@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     note = " (not in the model's training data)" if unseen else ""
     lines = {
         "photograph": f"{photo.name}, {width}x{height}{scaled}{note}",
-        "codes": f"{rows}x{columns} of {result.bits_per_code} bits, {result.distinct_codes} distinct of {model.quantize.n_e}",
+        "codes": f"{rows}x{columns} grid, {result.bits_per_code} bits per code, "
+        f"{result.distinct_codes} distinct of {model.quantize.n_e}",
         "size": f"{result.code_bits / 8e3:.1f} kB of codes ({result.bits_per_pixel:.3f} bit/pixel); "
         f"the photograph as PNG: {result.png_bytes / 1e3:.1f} kB",
         "quality": f"PSNR {result.quality.psnr:.2f} dB, SSIM {result.quality.ssim:.4f}",

@@ -1,1 +1,1 @@
-"""diffusers models on the operators of this package."""
+"""diffusers' models on the operators of this package."""

@@ -1,4 +1,4 @@
-"""Finding the compiled extension ``movq_ext._C``: it is loaded where it fits the running torch, and never crashes."""
+"""Loading of the compiled extension ``movq_ext._C``, if it matches the running torch; any failure leaves the native path."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ from typing import Any
 import torch
 
 from .._version import __version__
+from .source_folder import warn_if_installed_elsewhere
 
-RECORD = Path(__file__).parents[1] / "_build_record.json"  # written by setup.py
+PACKAGE = Path(__file__).resolve().parents[1]
+RECORD = PACKAGE / "_build_record.json"  # written by setup.py
 
 
 def read_record(path: Path = RECORD) -> dict[str, Any]:
-    """What setup.py noted of the build; a reason instead where it noted nothing."""
+    """Return the build record of setup.py, or one that gives the reason why there is none."""
     try:
         record = json.loads(path.read_text())
     except FileNotFoundError:
-        return {"torch": None, "reason": "movq_ext was not installed but imported from its source folder"}
+        return {"torch": None, "reason": "it was imported from its source folder, not installed"}
     except (OSError, ValueError) as error:
         return {"torch": None, "reason": f"{path} cannot be read: {error}"}
     return record if isinstance(record, dict) else {"torch": None, "reason": f"{path} is damaged"}
 
 
 def load(record: dict[str, Any]) -> tuple[ModuleType | None, str | None]:
-    """(the extension, None) or (None, why there is none).
+    """Return (the extension, None), or (None, the reason); warn if an extension was compiled but cannot be used.
 
-    Warns, once, where an extension was compiled but cannot be used. The record is read first because loading a library
-    that was compiled against another torch can end the process. Another torch is any other version string: what torch
-    promises of its C++ interface holds within one build, and 2.14.1+cu126 and 2.14.1+cu130 need different CUDA libraries.
+    The version in the record is compared first, since loading a library compiled against another torch can crash the process.
+    The whole version string must match: torch's C++ interface is stable only within one build, and 2.14.1+cu126 and
+    2.14.1+cu130 need different CUDA libraries.
     """
     built_with = record.get("torch")
     if built_with is None:
@@ -46,41 +48,42 @@ def load(record: dict[str, Any]) -> tuple[ModuleType | None, str | None]:
     else:
         try:
             return import_module("movq_ext._C"), None
-        except Exception as error:  # whatever is wrong with it, the native path works
+        except Exception as error:  # no failure here stops the native path
             reason = f"movq_ext._C cannot be loaded: {error}"
     warnings.warn(f"{reason}. The native path is used instead.", RuntimeWarning, stacklevel=2)
     return None, reason
 
 
+warn_if_installed_elsewhere(PACKAGE)
 _record = read_record()
 extension, _reason = load(_record)
 
 
 def extension_available() -> bool:
-    """Whether the compiled extension is loaded."""
+    """Return True if the compiled extension is loaded."""
     return extension is not None
 
 
 def extension_reason() -> str | None:
-    """Why there is no compiled extension, or None if there is one."""
+    """Return why there is no compiled extension, or None if there is one."""
     return _reason
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@functools.cache  # the answer cannot change, and asking makes the device's CUDA context
+@functools.cache  # the answer cannot change, and asking creates a CUDA context on the device
 def device_reason(index: int) -> str | None:
-    """Why the extension has nothing to run on the CUDA device of this index, or None if it has."""
+    """Return why the extension cannot run on a CUDA device, or None if it can."""
     if extension is None:
         return _reason
     try:
         support = extension.device_support(index)
     except RuntimeError as error:
-        return f"device {index} cannot be asked: {error}"
+        return f"device {index} cannot be queried: {error}"
     if support["binary_version"]:
         return None
     major, minor = divmod(support["device_capability"], 10)
     return (
-        f"movq_ext._C was compiled for compute capability {_record.get('arch_list')}, device {index} has {major}.{minor}; "
+        f"movq_ext._C was compiled for compute capability {_record.get('arch_list')}, but device {index} has {major}.{minor}; "
         f"reinstall movq_ext with TORCH_CUDA_ARCH_LIST={major}.{minor}"
     )
 
@@ -88,22 +91,22 @@ def device_reason(index: int) -> str | None:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @functools.cache
 def warn_once(reason: str) -> None:
-    """Says that the native path runs on a GPU, and why: once for each reason."""
-    warnings.warn(f"movq_ext runs on PyTorch's own operators: {reason}", RuntimeWarning, stacklevel=4)
+    """Warn that a GPU tensor takes the native path, once for each reason."""
+    warnings.warn(f"movq_ext runs PyTorch's own operators: {reason}", RuntimeWarning, stacklevel=4)
 
 
 def build_info() -> dict[str, Any]:
-    """How movq_ext was built and what it runs on:
+    """Return how movq_ext was built and what it runs on.
 
-    - ``version`` of movq_ext;
-    - ``extension``, ``"loaded"`` or why not;
-    - ``built_with_torch``, ``built_with_nvcc`` and ``arch_list`` of the extension, None without one;
-    - ``torch`` and ``torch_cuda``, the running versions; ``torch_cuda`` is None for a CPU build;
-    - ``devices``, for every visible GPU its ``name``, ``capability`` and ``kernels``, which is ``"compiled"`` if the extension
-      holds code for it, or why not.
+    - ``version``: of movq_ext;
+    - ``extension``: ``"loaded"``, or why it is not;
+    - ``built_with_torch``, ``built_with_nvcc``, ``arch_list``: of the extension, None without one;
+    - ``torch``, ``torch_cuda``: the running versions; ``torch_cuda`` is None for a CPU build;
+    - ``devices``: for every visible GPU its ``name``, ``capability`` and ``kernels``, which is ``"compiled"`` if the extension
+      has code for it, or the reason why not.
 
     Returns:
-        A dictionary with these keys, which JSON can hold.
+        A dictionary with these keys, serialisable as JSON.
     """
     return {
         "version": __version__,

@@ -84,7 +84,7 @@ def is_power_of_two_ratio(small: int, large: int) -> bool:
     assigns pixel 41 to cell 0.
     """
     ratio, remainder = divmod(large, small)
-    return remainder == 0 and ratio > 0 and ratio & (ratio - 1) == 0
+    return remainder == 0 and ratio & (ratio - 1) == 0
 
 
 def scale_by_cells(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:

@@ -1,7 +1,7 @@
-"""Convolutions of many strips on a CPU: the weight is rearranged for oneDNN once, and the result is added to what is there.
+"""Convolutions of many strips on a CPU, with weights packed for oneDNN once and results accumulated in place.
 
-These are the operators that Inductor's programs for CPUs call. Where a PyTorch has none or oneDNN is switched off, its public
-functions do the same, a little slower.
+They call the operators of Inductor's CPU programs. Without these (another PyTorch, or oneDNN switched off) PyTorch's public
+convolution gives the same result, a little slower.
 """
 
 from __future__ import annotations
@@ -17,32 +17,33 @@ ONES = [1, 1]
 
 
 class Convolution:
-    """``out += convolution(x)``, stride 1, with out and x of one image in channels_last.
+    """``out += conv2d(x, weight, bias, padding=padding)`` for one image in channels_last.
 
     Args:
         weight: ``(out, in, rows, columns)``.
         bias: ``(out,)`` or None.
         padding: rows and columns of zeros on either side.
-        size: of an x, which the weight is rearranged for; others can be convolved too.
+        input_shape: typical input ``(1, in, H, W)``, used to pack the weight. Other heights and widths work too.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, padding: Sequence[int], size: Sequence[int]) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, padding: Sequence[int], input_shape: Sequence[int]) -> None:
         self.weight, self.bias, self.padding = weight, bias, list(padding)
         self.packed: Tensor | None = None
-        if weight.is_cuda:  # cuDNN would copy it to the layout of x for every strip
+        if weight.is_cuda:  # otherwise cuDNN would copy it to the layout of x for every strip
             self.weight = weight.contiguous(memory_format=torch.channels_last)
-        if _takes(weight):
-            self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, self.padding, ONES, ONES, 1, list(size))
+        if _can_pack(weight):
+            self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, self.padding, ONES, ONES, 1, list(input_shape))
 
     def add_to(self, out: Tensor, x: Tensor) -> None:
-        if self.packed is None or x.dtype != self.weight.dtype:  # which autocast sees to
+        """Add the convolution of x ``(1, in, H, W)`` to out, in place."""
+        if self.packed is None or x.dtype != self.weight.dtype:  # autocast casts in the public convolution only
             out.add_(F.conv2d(x, self.weight, self.bias, padding=self.padding))
             return
-        add = torch.ops.mkldnn._convolution_pointwise_.binary
-        add(out, x, self.packed, self.bias, self.padding, ONES, ONES, 1, "add", None, None, [], None)
+        convolve_and_add = torch.ops.mkldnn._convolution_pointwise_.binary
+        convolve_and_add(out, x, self.packed, self.bias, self.padding, ONES, ONES, 1, "add", None, None, [], None)
 
 
-def _takes(weight: Tensor) -> bool:
+def _can_pack(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
     if not all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_convolution_weight", "_convolution_pointwise_")):
@@ -50,8 +51,8 @@ def _takes(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-if hasattr(torch.ops.mkldnn, "_convolution_pointwise_"):  # for FlopCounterMode, which knows the public convolutions
+if hasattr(torch.ops.mkldnn, "_convolution_pointwise_"):  # FlopCounterMode knows only the public convolutions
 
     @register_flop_formula(torch.ops.mkldnn._convolution_pointwise_)
-    def _operations(out: Sequence[int], x: Sequence[int], weight: Sequence[int], *_: object, **__: object) -> int:
+    def _flop_count(out: Sequence[int], x: Sequence[int], weight: Sequence[int], *_: object, **__: object) -> int:
         return conv_flop_count(list(x), list(weight), list(out))

@@ -1,0 +1,103 @@
+"""diffusers' residual blocks.
+
+Both compute ``(shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1(x)))))))) / output_scale_factor``. In inference on a GPU
+the bias of conv1 is added by norm2, and that of conv2 together with the residual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..model.fusion import add_residual, conv_deferring_bias
+from ..ops.native import is_inference
+from .accelerated import Accelerated, can_compute, child_reason, original_class
+from .norms import (
+    apply_group_norm,
+    apply_spatial_norm,
+    can_fuse_group_norm,
+    can_fuse_spatial_norm,
+    group_norm_reason,
+    spatial_norm_reason,
+)
+
+
+class ResnetBlock2D(Accelerated):
+    """The block with group norms.
+
+    A time embedding t, projected to channels, enters at norm2 as ``norm2(h + t)`` or, in two halves, as
+    ``norm2(h) * (1 + scale) + shift``. The latter is SpatialNorm's modulation on a grid of one cell.
+    """
+
+    @classmethod
+    def unsupported_reason(cls, module: Any) -> str | None:
+        if module.time_embedding_norm not in ("default", "scale_shift", "group"):  # "group": AutoencoderKL's, without embedding
+            return f"its time_embedding_norm is {module.time_embedding_norm}"
+        return _block_reason(module, group_norm_reason)
+
+    def forward(self: Any, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        x, act, norm2 = input_tensor, self.nonlinearity, self.norm2
+        embeds, scale_shift = self.time_emb_proj is not None, self.time_embedding_norm == "scale_shift"
+        # Where the embedding does not fit the block, diffusers raises, or adds it without a projection.
+        fits = embeds == (temb is not None) and (embeds or not scale_shift)
+        if args or kwargs or not fits or not can_compute(self, x):
+            return original_class(self).forward(self, x, temb, *args, **kwargs)  # type: ignore[no-any-return]
+        # h is reassigned at every step, which frees the map of the step before.
+        h = apply_group_norm(self.norm1, act, x)
+        if temb is None:
+            defers = can_fuse_group_norm(norm2, act) and is_inference(*norm2.parameters())
+            h, bias = conv_deferring_bias(self.conv1, h) if defers else (self.conv1(h), None)
+            h = apply_group_norm(norm2, act, h, f_bias=bias)
+        else:
+            h = self.conv1(h)
+            temb = self.time_emb_proj(temb if self.skip_time_act else act(temb))[:, :, None, None]
+            if scale_shift:
+                scale, shift = temb.chunk(2, dim=1)
+                h = apply_group_norm(norm2, act, h, 1 + scale, shift)
+            else:
+                h = apply_group_norm(norm2, act, add_residual(h, None, temb, self.conv1))
+        h, bias = conv_deferring_bias(self.conv2, self.dropout(h))
+        return _add_shortcut(self, h, bias, x)
+
+
+class ResnetBlockCondNorm2D(Accelerated):
+    """The block with spatial norms: ``norm1(x, zq)`` and ``norm2(h, zq)``, where diffusers calls the latent zq ``temb``."""
+
+    @classmethod
+    def unsupported_reason(cls, module: Any) -> str | None:
+        if module.time_embedding_norm != "spatial":
+            return f"its time_embedding_norm is {module.time_embedding_norm}"
+        return _block_reason(module, spatial_norm_reason)
+
+    def forward(self: Any, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x, zq, act, norm2 = input_tensor, temb, self.nonlinearity, self.norm2
+        if args or kwargs or not can_compute(self, x):
+            return original_class(self).forward(self, x, zq, *args, **kwargs)  # type: ignore[no-any-return]
+        h = apply_spatial_norm(self.norm1, act, x, zq)
+        defers = can_fuse_spatial_norm(norm2, act, h, zq) and is_inference(zq, *norm2.parameters())
+        h, bias = conv_deferring_bias(self.conv1, h) if defers else (self.conv1(h), None)
+        h = apply_spatial_norm(norm2, act, h, zq, bias)
+        h, bias = conv_deferring_bias(self.conv2, self.dropout(h))
+        return _add_shortcut(self, h, bias, x)
+
+
+def _block_reason(block: Any, norm_reason: Callable[[str, Any], str | None]) -> str | None:
+    if block.upsample is not None or block.downsample is not None:
+        return "it resamples between its norm and its convolution"
+    norms = norm_reason("norm1", block.norm1) or norm_reason("norm2", block.norm2)
+    return norms or child_reason("activation", block.nonlinearity, nn.SiLU)
+
+
+def _add_shortcut(block: Any, h: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """``(conv_shortcut(x) + h + bias[c]) / output_scale_factor``, for the h and the deferred bias of conv2."""
+    if block.conv_shortcut is not None:
+        x = x.contiguous() if block.training else x  # as diffusers does, for DDP
+        if bias is None:
+            x = block.conv_shortcut(x)
+        else:
+            x, shortcut_bias = conv_deferring_bias(block.conv_shortcut, x)
+            bias = bias if shortcut_bias is None else bias + shortcut_bias
+    out = add_residual(h, bias, x, block.conv2)
+    return out if block.output_scale_factor == 1 else out / block.output_scale_factor

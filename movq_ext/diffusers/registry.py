@@ -1,0 +1,65 @@
+"""The accelerated class for each of diffusers' classes: made on first use, since diffusers need not be installed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from .accelerated import Accelerated
+from .attention import Attention
+from .blocks import ResnetBlock2D, ResnetBlockCondNorm2D
+from .norms import GroupNorm, SpatialNorm
+from .upsampling import Upsample2D
+
+QUALNAME_PREFIX = "accelerated_"
+
+IMPLEMENTATIONS: dict[str, type[Accelerated]] = {
+    "torch.nn.GroupNorm": GroupNorm,
+    "diffusers.models.resnet.ResnetBlock2D": ResnetBlock2D,
+    "diffusers.models.resnet.ResnetBlockCondNorm2D": ResnetBlockCondNorm2D,
+    "diffusers.models.upsampling.Upsample2D": Upsample2D,
+    "diffusers.models.attention_processor.Attention": Attention,
+    "diffusers.models.attention_processor.SpatialNorm": SpatialNorm,
+    "diffusers.models.autoencoders.autoencoder_kl_kvae.KVAEDecoderSpatialNorm2D": SpatialNorm,
+}
+
+
+@functools.cache
+def accelerated_classes() -> dict[type[nn.Module], type[Accelerated]]:
+    """Return a subclass of each of diffusers' classes, with the same name and our forward.
+
+    Raises ImportError if diffusers is not installed.
+    """
+    try:
+        import_module("diffusers.models.attention_processor")
+    except ImportError as error:
+        raise ImportError("accelerate needs diffusers: pip install diffusers") from error
+    return {original: _subclass(original, implementation) for original, implementation in _installed_classes()}
+
+
+def _installed_classes() -> Iterator[tuple[type[nn.Module], type[Accelerated]]]:
+    for path, implementation in IMPLEMENTATIONS.items():
+        module, _, name = path.rpartition(".")
+        try:
+            yield getattr(import_module(module), name), implementation
+        except (ImportError, AttributeError):  # not in this version of diffusers
+            continue
+
+
+def _subclass(original: type[nn.Module], implementation: type[Accelerated]) -> type[Accelerated]:
+    # pickle looks a class up by module and qualified name, where __getattr__ below finds it.
+    names = {"__module__": __name__, "__qualname__": QUALNAME_PREFIX + original.__name__}
+    return type(original.__name__, (implementation, original), {**names, "diffusers_class": original})
+
+
+def __getattr__(name: str) -> Any:
+    """Return an accelerated class by its qualified name, for pickle."""
+    if name.startswith(QUALNAME_PREFIX):
+        for accelerated in accelerated_classes().values():
+            if accelerated.__qualname__ == name:
+                return accelerated
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
