@@ -222,7 +222,7 @@ class Trainer:
 
     @torch.no_grad()
     def _update_average(self) -> None:
-        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))  # a shorter average at first
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))  # follow the model closely in the first steps
         average: list[Tensor] = list(self.average.parameters())
         weights: list[Tensor] = list(self.model.parameters())
         torch._foreach_lerp_(average, weights, 1 - decay)
