@@ -98,7 +98,7 @@ class Trainer:
     def run(self, save_every: int = 500) -> None:
         """Train from the current step to the last. Save every ``save_every`` steps and at the end.
 
-        Raises what `train_step` raises, and OSError if ``out`` is not writable.
+        Raises the errors of `train_step`, and OSError if ``out`` is not writable.
         """
         self.out.mkdir(parents=True, exist_ok=True)
         steps = range(self.step, self.config.steps)
