@@ -99,7 +99,7 @@ def test_sdist_can_be_built_from(source, tmp_path):
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
-    for folder in (".ci", "csrc", "docs", "movq_ext", "tests"):
+    for folder in (".ci", "csrc", "docs", "examples", "movq_ext", "tests"):
         for path in (source / folder).rglob("*"):
             assert (unpacked / path.relative_to(source)).exists(), path
     documents = {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CITATION.cff"}
