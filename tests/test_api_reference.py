@@ -1,4 +1,4 @@
-"""The pages of the API reference against the package, and its docstrings against the code. Needs no Sphinx."""
+"""The API reference has every public name, and docstrings agree with the code. Needs no Sphinx."""
 
 import ast
 import dataclasses
@@ -19,7 +19,7 @@ ENTRY = re.compile(r"^    ([*\w][*\w., ]*): \S", re.MULTILINE)
 
 
 def documented(pages):
-    """Every name that the pages document: its directive's kind and its members."""
+    """Return the kind of directive and the members of every documented name."""
     found = {}
     for page in sorted(pages.glob("*.rst")):
         for kind, name, options in DIRECTIVE.findall(page.read_text()):
@@ -30,7 +30,7 @@ def documented(pages):
 
 
 def resolve(name):
-    """The object of a full name."""
+    """Return the object with a full name."""
     module, _, rest = name.partition(".")
     value = importlib.import_module(module)
     for part in rest.split("."):
@@ -50,7 +50,7 @@ def entries(section):
 
 
 def is_one_value(returns):
-    """Whether napoleon takes the section for a description: what stands before a colon in its first line would be a type."""
+    """True if napoleon reads the section as a description. It would read text before a colon in the first line as a type."""
     return ": " not in re.sub("``.*?``", "", returns.partition("\n")[0])
 
 
@@ -59,7 +59,7 @@ def parameters(function):
 
 
 def raised(function):
-    """Names of the classes that the function's own code raises."""
+    """Return the names of the exceptions that the function's own code raises."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
     calls = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
     return {call.func.id for call in calls if isinstance(call.func, ast.Name)}
@@ -71,12 +71,12 @@ FUNCTIONS = [name for name, (kind, _) in DOCUMENTED.items() if kind == "function
 METHODS = [(name, member) for name in CLASSES for member in DOCUMENTED[name][1]]
 
 
-def test_the_pages_have_every_public_name():
+def test_every_public_name_is_documented():
     assert {f"movq_ext.{name}" for name in movq_ext.__all__} - DOCUMENTED.keys() == set()
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
-def test_a_documented_name_exists_and_is_what_the_page_calls_it(name):
+def test_a_documented_name_exists_and_has_the_kind_of_its_directive(name):
     kind, members = DOCUMENTED[name]
     value = resolve(name)
     found = "function" if inspect.isfunction(value) else "data"
@@ -88,44 +88,44 @@ def test_a_documented_name_exists_and_is_what_the_page_calls_it(name):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_function_says_what_it_takes_gives_and_raises(name):
+def test_a_function_documents_its_arguments_result_and_errors(name):
     function = resolve(name)
-    said = sections(function.__doc__)
-    assert entries(said.get("Args", "")) == parameters(function)
-    gives = inspect.signature(function).return_annotation not in ("None", "Iterator[None]", None)
-    assert ("Returns" in said) == gives
-    assert is_one_value(said.get("Returns", ""))
-    assert raised(function) <= set(entries(said.get("Raises", "")))
+    doc = sections(function.__doc__)
+    assert entries(doc.get("Args", "")) == parameters(function)
+    has_result = inspect.signature(function).return_annotation not in ("None", "Iterator[None]", None)
+    assert ("Returns" in doc) == has_result
+    assert is_one_value(doc.get("Returns", ""))
+    assert raised(function) <= set(entries(doc.get("Raises", "")))
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_class_says_what_it_is_made_of_and_raises(name):
+def test_a_class_documents_its_arguments_and_errors(name):
     value = resolve(name)
-    assert "__doc__" in value.__dict__ and not value.__doc__.startswith(f"{value.__name__}(")  # which dataclass makes up
-    said = sections(value.__doc__)
+    assert "__doc__" in value.__dict__ and not value.__doc__.startswith(f"{value.__name__}(")  # as dataclass does by default
+    doc = sections(value.__doc__)
     if dataclasses.is_dataclass(value):
         fields = [field.name for field in dataclasses.fields(value)]
-        assert entries(said.get("Args", said.get("Attributes", ""))) == fields
+        assert entries(doc.get("Args", doc.get("Attributes", ""))) == fields
     elif "__init__" in value.__dict__:
-        assert entries(said.get("Args", "")) == parameters(value.__init__)
-    makes = value.__dict__.get("__post_init__" if dataclasses.is_dataclass(value) else "__init__")
-    assert makes is None or raised(makes) <= set(entries(said.get("Raises", "")))
+        assert entries(doc.get("Args", "")) == parameters(value.__init__)
+    init = value.__dict__.get("__post_init__" if dataclasses.is_dataclass(value) else "__init__")
+    assert init is None or raised(init) <= set(entries(doc.get("Raises", "")))
 
 
 @pytest.mark.parametrize(("name", "member"), METHODS)
-def test_a_method_says_what_it_does_and_raises(name, member):
+def test_a_method_is_documented_with_its_errors(name, member):
     method = inspect.getattr_static(resolve(name), member)
     function = method.fget if isinstance(method, property) else method
     assert function.__doc__
-    said = sections(function.__doc__)
-    assert "Args" not in said or entries(said["Args"]) == parameters(function)
-    assert is_one_value(said.get("Returns", ""))
+    doc = sections(function.__doc__)
+    assert "Args" not in doc or entries(doc["Args"]) == parameters(function)
+    assert is_one_value(doc.get("Returns", ""))
     assert {error for error in raised(function) if error not in function.__doc__} == set()
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_the_page_of_a_class_has_all_of_its_own_public_methods(name):
-    """But for those of which the superclass says what they do."""
+def test_all_public_methods_of_a_class_are_on_its_page(name):
+    """Methods that its superclass documents may be left out."""
     value = resolve(name)
     superclass = value.__mro__[1]
     own = {
