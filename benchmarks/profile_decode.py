@@ -1,7 +1,7 @@
 """Where the time of a decode goes: milliseconds by kind of work and by the decoder's stage.
 
     python benchmarks/profile_decode.py --out benchmarks/results/profile
-    python benchmarks/profile_decode.py --nhwc --device cpu --out benchmarks/results/profile_cpu --into README.md
+    python benchmarks/profile_decode.py --nhwc --device cpu --out benchmarks/results/profile_cpu --into docs/profiling.md
 
 The decoder is Kandinsky 2.x's with random weights. Decodes run under torch.profiler with a range for each layer
 (`movq_ext.annotate`). Times are those of operators on a CPU and of kernels on a GPU. "norm" is everything in SpatialNorm,

@@ -25,6 +25,7 @@ nitpick_ignore_regex = [  # other packages' names, whose inventories a build wou
     ("py:.*", r"(torch|np|numpy|os|pathlib|collections|typing|nn|dist|F|PIL)\..*"),
     ("py:.*", r"Any|Tensor|Path|Mapping|Sequence|Iterator|Literal|PathLike|bool|int|float|str|tuple|list|dict|None|type|object"),
     ("py:.*", r"(Type|Value|OS|FileNotFound|Import|Runtime|FloatingPoint)Error"),
+    ("py:.*", r"(movq_ext\.model\.modulation\.)?Modulations"),
 ]
 
 autodoc_member_order = "bysource"
@@ -47,9 +48,8 @@ ROOT = DOCS.parent
 INCLUDE = re.compile(r"^```\{include\} (\S+)$", re.MULTILINE)
 LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)#:\s]+)(#[^)\s]*)?\)")
 
-# The page on which each file from elsewhere in the repository is shown whole, and README.md, whose parts are on two.
+# The page that shows each file from elsewhere in the repository. The front page shows the head of README.md.
 PAGES = {(page.parent / file).resolve(): page for page in DOCS.rglob("*.md") for file in INCLUDE.findall(page.read_text())}
-PAGES[ROOT / "README.md"] = DOCS / "guide.md"
 
 
 def site_links(text: str, folder: Path) -> str:
