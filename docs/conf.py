@@ -25,7 +25,6 @@ nitpick_ignore_regex = [  # other packages' names, whose inventories a build wou
     ("py:.*", r"(torch|np|numpy|os|pathlib|collections|typing|nn|dist|F|PIL)\..*"),
     ("py:.*", r"Any|Tensor|Path|Mapping|Sequence|Iterator|Literal|PathLike|bool|int|float|str|tuple|list|dict|None|type|object"),
     ("py:.*", r"(Type|Value|OS|FileNotFound|Import|Runtime|FloatingPoint)Error"),
-    ("py:.*", r"(movq_ext\.model\.modulation\.)?Modulations"),
 ]
 
 autodoc_member_order = "bysource"

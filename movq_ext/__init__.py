@@ -10,7 +10,8 @@ from .io.weights import from_pretrained, save_pretrained
 from .model.autoencoder import MOVQ
 from .model.decoder import MOVQDecoder
 from .model.encoder import Encoder
-from .model.layers import AttnBlock, Downsample, GroupNorm, ResnetBlock, SpatialNorm, Upsample
+from .model.layers import AttnBlock, Downsample, ResnetBlock, Upsample
+from .model.norms import GroupNorm, SpatialNorm
 from .model.quantize import VectorQuantizer
 from .model.tiled import decode_tiled
 from .ops.extension import build_info

@@ -1,4 +1,4 @@
-"""Small models, their inputs, and changes to them, for several test files."""
+"""Small models, their inputs and modifications, shared by test files."""
 
 import processes
 import torch
@@ -20,10 +20,23 @@ SMALL_MOVQ = dict(ddconfig={**DDCONFIG, "dropout": 0.0}, n_embed=64, embed_dim=4
 CONFIG = TrainingConfig(steps=12, batch_size=2, crop=8, warmup_steps=2, continuous_steps=4, restart_every=3)
 
 
+def randomize(layer):
+    """Draw all parameters: published inits leave norm weights at one and biases near zero, which hides mistakes."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in layer.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.3
+    return layer
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def make_decoder(seed=0, **changes):
+    """A small decoder in evaluation mode."""
     torch.manual_seed(seed)
     decoder = MOVQDecoder(**{**TINY, **changes})
-    for module in decoder.modules():  # published inits leave the norms at one and zero, which hides mistakes
+    for module in decoder.modules():  # as in randomize
         if isinstance(module, nn.GroupNorm):
             nn.init.normal_(module.weight, 1, 0.2)
             nn.init.normal_(module.bias, 0, 0.2)
@@ -37,18 +50,18 @@ def latents(grid=(4, 6), batch=2, dtype=torch.float32, z=4, zq=5, zq_grid=None, 
 
 
 class Copies(TorchDispatchMode):
-    """Counts copies of maps from one layout to another."""
+    """Records every clone and copy that makes a map of this batch size and at least this many elements."""
 
-    def __init__(self, batch, least):
+    def __init__(self, batch, min_elements):
         super().__init__()
-        self.batch, self.least, self.seen = batch, least, []
+        self.batch, self.min_elements, self.seen = batch, min_elements, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if (
             func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default)
             and out.shape[0] == self.batch
-            and out.numel() >= self.least
+            and out.numel() >= self.min_elements
         ):
             self.seen.append((str(func), tuple(out.shape)))
         return out
@@ -62,7 +75,7 @@ def _ddp_worker(rank, changes, options):
 
 
 def assert_ddp_averages_the_gradients(folder, changes, **options):
-    """Of two processes, each with one of two images: those of one process with both."""
+    """Two processes with one image each must get the gradients of one process with both images."""
     decoder = make_decoder().train()
     decoder(*latents()).square().mean().backward()
     for grads in processes.run(_ddp_worker, 2, folder, changes, options):
@@ -84,7 +97,7 @@ CASES = {
 
 
 class Scaled(nn.Conv2d):
-    """As an adapter would be: what the layer's weights alone do not tell."""
+    """Stands for an adapter (LoRA): its weights alone do not determine its result."""
 
     def forward(self, x):
         return 2 * super().forward(x)
@@ -93,7 +106,7 @@ class Scaled(nn.Conv2d):
 def scaled(conv):
     twin = Scaled(conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding)
     twin.load_state_dict(conv.state_dict())
-    return twin
+    return twin.to(conv.weight.dtype)
 
 
 def circular(decoder):

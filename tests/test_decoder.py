@@ -1,3 +1,5 @@
+"""The decoder against the published one, and everything a module must support: AMP, autograd, compile, export, copies."""
+
 import copy
 import pickle
 
@@ -11,11 +13,12 @@ from models import KANDINSKY, TINY, Copies, assert_ddp_averages_the_gradients, l
 from tolerances import assert_close, relative_error
 from torch import nn
 
-from movq_ext import AttnBlock, MOVQDecoder, SpatialNorm
+from movq_ext import AttnBlock, MOVQDecoder, SpatialNorm, annotate
+from movq_ext.model import fusion
 
 
 def published_decode(decoder, z, zq):
-    """The published decoder's forward, in plain tensor arithmetic, from the entries of state_dict()."""
+    """Run the published decoder's forward in plain tensor arithmetic, on the entries of state_dict()."""
     state = decoder.state_dict()
 
     def sub(prefix):
@@ -71,9 +74,11 @@ def test_the_released_model_has_300_entries_and_its_names():
     assert not any(name.startswith("up.0.upsample") for name in state)
 
 
-@pytest.mark.parametrize("changes", [{}, {"resamp_with_conv": False}, {"attn_resolutions": []}, {"attn_resolutions": [8, 16]},
-                                     {"ch_mult": (1,)}, {"ch_mult": (2, 1, 1)}, {"num_res_blocks": 0}, {"out_ch": 1}],
-                         ids=str)  # fmt: skip
+CHANGES = [{}, {"resamp_with_conv": False}, {"attn_resolutions": []}, {"attn_resolutions": [8, 16]},
+           {"ch_mult": (1,)}, {"ch_mult": (2, 1, 1)}, {"num_res_blocks": 0}, {"out_ch": 1}]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_decoder_is_the_published_one(changes):
     decoder = make_decoder(**changes).double()
     upsamples = decoder.num_resolutions - 1 if changes.get("resamp_with_conv", True) else 0
@@ -83,6 +88,37 @@ def test_decoder_is_the_published_one(changes):
     assert_close(out, published_decode(decoder, z, zq), slack=10)
     factor = 2 ** (decoder.num_resolutions - 1)
     assert out.shape == (2, changes.get("out_ch", 3), 4 * factor, 6 * factor)
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+@torch.no_grad()
+def test_fused_decoder_is_the_published_one(monkeypatch, changes):
+    """The path of a GPU: batched modulations and deferred biases."""
+    monkeypatch.setattr(fusion, "runs_kernels", lambda x: True)
+    decoder, (z, zq) = make_decoder(**changes).double(), latents(dtype=torch.float64)
+    assert_close(decoder._forward_fused(z, zq), published_decode(decoder, z, zq), slack=10)
+
+
+@torch.no_grad()
+def test_fused_decoder_with_other_options():
+    """add_conv at both ratios of cells, and features instead of an image."""
+    decoder = make_decoder(add_conv=True, give_pre_end=True, ch_mult=(1, 1, 1)).double()
+    for zq_grid in (None, (3, 5)):
+        z, zq = latents(dtype=torch.float64, zq_grid=zq_grid)
+        assert_close(decoder._forward_fused(z, zq), decoder.forward_with_features_output(z, zq)[0], slack=10)
+
+
+@torch.no_grad()
+def test_fused_decoder_opens_the_ranges_of_a_layer_by_layer_decode():
+    decoder, inputs = make_decoder(), latents()
+    names = {name for name, _ in decoder.named_modules() if name}
+    ranges = []
+    for decode in (decoder.forward_with_features_output, decoder._forward_fused):
+        with annotate(decoder), torch.profiler.profile() as profiler:
+            decode(*inputs)
+        ranges.append([event.name for event in profiler.events() if event.name in names])
+    layer_by_layer, fused = ranges
+    assert "up.1.block.0.norm2" in fused and fused == layer_by_layer
 
 
 @settings(max_examples=15, deadline=None)
@@ -97,7 +133,7 @@ def test_any_latent_size(grid, zq_grid, batch):
     out = decoder(z, zq)
     assert out.shape == (batch, 3, 2 * grid[0], 2 * grid[1])
     expected = published_decode(copy.deepcopy(decoder).double(), z.double(), zq.double())
-    # one pixel: every group has one or two values, and the norm divides by what little they differ
+    # With few pixels a group has one or two values, and the norm divides by their small difference.
     assert_close(out, expected, slack=20 if grid[0] * grid[1] > 4 else 1e4)
 
 
@@ -137,7 +173,7 @@ def test_zq_ch_defaults_to_z_channels():
     assert make_decoder(zq_ch=None)(*latents(zq=4)).shape == (2, 3, 8, 12)
 
 
-def test_add_conv_adds_one_convolution_a_norm():
+def test_add_conv_adds_one_convolution_per_norm():
     plain, convolved = make_decoder(), make_decoder(add_conv=True)
     norms = sum(isinstance(module, SpatialNorm) for module in convolved.modules())
     assert len(convolved.state_dict()) == len(plain.state_dict()) + 2 * norms
@@ -187,7 +223,7 @@ def test_every_parameter_gets_the_published_gradient():
     twin.zero_grad()
     twin.state_dict = lambda: dict(twin.named_parameters())
     published_decode(twin, z, zq).square().sum().backward()
-    scale = torch.stack([p.grad.norm() for p in twin.parameters()]).median()  # some gradients are zero but for rounding
+    scale = torch.stack([p.grad.norm() for p in twin.parameters()]).median()  # some gradients are zero, except for rounding
     for (name, ours), theirs in zip(decoder.named_parameters(), twin.parameters(), strict=True):
         assert (ours.grad - theirs.grad).norm() < 1e-10 * (theirs.grad.norm() + scale), name
 
@@ -211,8 +247,8 @@ def test_torch_export(dynamic):
     assert_close(program.module()(*other), decoder(*other).double(), slack=10)
 
 
-def test_weights_written_past_autograd_are_seen():
-    """As averages of weights and merged adapters write them."""
+def test_weights_written_without_autograd_take_effect():
+    """Weight averaging and adapter merging write ``parameter.data``."""
     decoder, other, (z, zq) = make_decoder(), make_decoder(seed=1), latents()
     with torch.no_grad():
         decoder(z, zq)
@@ -269,7 +305,7 @@ def test_nothing_prints(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_nan_passes_through_and_stays_in_its_image():
+def test_nan_reaches_its_own_image_only():
     z, zq = latents()
     z[0, 0, 0, 0] = float("nan")
     out = make_decoder()(z, zq)
@@ -317,9 +353,9 @@ def test_decoder_refuses(case, method):
 
 BAD_CONFIG = {
     "channels": ("channels must be divisible by the 32 groups of the norm, got 48 channels", dict(ch=48)),
-    "no levels": (r"ch_mult must .*, got \(\)", dict(ch_mult=())),
+    "no levels": (r"ch_mult must be .*, got \(\)", dict(ch_mult=())),
     "no channels": ("ch must be a positive integer, got 0", dict(ch=0)),
-    "multiplier": (r"ch_mult must .*, got \(1, 0\)", dict(ch_mult=(1, 0))),
+    "multiplier": (r"ch_mult must be .*, got \(1, 0\)", dict(ch_mult=(1, 0))),
     "blocks": ("num_res_blocks must not be negative, got -1", dict(num_res_blocks=-1)),
     "z": ("z_channels must be a positive integer, got 0", dict(z_channels=0)),
     "zq": ("zq_ch must be a positive integer, got -4", dict(zq_ch=-4)),
@@ -336,29 +372,24 @@ def test_decoder_refuses_config(case):
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_maps_stay_in_channels_last(batch):
-    """From the latent to the image no map changes its layout, whatever the caller's; the image comes in the ordinary one."""
+    """No map is copied to another layout between latents of any layout and the image, which is contiguous."""
     decoder, (z, zq) = make_decoder(), latents((8, 8), batch)
-    names, layouts = [], []
-
-    def note(name):
-        return lambda _, x: (
-            (names.append(name), layouts.append(torch._prims_common.suggest_memory_format(x[0]) == torch.channels_last))[2:]
-            or None
-        )
-
+    layouts = {}
     for name, module in decoder.named_modules():
         if isinstance(module, nn.Conv2d) and module.in_channels >= 32:
-            module.register_forward_pre_hook(note(name))
+            module.register_forward_pre_hook(lambda _, args, name=name: layouts.update({name: memory_format(args[0])}))
     with torch.no_grad(), Copies(batch, batch * 32 * 8 * 8) as copies:
         out = decoder(z, zq)
-    assert len(names) > 8 and all(layouts), [name for name, fits in zip(names, layouts, strict=True) if not fits]
+    assert len(layouts) > 8 and set(layouts.values()) == {torch.channels_last}, layouts
     assert copies.seen == [] and out.is_contiguous()
 
 
 def test_every_map_is_in_channels_last():
-    """So that each layer's convolution finds it so too, where no hook changes the layers' way."""
+    """Without hooks, which would change how the layers are computed."""
     with torch.no_grad():
         _, features = make_decoder().forward_with_features_output(*latents((8, 8), 1))
-    assert {name: torch._prims_common.suggest_memory_format(x) for name, x in features.items()} == dict.fromkeys(
-        FEATURES, torch.channels_last
-    )
+    assert {name: memory_format(x) for name, x in features.items()} == dict.fromkeys(FEATURES, torch.channels_last)
+
+
+def memory_format(x):
+    return torch._prims_common.suggest_memory_format(x)

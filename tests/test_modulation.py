@@ -1,56 +1,69 @@
-"""conv_y and conv_b of many norms at once are those of each."""
+"""Batched modulations against conv_y and conv_b of each norm."""
 
 import pytest
 import torch
-from models import latents, make_decoder
+import torch.nn.functional as F
+from models import draw, latents, make_decoder
+from spies import record_calls
 from tolerances import assert_close, relative_error
 
 from movq_ext import SpatialNorm
 from movq_ext.model import modulation
-from movq_ext.model.modulation import Modulations, modulate
+from movq_ext.model.modulation import Modulations, can_convolve_cells, convolve_cells, modulate
 
 
-def norms(*channels, zq=5):
+def norms(*channels, zq=5, **changes):
     torch.manual_seed(0)
-    return [SpatialNorm(c, zq, num_groups=8).double() for c in channels]
+    return [SpatialNorm(c, zq, num_groups=8, **changes).double() for c in channels]
 
 
 @pytest.fixture
-def products(monkeypatch):
-    """Of how many norms each product that was made is."""
-    made, plain = [], modulation.modulate
-    monkeypatch.setattr(modulation, "modulate", lambda run, zq: (made.append(len(run)), plain(run, zq))[1])
-    return made
+def batch_sizes(monkeypatch):
+    """The number of norms in each batched product, in order."""
+    return record_calls(monkeypatch, modulation, "modulate", lambda result, norms, zq: len(norms))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_modulate_is_two_convolutions_of_each_norm(layout):
+def test_modulate_matches_the_convolutions_of_each_norm(layout):
     zq = torch.randn(3, 5, 4, 7, dtype=torch.float64).contiguous(memory_format=layout)
     layers = norms(16, 16, 16)
-    for layer, maps in zip(layers, modulate(layers, zq), strict=True):
-        for made, wanted in zip(maps, (layer.conv_y(zq), layer.conv_b(zq)), strict=True):
-            assert made.is_contiguous(memory_format=torch.channels_last)
-            assert_close(made, wanted)
+    for layer, modulated in zip(layers, modulate(layers, zq), strict=True):
+        for map_, expected in zip(modulated, (layer.conv_y(zq), layer.conv_b(zq)), strict=True):
+            assert map_.is_contiguous(memory_format=torch.channels_last)
+            assert_close(map_, expected)
 
 
-@pytest.mark.parametrize("most, made", [(1 << 30, [4, 1]), (1, [1, 1, 1, 1, 1]), (2 * 2 * 16 * 28 * 8, [2, 2, 1])])
-def test_runs_of_norms_share_a_product_within_its_bound(products, most, made):
+@pytest.mark.parametrize("max_bytes, sizes", [(1 << 30, [4, 1]), (1, [1, 1, 1, 1, 1]), (2 * 2 * 16 * 28 * 8, [2, 2, 1])])
+def test_batches_stay_under_the_byte_limit(batch_sizes, max_bytes, sizes):
     zq, layers = torch.randn(1, 5, 4, 7, dtype=torch.float64), norms(16, 16, 16, 16, 8)
-    modulations = Modulations(layers, zq, most)
+    modulations = Modulations(zq, layers, max_bytes)
+    assert batch_sizes == []
     for layer in layers:
-        y, b = modulations.of(layer)
+        y, b = modulations[layer]
         assert_close(y, layer.conv_y(zq))
         assert_close(b, layer.conv_b(zq))
-    assert products == made
-    assert_close(modulations.of(layers[0])[0], layers[0].conv_y(zq))  # its product was given up, and is made again
+    assert batch_sizes == sizes
+    assert_close(modulations[layers[0]][0], layers[0].conv_y(zq))
+    assert batch_sizes == [*sizes, sizes[0]]  # the first batch was freed, and is computed again
 
 
-def test_a_decode_makes_a_product_for_every_width(products):
-    """On a device other than the CPU; here under autocast, which takes the same way."""
+def test_norms_outside_the_batches_are_computed_alone(batch_sizes):
+    zq, (listed, unlisted, without_bias) = torch.randn(1, 5, 4, 7, dtype=torch.float64), norms(16, 16, 16)
+    without_bias.conv_y = torch.nn.Conv2d(5, 16, 1, bias=False).double()
+    modulations = Modulations(zq, [listed, without_bias])
+    for layer in (listed, unlisted, without_bias):
+        y, b = modulations[layer]
+        assert_close(y, layer.conv_y(zq))
+        assert_close(b, layer.conv_b(zq))
+    assert batch_sizes == [1]
+
+
+def test_a_decode_computes_one_product_per_width(batch_sizes):
+    """On devices other than the CPU. Here under autocast, which takes the same path."""
     decoder, (z, zq) = make_decoder(ch_mult=(1, 2, 2)), latents()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         decoder(z, zq)
-    assert products == [16, 4]  # of 64 and of 32 channels
+    assert batch_sizes == [16, 4]  # of 64 and of 32 channels
 
 
 def test_a_hooked_decoder_calls_its_layers():
@@ -62,11 +75,32 @@ def test_a_hooked_decoder_calls_its_layers():
         assert len(seen) == 1
 
 
-def test_norms_that_are_no_product_are_called(products):
+def test_norms_that_are_no_product_are_called(batch_sizes):
     decoder, (z, zq) = make_decoder(), latents()
     torch.manual_seed(1)
     decoder.norm_out.conv_y = torch.nn.Conv2d(5, 32, 1, bias=False)
     with torch.autocast("cpu", torch.bfloat16):
         wanted = decoder(z, zq)
+        batch_sizes.clear()
         with torch.no_grad():
             assert relative_error(decoder(z, zq), wanted) < 2e-2
+    assert batch_sizes == [12, 3]  # of 64 and of 32 channels, without norm_out
+
+
+@pytest.mark.parametrize("cell", [(4, 4), (8, 4), (4, 32)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_convolve_cells_gives_the_first_inner_and_last_values_of_each_cell(cell, bias):
+    conv, zq = torch.nn.Conv2d(5, 5, 3, padding=1, bias=bias).double(), draw(2, 5, 3, 4)
+    size = [cells * pixels for cells, pixels in zip(zq.shape[2:], cell, strict=True)]
+    assert can_convolve_cells(zq, size)
+    resized = conv(F.interpolate(zq, size=size, mode="nearest"))
+    rows, columns = (
+        [first + offset for first in range(0, pixels, step) for offset in (0, 1, step - 1)]
+        for pixels, step in zip(size, cell, strict=True)
+    )
+    assert_close(convolve_cells(conv, zq), resized[:, :, rows][:, :, :, columns])
+
+
+@pytest.mark.parametrize("size", [(6, 16), (12, 8), (9, 12), (12, 15)], ids=["2x", "narrow", "3x", "not whole"])
+def test_small_and_uneven_cells_are_not_convolved(size):
+    assert not can_convolve_cells(draw(1, 5, 3, 4), size)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..model.layers import NORM_GROUPS
+from ..model.norms import NORM_GROUPS
 from .files import read_json, require_file, wrap_errors
 from .original_weights import NOMINAL_RESOLUTION
 from .tensor_files import CheckpointError, format_names, read_tensors

@@ -54,7 +54,7 @@ def from_pretrained(
 ) -> MOVQ:
     """Load a model in eval mode.
 
-    Untrusted files are safe to load: none of their code runs, and memory follows a file's real size, not its header's claims.
+    Files may be untrusted: no code in them runs, and memory follows a file's real size, not its header's claims.
 
     Args:
         path: one of

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.native import is_inference
 from .activation_checkpointing import ActivationCheckpointing
 from .checks import check_batch, check_latent, check_levels, check_positive
-from .layers import AttnBlock, Middle, ResnetBlock, SpatialNorm, Stage, Upsample, is_plain_network, make_norm
+from .fusion import run_fused, runs_inference
+from .layers import AttnBlock, Middle, ResnetBlock, Stage, Upsample, is_plain_network
 from .modulation import Modulations
+from .norms import SpatialNorm, make_norm
 from .strips import STRIP_BYTES, decode_in_strips
 
 
@@ -22,8 +23,8 @@ class DecoderStep(NamedTuple):
 
     Attributes:
         name: unique in the decoder, such as ``up_1_block_0``.
-        layer: ResnetBlock, AttnBlock or Upsample, unless it was replaced.
-        takes_zq: whether it is called as ``layer(h, zq=zq)`` rather than ``layer(h)``.
+        layer: a ResnetBlock, AttnBlock or Upsample, unless the user has replaced it.
+        takes_zq: call it as ``layer(h, zq=zq)`` rather than ``layer(h)``.
     """
 
     name: str
@@ -41,21 +42,22 @@ class MOVQDecoder(ActivationCheckpointing):
         out_ch: channels of the image.
         ch_mult: channel multiplier of each level, from full resolution to the latent's.
         num_res_blocks: each level has ``num_res_blocks + 1`` ResNet blocks.
-        attn_resolutions: levels with one of these sizes (for an image of ``resolution``) attend after every block.
+        attn_resolutions: map sizes, for an image of ``resolution``, at which attention follows every block.
         dropout: probability inside the ResNet blocks.
         resamp_with_conv: convolve after every 2x upsampling.
-        in_channels: channels of the encoder's image; kept for the published configs, not used here.
-        resolution: image size in pixels that attn_resolutions refers to; any latent size can be decoded.
+        in_channels: channels of the encoder's image; unused here, but in the published configs.
+        resolution: image size in pixels that attn_resolutions refers to. Latents of any size can be decoded.
         z_channels: channels of z.
         give_pre_end: return the features before norm_out.
         zq_ch: channels of zq; z_channels if None.
         add_conv: see `SpatialNorm`.
-        mid_attn: attend in the middle; False for diffusers models with ``mid_block_add_attention=False``.
+        mid_attn: use attention in the middle; False for diffusers models with ``mid_block_add_attention=False``.
         gradient_checkpointing: train in less memory, see ActivationCheckpointing.
-        **ignorekwargs: ignored (published configs hold keys of other classes).
+        **ignorekwargs: ignored, since published configs hold keys of other classes.
 
     Raises:
-        ValueError: a number of channels or levels is not positive, that of blocks is negative, or channels are no multiple of 32.
+        ValueError: there is no level, a number of channels is not positive, the channels of a level are not a multiple of 32, or
+            num_res_blocks is negative.
     """
 
     def __init__(
@@ -122,49 +124,54 @@ class MOVQDecoder(ActivationCheckpointing):
             before norm_out, ``(B, ch * ch_mult[0], H, W)``.
 
         Raises:
-            ValueError: wrong rank, channels or device, empty, or batch sizes that differ.
-            TypeError: z or zq has another dtype than the model, outside autocast.
+            ValueError: z or zq has the wrong rank, channels or device, or is empty, or their batch sizes differ.
+            TypeError: z or zq differs from the model in dtype, outside autocast.
         """
         self.check_latents(z, zq)
-        free = is_inference(z, zq, *self.parameters()) and is_plain_network(self)  # to compute the same in another way
-        if free and z.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-            return decode_in_strips(self, z, zq, STRIP_BYTES)
-        z, zq = _latents(z, zq)
-        norms = self._norms() if free else []
-        shared = bool(norms) and all(norm.is_product() and not norm.add_conv for norm in norms)
-        condition = Modulations(norms, zq) if shared else zq
-        for _, made in self._stages(z, condition):
-            h = made
-        out = h if self.give_pre_end else self._run(self._image, h, condition)
-        return out.contiguous()
+        if runs_inference(self, z, zq) and is_plain_network(self):
+            if z.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+                return decode_in_strips(self, z, zq, STRIP_BYTES)
+            return self._forward_fused(z, zq)
+        z, zq = _in_channels_last(z, zq)
+        h: Tensor = self.conv_in(z)
+        for step in self.steps():
+            h = self._run_step(step, h, zq)
+        if not self.give_pre_end:
+            h = self._run_layer(self._to_image, h, zq)
+        return h.contiguous()
+
+    def _forward_fused(self, z: Tensor, zq: Tensor) -> Tensor:
+        """Compute forward in inference, for a decoder of unmodified layers.
+
+        Fused: what the layers' own ``_forward_fused`` fuse, and the products that modulate neighbouring norms.
+        """
+        z, zq = _in_channels_last(z, zq)
+        modulations = Modulations(zq, self._spatial_norms())
+        h: Tensor = self.conv_in(z)
+        for step in self.steps():
+            h = run_fused(step.layer, h, modulations) if step.takes_zq else step.layer(h)
+        if not self.give_pre_end:
+            h = self.conv_out(run_fused(self.norm_out, h, modulations, "silu"))
+        return h.contiguous()
 
     def forward_with_features_output(self, z: Tensor, zq: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """As forward, and every intermediate map by name, in execution order.
+        """Decode as `forward` does, and return every intermediate map by name, in execution order.
 
         The names: conv_in, mid_block_1, mid_attn_1, mid_block_2, up_{level}_block_{i}, up_{level}_attn_{i},
         up_{level}_upsample and, unless give_pre_end, norm_out, nonlinearity, conv_out. Maps are ``(B, C, height, width)`` in
         channels_last. Raises what `forward` raises.
         """
         self.check_latents(z, zq)
-        z, zq = _latents(z, zq)
-        features = dict(self._stages(z, zq))
-        h = next(reversed(features.values()))
+        z, zq = _in_channels_last(z, zq)
+        h: Tensor = self.conv_in(z)
+        features = {"conv_in": h}
+        for step in self.steps():
+            h = features[step.name] = self._run_step(step, h, zq)
         if not self.give_pre_end:
             features["norm_out"] = self.norm_out(h, zq)
             features["nonlinearity"] = F.silu(features["norm_out"])
             h = features["conv_out"] = self.conv_out(features["nonlinearity"])
         return h, features
-
-    def _norms(self) -> list[SpatialNorm]:
-        """In the order of their use."""
-        layers = [*(layer for _, layer, _ in self.steps()), self.norm_out]
-        return [module for layer in layers for module in layer.modules() if isinstance(module, SpatialNorm)]
-
-    def _stages(self, z: Tensor, zq: Tensor | Modulations) -> Iterator[tuple[str, Tensor]]:
-        """Every step before norm_out: its name and its output."""
-        yield "conv_in", (h := self.conv_in(z))
-        for name, layer, conditioned in self.steps():
-            yield name, (h := self._run(layer, h, zq=zq) if conditioned else self._run(layer, h))
 
     def steps(self) -> Iterator[DecoderStep]:
         """Yield the layers between conv_in and norm_out, in execution order."""
@@ -181,16 +188,25 @@ class MOVQDecoder(ActivationCheckpointing):
             if level > 0:
                 yield DecoderStep(f"up_{level}_upsample", stage.upsample, takes_zq=False)
 
-    def _image(self, h: Tensor, zq: Tensor | Modulations) -> Tensor:
-        return cast(Tensor, self.conv_out(self.norm_out(h, zq, activation="silu")))
-
     def check_latents(self, z: Tensor, zq: Tensor) -> None:
         """Raise the errors that `forward` raises for z and zq."""
         check_latent("z", z, self.z_channels, self.conv_in.weight)
         check_latent("zq", zq, self.zq_ch, self.conv_in.weight)
         check_batch(z=z, zq=zq)
 
+    def _run_step(self, step: DecoderStep, h: Tensor, zq: Tensor) -> Tensor:
+        return self._run_layer(step.layer, h, zq=zq) if step.takes_zq else self._run_layer(step.layer, h)
 
-def _latents(z: Tensor, zq: Tensor) -> tuple[Tensor, Tensor]:
-    """In the layout in which convolutions and norms are fastest: all maps that follow have it too."""
+    def _to_image(self, h: Tensor, zq: Tensor) -> Tensor:
+        """``conv_out(silu(norm_out(h, zq)))``."""
+        return cast(Tensor, self.conv_out(self.norm_out(h, zq, activation="silu")))
+
+    def _spatial_norms(self) -> list[SpatialNorm]:
+        """All SpatialNorm layers, in execution order."""
+        layers = [*(step.layer for step in self.steps()), self.norm_out]
+        return [module for layer in layers for module in layer.modules() if isinstance(module, SpatialNorm)]
+
+
+def _in_channels_last(z: Tensor, zq: Tensor) -> tuple[Tensor, Tensor]:
+    """The fastest layout for convolutions and norms, which all later maps inherit."""
     return z.contiguous(memory_format=torch.channels_last), zq.contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""The VQGAN encoder that MoVQ keeps: images to latents."""
+"""The encoder of VQGAN, which MoVQ shares: images to latents."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from .activation_checkpointing import ActivationCheckpointing
 from .checks import check_latent, check_levels, check_positive
-from .layers import AttnBlock, Downsample, Middle, ResnetBlock, Stage, make_norm
+from .layers import AttnBlock, Downsample, Middle, ResnetBlock, Stage
+from .norms import make_norm
 
 
 class Encoder(ActivationCheckpointing):
@@ -18,20 +19,21 @@ class Encoder(ActivationCheckpointing):
     Args:
         ch: channels at full resolution; ``ch * m`` must be a multiple of 32 for every m in ch_mult.
         ch_mult: channel multiplier of each level, from full resolution to the latent's.
-        num_res_blocks: ResNet blocks of each level.
-        attn_resolutions: levels with one of these sizes (for an image of ``resolution``) attend after every block.
+        num_res_blocks: number of ResNet blocks per level.
+        attn_resolutions: map sizes, for an image of ``resolution``, at which attention follows every block.
         dropout: probability inside the ResNet blocks.
-        resamp_with_conv: halve by a convolution of stride 2 rather than a 2x2 mean.
+        resamp_with_conv: downsample by a stride-2 convolution rather than a 2x2 mean.
         in_channels: channels of the image.
-        resolution: image size in pixels that attn_resolutions refers to; any image of one latent cell or more can be encoded.
+        resolution: image size in pixels that attn_resolutions refers to. Any image of at least one latent cell can be encoded.
         z_channels: channels of the latent.
-        double_z: twice as many of them, mean and log-variance of a KL model.
-        mid_attn: attend in the middle; False for diffusers models with ``mid_block_add_attention=False``.
+        double_z: double them, for the mean and log-variance of a KL model.
+        mid_attn: use attention in the middle; False for diffusers models with ``mid_block_add_attention=False``.
         gradient_checkpointing: train in less memory, see ActivationCheckpointing.
-        **ignorekwargs: ignored (published configs hold keys of other classes).
+        **ignorekwargs: ignored, since published configs hold keys of other classes.
 
     Raises:
-        ValueError: a number of channels or levels is not positive, that of blocks is negative, or channels are no multiple of 32.
+        ValueError: there is no level, a number of channels is not positive, the channels of a level are not a multiple of 32, or
+            num_res_blocks is negative.
     """
 
     def __init__(
@@ -76,7 +78,9 @@ class Encoder(ActivationCheckpointing):
         self.conv_out = nn.Conv2d(channels, 2 * z_channels if double_z else z_channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images ``(B, in_channels, H, W)`` in [-1, 1] to latents ``(B, z_channels, h, w)``, h = H halved (floor) per level.
+        """Encode images ``(B, in_channels, H, W)`` in [-1, 1] to latents ``(B, z_channels, h, w)``.
+
+        h is ``H // 2 ** (len(ch_mult) - 1)``, w likewise.
 
         Raises ValueError (rank, channels, device, image smaller than one latent cell) or TypeError (dtype).
         """
@@ -88,16 +92,17 @@ class Encoder(ActivationCheckpointing):
         for module in self.down:
             stage = cast(Stage, module)
             for i, block in enumerate(stage.block):
-                h = self._run(block, h)
+                h = self._run_layer(block, h)
                 if len(stage.attn):
-                    h = self._run(stage.attn[i], h)
+                    h = self._run_layer(stage.attn[i], h)
             if hasattr(stage, "downsample"):
-                h = self._run(stage.downsample, h)
-        h = self._run(self.mid.block_1, h)
+                h = self._run_layer(stage.downsample, h)
+        h = self._run_layer(self.mid.block_1, h)
         if self.mid.attn_1 is not None:
-            h = self._run(self.mid.attn_1, h)
-        h = self._run(self.mid.block_2, h)
-        return self._run(self._latents, h)
+            h = self._run_layer(self.mid.attn_1, h)
+        h = self._run_layer(self.mid.block_2, h)
+        return self._run_layer(self._to_latents, h)
 
-    def _latents(self, h: Tensor) -> Tensor:
+    def _to_latents(self, h: Tensor) -> Tensor:
+        """``conv_out(silu(norm_out(h)))``."""
         return cast(Tensor, self.conv_out(self.norm_out(h, activation="silu")))

@@ -1,8 +1,9 @@
-"""What SpatialNorm makes of the latent: conv_y(zq) and conv_b(zq), of one norm or of many in one product."""
+"""The scale and offset that SpatialNorm computes from the latent, for one norm or for many in one product."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -11,11 +12,19 @@ from torch import Tensor, nn
 
 from ..ops.native import is_power_of_two_ratio
 
-MOST_BYTES = 64 << 20  # of one product, where several norms could share it
+MAX_BATCH_BYTES = 64 << 20
 
 
 def modulate(norms: Sequence[Any], zq: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(conv_y(zq), conv_b(zq)), ``(B, C, h, w)`` in channels_last each, for norms of C channels with plain 1x1 convolutions."""
+    """Return conv_y(zq) and conv_b(zq) of every norm, from one batched matrix product.
+
+    Args:
+        norms: SpatialNorm layers of C channels with plain 1x1 convolutions.
+        zq: ``(B, zq_ch, h, w)``.
+
+    Returns:
+        Pairs of ``(B, C, h, w)`` in channels_last.
+    """
     layers = [layer for norm in norms for layer in (norm.conv_y, norm.conv_b)]
     weight, bias = torch.stack([layer.weight.flatten(1) for layer in layers]), torch.stack([layer.bias for layer in layers])
     cells = zq.permute(0, 2, 3, 1).reshape(1, -1, zq.shape[1]).expand(len(layers), -1, -1)
@@ -25,58 +34,64 @@ def modulate(norms: Sequence[Any], zq: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 class Modulations:
-    """``modulate(norms, zq)``, in place of zq: as few products as fit their bound, each made when the first of its norms asks and
-    given up when a norm of another does.
+    """``modulations[norm]`` is ``conv_y(zq), conv_b(zq)`` of a SpatialNorm without add_conv.
+
+    Batched products under a byte limit: computed on first use, freed when the next batch starts.
 
     Args:
-        norms: SpatialNorm layers with plain convolutions and no add_conv, in the order of their use.
-        zq: ``(B, zq_ch, h, w)``.
-        most: bytes of a product, unless one norm alone takes more.
+        zq: ``(B, zq_ch, h, w)``, or None for blocks with plain group norms.
+        norms: SpatialNorm layers to batch, in order of use. Others are computed alone, on every look-up.
+        max_batch_bytes: limit for the products of one batch. A single norm may exceed it.
     """
 
-    def __init__(self, norms: Sequence[nn.Module], zq: Tensor, most: int = MOST_BYTES) -> None:
+    def __init__(self, zq: Tensor | None, norms: Iterable[Any] = (), max_batch_bytes: int = MAX_BATCH_BYTES) -> None:
         self.zq = zq
-        self._runs = list(self._cut(norms, most))
-        self._run_of = {norm: run for run in self._runs for norm in run}
-        self._made: dict[Any, tuple[Tensor, Tensor]] = {}
+        batchable = [norm for norm in norms if norm.is_product() and not norm.add_conv]
+        batches = [] if zq is None else _batches(batchable, zq, max_batch_bytes)
+        self._batch_of = {norm: batch for batch in batches for norm in batch}
+        self._computed: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
-    def of(self, norm: nn.Module) -> tuple[Tensor, Tensor]:
-        """conv_y(zq) and conv_b(zq) of a norm; what other products made may be gone."""
-        if norm not in self._made:
-            run = self._run_of[norm]
-            self._made = {}  # given back before more is asked for
-            self._made = dict(zip(run, modulate(run, self.zq), strict=True))
-        return self._made[norm]
-
-    def _cut(self, norms: Sequence[Any], most: int) -> Iterator[list[Any]]:
-        run: list[Any] = []
-        for norm in norms:
-            size = 2 * self.zq[:, 0].numel() * norm.conv_y.out_channels * self.zq.itemsize
-            if run and (norm.conv_y.out_channels != run[0].conv_y.out_channels or (len(run) + 1) * size > most):
-                yield run
-                run = []
-            run.append(norm)
-        if run:
-            yield run
+    def __getitem__(self, norm: Any) -> tuple[Tensor, Tensor]:
+        assert self.zq is not None, "a norm that is conditioned on a latent"
+        if norm not in self._batch_of:
+            return norm.modulation(self.zq)  # type: ignore[no-any-return]
+        if norm not in self._computed:
+            batch = self._batch_of[norm]
+            self._computed = {}  # freed before the next allocation
+            self._computed = dict(zip(batch, modulate(batch, self.zq), strict=True))
+        return self._computed[norm]
 
 
-def is_convolved_by_cells(zq: Tensor, size: Sequence[int]) -> bool:
-    """Whether convolve_cells gives what a convolution of zq resized to this height and width does, in fewer rows."""
+def _batches(norms: Sequence[Any], zq: Tensor, max_bytes: int) -> Iterator[list[Any]]:
+    """Split norms, in order, into batches of equal channels whose modulations fit max_bytes."""
+    for channels, group in groupby(norms, key=lambda norm: norm.conv_y.out_channels):
+        norm_bytes = 2 * channels * zq[:, 0].numel() * zq.itemsize
+        batch_size = max(1, max_bytes // norm_bytes)
+        neighbours = list(group)
+        for start in range(0, len(neighbours), batch_size):
+            yield neighbours[start : start + batch_size]
+
+
+def can_convolve_cells(zq: Tensor, size: Sequence[int]) -> bool:
+    """True if convolve_cells can replace a convolution of zq resized to this height and width, and computes fewer pixels."""
     sizes = zip(zq.shape[2:], size, strict=True)
     return all(is_power_of_two_ratio(small, large) and large // small >= 4 for small, large in sizes)
 
 
 def convolve_cells(conv: nn.Conv2d, zq: Tensor) -> Tensor:
-    """``(B, zq_ch, 3h, 3w)``: a 3x3 convolution of zq after its resize, for the first, inner and last rows and columns of cells.
+    """Return a 3x3 convolution of the resized zq at three rows and columns of each cell: first, inner and last.
 
-    Inside a cell the resized zq is constant: between its borders the kernel sees that value alone, and at a border one neighbour
-    too. So the nine values of a cell are one convolution of zq itself with nine kernels, which are sums of conv's weights.
+    The resized zq is constant within a cell. Inside, the kernel sees that value only; at a border it sees one neighbour too. So
+    the nine values of a cell are one convolution of zq itself with nine kernels, which are sums of conv's weights.
+
+    Returns:
+        ``(B, zq_ch, 3h, 3w)``.
     """
     weight = conv.weight
-    for dim in (-1, -2):  # of rows of weights those of the cells before, here and behind, for each part of a cell
+    for dim in (-1, -2):  # fold each row of weights onto the previous, the same and the next cell, for each part of a cell
         first, middle, last = weight.split(1, dim)
-        none, both = torch.zeros_like(middle), [first + middle, middle + last]
-        parts = [(first, both[1], none), (none, first + both[1], none), (none, both[0], last)]
+        zero = torch.zeros_like(middle)
+        parts = [(first, middle + last, zero), (zero, first + (middle + last), zero), (zero, first + middle, last)]
         weight = torch.stack([torch.cat(part, dim) for part in parts], dim=1)
     bias = None if conv.bias is None else conv.bias.repeat_interleave(9)
     return F.pixel_shuffle(F.conv2d(zq, weight.flatten(0, 2), bias, padding=1), 3)

@@ -7,8 +7,9 @@ from typing import Protocol, Self
 
 from torch import nn
 
-from .fusion import is_unmodified
-from .layers import AttnBlock, GroupNorm, ResnetBlock, SpatialNorm, Upsample
+from .fusion import is_plain_group_norm
+from .layers import AttnBlock, ResnetBlock, Upsample
+from .norms import GroupNorm, SpatialNorm
 
 CONV3X3_NAMES = ("conv_in", "conv_out", "conv1", "conv2", "conv_shortcut", "conv")
 
@@ -45,7 +46,7 @@ def check_layers(decoder: LayeredDecoder) -> None:
             if child_name in CONV3X3_NAMES and not _is_zero_padded_conv3x3(child):
                 where = name or "the decoder"
                 raise TypeError(f"decoder's convolutions must be 3x3 nn.Conv2d padded with zeros, got {child} in {where}")
-        if isinstance(module, SpatialNorm) and not _is_unmodified_group_norm(module.norm_layer):
+        if isinstance(module, SpatialNorm) and not is_plain_group_norm(module.norm_layer):
             raise TypeError(f"decoder's norms must be unmodified nn.GroupNorm, got {module.norm_layer} in {name}")
 
 
@@ -59,7 +60,3 @@ def _is_zero_padded_conv3x3(conv: nn.Module) -> bool:
     if not isinstance(conv, nn.Conv2d):
         return False
     return (conv.kernel_size, conv.stride, conv.padding, conv.padding_mode) == ((3, 3), (1, 1), (1, 1), "zeros")
-
-
-def _is_unmodified_group_norm(norm: nn.Module) -> bool:
-    return type(norm) is nn.GroupNorm and is_unmodified(norm)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import profiling
 from ..ops.native import is_power_of_two_ratio, scale_by_cells
 from .feature_maps import FeatureMap, upcast
-from .layers import SpatialNorm
+from .norms import SpatialNorm
 
 
 class NormalisedRows:

@@ -38,8 +38,11 @@ class SpatialNormFunction(torch.autograd.Function):
     """Saves f, the small inputs and the statistics; backward recomputes everything between f and the output."""
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.movq_ext.spatial_norm_forward(*arguments)  # type: ignore[no-any-return]
+    def forward(  # not *arguments: torch.compile counts the parameters to tell whether the first is ctx
+        f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+        groups: int, eps: float, silu: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        return torch.ops.movq_ext.spatial_norm_forward(f, zq_y, zq_b, weight, bias, groups, eps, silu)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

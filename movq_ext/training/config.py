@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-#: Keyword arguments of `MOVQ` for the shipped model: 8x downsampling, 4 latent channels, 3.1 million parameters.
+#: Keyword arguments of MOVQ for the shipped model (8x downsampling, 4 latent channels, 3.1 million parameters).
 SMALL_MODEL_CONFIG: dict[str, Any] = {
     "ddconfig": {
         "ch": 32,

@@ -98,7 +98,7 @@ class Trainer:
     def run(self, save_every: int = 500) -> None:
         """Train from the current step to the last. Save every ``save_every`` steps and at the end.
 
-        Raises what `train_step` raises, and OSError if ``out`` is not writable.
+        Raises the errors of `train_step`, and OSError if ``out`` is not writable.
         """
         self.out.mkdir(parents=True, exist_ok=True)
         steps = range(self.step, self.config.steps)
@@ -222,7 +222,7 @@ class Trainer:
 
     @torch.no_grad()
     def _update_average(self) -> None:
-        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))  # a shorter average at first
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))  # follow the model closely in the first steps
         average: list[Tensor] = list(self.average.parameters())
         weights: list[Tensor] = list(self.model.parameters())
         torch._foreach_lerp_(average, weights, 1 - decay)

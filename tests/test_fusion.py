@@ -1,0 +1,196 @@
+"""Which layers may be computed together, and the fused computations against the separate ones."""
+
+import published
+import pytest
+import torch
+import torch.nn.functional as F
+from models import draw, scaled
+from tolerances import assert_close
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import movq_ext
+from movq_ext.model import fusion
+from movq_ext.model.fusion import (
+    add_residual,
+    conv_deferring_bias,
+    fold_upsampling,
+    fold_windows,
+    is_plain_conv,
+    is_plain_conv1x1,
+    is_plain_conv3x3,
+    is_plain_group_norm,
+    is_unmodified,
+    run_fused,
+    runs_inference,
+)
+
+
+def conv3x3(channels=8, out_channels=8, **changes):
+    torch.manual_seed(0)
+    return nn.Conv2d(channels, out_channels, 3, **{"padding": 1, **changes}).double()
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Pretends that tensors are on a GPU."""
+    monkeypatch.setattr(fusion, "runs_kernels", lambda x: True)
+
+
+def test_plain_convolutions():
+    assert is_plain_conv3x3(conv3x3()) and not is_plain_conv1x1(conv3x3())
+    assert is_plain_conv1x1(nn.Conv2d(8, 4, 1)) and not is_plain_conv3x3(nn.Conv2d(8, 4, 1))
+    assert is_plain_conv(conv3x3(bias=False))
+
+
+OTHER_CONVOLUTIONS = {
+    "5x5": lambda: nn.Conv2d(8, 8, 5, padding=2),
+    "1x3": lambda: nn.Conv2d(8, 8, (1, 3), padding=(0, 1)),
+    "without padding": lambda: conv3x3(padding=0),
+    "padding by name": lambda: conv3x3(padding="same"),
+    "circular padding": lambda: conv3x3(padding_mode="circular"),
+    "stride": lambda: conv3x3(stride=2),
+    "dilation": lambda: conv3x3(dilation=2),
+    "groups": lambda: conv3x3(groups=2),
+    "subclass": lambda: scaled(conv3x3()),
+    "linear": lambda: nn.Linear(8, 8),
+    "hook": lambda: modified(lambda conv: conv.register_forward_hook(lambda layer, inputs, out: None)),
+    "patched forward": lambda: modified(lambda conv: setattr(conv, "forward", lambda x: x)),
+    "patched _conv_forward": lambda: modified(lambda conv: setattr(conv, "_conv_forward", lambda x, weight, bias: x)),
+    "compiled": lambda: modified(lambda conv: conv.compile(backend="eager")),
+}
+
+
+def modified(change):
+    conv = conv3x3()
+    change(conv)
+    return conv
+
+
+@pytest.mark.parametrize("name", OTHER_CONVOLUTIONS)
+def test_other_convolutions_are_not_plain(name):
+    assert not is_plain_conv(OTHER_CONVOLUTIONS[name]())
+
+
+def test_a_patched_class_is_not_plain(monkeypatch):
+    conv = conv3x3()
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda self, x, weight, bias: x)
+    assert not is_plain_conv(conv)
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_modify_a_module(kind):
+    norm = nn.GroupNorm(2, 8)
+    assert is_unmodified(norm) and is_plain_group_norm(norm)
+    handle = getattr(norm, f"register_{kind}_hook")(lambda *_: None)
+    assert not is_unmodified(norm) and not is_plain_group_norm(norm)
+    handle.remove()
+    assert is_unmodified(norm)
+
+
+def test_global_hooks_modify_every_module():
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert not is_unmodified(nn.ReLU())
+    finally:
+        handle.remove()
+    assert is_unmodified(nn.ReLU())
+
+
+def test_observers_do_not_modify_a_module():
+    block = movq_ext.ResnetBlock(in_channels=32)
+    with movq_ext.annotate(block), FlopCounterMode(display=False):
+        assert all(is_unmodified(module) for module in block.modules())
+
+
+def test_inference_is_where_nothing_records_a_gradient():
+    layer, x = nn.Linear(3, 3), torch.zeros(2, 3)
+    assert not runs_inference(layer, x)
+    with torch.no_grad():
+        assert runs_inference(layer, x) and runs_inference(layer, x, None)
+        assert not runs_inference(layer, [1.0])
+        assert not torch.compile(lambda: runs_inference(layer, x), backend="eager")()
+    layer.requires_grad_(False)
+    assert runs_inference(layer, x)
+    assert not runs_inference(layer, x, x.clone().requires_grad_())
+    assert not runs_inference(layer, [1.0])
+
+
+def test_run_fused_opens_the_range_of_the_layer():
+    block, x = movq_ext.ResnetBlock(in_channels=32), torch.randn(1, 32, 4, 4)
+    with torch.no_grad(), movq_ext.annotate(block), torch.profiler.profile() as profiler:
+        run_fused(block.norm1, x, None)
+    assert sum(event.name == "norm1" for event in profiler.events()) == 1
+
+
+@torch.no_grad()
+def test_a_bias_is_deferred_on_a_gpu_only(monkeypatch):
+    conv, x = conv3x3(), draw(2, 8, 4, 5)
+    out, bias = conv_deferring_bias(conv, x)
+    assert bias is None and torch.equal(out, conv(x))
+    monkeypatch.setattr(fusion, "runs_kernels", lambda x: True)
+    out, bias = conv_deferring_bias(conv, x)
+    assert bias is conv.bias
+    assert_close(out + bias[:, None, None], conv(x))
+
+
+@torch.no_grad()
+def test_deferred_biases_add_up(on_a_gpu):
+    conv, x, other = conv3x3(), draw(2, 8, 4, 5), draw(8)
+    assert torch.equal(conv_deferring_bias(conv, x, other)[1], conv.bias + other)
+    assert conv_deferring_bias(conv3x3(bias=False), x, other)[1] is other
+    assert conv_deferring_bias(scaled(conv), x, other)[1] is other
+    assert conv_deferring_bias(conv3x3(bias=False), x)[1] is None
+
+
+def test_a_trained_convolution_keeps_its_bias(on_a_gpu):
+    conv, x = conv3x3(), draw(2, 8, 4, 5)
+    out, bias = conv_deferring_bias(conv, x)
+    assert bias is None and out.requires_grad
+    assert_close(out, conv(x))
+
+
+@torch.no_grad()
+def test_a_bias_of_another_half_precision_is_added_at_once(on_a_gpu):
+    conv, x = conv3x3().half(), draw(2, 8, 4, 5).half()
+    with torch.autocast("cpu", torch.bfloat16):
+        out, bias = conv_deferring_bias(conv, x, other := torch.zeros(8))
+    assert out.dtype == torch.bfloat16 and bias is other
+    assert_close(out, conv.double()(x.double()), slack=2)
+
+
+@pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 8, dtype=torch.float64)], ids=["no bias", "bias"])
+def test_add_residual(bias):
+    conv, x = conv3x3(), draw(2, 8, 4, 5)
+    expected = x + conv(x) + (0 if bias is None else bias[:, None, None])
+    assert_close(add_residual(conv(x), bias, x, conv), expected)
+    with torch.no_grad():
+        h = conv(x)
+        assert add_residual(h, bias, x, conv) is h
+        assert_close(h, expected)
+        h, kept = conv(x), conv(x)
+        assert_close(add_residual(h, bias, x, scaled(conv)), expected)  # an adapter may hold h
+        assert torch.equal(h, kept)
+
+
+@torch.no_grad()
+def test_add_residual_has_the_dtype_of_its_maps():
+    """A deferred float32 bias must not widen half-precision maps."""
+    h, x, bias = draw(1, 8, 2, 2).bfloat16(), draw(1, 8, 2, 2).bfloat16(), torch.ones(8)
+    for conv in (conv3x3(), scaled(conv3x3())):
+        assert add_residual(h.clone(), bias, x, conv).dtype == torch.bfloat16
+    assert add_residual(h, bias, x.float(), conv3x3()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 4), (3, 2)])
+def test_folds_of_an_upsampling(grid):
+    conv, x = conv3x3(8, 6), draw(2, 8, *grid)
+    expected = F.conv2d(published.resize(x, 2 * grid[0], 2 * grid[1]), conv.weight, conv.bias, padding=1)
+    assert_close(F.conv_transpose2d(x, fold_upsampling(conv.weight), conv.bias, stride=2, padding=1), expected)
+    windows = F.conv2d(x, fold_windows(conv.weight), padding=1).unflatten(1, (2, 2, 6))
+    pixels = torch.empty_like(expected)
+    for down in (0, 1):
+        for right in (0, 1):
+            rows, columns = slice(down, down + grid[0]), slice(right, right + grid[1])
+            pixels[:, :, down::2, right::2] = windows[:, 1 - down, 1 - right, :, rows, columns]
+    assert_close(pixels + conv.bias[:, None, None], expected)
