@@ -1,4 +1,4 @@
-"""Named ranges: what a profiler sees, and that nothing stays behind."""
+"""annotate: the ranges that a profiler sees, and that no hook or range is left behind."""
 
 import contextlib
 import copy
@@ -30,8 +30,13 @@ def z():
     return torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def seen(model, run, *more, layer_by_layer=True):
-    """The ranges of the model's layers while run runs, in order, with their parents' names. With gradients layers are called."""
+def profile_ranges(model, run, *more, layer_by_layer=True):
+    """Return the ranges of the model's layers while run() runs: the parent of each by name, and all names in order.
+
+    Args:
+        more: names of other ranges to look for.
+        layer_by_layer: record gradients, so that layers are called and the decode is not in strips.
+    """
     names = {name for name, _ in model.named_modules()} | {type(model).__name__, *more}
     with profile(activities=[ProfilerActivity.CPU]) as profiler, torch.set_grad_enabled(layer_by_layer):
         run()
@@ -46,6 +51,11 @@ def seen(model, run, *more, layer_by_layer=True):
     return {event.name: parent(event) for event in found}, [event.name for event in found]
 
 
+def range_names(model, run, *more):
+    _, names = profile_ranges(model, run, *more)
+    return names
+
+
 def assert_nothing_left(model):
     for name, module in model.named_modules():
         assert not module._forward_hooks and not module._forward_pre_hooks and not module._forward_hooks_always_called, name
@@ -55,7 +65,7 @@ def assert_nothing_left(model):
 
 def test_every_layer_is_a_range_inside_its_block(decoder, z):
     with movq_ext.annotate(decoder):
-        parents, names = seen(decoder, lambda: decoder(z, z))
+        parents, names = profile_ranges(decoder, lambda: decoder(z, z))
     assert len(names) == len(set(names))
     assert parents["up.1.block.0.norm1"] == "up.1.block.0"
     assert parents["mid.attn_1.norm"] == "mid.attn_1"
@@ -66,12 +76,12 @@ def test_every_layer_is_a_range_inside_its_block(decoder, z):
     never_run = {"mid", "up", *(f"up.{i}{part}" for i in range(2) for part in ("", ".block", ".attn"))}
     assert set(names) == {name for name, _ in decoder.named_modules() if name} - bypassed - never_run | {"MOVQDecoder"}
     assert_nothing_left(decoder)
-    assert seen(decoder, lambda: decoder(z, z))[1] == []
+    assert range_names(decoder, lambda: decoder(z, z)) == []
 
 
-def test_layers_in_strips_have_a_range_for_each_strip(decoder, z):
+def test_layers_have_ranges_in_strips_too(decoder, z):
     with movq_ext.annotate(decoder):
-        parents, names = seen(decoder, lambda: decoder(z, z), layer_by_layer=False)
+        parents, names = profile_ranges(decoder, lambda: decoder(z, z), layer_by_layer=False)
     expected = [
         name
         for name, layer in decoder.named_modules()
@@ -83,7 +93,7 @@ def test_layers_in_strips_have_a_range_for_each_strip(decoder, z):
     assert names.count("up.1.block.0") == 1 and names.count("mid.attn_1.norm") == 2  # for keys and values, and for queries
 
 
-def test_layers_that_blocks_compute_themselves_are_not_hooked_but_have_a_range_to_open(decoder):
+def test_layers_that_a_block_computes_itself_have_a_range_and_no_hooks(decoder):
     block = decoder.mid.block_1
     with movq_ext.annotate(decoder):
         hooked = {name for name, module in decoder.named_modules() if module._forward_hooks}
@@ -95,28 +105,28 @@ def test_layers_that_blocks_compute_themselves_are_not_hooked_but_have_a_range_t
             with profiling.layer_range(block), profiling.layer_range(block.conv1):
                 pass
 
-        parents, _ = seen(decoder, run)
+        parents, _ = profile_ranges(decoder, run)
     assert parents == {"mid.block_1": None, "mid.block_1.conv1": "mid.block_1"}
 
 
-def test_a_layer_of_somebody_elses_is_hooked(decoder, z):
+def test_a_subclassed_layer_is_hooked(decoder, z):
     class Lora(nn.Conv2d):
         pass
 
     decoder.mid.block_1.conv1 = Lora(64, 64, 3, padding=1)
     with movq_ext.annotate(decoder):
-        parents, _ = seen(decoder, lambda: decoder(z, z))
+        parents, _ = profile_ranges(decoder, lambda: decoder(z, z))
     assert parents["mid.block_1.conv1"] == "mid.block_1"
 
 
-def test_results_are_the_same_bits(decoder, z):
+def test_results_are_bit_equal(decoder, z):
     with torch.no_grad():
         expected = decoder(z, z)
         with movq_ext.annotate(decoder):
             assert torch.equal(decoder(z, z), expected)
 
 
-def test_gradients_are_the_same_bits(decoder, z):
+def test_gradients_are_bit_equal(decoder, z):
     z.requires_grad_()
     (expected,) = torch.autograd.grad(decoder(z, z).square().sum(), z)
     with movq_ext.annotate(decoder):
@@ -126,7 +136,7 @@ def test_gradients_are_the_same_bits(decoder, z):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("early", [False, True], ids=["in forward", "in a hook before forward"])
-def test_an_exception_in_a_layer_leaves_nothing_and_closes_all_ranges(decoder, z, nvtx, error, early):
+def test_an_exception_closes_all_ranges_and_leaves_no_hooks(decoder, z, nvtx, error, early):
     def fail(*_, **__):
         raise error("planted")
 
@@ -143,7 +153,7 @@ def test_an_exception_in_a_layer_leaves_nothing_and_closes_all_ranges(decoder, z
     assert nvtx.balanced() and "mid.block_2" in nvtx.names
 
 
-def test_an_exception_that_is_caught_closes_the_ranges_inside_it(decoder, z, nvtx):
+def test_a_caught_exception_closes_the_ranges_inside_it(decoder, z, nvtx):
     def fail(*_, **__):
         raise KeyError("planted")
 
@@ -158,7 +168,7 @@ def test_an_exception_that_is_caught_closes_the_ranges_inside_it(decoder, z, nvt
     assert nvtx.balanced() and nvtx.names[0] == "MOVQDecoder"
 
 
-def test_a_hook_that_fails_before_a_range_was_opened_closes_no_other(decoder, z):
+def test_a_hook_that_raises_before_its_range_opens_closes_no_other_range(decoder, z):
     class Outer(nn.Module):
         def __init__(self):
             super().__init__()
@@ -175,30 +185,30 @@ def test_a_hook_that_fails_before_a_range_was_opened_closes_no_other(decoder, z)
     outer = Outer()
     with movq_ext.annotate(outer):
         outer.first.register_forward_pre_hook(fail, prepend=True)
-        parents, _ = seen(outer, lambda: outer(z))
+        parents, _ = profile_ranges(outer, lambda: outer(z))
     assert parents["second.block.0"] == "Outer" and "first" not in parents
 
 
-def test_nested_contexts_open_one_range_a_layer_with_the_first_name(decoder, z):
+def test_nested_contexts_open_one_range_per_layer_with_its_first_name(decoder, z):
     with movq_ext.annotate(decoder):
         with movq_ext.annotate(decoder), movq_ext.annotate(decoder.up[0]):
-            names = seen(decoder, lambda: decoder(z, z), "block.0", "block.0.norm1")[1]
+            names = range_names(decoder, lambda: decoder(z, z), "block.0", "block.0.norm1")
         assert len(names) == len(set(names)) and "up.0.block.0.norm1" in names and "block.0.norm1" not in names
-        assert seen(decoder, lambda: decoder(z, z))[1] == names
+        assert range_names(decoder, lambda: decoder(z, z)) == names
     assert_nothing_left(decoder)
 
 
-def test_contexts_may_end_in_any_order(decoder, z):
+def test_contexts_may_exit_in_any_order(decoder, z):
     first, second = movq_ext.annotate(decoder), movq_ext.annotate(decoder)
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert "conv_in" in seen(decoder, lambda: decoder(z, z))[1]
+    assert "conv_in" in range_names(decoder, lambda: decoder(z, z))
     second.__exit__(None, None, None)
     assert_nothing_left(decoder)
 
 
-def test_other_hooks_stay(decoder, z):
+def test_other_hooks_are_kept(decoder, z):
     calls = []
     handle = decoder.mid.block_1.register_forward_hook(lambda *_: calls.append("hook"))
     with movq_ext.annotate(decoder):
@@ -220,7 +230,7 @@ def test_copies(decoder, z, duplicate):
         expected = decoder(z, z)
     with movq_ext.annotate(decoder):
         inside = duplicate(decoder)
-        assert seen(inside, lambda: inside(z, z))[1] == []
+        assert range_names(inside, lambda: inside(z, z)) == []
         decoder(z, z)
     outside = duplicate(decoder)
     assert_nothing_left(outside)
@@ -228,14 +238,14 @@ def test_copies(decoder, z, duplicate):
         assert torch.equal(inside(z, z), expected) and torch.equal(outside(z, z), expected)
 
 
-def test_the_state_dict_is_the_same(decoder):
+def test_the_state_dict_does_not_change(decoder):
     keys = list(decoder.state_dict())
     with movq_ext.annotate(decoder):
         assert list(decoder.state_dict()) == keys
 
 
 def test_threads_share_a_model(decoder, z, nvtx):
-    """Eight contexts begin and end at any time, as each thread's own decode does."""
+    """Eight threads enter and exit contexts and decode, each at its own pace."""
     failures = []
 
     def work():
@@ -256,13 +266,13 @@ def test_threads_share_a_model(decoder, z, nvtx):
     assert nvtx.balanced() and nvtx.names.count("MOVQDecoder") == 40
 
 
-def test_what_is_not_a_module_is_refused():
+def test_only_modules_are_accepted():
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"), movq_ext.annotate(3):
         pass
 
 
 def test_compiling_inside_and_outside_the_context(z):
-    """No range is in a compiled program, one graph holds the whole model, and a context compiles nothing again."""
+    """A compiled program has no ranges and no graph breaks, and entering a context does not recompile it."""
 
     class Model(nn.Module):
         def __init__(self):
@@ -295,13 +305,13 @@ def test_compiling_inside_and_outside_the_context(z):
         assert_nothing_left(model)
 
 
-def test_a_compiled_model_has_the_names_of_the_one_it_was_made_from(decoder, z):
+def test_a_compiled_model_has_the_original_models_names(decoder, z):
     with movq_ext.annotate(torch.compile(decoder, backend="eager")):
-        names = seen(decoder, lambda: decoder(z, z), "OptimizedModule")[1]
+        names = range_names(decoder, lambda: decoder(z, z), "OptimizedModule")
     assert "up.1.block.0.norm1" in names and "OptimizedModule" not in names
 
 
-def test_off_is_one_shared_object(decoder):
+def test_without_a_range_one_shared_context_is_returned(decoder):
     assert profiling.layer_range(decoder) is profiling.layer_range(decoder.conv_in) is profiling.NO_RANGE
     with movq_ext.annotate(decoder.mid):
         assert profiling.layer_range(decoder.conv_in) is profiling.NO_RANGE
@@ -310,7 +320,7 @@ def test_off_is_one_shared_object(decoder):
 
 @pytest.fixture
 def nvtx(monkeypatch):
-    """NVTX as a thread sees it, on any machine."""
+    """A fake NVTX that counts the open ranges of each thread."""
 
     class Nvtx(threading.local):
         names, open = [], []
@@ -338,14 +348,14 @@ def nvtx(monkeypatch):
     return fake
 
 
-def test_nvtx_has_the_ranges_where_there_is_a_gpu(decoder, z, nvtx):
+def test_nvtx_ranges_are_opened_with_a_gpu(decoder, z, nvtx):
     with movq_ext.annotate(decoder):
         decoder(z, z)
     assert nvtx.balanced()
     assert nvtx.names[:4] == ["MOVQDecoder", "conv_in", "mid.block_1", "mid.block_1.norm1"]
 
 
-def test_without_a_gpu_nvtx_is_not_called(decoder, z, nvtx, monkeypatch):
+def test_nvtx_is_not_called_without_a_gpu(decoder, z, nvtx, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with movq_ext.annotate(decoder):
         decoder(z, z)
@@ -353,7 +363,7 @@ def test_without_a_gpu_nvtx_is_not_called(decoder, z, nvtx, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_kernels_lie_in_their_layers_range_on_a_gpu(decoder, z):
+def test_gpu_kernels_are_inside_the_models_range(decoder, z):
     decoder, z = decoder.cuda(), z.cuda()
     with movq_ext.annotate(decoder), torch.no_grad():
         decoder(z, z)

@@ -178,7 +178,7 @@ def runner(strip_bytes=1 << 20, budget=None):
     return strips.Strips(MapStore(torch.float32, torch.device("cpu"), budget), latents((4, 6), batch=1)[1], strip_bytes)
 
 
-@pytest.mark.parametrize("strip_bytes", [1, 9_000, 40_000, 1 << 30])
+@pytest.mark.parametrize("strip_bytes", [1, 4_400, 7_000, 1 << 30])
 @pytest.mark.parametrize("height", [1, 5, 8, 37])
 def test_spans_cover_every_row_once_within_strip_bytes(strip_bytes, height):
     run, values, row_bytes = runner(strip_bytes), 20, 20 * 6 * 4
@@ -195,6 +195,7 @@ def test_spans_cover_every_row_once_within_strip_bytes(strip_bytes, height):
 @pytest.mark.parametrize("budget", [None, 0])
 def test_a_layer_releases_all_maps_but_its_output(budget):
     decoder, run = make_decoder(), runner(budget=budget)
+    decoder.up[0].block[0] = ResnetBlock(in_channels=64, out_channels=32, conv_shortcut=True, zq_ch=5)  # not in place
     x = run.store_latent(latents((4, 6), batch=1)[0])
     x = run.convolve(strips.StoredRows(x), decoder.conv_in)
     for step in decoder.steps():

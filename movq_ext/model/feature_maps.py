@@ -154,7 +154,7 @@ class MapStore:
             self._files.append(tempfile.TemporaryFile(dir=self.folder))
             return FileStorage(self._files[-1], self.dtype, self.device)
         values, self._released = self._released, None
-        if values is None or size > values.nbytes or (self.budget is not None and self._used + values.nbytes > self.budget):
+        if values is None or size > values.nbytes:
             values = None  # freed before more is allocated
             values = self.empty(count)
         self._used += values.nbytes
