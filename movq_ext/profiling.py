@@ -67,7 +67,10 @@ _open_ranges = OpenRanges()
 
 @contextlib.contextmanager
 def annotate(model: nn.Module) -> Iterator[None]:
-    """Context manager: make every layer's forward a profiler range with its dotted name, such as ``decoder.up.3.block.0.norm1``.
+    """Context manager: make every layer's forward a profiler range with its dotted name, such as ``decoder.mid.attn_1``. ::
+
+        with movq_ext.annotate(model), torch.profiler.profile() as profiler, torch.inference_mode():
+            model.decode(quantised)
 
     The ranges appear in torch.profiler and, where there is a GPU, as NVTX ranges in Nsight Systems. The model's own range has its
     class's name. There are no ranges for:

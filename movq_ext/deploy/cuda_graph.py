@@ -20,8 +20,13 @@ WARM_UP_DECODES = 2  # before recording: libraries choose and load their kernels
 class CUDAGraphDecoder:
     """Wraps a decoder to record its decodes on a GPU as CUDA graphs, one for each size, and replay them.
 
-    Call it like the decoder, under ``torch.no_grad()`` or ``torch.inference_mode()``. The image it returns is a new tensor. The
-    first call with a combination of shapes, dtypes, device and autocast state records a graph, and later calls replay it. All
+    Call it like the decoder, with gradients off; it returns a new tensor::
+
+        graphed = movq_ext.CUDAGraphDecoder(decoder.eval())
+        with torch.inference_mode():
+            image = graphed(z, zq)
+
+    The first call with a combination of shapes, dtypes, device and autocast state records a graph, and later calls replay it. All
     graphs share one memory pool, so many sizes take little more memory than the largest. Calls from several threads and streams
     wait for one another. Not yet measured on a GPU.
 

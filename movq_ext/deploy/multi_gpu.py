@@ -41,10 +41,15 @@ def decode_sharded(
 ) -> Tensor | tuple[Tensor, int]:
     """Return ``decoder(z, zq)``, decoded by all processes of a group: for images too large or too slow for one GPU.
 
-    Every process of the group calls this function with the same decoder, z and zq, under ``torch.no_grad()`` or
-    ``torch.inference_mode()``. The rows of the latent, and with them work and maps, are divided as evenly as possible. For each
-    map, a process sends one row to each neighbour and the mean and variance of each channel to all. For each attention layer,
-    every process receives the keys and values of all positions, ``2 * h * w * C`` elements.
+    Every process of the group calls this function with the same decoder, z and zq, and with gradients off::
+
+        torch.distributed.init_process_group("nccl")
+        with torch.inference_mode():
+            image = movq_ext.decode_sharded(decoder, z, zq)
+
+    The rows of the latent, and with them work and maps, are divided as evenly as possible. For each map, a process sends one row
+    to each neighbour and the mean and variance of each channel to all. For each attention layer, every process receives the keys
+    and values of all positions, ``2 * h * w * C`` elements. If one process fails, the others wait until the group's timeout.
 
     Args:
         decoder: whole in every process, not sharded by FSDP; in evaluation mode if it has dropout.
@@ -60,7 +65,7 @@ def decode_sharded(
         ValueError: as the decoder; z and zq differ between processes; z has fewer rows than there are processes; the process is
             not in the group; dropout is active; a gradient would be recorded.
         TypeError: as `decode_tiled`; decoder is not a MOVQDecoder, or its parameters are sharded.
-        RuntimeError: torch.distributed is not initialised. If only one process raises, the others wait until the group's timeout.
+        RuntimeError: torch.distributed is not initialised.
     """
     _check_arguments(decoder, z, zq)
     with torch.no_grad():
@@ -118,7 +123,7 @@ class Band:
         return torch.stack(out)
 
     def all_gather_bands(self, whole: Tensor) -> None:
-        """Complete a contiguous tensor of which each process holds its band, in dimension 0."""
+        """Fill in a contiguous tensor of bands, in dimension 0: each process sends its own band and receives the others."""
         works = []
         for rank in range(self.world_size):  # all_gather takes only bands of equal size
             first, last = self.rows(whole.shape[0], rank)

@@ -55,7 +55,7 @@ class MemoryStorage:
         return self.values[first : first + count]
 
     def commit(self, first: int, buffer: Tensor) -> None:
-        """Store a buffer that `reserve` returned."""
+        """Store a buffer that `reserve` returned. In memory, it is stored already."""
 
 
 class FileStorage:
@@ -119,7 +119,7 @@ class FeatureMap:
     def successor(self, channels: int) -> FeatureMap:
         """Return a map of the same height and width, and at most as many channels, that reuses this map's storage row by row.
 
-        A row of this map stays readable until the successor's row of the same number is reserved.
+        A row of this map stays readable until the successor reserves its row with the same index.
         """
         assert channels <= self.channels
         return FeatureMap(channels, self.height, self.width, self.storage)
@@ -141,7 +141,7 @@ class MapStore:
         self.dtype, self.device, self.budget, self.folder = dtype, device, budget, folder
         self._used = 0  # bytes
         self._files: list[IO[bytes]] = []
-        self._released: Tensor | None = None  # the last released buffer: the next map may reuse pages that are already mapped
+        self._released: Tensor | None = None  # the last released buffer, for the next map: its pages are mapped already
 
     def allocate(self, channels: int, height: int, width: int) -> FeatureMap:
         """Return a map ``(1, channels, height, width)`` with no rows written yet."""
@@ -155,7 +155,7 @@ class MapStore:
             return FileStorage(self._files[-1], self.dtype, self.device)
         values, self._released = self._released, None
         if values is None or size > values.nbytes:
-            values = None  # freed before more is allocated
+            values = None  # free the buffer before allocating more
             values = self.empty(count)
         self._used += values.nbytes
         return MemoryStorage(values)
@@ -183,5 +183,5 @@ class MapStore:
 
 
 def upcast(x: Tensor) -> Tensor:
-    """Return x in float32, or as it is if its dtype is wider."""
+    """Return x in float32, or unchanged if its dtype is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

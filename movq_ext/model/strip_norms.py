@@ -1,7 +1,7 @@
 """GroupNorm and SpatialNorm of strips, with the statistics of the whole map.
 
-A norm is one multiplication and one addition for each value, ``x * scale + shift``. For SpatialNorm the two also hold the
-modulation by zq: ``(x * scale + shift) * y + b = x * (scale * y) + (shift * y + b)``.
+A norm computes ``x * scale + shift`` for each value. For SpatialNorm, scale and shift include the modulation by zq:
+``(x * scale + shift) * y + b = x * (scale * y) + (shift * y + b)``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class NormalisedRows:
 
     Args:
         norm: a GroupNorm or SpatialNorm.
-        x: a map of which all rows are written.
+        x: a completely written map.
         zq: ``(1, zq_ch, h, w)``.
         activation: "silu" or None.
     """
@@ -135,8 +135,7 @@ def _combine(y: Tensor, b: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor
 
 
 def split_at_cells(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
-    """Split rows first to last - 1 into at most three parts: a cell's last rows, whole cells of ``size`` rows, a cell's first
-    rows."""
+    """Split rows first to last - 1 at cells of ``size`` rows into a partial cell, whole cells and another partial cell."""
     head = min(last, -(-first // size) * size)
     tail = max(head, last // size * size)
     return ((begin, end) for begin, end in ((first, head), (head, tail), (tail, last)) if begin < end)

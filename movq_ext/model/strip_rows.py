@@ -1,4 +1,4 @@
-"""Sources of rows: what a layer adds or writes to its output, one strip at a time."""
+"""Sources of rows: stored, pointwise or convolved, computed one strip at a time."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .feature_maps import FeatureMap, MapStore
 from .fusion import is_plain_conv
 from .strip_norms import NormalisedRows
 
-HALO = 2  # rows of input that a 3x3 convolution takes beyond its rows of output
-PACKED_ROWS = 32  # of the strips that weights are packed for
+HALO = 2  # input rows of a 3x3 convolution that its output lacks: one above and one below
+TYPICAL_ROWS = 32  # of a strip, used to pack weights
 
 
 class RowSource(Protocol):
-    """Computes any rows of a map."""
+    """Computes rows of a map on demand."""
 
     def write_rows(self, first: int, last: int, out: Tensor) -> None:
         """Write rows first to last - 1 to out, ``(1, C, last - first, W)``."""
@@ -25,14 +25,14 @@ class RowSource(Protocol):
 
 
 class StoredRows:
-    """Rows of a map."""
+    """Rows of a stored map."""
 
     def __init__(self, x: FeatureMap) -> None:
         self.x = x
 
     def write_rows(self, first: int, last: int, out: Tensor) -> None:
         rows = self.x.read(first, last)
-        if rows.data_ptr() != out.data_ptr():  # a successor's rows are already there
+        if rows.data_ptr() != out.data_ptr():  # a successor shares the storage: its rows are there already
             out.copy_(rows)
 
 
@@ -47,7 +47,7 @@ class PointwiseRows:
 
 
 class StripBuffer:
-    """Memory for one strip. Every strip overwrites the one before, whose memory is still in the cache."""
+    """Memory for one strip. Each strip overwrites the previous one, so the memory stays in the cache."""
 
     def __init__(self, store: MapStore) -> None:
         self._store, self._values = store, store.empty(0)
@@ -68,7 +68,7 @@ class ConvolvedRows:
         self.packed: Convolution | None = None
         if is_plain_conv(conv):
             x = source.x
-            typical_input = (1, x.channels, min(x.height, PACKED_ROWS) + HALO, x.width)
+            typical_input = (1, x.channels, min(x.height, TYPICAL_ROWS) + HALO, x.width)
             self.packed = Convolution(conv.weight, conv.bias, (0, 1), typical_input)
 
     def write_rows(self, first: int, last: int, out: Tensor) -> None:
@@ -81,7 +81,7 @@ class ConvolvedRows:
             with profiling.layer_range(self.conv):
                 self.packed.add_to(out, strip)
             return
-        # A module pads all its input: give it only rows of the map, and cut off the rows that saw zeros instead of neighbours.
+        # The module pads its input: pass only rows of the map, and drop output rows that saw padding instead of neighbours.
         above, below = self.source.x.halo(first, last)
         inside = strip[:, :, 1 - above : strip.shape[2] - 1 + below]
         convolved = self.conv(inside.clone())  # a hook may keep its input, and the buffer is reused
@@ -89,7 +89,7 @@ class ConvolvedRows:
 
 
 def haloed_rows(source: StoredRows | NormalisedRows, first: int, last: int, buffer: StripBuffer) -> Tensor:
-    """Return rows first - 1 to last of a source, in the buffer. Rows outside the map are zeros."""
+    """Return rows first - 1 to last of a source, written to the buffer. Rows outside the map are zero."""
     above, below = source.x.halo(first, last)
     strip = buffer.rows(source.x, last - first + HALO)
     source.write_rows(first - above, last + below, strip[:, :, 1 - above : strip.shape[2] - 1 + below])

@@ -1,13 +1,13 @@
-"""Decode strip by strip: working memory is that of one strip, and the result that of decoding whole maps, up to rounding.
+"""Decode strip by strip. The result matches decoding whole maps, up to rounding, but working memory holds only one strip.
 
 - A convolution's strip has one more row of input above and below.
-- A norm takes the statistics of the whole map, which every map gathers while it is written.
+- A norm uses the statistics of the whole map, which are gathered while the map is written.
 - Attention stores the keys and values of all positions and walks over strips of queries.
 
-So strips leave no seams, unlike tiles that are decoded apart and blended.
+So strips leave no seams, unlike tiles that are decoded separately and blended.
 
-On a CPU this is also the fast way: a strip is normalised, convolved, added to the residual and measured while it is in the cache,
-and only the layers' results are written to memory.
+On a CPU this is also faster: a strip is normalised, convolved and added to the residual while it is in the cache, and only the
+layers' results are written to memory.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from .strip_checks import LayeredDecoder, check_layers
 from .strip_norms import NormalisedRows
 from .strip_rows import HALO, ConvolvedRows, PointwiseRows, RowSource, StoredRows, StripBuffer, haloed_rows
 
-STRIP_BYTES = 32 << 20  # for all tensors of a strip: 32 rows of 256 pixels with 128 channels in float32
-# Values that a strip's tensors hold together, for each pixel and channel of the map.
+STRIP_BYTES = 32 << 20  # for a strip's tensors together: 32 rows of 256 pixels with 128 channels in float32
+# Values in a strip's tensors together, for each pixel and channel of its map.
 ATTENTION_VALUES = 8
 UPSAMPLE_VALUES = 10
 
@@ -73,7 +73,7 @@ class Strips:
     Args:
         store: allocates the maps.
         zq: the latent that norms are conditioned on, ``(1, zq_ch, h, w)``.
-        strip_bytes: approximate size of a strip's tensors together.
+        strip_bytes: approximate size of all tensors of a strip.
     """
 
     def __init__(self, store: MapStore, zq: Tensor, strip_bytes: int) -> None:
@@ -149,10 +149,11 @@ class Strips:
         return k, v
 
     def spans(self, x: FeatureMap, values_per_pixel: int) -> list[tuple[int, int]]:
-        """Return (first, last) for each strip of x: the strip has rows first to last - 1.
+        """Divide x into strips: return (first, last) for each, which has rows first to last - 1.
 
         Args:
-            values_per_pixel: values that the strip's tensors hold together, for each pixel of x.
+            x: the map.
+            values_per_pixel: values in a strip's tensors together, for each pixel of x.
         """
         rows = max(1, self.strip_bytes // (values_per_pixel * x.width * x.dtype.itemsize) - HALO)
         if rows < x.height:
@@ -203,7 +204,7 @@ class Strips:
         for first, last in self.spans(x, UPSAMPLE_VALUES * x.channels):
             above, below = x.halo(first, last)
             strip = layer(x.read(first - above, last + below))
-            # The module pads the strip with zeros: cut off the rows that saw them instead of their neighbours.
+            # The module pads the strip with zeros: drop the output rows that saw padding instead of neighbours.
             out.write(2 * first, strip[:, :, 2 * above : strip.shape[2] - 2 * below])
 
     def _upsample_by_windows(self, conv: nn.Conv2d, x: FeatureMap, out: FeatureMap) -> None:
@@ -223,7 +224,7 @@ class Strips:
             pixels = rows.permute(0, 2, 3, 1).view(last - first, 2, x.width, 2, x.channels)
             for down in (0, 1):
                 for right in (0, 1):
-                    # A window's upper left pixel is the lower right one of the cell that is above and left of the centre.
+                    # A window's upper left pixel is the lower right pixel of the cell above and left of its centre.
                     part = windows[1 - down :, 1 - right :, down, right]
                     pixels[:, 1 - down, :, 1 - right] = part[: last - first, : x.width]
             out.commit(2 * first, rows)
@@ -233,10 +234,10 @@ class Strips:
 
 
 def convolution_values(channels: int, out_channels: int) -> int:
-    """Return how many values a convolution's strip holds for each pixel.
+    """Return the values in a convolution's tensors together, for each pixel of a strip.
 
-    For the input: the strip, its normalised copy, float32 copies of both and their scales. For the output: the result and what is
-    added to it.
+    Input channels: the strip, its normalised copy, float32 copies of both, and scales. Output channels: the result and the
+    residual.
     """
     return 5 * channels + 2 * out_channels
 

@@ -18,9 +18,9 @@ MIB = 1 << 20
 def decode_tiled(decoder: MOVQDecoder, z: Tensor, zq: Tensor, *, max_memory: int, folder: str | None = None) -> Tensor:
     """Return ``decoder(z, zq)``, decoded in bounded memory: for images of any size, without seams, and without gradients.
 
-    ``max_memory`` covers the strip being computed (at most half) and the maps between layers, which move to temporary files when
-    they do not fit. These files hold up to ``(C0 + C1) * H * W`` elements for an image of ``H * W`` pixels, where C0 and C1 are
-    the channels before and in the last level. It does not cover:
+    ``max_memory`` covers the strip being computed (at most half) and the maps between layers. Maps beyond it go to temporary
+    files, which hold up to ``(C0 + C1) * H * W`` elements for an image of ``H * W`` pixels, where C0 and C1 are the channels
+    before and in the last level. It does not cover:
 
     - weights, latents and the image;
     - an attention layer's keys and values, ``2 * h * w * C`` elements;

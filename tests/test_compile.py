@@ -1,0 +1,111 @@
+"""The decoder under torch.compile and torch.export: no graph breaks, and our operators in programs for a GPU."""
+
+import pytest
+import torch
+from models import TINY, latents, make_decoder
+from tolerances import assert_close
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from movq_ext import MOVQDecoder
+from movq_ext.ops import functional
+from movq_ext.ops.extension import extension_available
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+class GraphCounter:
+    """A backend of torch.compile that counts graphs and lists their symbolic sizes."""
+
+    def __init__(self):
+        self.graphs, self.placeholders = 0, []
+
+    def __call__(self, module, inputs):
+        self.graphs += 1
+        self.placeholders.append([x for x in inputs if isinstance(x, torch.SymInt)])
+        return module.forward
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_one_compiled_graph_serves_all_sizes(training):
+    torch._dynamo.reset()
+    decoder, backend = make_decoder(num_res_blocks=0).train(training), GraphCounter()
+    compiled = torch.compile(decoder, fullgraph=True, dynamic=True, backend=backend)
+    # No size equals the number of channels, 4: sizes that are equal in the first call share a symbol.
+    for grid, batch in (((6, 7), 2), ((3, 5), 3), ((8, 4), 5)):
+        assert_close(compiled(*latents(grid, batch)), decoder(*latents(grid, batch)).double(), slack=10)
+    assert backend.graphs == 1 and len(backend.placeholders[0]) >= 3
+
+
+def test_compiling_breaks_no_graph():
+    torch._dynamo.reset()
+    report = torch._dynamo.explain(make_decoder(num_res_blocks=0))(*latents())
+    assert report.graph_count == 1 and report.graph_break_count == 0, report.break_reasons
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """Fake GPU tensors, without data, for a machine without a GPU; the kernels count as compiled for it."""
+    monkeypatch.setattr(functional, "device_reason", lambda index: None)
+    mode = FakeTensorMode()
+    with mode, torch.device("cuda"):
+        decoder = MOVQDecoder(**TINY).eval()
+        inputs = torch.empty(2, 4, 4, 6), torch.empty(2, 5, 4, 6)
+    return mode, decoder, inputs
+
+
+def operators(graph):
+    counts = {}
+    for node in graph.nodes:
+        if (name := str(node.target).removesuffix(".default")).startswith("movq_ext."):
+            counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+NORMS = 2 * 6 + 3 + 1  # of TINY: two in each of six ResNet blocks, one in each of three attention blocks, norm_out
+FORWARD = {"movq_ext.spatial_norm_forward": NORMS, "movq_ext.attention_forward": 3}
+BACKWARD = {"movq_ext.spatial_norm_backward": NORMS, "movq_ext.attention_backward": 3}
+
+
+@pytest.mark.skipif(not extension_available(), reason="needs the compiled extension")
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_an_exported_gpu_decoder_calls_our_operators(fake_cuda, dynamic):
+    _, decoder, inputs = fake_cuda
+    sizes = {0: torch.export.Dim("batch", max=8), 2: torch.export.Dim("height", max=64), 3: torch.export.Dim("width", max=64)}
+    with torch.no_grad():
+        program = torch.export.export(decoder, inputs, dynamic_shapes=(sizes, sizes) if dynamic else None)
+    assert operators(program.graph) == FORWARD
+    assert not any("group_norm" in str(node.target) or "scaled_dot" in str(node.target) for node in program.graph.nodes)
+
+
+@needs_gpu
+@pytest.mark.skipif(not extension_available(), reason="needs the compiled extension")
+def test_a_traced_gpu_training_step_calls_our_operators():
+    """On a real GPU, because autograd queries the device."""
+    decoder = make_decoder().cuda()
+    step = lambda z, zq: torch.autograd.grad(decoder(z, zq).sum(), [*decoder.parameters()])
+    assert operators(make_fx(step)(*latents(device="cuda")).graph) == FORWARD | BACKWARD
+
+
+@pytest.mark.skipif(not extension_available(), reason="needs the compiled extension")
+def test_a_compiled_gpu_decoder_is_one_graph_that_calls_our_operators(fake_cuda):
+    torch._dynamo.reset()
+    mode, decoder, inputs = fake_cuda
+    seen = []
+
+    def backend(module, example):
+        seen.append(module.graph)
+        return module.forward
+
+    with mode, torch.no_grad():
+        out = torch.compile(decoder, fullgraph=True, backend=backend)(*inputs)
+    assert out.shape == (2, 3, 8, 12) and out.is_cuda and len(seen) == 1
+    assert operators(seen[0]) == FORWARD
+
+
+@needs_gpu
+@torch.no_grad()
+def test_gpu_compiling_breaks_no_graph():
+    torch._dynamo.reset()
+    decoder, args = make_decoder().cuda(), latents(device="cuda")
+    assert_close(torch.compile(decoder, fullgraph=True)(*args), decoder(*args).double(), slack=100)
