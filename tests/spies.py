@@ -1,4 +1,8 @@
-"""Observe calls and hooks without changing what they do."""
+"""Observe calls, hooks and saved tensors without changing anything."""
+
+import contextlib
+
+import torch
 
 
 def record_calls(monkeypatch, owner, name, describe):
@@ -12,6 +16,19 @@ def record_calls(monkeypatch, owner, name, describe):
 
     monkeypatch.setattr(owner, name, recorded)
     return records
+
+
+@contextlib.contextmanager
+def saved_for_backward():
+    """Context manager: a list that receives the tensors that autograd saves for backward."""
+    saved = []
+
+    def save(x):
+        saved.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
+        yield saved
 
 
 class KeepTensors:

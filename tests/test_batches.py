@@ -122,7 +122,12 @@ def test_max_memory_option(model_folder, tmp_path):
 
 def test_an_image_above_the_budget_is_decoded_in_strips(decoder, monkeypatch):
     limits = []
-    monkeypatch.setattr(decoder.model, "decode", lambda quantised, max_memory: limits.append(max_memory) or torch.zeros(1))
+
+    def decode(quantised, max_memory):
+        limits.append(max_memory)
+        return torch.zeros(1)
+
+    monkeypatch.setattr(decoder.model, "decode", decode)
     codes = torch.zeros(1, 4, 4, dtype=torch.long)
     for limit in (decoder.image_bytes((4, 4)), decoder.image_bytes((4, 4)) - 1):
         monkeypatch.setattr(decoder, "max_memory", limit)

@@ -131,7 +131,12 @@ def test_shards_are_written_atomically(decoder, tmp_path, monkeypatch, kind):
     with pytest.raises(RuntimeError, match="illegal memory access"):
         decode_shard(shard, decoder)
     assert all(len(files) == 1 and files[0].endswith(".partial") for files in seen) and file_names(tmp_path / "out") == []
-    monkeypatch.setattr(os, "replace", lambda *paths: seen.append(file_names(tmp_path / "out")) or os.rename(*paths))
+
+    def replace(*paths):
+        seen.append(file_names(tmp_path / "out"))
+        os.rename(*paths)
+
+    monkeypatch.setattr(os, "replace", replace)
     report = decode_shard(shard, decoder)
     assert report.decoded == (6 if kind is ParquetShard else 4) and file_names(tmp_path / "out")[0] == source.name
     if kind is WebDatasetShard:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from kernels import attention as attention_cases
 from kernels.spatial_norm import case
+from spies import saved_for_backward
 from tolerances import assert_close
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -114,8 +115,7 @@ def test_only_what_needs_a_gradient_gets_one():
 
 def test_little_is_saved_for_backward():
     inputs, _ = arguments()
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+    with saved_for_backward() as saved:
         compiled_norm(*inputs, GROUPS, 1e-6, True)
     big = [x for x in saved if x.numel() >= inputs[0].numel()]
     assert len(big) == 1 and big[0].data_ptr() == inputs[0].data_ptr()
@@ -205,8 +205,7 @@ def test_only_what_needs_a_gradient_gets_one_of_attention():
 
 def test_nothing_of_the_scores_is_saved_for_backward():
     inputs, _ = attention_arguments()
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+    with saved_for_backward() as saved:
         out = cuda.attention(*inputs, 0.2)
     assert sorted(x.numel() for x in saved) == sorted([*(x.numel() for x in inputs), out.numel(), out.numel() // 32])
 

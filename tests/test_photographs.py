@@ -1,5 +1,6 @@
 import pytest
 import torch
+from spies import record_calls
 
 from movq_ext.training import Photographs, photographs
 
@@ -18,8 +19,7 @@ def test_crops_depend_only_on_the_generator(photo_folder, monkeypatch):
 
 
 def test_the_cache_is_bounded(photo_folder, monkeypatch):
-    opened, load = [], photographs.load_image
-    monkeypatch.setattr(photographs, "load_image", lambda path: opened.append(path) or load(path))
+    opened = record_calls(monkeypatch, photographs, "load_image", lambda image, path: path)
     monkeypatch.setattr(photographs, "CACHE_BYTES", 3 * 40 * 40)  # the largest of the three photographs, or the two others
     Photographs(photo_folder, 8).batch(50, generator())
     assert 3 < len(opened) < 50

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from spies import record_calls
 from torch import Tensor, nn
 
 from movq_ext import MOVQDecoder, annotate, decode_tiled, profiling
@@ -39,14 +40,7 @@ def count_tensors():
 @pytest.fixture
 def files(monkeypatch):
     """A list with an entry for every temporary file that was created."""
-    created, create = [], feature_maps.tempfile.TemporaryFile
-
-    def recorded(*args, **options):
-        created.append(options)
-        return create(*args, **options)
-
-    monkeypatch.setattr(feature_maps.tempfile, "TemporaryFile", recorded)
-    return created
+    return record_calls(monkeypatch, feature_maps.tempfile, "TemporaryFile", lambda file, **options: options)
 
 
 def usage():
