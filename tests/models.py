@@ -8,11 +8,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from movq_ext import MOVQDecoder
 from movq_ext.training import TrainingConfig
 
+# Arguments of MOVQDecoder.
 KANDINSKY = dict(ch=128, out_ch=3, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_resolutions=[32], in_channels=3, resolution=256,
                  z_channels=4, zq_ch=4)  # fmt: skip
 TINY = dict(ch=32, out_ch=3, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=[8], in_channels=3, resolution=16,
             z_channels=4, zq_ch=5)  # fmt: skip
 CPU = torch.device("cpu")
+# Arguments of MOVQ, and of a training run.
 DDCONFIG = dict(ch=32, out_ch=3, ch_mult=[1, 1], num_res_blocks=0, attn_resolutions=[], in_channels=3, resolution=32,
                 z_channels=4, dropout=0.1)  # fmt: skip
 MODEL = dict(ddconfig=DDCONFIG, n_embed=32, embed_dim=4)
@@ -44,6 +46,7 @@ def make_decoder(seed=0, **changes):
 
 
 def latents(grid=(4, 6), batch=2, dtype=torch.float32, z=4, zq=5, zq_grid=None, device=None):
+    """Return inputs of a decoder, with z and zq channels."""
     generator = torch.Generator().manual_seed(3)
     maps = torch.randn(batch, z, *grid, generator=generator), torch.randn(batch, zq, *(zq_grid or grid), generator=generator)
     return [x.to(device=device, dtype=dtype) for x in maps]
@@ -83,6 +86,7 @@ def assert_ddp_averages_the_gradients(folder, changes, **options):
             assert (grads[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-7, name
 
 
+# Decoders to run in strips: changes to TINY, z's grid, and zq's grid if it differs.
 CASES = {
     "as it is": ({}, (4, 6), None),
     "odd grid, another grid of zq": ({}, (5, 3), (7, 2)),
@@ -107,6 +111,9 @@ def scaled(conv):
     twin = Scaled(conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding)
     twin.load_state_dict(conv.state_dict())
     return twin.to(conv.weight.dtype)
+
+
+# What users do to the layers of a decoder.
 
 
 def circular(decoder):

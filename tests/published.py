@@ -1,4 +1,4 @@
-"""The published formulas, written out in plain tensor arithmetic: what everything is compared with."""
+"""The published formulas in plain tensor arithmetic: the reference for every test."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def nearest_index(out_size: int, in_size: int) -> Tensor:
-    """Source index of every position of a nearest resize: ``floor(dst * in / out)`` with the scale in float32, as torch's."""
+    """Return the source index of each position of a nearest resize: torch's ``floor(dst * (in / out))`` in float32."""
     scale = torch.tensor(in_size, dtype=torch.float32) / torch.tensor(out_size, dtype=torch.float32)
     return (torch.arange(out_size, dtype=torch.float32) * scale).floor().long().clamp(max=in_size - 1)
 
@@ -42,7 +42,7 @@ def spatial_norm(f, zq_y, zq_b, weight, bias, groups, eps=1e-6, activation=None)
 
 
 def spatial_norm_layer(state: dict[str, Tensor], f: Tensor, zq: Tensor, groups: int = 32, eps: float = 1e-6) -> Tensor:
-    """SpatialNorm in the order it was published: resize first, then convolve at f's size."""
+    """SpatialNorm in its published order: resize first, then convolve at f's size."""
     zq = resize(zq, *f.shape[2:])
     norm_f = group_norm(f, groups, state["norm_layer.weight"], state["norm_layer.bias"], eps)
     return norm_f * conv1x1(zq, state["conv_y.weight"], state["conv_y.bias"]) + conv1x1(

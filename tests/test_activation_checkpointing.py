@@ -1,3 +1,5 @@
+"""Checkpointed layers: the same gradients, less memory, one more forward pass."""
+
 import copy
 
 import pytest
@@ -21,7 +23,7 @@ def make_encoder():
 
 
 def gradients(network, inputs, autocast=False):
-    """What a training step yields: the output, how much randomness it used, every parameter's gradient."""
+    """Return a training step's output, random numbers drawn after it, and every parameter's gradient."""
     network.zero_grad()
     torch.manual_seed(7)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -31,7 +33,7 @@ def gradients(network, inputs, autocast=False):
 
 
 def saved_bytes(network, inputs):
-    """Bytes that the autograd graph of a forward pass keeps, parameters aside."""
+    """Return the bytes that autograd saves in a forward pass, parameters aside."""
     kept, parameters = {}, {p.untyped_storage().data_ptr() for p in network.parameters()}
 
     def pack(x):
@@ -40,7 +42,7 @@ def saved_bytes(network, inputs):
 
     with saved_tensors_hooks(pack, lambda x: x):
         out = network(*inputs)
-    assert out.requires_grad  # and holds all that was kept until here, so that no address is another's
+    assert out.requires_grad  # out keeps the saved tensors alive until here, so their addresses are distinct
     return sum(size for address, size in kept.items() if address not in parameters)
 
 
@@ -77,15 +79,15 @@ def test_only_the_inputs_of_layers_are_kept(name):
             module.register_forward_pre_hook(lambda module, args: maps.append(args[0].nbytes))
     network.eval()(*inputs)
     network.train()
-    least = sum(maps)
-    # the rest: the latents or the image
-    assert least <= checkpointed < 1.05 * least, (least, checkpointed)
+    inputs_of_layers = sum(maps)
+    # The rest is the latents or the image.
+    assert inputs_of_layers <= checkpointed < 1.05 * inputs_of_layers, (inputs_of_layers, checkpointed)
     assert checkpointed < plain / 5, (checkpointed, plain)
     network.gradient_checkpointing_disable()
     assert saved_bytes(network, inputs) > 0.9 * plain
 
 
-def test_every_layer_runs_twice_in_training_and_once_elsewhere(monkeypatch):
+def test_layers_run_twice_in_training_and_once_otherwise(monkeypatch):
     decoder, inputs = make_decoder(gradient_checkpointing=True), latents()
     runs = {module: 0 for module in decoder.modules() if isinstance(module, LAYERS)}
     for module in runs:
@@ -102,14 +104,14 @@ def test_every_layer_runs_twice_in_training_and_once_elsewhere(monkeypatch):
     assert set(runs.values()) == {4}
 
 
-def test_it_is_no_part_of_the_state():
+def test_checkpointing_is_not_part_of_the_state_dict():
     decoder = make_decoder(gradient_checkpointing=True)
     assert decoder.state_dict().keys() == make_decoder().state_dict().keys()
     assert copy.deepcopy(decoder).gradient_checkpointing and not make_decoder().gradient_checkpointing
     assert isinstance(decoder, MOVQDecoder) and Encoder(**ENCODER, gradient_checkpointing=True).gradient_checkpointing
 
 
-def test_the_whole_model():
+def test_the_whole_model_switches_both_networks():
     model = MOVQ(**MODEL)
     model.gradient_checkpointing_enable()
     assert model.encoder.gradient_checkpointing and model.decoder.gradient_checkpointing
@@ -123,7 +125,7 @@ def test_training_steps_are_the_same(photo_folder, tmp_path):
         torch.manual_seed(0)
         run = Trainer(MOVQ(**MODEL), photo_folder, tmp_path, CONFIG, CPU, checkpoint_activations=checkpoint)
         assert run.model.decoder.gradient_checkpointing == checkpoint
-        for _ in range(6):  # the codebook comes in after four
+        for _ in range(6):  # quantisation starts after four
             run.train_step()
         weights.append(run.model.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -145,10 +147,10 @@ def test_ddp(tmp_path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu():
-    """Dropout's randomness is the device's there, and the layers run on the kernels."""
+    """Dropout draws on the device, and the layers run on the kernels."""
     decoder, inputs = make_decoder(dropout=0.2).train().cuda(), latents(device="cuda")
     plain = gradients(decoder, inputs)
     decoder.gradient_checkpointing_enable()
     scale = max(x.norm() for x in plain[2:])
     for ours, theirs in zip(gradients(decoder, inputs), plain, strict=True):
-        assert (ours - theirs).norm() < 1e-4 * (theirs.norm() + scale)  # convolutions' gradients may be summed in another order
+        assert (ours - theirs).norm() < 1e-4 * (theirs.norm() + scale)  # cuDNN may sum gradients in another order

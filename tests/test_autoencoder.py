@@ -1,3 +1,5 @@
+"""The whole model: its parts compose, and it can be compiled, exported, copied and trained."""
+
 import copy
 import pickle
 
@@ -11,7 +13,7 @@ DDCONFIG = dict(
 )
 
 
-def make(**changes):
+def make_model(**changes):
     torch.manual_seed(0)
     model = MOVQ(**{**dict(ddconfig=DDCONFIG, n_embed=64, embed_dim=5), **changes})
     torch.nn.init.normal_(model.quantize.embedding.weight)
@@ -22,7 +24,7 @@ X = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 def test_the_parts_compose():
-    model = make()
+    model = make_model()
     h = model.encode(X)
     assert h.shape == (2, 5, 4, 6)
     assert torch.equal(h, model.quant_conv(model.encoder(X)))
@@ -37,27 +39,27 @@ def test_the_parts_compose():
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 7), (5, 3)])
 def test_decode_code_on_any_grid(grid):
-    assert make().decode_code(torch.randint(0, 64, (2, *grid))).shape == (2, 3, 4 * grid[0], 4 * grid[1])
+    assert make_model().decode_code(torch.randint(0, 64, (2, *grid))).shape == (2, 3, 4 * grid[0], 4 * grid[1])
 
 
 def test_encode_code_keeps_its_shape_with_remap_and_sane_index_shape():
     used = torch.arange(64).flip(0).numpy()
-    plain = make().encode_code(X)
-    assert torch.equal(make(sane_index_shape=True).encode_code(X), plain)
-    remapped = make(remap=used)
+    plain = make_model().encode_code(X)
+    assert torch.equal(make_model(sane_index_shape=True).encode_code(X), plain)
+    remapped = make_model(remap=used)
     assert torch.equal(remapped.encode_code(X), 63 - plain)
-    torch.testing.assert_close(remapped.decode_code(63 - plain), make().decode_code(plain))
+    torch.testing.assert_close(remapped.decode_code(63 - plain), make_model().decode_code(plain))
 
 
 def test_published_names():
-    names = set(make().state_dict())
+    names = set(make_model().state_dict())
     assert {"quantize.embedding.weight", "quant_conv.weight", "post_quant_conv.bias", "encoder.conv_in.weight",
             "encoder.down.0.downsample.conv.weight", "encoder.mid.attn_1.norm.weight", "decoder.up.2.upsample.conv.weight",
             "decoder.mid.block_1.norm1.norm_layer.weight"} <= names  # fmt: skip
 
 
 def test_gradients_reach_every_parameter():
-    model = make().train()
+    model = make_model().train()
     image, loss = model(X)
     ((image - X).square().mean() + loss).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
@@ -66,7 +68,7 @@ def test_gradients_reach_every_parameter():
 
 @pytest.mark.parametrize("method", ["forward", "decode", "decode_code", "encode_code"])
 def test_compile_export_and_meta(method):
-    model = make()
+    model = make_model()
     argument = {
         "forward": X,
         "encode_code": X,
@@ -93,12 +95,12 @@ def test_compile_export_and_meta(method):
 
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
 def test_copies(twin_of):
-    model = make()
+    model = make_model()
     assert torch.equal(twin_of(model)(X)[0], model(X)[0])
 
 
 def test_autocast():
-    model = make()
+    model = make_model()
     with torch.autocast("cpu", torch.bfloat16):
         image, loss = model(X)
     assert image.dtype == torch.bfloat16 and image.isfinite().all() and loss.isfinite()
@@ -123,4 +125,4 @@ BAD = {
 def test_model_refuses(case):
     error, message, method, argument = BAD[case]
     with pytest.raises(error, match=message):
-        getattr(make(), method)(argument)
+        getattr(make_model(), method)(argument)

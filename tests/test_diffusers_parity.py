@@ -1,4 +1,4 @@
-"""diffusers' VQModel is the independent implementation: its folders are loaded and must decode alike."""
+"""Parity with diffusers' VQModel, an independent implementation whose folders from_pretrained loads."""
 
 import json
 
@@ -23,7 +23,7 @@ def vq_model(widths=(32, 64), attention=(False, True), layers=1, **changes):
         "up_block_types": [("Attn" if attends else "") + "UpDecoderBlock2D" for attends in reversed(attention)],
         **changes,
     })  # fmt: skip
-    for name, parameter in model.named_parameters():  # the norms start at one and zero, which would hide mistakes
+    for name, parameter in model.named_parameters():  # the norms start at one and zero, which hides mistakes
         if "norm" in name and parameter.dim() == 1:
             torch.nn.init.normal_(parameter, 1.0 if name.endswith("weight") else 0.0, 0.3)
     torch.nn.init.normal_(model.quantize.embedding.weight)
@@ -33,18 +33,18 @@ def vq_model(widths=(32, 64), attention=(False, True), layers=1, **changes):
 CONFIGS = {
     "one level": dict(widths=(32,), attention=(False,)),
     "attention on the last level": dict(),
-    "no attention but the middle's": dict(attention=(False, False)),
+    "attention in the middle only": dict(attention=(False, False)),
     "attention everywhere": dict(attention=(True, True), layers=2),
     "no attention in the middle": dict(mid_block_add_attention=False),
     "no attention at all": dict(attention=(False, False), mid_block_add_attention=False),
     "Kandinsky's, small": dict(widths=(32, 64, 64, 128), attention=(False, False, False, True), layers=2),
     "six latent channels": dict(latent_channels=6, vq_embed_dim=6),
-    "one picture channel": dict(in_channels=1, out_channels=1),
+    "one image channel": dict(in_channels=1, out_channels=1),
 }
 
 
 def assert_decodes_alike(ours, theirs, h):
-    # One channel of three pixels is a group of three values. Two that are nearly equal cost both implementations a digit or more.
+    # Three pixels give a group of one channel three values. If they are nearly equal, both implementations lose digits.
     limit = LIMIT if h.shape[2] * h.shape[3] > 3 else 10 * LIMIT
     assert relative_error(ours.decode(h), theirs.decode(h, force_not_quantize=True).sample) < limit, h.shape
 
@@ -123,7 +123,7 @@ def test_gradients_match(tmp_path):
     ({"block_out_channels": None}, "is damaged or not a config"),
     ({"num_vq_embeddings": 32}, "1 of the wrong shape: quantize.embedding.weight"),
 ])  # fmt: skip
-def test_configs_that_cannot_be_served_are_refused(tmp_path, change, message):
+def test_unsupported_configs_are_refused(tmp_path, change, message):
     vq_model().save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))

@@ -1,3 +1,5 @@
+"""The encoder against the published one."""
+
 import published
 import pytest
 import torch
@@ -10,6 +12,7 @@ TINY = dict(ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=[8], in
 
 
 def published_encode(encoder, x):
+    """Run the published encoder's forward in plain tensor arithmetic, on the entries of state_dict()."""
     state = encoder.state_dict()
 
     def conv(name, h, padding=1, stride=1):
@@ -38,7 +41,7 @@ def published_encode(encoder, x):
     return conv("conv_out", published.silu(norm("norm_out", h)))
 
 
-def make(**changes):
+def make_encoder(**changes):
     torch.manual_seed(0)
     return Encoder(**{**TINY, **changes}).double()
 
@@ -46,18 +49,18 @@ def make(**changes):
 @pytest.mark.parametrize("size", [(8, 8), (16, 12), (13, 7)])
 def test_encoder_is_the_published_one(size):
     x = torch.randn(2, 3, *size, dtype=torch.float64)
-    out = make()(x)
-    assert_close(out, published_encode(make(), x), slack=10)
+    out = make_encoder()(x)
+    assert_close(out, published_encode(make_encoder(), x), slack=10)
     assert out.shape == (2, 4, size[0] // 4, size[1] // 4)
 
 
 def test_double_z_and_resampling_without_convolution():
-    assert make(double_z=True)(torch.zeros(1, 3, 8, 8, dtype=torch.float64)).shape == (1, 8, 2, 2)
-    assert not any("downsample" in name for name in make(resamp_with_conv=False).state_dict())
+    assert make_encoder(double_z=True)(torch.zeros(1, 3, 8, 8, dtype=torch.float64)).shape == (1, 8, 2, 2)
+    assert not any("downsample" in name for name in make_encoder(resamp_with_conv=False).state_dict())
 
 
 def test_gradcheck():
-    encoder = make(ch_mult=(1,), attn_resolutions=[])
+    encoder = make_encoder(ch_mult=(1,), attn_resolutions=[])
     assert torch.autograd.gradcheck(encoder, torch.randn(1, 3, 2, 2, dtype=torch.float64, requires_grad=True))
 
 
@@ -75,4 +78,4 @@ BAD = {
 def test_encoder_refuses(case):
     error, message, x = BAD[case]
     with pytest.raises(error, match=message):
-        make()(x)
+        make_encoder()(x)

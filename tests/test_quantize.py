@@ -1,4 +1,5 @@
-import resource
+"""The quantiser against brute force, and its gradients, remapping and memory."""
+
 import subprocess
 import sys
 import textwrap
@@ -9,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import movq_ext.model.quantize
 from movq_ext import VectorQuantizer
+from movq_ext.model import quantize
 from movq_ext.model.quantize import nearest_code
 
 
@@ -32,7 +33,7 @@ def test_nearest_code_in_chunks(n, codes, dim, rows, seed):
     vectors = torch.randn(n, dim, generator=generator, dtype=torch.float64)
     codebook = torch.randn(codes, dim, generator=generator, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(movq_ext.model.quantize, "SEARCH_BYTES", 8 * codes * rows)
+        patch.setattr(quantize, "MAX_DISTANCE_BYTES", 8 * codes * rows)
         assert torch.equal(nearest_code(vectors, codebook), brute_force(vectors, codebook))
 
 
@@ -43,7 +44,7 @@ def test_half_precision_is_searched_in_float32(dtype):
     assert (nearest_code(vectors, codebook) == expected).float().mean() > 0.99
 
 
-def test_of_equal_codes_the_first_wins():
+def test_first_of_equally_near_codes_wins():
     assert nearest_code(torch.zeros(3, 2), torch.ones(5, 2)).tolist() == [0, 0, 0]
 
 
@@ -58,8 +59,8 @@ def test_search_of_16384_codes_at_128x128_stays_under_1_gib():
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     """
     peak = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, capture_output=True, text=True).stdout
-    assert int(peak) * 1024 < 300 << 20  # all distances at once would be 1 GiB
-    assert resource  # ru_maxrss is in KiB on Linux
+    # ru_maxrss is in KiB on Linux. All distances at once would take 1 GiB.
+    assert int(peak) * 1024 < 300 << 20
 
 
 @pytest.mark.parametrize("legacy", [True, False])

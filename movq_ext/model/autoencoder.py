@@ -19,16 +19,16 @@ from .tiled import decode_tiled
 class MOVQ(nn.Module):
     """MoVQ autoencoder (Zheng et al., arXiv:2209.09002), with the module names of the released checkpoints.
 
-    Wrong input is a ValueError or TypeError that names the argument, as in the methods of its parts.
+    Methods raise ValueError or TypeError naming the argument, as those of the parts do.
 
     Args:
-        ddconfig: keywords of MOVQDecoder and Encoder, as in the released configs.
+        ddconfig: keyword arguments of MOVQDecoder and Encoder, as in the released configs.
         n_embed: number of codes.
-        embed_dim: channels of a code, and so of the decoder's zq.
+        embed_dim: channels of a code, and therefore of the decoder's zq.
         beta, remap, sane_index_shape, legacy: see `VectorQuantizer`.
 
     Raises:
-        ValueError: as `MOVQDecoder`'s and `Encoder`'s.
+        ValueError: `MOVQDecoder` or `Encoder` raises it.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class MOVQ(nn.Module):
 
     @property
     def downsampling(self) -> int:
-        """Image pixels per latent cell along one side."""
+        """Image pixels per latent cell, along one side."""
         return 1 << (self.decoder.num_resolutions - 1)
 
     def gradient_checkpointing_enable(self) -> None:
@@ -64,32 +64,35 @@ class MOVQ(nn.Module):
         self.decoder.gradient_checkpointing_enable()
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep every intermediate map for the backward pass, which is the default."""
+        """Keep every intermediate map for the backward pass. This is the default."""
         self.encoder.gradient_checkpointing_disable()
         self.decoder.gradient_checkpointing_disable()
 
     def encode(self, x: Tensor) -> Tensor:
-        """Images ``(B, in_channels, H, W)`` in [-1, 1] to latents ``(B, embed_dim, h, w)`` before quantisation."""
+        """Encode images ``(B, in_channels, H, W)`` in [-1, 1] to latents ``(B, embed_dim, h, w)`` before quantisation."""
         return cast(Tensor, self.quant_conv(self.encoder(x)))
 
     def encode_code(self, x: Tensor) -> Tensor:
-        """Images ``(B, in_channels, H, W)`` in [-1, 1] to code indices ``(B, h, w)`` int64."""
+        """Encode images ``(B, in_channels, H, W)`` in [-1, 1] to code indices ``(B, h, w)`` int64."""
         h = self.encode(x)
         return cast(Tensor, self.quantize(h)[2][2]).view(h.shape[0], *h.shape[2:])
 
     def decode(self, quant: Tensor, max_memory: int | None = None) -> Tensor:
-        """Quantised latents ``(B, embed_dim, h, w)`` to images in about [-1, 1], ``h * downsampling`` high.
+        """Decode quantised latents ``(B, embed_dim, h, w)`` to images in about [-1, 1].
 
-        With ``max_memory``, in so many bytes, strip by strip and without gradients: see `decode_tiled`.
+        Returns ``(B, out_ch, h * downsampling, w * downsampling)``. max_memory limits the bytes of working memory, without
+        gradients: see `decode_tiled`.
 
-        Raises ValueError (rank, channels, device, empty, a too small max_memory) or TypeError (dtype) naming the argument.
+        Raises ValueError (rank, channels, device, empty, max_memory too small) or TypeError (dtype) naming the argument.
         """
         check_latent("quant", quant, self.post_quant_conv.in_channels, self.post_quant_conv.weight)
         z = self.post_quant_conv(quant)
         return self.decoder(z, quant) if max_memory is None else decode_tiled(self.decoder, z, quant, max_memory=max_memory)
 
     def decode_code(self, indices: Tensor) -> Tensor:
-        """Code indices ``(B, h, w)``, any grid, to images ``(B, out_ch, h * downsampling, w * downsampling)`` in about [-1, 1].
+        """Decode code indices ``(B, h, w)``, of any grid, to images in about [-1, 1].
+
+        Returns ``(B, out_ch, h * downsampling, w * downsampling)``.
 
         Raises ValueError for another rank or an index outside the codebook, TypeError for indices that are not integers.
         """
@@ -98,6 +101,9 @@ class MOVQ(nn.Module):
         return self.decode(self.quantize.get_codebook_entry(indices, (*indices.shape, self.quantize.e_dim)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstruct images ``(B, in_channels, H, W)`` in [-1, 1]; returns (images of whole cells, the codebook's loss)."""
+        """Reconstruct images ``(B, in_channels, H, W)`` in [-1, 1].
+
+        Returns the reconstructions, whose sides are multiples of `downsampling`, and the quantiser's loss.
+        """
         quant, loss, _ = self.quantize(self.encode(x))
         return self.decode(quant), loss

@@ -1,4 +1,4 @@
-"""Vector quantisation: latents to the indices of their nearest codes, and back."""
+"""Vector quantisation: map latents to the indices of their nearest codes, and back."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-SEARCH_BYTES = 64 << 20  # distances held at once in the nearest-code search
+MAX_DISTANCE_BYTES = 64 << 20  # limit for the distances that the nearest-code search holds at once
 
 
 @torch.library.custom_op("movq_ext::nearest_code", mutates_args=())
 def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the codebook row nearest (Euclidean) to each row of vectors: ``(n, d), (codes, d) -> (n,)`` int64.
+    """Return the index of the codebook row nearest to each vector: ``(n, d), (codes, d) -> (n,)`` int64.
 
-    The distances are made in chunks of at most 64 MiB, in float32 or better; of equally near codes the first wins.
+    Distances are Euclidean, in float32 or better, computed in chunks of at most 64 MiB. The first of equally near codes wins.
     """
     precision = torch.promote_types(torch.promote_types(vectors.dtype, codebook.dtype), torch.float32)
     codebook = codebook.detach().to(precision)
-    half_norms = codebook.square().sum(1) / 2  # argmin |v - e|^2 = argmin |e|^2 / 2 - v.e
+    half_norms = codebook.square().sum(1) / 2  # argmin |v - e|^2 = argmin |e|^2 / 2 - v @ e
     indices = vectors.new_empty(vectors.shape[0], dtype=torch.long)
-    rows = max(1, SEARCH_BYTES // (codebook.shape[0] * codebook.element_size()))
+    rows = max(1, MAX_DISTANCE_BYTES // (codebook.shape[0] * codebook.element_size()))
     for start in range(0, vectors.shape[0], rows):
         chunk = vectors[start : start + rows].detach().to(precision)
         indices[start : start + rows] = torch.addmm(half_norms, chunk, codebook.t(), alpha=-1).argmin(1)
@@ -34,19 +34,19 @@ def _(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest-code quantiser with straight-through gradients (VQ-VAE, arXiv:1711.00937; VQGAN's second version).
+    """Nearest-code quantiser with straight-through gradients (VQ-VAE, arXiv:1711.00937; VQGAN's ``VectorQuantizer2``).
 
     Args:
         n_e: number of codes.
         e_dim: channels of a code.
         beta: weight of the commitment term.
-        remap: path of a ``.npy`` file (or an integer array) with the codes in use: indices are then positions in it.
-        unknown_index: index of a code that remap lacks: ``"random"``, ``"extra"`` (one index more) or a number.
-        sane_index_shape: return indices as ``(B, h, w)`` rather than flat (with remap: ``(B, h * w)``).
-        legacy: as released, weight the codebook's term by beta instead of the encoder's.
+        remap: path of a ``.npy`` file, or an integer array, that lists the codes in use. Indices are then positions in it.
+        unknown_index: the index returned for codes that remap lacks: ``"random"``, ``"extra"`` (one past the last) or a number.
+        sane_index_shape: return indices as ``(B, h, w)`` rather than flat (with remap ``(B, h * w)``).
+        legacy: weight the codebook term by beta instead of the commitment term, as the released code does.
     """
 
-    used: Tensor  # with remap alone
+    used: Tensor  # with remap only
 
     def __init__(
         self,
@@ -78,12 +78,12 @@ class VectorQuantizer(nn.Module):
         """Quantise z ``(B, e_dim, h, w)``.
 
         Returns:
-            ``(z_q, loss, (perplexity, min_encodings, indices))``. z_q has z's shape and passes its gradient to z unchanged,
-            loss is a scalar, perplexity and min_encodings are None (the released code's placeholders), and indices are
-            ``(B * h * w,)`` int64, or shaped as sane_index_shape says.
+            ``(z_q, loss, (perplexity, min_encodings, indices))``. z_q has z's shape and passes its gradient to z unchanged. loss
+            is a scalar. perplexity and min_encodings are None, placeholders of the released code. indices are ``(B * h * w,)``
+            int64 unless remap or sane_index_shape changes their shape.
 
         Raises:
-            ValueError: z has not the shape ``(B, e_dim, h, w)``.
+            ValueError: z does not have the shape ``(B, e_dim, h, w)``.
         """
         if z.dim() != 4 or z.shape[1] != self.e_dim:
             raise ValueError(f"z must have shape (batch, {self.e_dim}, height, width), got {tuple(z.shape)}")
@@ -92,8 +92,12 @@ class VectorQuantizer(nn.Module):
         flat = vectors.reshape(-1, self.e_dim)
         indices = nearest_code(flat.detach(), self.embedding.weight.detach())
         quantized = self.embedding(indices).view(vectors.shape)
-        to_code, to_encoder = (quantized.detach() - vectors).square().mean(), (quantized - vectors.detach()).square().mean()
-        loss = to_code + self.beta * to_encoder if self.legacy else self.beta * to_code + to_encoder
+        commitment_loss = (quantized.detach() - vectors).square().mean()
+        codebook_loss = (quantized - vectors.detach()).square().mean()
+        if self.legacy:
+            loss = commitment_loss + self.beta * codebook_loss
+        else:
+            loss = self.beta * commitment_loss + codebook_loss
         z_q = vectors + (quantized - vectors).detach()
         if self.remap is not None:
             indices = self.remap_to_used(indices.view(batch, -1)).flatten()
@@ -104,7 +108,7 @@ class VectorQuantizer(nn.Module):
         return z_q.permute(0, 3, 1, 2), loss, (None, None, indices)
 
     def remap_to_used(self, indices: Tensor) -> Tensor:
-        """Positions in ``used``, remap's codes, of the given ones, int64 of any shape; unknown ones become unknown_index."""
+        """Return the positions in ``used`` of codes, int64 of any shape. Codes that are not in it become unknown_index."""
         order = self.used.argsort()
         position = torch.searchsorted(self.used[order], indices).clamp(max=len(order) - 1)
         remapped = order[position]
@@ -116,11 +120,13 @@ class VectorQuantizer(nn.Module):
         return torch.where(known, remapped, unknown)
 
     def unmap_to_all(self, indices: Tensor) -> Tensor:
-        """The codes at the given positions of ``used``, int64 of any shape; positions past its end give the first."""
+        """Return the codes at positions of ``used``, int64 of any shape. Positions past its end give its first code."""
         return self.used[torch.where(indices >= len(self.used), 0, indices)]
 
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None = None) -> Tensor:
-        """Codes of indices (any shape, int64): ``(..., e_dim)``, or ``(B, e_dim, h, w)`` for ``shape=(B, h, w, e_dim)``.
+        """Look up the codes of integer indices of any shape.
+
+        Returns ``(..., e_dim)``, or ``(B, e_dim, h, w)`` for ``shape=(B, h, w, e_dim)``.
 
         Raises ValueError for an index outside the codebook and TypeError for indices that are not integers.
         """
