@@ -241,8 +241,8 @@ def test_gpu_replays_in_every_mode():
         with torch.autocast("cuda", torch.bfloat16):
             later, later_expected = graphed(z, zq), decoder(z, zq)
     assert len(graphed) == 2 and mixed.dtype == torch.bfloat16
-    for out, wanted in ((first, expected), (second, expected), (mixed, mixed_expected), (later, later_expected)):
-        assert_close(out.clone(), wanted.double(), slack=10)
+    for out, eager in ((first, expected), (second, expected), (mixed, mixed_expected), (later, later_expected)):
+        assert_close(out.clone(), eager.double(), slack=10)
     with pytest.raises(RuntimeError, match="must not require gradients"):
         graphed(z, zq)
 

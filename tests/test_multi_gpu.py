@@ -62,8 +62,8 @@ REFUSED = {
 }
 
 
-def message(function, *arguments, **keywords):
-    """Of the error that it raises."""
+def error_message(function, *arguments, **keywords):
+    """Return the type and the message of the error that the call raises."""
     try:
         function(*arguments, **keywords)
     except Exception as error:
@@ -74,7 +74,7 @@ def message(function, *arguments, **keywords):
 def worker(rank, size):
     with torch.no_grad():
         results = decode_all(rank, size)
-    results["gradient"] = message(decode_sharded, make_decoder(), *latents())
+    results["gradient"] = error_message(decode_sharded, make_decoder(), *latents())
     with torch.inference_mode():
         results["inference mode"] = decode_sharded(make_decoder(), *latents())
     return results
@@ -101,16 +101,16 @@ def decode_all(rank, size):
     results["moments"] = (moments.count, *moments.group_statistics(4, 1e-6))
     ranks = sorted({size // 2, size - 1})  # one of two, two of four: ranks in the group differ from those in the world
     arguments = make_decoder(), *latents(), dist.new_group(ranks)
-    results["group"] = decode_sharded(*arguments) if rank in ranks else message(decode_sharded, *arguments)
+    results["group"] = decode_sharded(*arguments) if rank in ranks else error_message(decode_sharded, *arguments)
     if size == 2:
         for name, (change, (z, zq), _) in REFUSED.items():
             change(decoder := make_decoder())
-            results["refused", name] = message(decode_sharded, decoder, z, zq)
+            results["refused", name] = error_message(decode_sharded, decoder, z, zq)
         z, zq = latents()
-        results["refused", "ddp"] = message(decode_sharded, nn.parallel.DistributedDataParallel(make_decoder()), z, zq)
-        results["refused", "other z"] = message(decode_sharded, make_decoder(), z + rank, zq)
-        results["refused", "other zq"] = message(decode_sharded, make_decoder(), z, zq.roll(rank))
-        results["refused", "other shape"] = message(decode_sharded, make_decoder(), z, zq[:, :, : 2 + rank])
+        results["refused", "ddp"] = error_message(decode_sharded, nn.parallel.DistributedDataParallel(make_decoder()), z, zq)
+        results["refused", "other z"] = error_message(decode_sharded, make_decoder(), z + rank, zq)
+        results["refused", "other zq"] = error_message(decode_sharded, make_decoder(), z, zq.roll(rank))
+        results["refused", "other shape"] = error_message(decode_sharded, make_decoder(), z, zq[:, :, : 2 + rank])
     return results
 
 
@@ -124,7 +124,7 @@ def results(request, tmp_path_factory):
     return processes.run(worker, request.param, tmp_path_factory.mktemp("processes"), request.param)
 
 
-def each(results, key):
+def same_in_all(results, key):
     """Return the result of the first process, after checking that all have the same bits."""
     found = [result[key] for result in results]
     assert all(torch.equal(x, found[0]) for x in found)
@@ -135,7 +135,7 @@ def test_every_process_gets_the_whole_image(results):
     for name, (changes, grid, zq_grid) in GRIDS.items():
         expected = make_decoder(**changes)(*latents(grid, zq_grid=zq_grid))
         for strip_bytes in (LITTLE, PLENTY):
-            out = each(results, (name, strip_bytes))
+            out = same_in_all(results, (name, strip_bytes))
             assert out.is_contiguous() and not out.requires_grad
             assert_close(out, expected.double(), slack=5)
 
@@ -143,20 +143,20 @@ def test_every_process_gets_the_whole_image(results):
 def test_modified_layers(results):
     for name, change in CHANGES.items():
         change(decoder := make_decoder())
-        assert_close(each(results, name), decoder(*latents((6, 4))).double(), slack=5)
+        assert_close(same_in_all(results, name), decoder(*latents((6, 4))).double(), slack=5)
 
 
 def test_other_dtypes(results):
     for dtype, limit in DTYPES.items():
-        out, decoder = each(results, dtype), make_decoder().to(dtype)
+        out, decoder = same_in_all(results, dtype), make_decoder().to(dtype)
         exact = decoder.double()(*(x.double() for x in latents((6, 4), dtype=dtype)))
         assert out.dtype == dtype
         assert relative_error(out, exact) < limit, dtype
 
 
 def test_autocast_and_inference_mode(results):
-    assert 1e-4 < relative_error(each(results, "autocast"), make_decoder()(*latents((6, 4)))) < 5e-2
-    assert_close(each(results, "inference mode"), make_decoder()(*latents()).double(), slack=5)
+    assert 1e-4 < relative_error(same_in_all(results, "autocast"), make_decoder()(*latents((6, 4)))) < 5e-2
+    assert_close(same_in_all(results, "inference mode"), make_decoder()(*latents()).double(), slack=5)
 
 
 def test_without_gather_each_process_returns_its_rows(results):
@@ -188,7 +188,7 @@ def test_invalid_arguments(results):
         assert re.match("ValueError: .* must not require gradients: call under torch.no_grad", result["gradient"])
     if len(results) != 2:
         return
-    other = r"ValueError: z and zq must be the same in all processes of the group, but those of ranks \[1\] differ from rank 0's"
+    other = r"ValueError: z and zq must be the same in all processes of the group, got different ones in ranks \[1\]"
     expected = {name: pattern for name, (_, _, pattern) in REFUSED.items()}
     expected |= dict.fromkeys(("other z", "other zq", "other shape"), other)
     expected["ddp"] = "TypeError: decoder must be a MOVQDecoder, got DistributedDataParallel"

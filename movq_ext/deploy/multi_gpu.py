@@ -1,4 +1,4 @@
-"""Decode one image on several processes, each of which computes a band of rows of every map.
+"""Decode one image on several processes: each computes a band of rows of every map.
 
 This is a decode in strips whose maps have rows in other processes. After a process has written its last row of a map, it
 exchanges the rows at the edges of its band with its neighbours, for convolutions, and its moments with all processes, for norms.
@@ -149,9 +149,7 @@ class Band:
         differ = (shapes != shapes[0]).any(1) | ((samples - samples[0]).abs().mean(1) > 0.1 * samples[0].abs().mean())
         if differ.any():
             ranks = differ.nonzero().flatten().tolist()
-            raise ValueError(
-                f"z and zq must be the same in all processes of the group, but those of ranks {ranks} differ from rank 0's"
-            )
+            raise ValueError(f"z and zq must be the same in all processes of the group, got different ones in ranks {ranks}")
 
 
 class BandMap(FeatureMap):
@@ -198,7 +196,7 @@ class BandMap(FeatureMap):
 
 
 class BandMoments(Moments):
-    """Moments of the rows that this process wrote; after `all_reduce`, those of the whole map."""
+    """Moments of the rows that this process wrote and, after `all_reduce`, of the whole map."""
 
     def __init__(self, band: Band) -> None:
         super().__init__()

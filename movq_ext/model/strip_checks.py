@@ -15,6 +15,8 @@ CONV3X3_NAMES = ("conv_in", "conv_out", "conv1", "conv2", "conv_shortcut", "conv
 
 
 class Step(Protocol):
+    """One layer of a decoder."""
+
     @property
     def layer(self) -> nn.Module: ...
 

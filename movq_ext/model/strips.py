@@ -157,7 +157,7 @@ class Strips:
         """
         rows = max(1, self.strip_bytes // (values_per_pixel * x.width * x.dtype.itemsize) - HALO)
         if rows < x.height:
-            rows = 1 << rows.bit_length() - 1  # a power of two: most strips then hold whole cells of zq
+            rows = 1 << rows.bit_length() - 1  # a power of two, so that most strips hold whole cells of zq
         return [(first, min(first + rows, x.height)) for first in range(0, x.height, rows)]
 
     # --- Layers
