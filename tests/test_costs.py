@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from models import KANDINSKY, Copies, latents, make_decoder
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from movq_ext import MOVQDecoder, ResnetBlock, SpatialNorm, Upsample, decode_tiled
+from movq_ext import AttnBlock, MOVQDecoder, ResnetBlock, SpatialNorm, Upsample, decode_tiled
 
 
 def operations(run):
@@ -71,6 +74,41 @@ def test_strips_copy_no_map_except_a_projected_shortcut():
     with torch.no_grad(), Copies(1, 32 * 16 * 16) as copies:
         decoder(z, zq)
     assert copies.seen == [("aten.copy_.default", (1, 32, 16, 16))]  # the shortcut of the block from 64 to 32 channels
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes that results of operators occupy at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak, self.live = 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for result in tree_leaves(out):
+            if isinstance(result, torch.Tensor):
+                storage = result.untyped_storage()
+                self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.live = {key: (ref, size) for key, (ref, size) in self.live.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return out
+
+
+@pytest.mark.parametrize(
+    "make, maps",
+    [
+        (lambda: ResnetBlock(in_channels=64, zq_ch=4), 3),  # in norm2: its input, its output, and the input less its means
+        (lambda: ResnetBlock(in_channels=64), 3),
+        (lambda: AttnBlock(64, 4), 4),  # in attention: q, k, v and the output
+    ],
+)
+def test_peak_memory_of_a_block_in_inference(make, maps):
+    """In maps beyond the block's input."""
+    block = make().eval()
+    x, zq = torch.randn(1, 64, 64, 64).contiguous(memory_format=torch.channels_last), torch.randn(1, 4, 8, 8)
+    with torch.no_grad(), PeakBytes() as memory:
+        block(x, zq=zq)
+    assert maps <= memory.peak / x.nbytes < maps + 0.1
 
 
 PEAK = """

@@ -191,9 +191,9 @@ class AttnBlock(nn.Module, ComputesOwnLayers):
         Fused on a GPU: proj_out's bias, in the pass that adds x. On every device the sum overwrites proj_out's result. A hooked
         or replaced convolution is called and keeps its bias.
         """
-        # Rebinding h frees each map as soon as the next one exists.
-        h = run_fused(self.norm, x, modulations)
-        h = spatial_attention(*self._project(h))
+        q, k, v = self._project(run_fused(self.norm, x, modulations))
+        h = spatial_attention(q, k, v)
+        del q, k, v  # freed before proj_out allocates
         h, bias = conv_deferring_bias(self.proj_out, h)
         return add_residual(h, bias, x, self.proj_out)
 
