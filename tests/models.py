@@ -88,7 +88,7 @@ def assert_ddp_averages_the_gradients(folder, changes, **options):
 
 # Decoders to run in strips: changes to TINY, z's grid, and zq's grid if it differs.
 CASES = {
-    "as it is": ({}, (4, 6), None),
+    "default": ({}, (4, 6), None),
     "odd grid, another grid of zq": ({}, (5, 3), (7, 2)),
     "one row": ({}, (1, 9), (1, 2)),
     "add_conv": (dict(add_conv=True), (6, 4), (3, 3)),

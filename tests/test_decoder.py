@@ -101,7 +101,7 @@ def test_fused_decoder_is_the_published_one(monkeypatch, changes):
 
 @torch.no_grad()
 def test_fused_decoder_with_other_options():
-    """add_conv at both ratios of cells, and features instead of an image."""
+    """add_conv on whole and on fractional cells, and features instead of an image."""
     decoder = make_decoder(add_conv=True, give_pre_end=True, ch_mult=(1, 1, 1)).double()
     for zq_grid in (None, (3, 5)):
         z, zq = latents(dtype=torch.float64, zq_grid=zq_grid)

@@ -15,7 +15,7 @@ from movq_ext.model import quantize
 from movq_ext.model.quantize import nearest_code
 
 
-def make(n_e=50, e_dim=4, beta=0.25, **keywords):
+def make_quantizer(n_e=50, e_dim=4, beta=0.25, **keywords):
     torch.manual_seed(0)
     quantizer = VectorQuantizer(n_e, e_dim, beta, **keywords)
     torch.nn.init.normal_(quantizer.embedding.weight)
@@ -65,7 +65,7 @@ def test_search_of_16384_codes_at_128x128_stays_under_1_gib():
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_forward(legacy):
-    quantizer = make(legacy=legacy)
+    quantizer = make_quantizer(legacy=legacy)
     z = torch.randn(2, 4, 3, 5, requires_grad=True)
     z_q, loss, (perplexity, encodings, indices) = quantizer(z)
     assert perplexity is None and encodings is None
@@ -85,7 +85,7 @@ def test_forward(legacy):
 
 
 def test_sane_index_shape():
-    assert make(sane_index_shape=True)(torch.randn(2, 4, 3, 5))[2][2].shape == (2, 3, 5)
+    assert make_quantizer(sane_index_shape=True)(torch.randn(2, 4, 3, 5))[2][2].shape == (2, 3, 5)
 
 
 USED = np.array([7, 3, 40, 11])
@@ -96,7 +96,7 @@ USED = np.array([7, 3, 40, 11])
 @pytest.mark.parametrize("unknown_index", ["random", "extra", 2])
 def test_remap(tmp_path, as_file, sane_index_shape, unknown_index):
     np.save(tmp_path / "used.npy", USED)
-    quantizer = make(
+    quantizer = make_quantizer(
         remap=tmp_path / "used.npy" if as_file else USED, unknown_index=unknown_index, sane_index_shape=sane_index_shape
     )
     wanted = torch.tensor([[[40, 7], [3, 25]]])  # 25 is not in use
@@ -115,7 +115,7 @@ def test_remap(tmp_path, as_file, sane_index_shape, unknown_index):
 
 
 def test_codebook_entry():
-    quantizer = make()
+    quantizer = make_quantizer()
     indices = torch.randint(0, 50, (2, 3, 5), dtype=torch.int32)
     assert torch.equal(quantizer.get_codebook_entry(indices), quantizer.embedding.weight[indices])
     assert torch.equal(
@@ -131,13 +131,13 @@ def test_codebook_entry():
 ])  # fmt: skip
 def test_codebook_entry_refuses(indices, error, message):
     with pytest.raises(error, match=message):
-        make().get_codebook_entry(indices)
+        make_quantizer().get_codebook_entry(indices)
 
 
 @pytest.mark.parametrize("z", [torch.zeros(4, 3, 5), torch.zeros(2, 3, 3, 5)])
 def test_forward_refuses(z):
     with pytest.raises(ValueError, match=r"z must have shape \(batch, 4, height, width\), got"):
-        make()(z)
+        make_quantizer()(z)
 
 
 def test_search_is_a_registered_operator():

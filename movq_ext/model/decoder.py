@@ -130,7 +130,7 @@ class MOVQDecoder(ActivationCheckpointing):
         self.check_latents(z, zq)
         if runs_inference(self, z, zq) and is_plain_network(self):
             if z.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-                return decode_in_strips(self, z, zq, STRIP_BYTES)
+                return decode_in_strips(self, z, zq, STRIP_BYTES)  # strips stay in the cache
             return self._forward_fused(z, zq)
         z, zq = _in_channels_last(z, zq)
         h: Tensor = self.conv_in(z)
@@ -143,7 +143,7 @@ class MOVQDecoder(ActivationCheckpointing):
     def _forward_fused(self, z: Tensor, zq: Tensor) -> Tensor:
         """Compute forward in inference, for a decoder of unmodified layers.
 
-        Fused: what the layers' own ``_forward_fused`` fuse, and the products that modulate neighbouring norms.
+        Runs each layer's ``_forward_fused``, and computes the modulations of neighbouring norms in one product.
         """
         z, zq = _in_channels_last(z, zq)
         modulations = Modulations(zq, self._spatial_norms())

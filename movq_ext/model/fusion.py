@@ -1,4 +1,4 @@
-"""Layers computed together: which ones may be, convolutions without their bias, and upsampling folded into its convolution."""
+"""Fusing layers: which ones may be fused, convolutions that defer their bias, upsampling folded into its convolution."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def is_unmodified(module: nn.Module) -> bool:
 
 
 def is_plain_conv(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """True if calling the layer computes a dense, zero-padded 1x1 or 3x3 convolution of the map's own size, and nothing else.
+    """True if the layer is an unmodified ``nn.Conv2d``: dense, 1x1 or 3x3, zero-padded to keep the map's size.
 
     False for adapters (LoRA), quantised layers, patched methods (circular padding) and hooked layers.
     """
@@ -102,7 +102,7 @@ def runs_kernels(x: Tensor) -> bool:
 
 
 def fold_upsampling(weight: Tensor) -> Tensor:
-    """Return the transposed convolution (stride 2, padding 1) that equals a nearest 2x upsampling and a 3x3 convolution.
+    """Return the transposed convolution (stride 2, padding 1) that equals nearest 2x upsampling followed by a 3x3 convolution.
 
     Each pixel of the large map depends on 2x2 pixels of the small one. The weights are sums of neighbouring published ones: 16
     multiplications per small pixel, where the large map takes 36.
@@ -121,9 +121,9 @@ def fold_upsampling(weight: Tensor) -> Tensor:
 
 
 def fold_windows(weight: Tensor) -> Tensor:
-    """Return the same fold as an ordinary convolution of 2x2 windows of the small map.
+    """Return the same fold as an ordinary convolution over 2x2 windows of the small map.
 
-    A window makes the four pixels of the large map around its centre.
+    Each window yields the four pixels of the large map around its centre.
 
     Args:
         weight: ``(out, in, 3, 3)``, of the convolution.

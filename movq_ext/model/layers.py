@@ -42,7 +42,7 @@ class Upsample(nn.Module, ComputesOwnLayers):
             self.conv = nn.Conv2d(in_channels, in_channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, H, W) -> (B, C, 2H, 2W)``."""
+        """Return ``(B, C, 2H, 2W)`` for x ``(B, C, H, W)``."""
         if self.with_conv and is_plain_conv3x3(self.conv):
             return self._forward_fused(x)
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
@@ -69,12 +69,12 @@ class Downsample(nn.Module):
             self.conv = nn.Conv2d(in_channels, in_channels, kernel_size=3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, H, W) -> (B, C, H // 2, W // 2)``."""
+        """Return ``(B, C, H // 2, W // 2)`` for x ``(B, C, H, W)``."""
         return self.conv(F.pad(x, (0, 1, 0, 1))) if self.with_conv else F.avg_pool2d(x, 2)
 
 
 class ResnetBlock(nn.Module, ComputesOwnLayers):
-    """``shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1(x))) + temb_proj(silu(temb))))))``.
+    """Residual block: ``shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1(x))) + temb_proj(silu(temb))))))``.
 
     Args:
         in_channels, out_channels: multiples of 32; out_channels defaults to in_channels.
@@ -116,7 +116,9 @@ class ResnetBlock(nn.Module, ComputesOwnLayers):
                 self.nin_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor, temb: Tensor | None = None, zq: Tensor | None = None) -> Tensor:
-        """``(B, in_channels, H, W) -> (B, out_channels, H, W)``; temb ``(B, temb_channels)``, zq ``(B, zq_ch, h, w)``.
+        """Return ``(B, out_channels, H, W)`` for x ``(B, in_channels, H, W)``.
+
+        temb is ``(B, temb_channels)`` and zq ``(B, zq_ch, h, w)``.
 
         Raises ValueError if temb is given to a block without ``temb_channels``, or is missing from one with them.
         """
@@ -147,6 +149,7 @@ class ResnetBlock(nn.Module, ComputesOwnLayers):
         return add_residual(h, bias, x, self.conv2)
 
     def _shortcut(self, x: Tensor) -> Tensor:
+        """Return x, or its convolution if the channels differ."""
         shortcut = self._shortcut_layer()
         return x if shortcut is None else cast(Tensor, shortcut(x))
 
@@ -155,9 +158,9 @@ class ResnetBlock(nn.Module, ComputesOwnLayers):
 
 
 class AttnBlock(nn.Module, ComputesOwnLayers):
-    """``x + proj_out(attention(q(n), k(n), v(n)))`` with ``n = norm(x)``: one head of size in_channels over all positions.
+    """Self-attention block: ``x + proj_out(attention(q(n), k(n), v(n)))`` with ``n = norm(x)``.
 
-    q, k and v are three convolutions in the state dict and run as one.
+    One head of size in_channels attends over all positions. q, k and v are three convolutions in the state dict and run as one.
 
     Args:
         in_channels: channels of the map, a multiple of 32.
@@ -177,7 +180,7 @@ class AttnBlock(nn.Module, ComputesOwnLayers):
         self.proj_out = nn.Conv2d(in_channels, in_channels, kernel_size=1)
 
     def forward(self, x: Tensor, zq: Tensor | None = None) -> Tensor:
-        """``(B, C, H, W) -> (B, C, H, W)``; zq ``(B, zq_ch, h, w)`` where the norm is conditioned."""
+        """Return ``(B, C, H, W)`` for x of that shape and, if the norm is conditioned, zq ``(B, zq_ch, h, w)``."""
         if is_plain_norm(self.norm) and runs_inference(self, x, zq):
             return self._forward_fused(x, Modulations(zq))
         n = self.norm(x, zq)
@@ -229,7 +232,7 @@ class Middle(nn.Module):
 
 
 def is_plain_network(network: nn.Module) -> bool:
-    """True if all layers of the network are this module's, unmodified, so that they may be computed without calling them."""
+    """True if the network has only known, unmodified layers, which may be computed without calling them."""
     return all(is_unmodified(module) and _is_known_layer(module) for module in network.modules() if module is not network)
 
 

@@ -88,7 +88,7 @@ def convolve_cells(conv: nn.Conv2d, zq: Tensor) -> Tensor:
         ``(B, zq_ch, 3h, 3w)``.
     """
     weight = conv.weight
-    for dim in (-1, -2):  # fold each row of weights onto the previous, the same and the next cell, for each part of a cell
+    for dim in (-1, -2):  # for each part of a cell, sum the weights that fall on the previous, the same and the next cell
         first, middle, last = weight.split(1, dim)
         zero = torch.zeros_like(middle)
         parts = [(first, middle + last, zero), (zero, first + (middle + last), zero), (zero, first + middle, last)]

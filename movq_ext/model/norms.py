@@ -44,7 +44,7 @@ class SpatialNorm(nn.Module, ComputesOwnLayers):
         f_channels: channels of the features f.
         zq_channels: channels of the latent zq.
         norm_layer: class of the normalisation, called as ``norm_layer(num_channels=f_channels, **norm_layer_params)``.
-        freeze_norm_layer: keep the norm layer's parameters and running statistics as they are in training.
+        freeze_norm_layer: never train the norm layer's parameters or update its running statistics.
         add_conv: apply a 3x3 convolution to the resized zq first.
         **norm_layer_params: e.g. ``num_groups=32, eps=1e-6, affine=True``.
 
@@ -146,7 +146,7 @@ def make_norm(channels: int, zq_ch: int | None, add_conv: bool) -> GroupNorm | S
 
 
 def is_plain_norm(norm: nn.Module) -> bool:
-    """True if the norm is one of this module's, unmodified, so that it may be computed without calling it."""
+    """True for an unmodified GroupNorm or SpatialNorm, which may be computed without calling it."""
     if type(norm) is SpatialNorm and not is_plain_group_norm(norm.norm_layer):
         return False
     return type(norm) in (GroupNorm, SpatialNorm) and is_unmodified(norm)
