@@ -30,7 +30,7 @@ def main() -> None:
     with torch.inference_mode():  # the fast path: nothing records gradients
         for name, png in file.png_names().items():
             codes = file.codes[name].to(args.device)  # (h, w) indices, one for each 8x8 pixels
-            image = model.decode_code(codes[None])[0]  # (3, 8 h, 8 w), values in about [-1, 1]
+            image = model.decode_code(codes[None])[0]  # (3, 8 h, 8 w), values roughly in [-1, 1]
             height, width = file.sizes[name]  # the image was padded to whole cells
             path = args.out / png
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -78,7 +78,7 @@ class MOVQ(nn.Module):
         return cast(Tensor, self.quantize(h)[2][2]).view(h.shape[0], *h.shape[2:])
 
     def decode(self, quant: Tensor, max_memory: int | None = None) -> Tensor:
-        """Decode quantised latents ``(B, embed_dim, h, w)`` to images in about [-1, 1].
+        """Decode quantised latents ``(B, embed_dim, h, w)`` to images roughly in [-1, 1].
 
         Returns ``(B, out_ch, h * downsampling, w * downsampling)``. max_memory limits the bytes of working memory, without
         gradients: see `decode_tiled`.
@@ -90,7 +90,7 @@ class MOVQ(nn.Module):
         return self.decoder(z, quant) if max_memory is None else decode_tiled(self.decoder, z, quant, max_memory=max_memory)
 
     def decode_code(self, indices: Tensor) -> Tensor:
-        """Decode code indices ``(B, h, w)``, of any grid, to images in about [-1, 1].
+        """Decode code indices ``(B, h, w)``, of any grid, to images roughly in [-1, 1].
 
         Returns ``(B, out_ch, h * downsampling, w * downsampling)``.
 

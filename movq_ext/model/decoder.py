@@ -120,7 +120,7 @@ class MOVQDecoder(ActivationCheckpointing):
         """Decode z ``(B, z_channels, h, w)``, conditioned on zq ``(B, zq_ch, any height, any width)``.
 
         Returns:
-            ``(B, out_ch, H, W)`` with ``H = h * 2 ** (len(ch_mult) - 1)``, in about [-1, 1]. With give_pre_end the features
+            ``(B, out_ch, H, W)`` with ``H = h * 2 ** (len(ch_mult) - 1)``, roughly in [-1, 1]. With give_pre_end the features
             before norm_out, ``(B, ch * ch_mult[0], H, W)``.
 
         Raises:
