@@ -1,7 +1,7 @@
-"""Builds movq_ext, with the CUDA extension movq_ext._C where a CUDA toolkit and a CUDA build of torch are found.
+"""Build movq_ext, with the CUDA extension movq_ext._C if a CUDA toolkit and a CUDA build of torch are found.
 
-MOVQ_EXT_CUDA=1 insists on the extension, MOVQ_EXT_CUDA=0 leaves it out. CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS mean
-what they mean to torch.
+MOVQ_EXT_CUDA=1 fails without the extension, MOVQ_EXT_CUDA=0 leaves it out. CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS have
+the same meaning as for torch.
 """
 
 import json
@@ -21,11 +21,11 @@ ARCH_LIST = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 
 
 class NoExtensionError(Exception):
-    """Why nothing can be compiled."""
+    """The extension cannot be compiled, for the reason in the message."""
 
 
 def find_toolkit():
-    """The folder of the CUDA toolkit."""
+    """Return the folder of the CUDA toolkit."""
     if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
         homes, looked = [Path(home)], home
     else:
@@ -33,7 +33,7 @@ def find_toolkit():
         homes = [nvcc.parents[1] for nvcc in [*on_path, *(nvcc.resolve() for nvcc in on_path)]] + [Path("/usr/local/cuda")]
         looked = "PATH and /usr/local/cuda; CUDA_HOME and CUDA_PATH are not set"
     for home in homes:
-        # An nvcc alone is no toolkit: the one on PATH may be a wrapper of one that lives elsewhere.
+        # An nvcc alone is not a toolkit: the one on PATH may be a wrapper around one elsewhere.
         headers = [*home.glob("include/cuda_runtime.h"), *home.glob("targets/*/include/cuda_runtime.h")]
         if (home / "bin/nvcc").is_file() and headers:
             return home
@@ -48,10 +48,10 @@ def ask_nvcc(toolkit, option):
 
 
 def find_torch():
-    """The torch that the package will run with, or None where none is installed yet.
+    """Return the torch that the package will run with, or None if none is installed yet.
 
-    pip builds in an environment of its own that hides the packages beside this interpreter, but an extension works only with
-    the very torch it was compiled against. So the interpreter is asked where it looks for packages outside that environment.
+    pip builds in an isolated environment that hides this interpreter's packages, but an extension works only with the exact
+    torch it was compiled against. So ask the interpreter where it finds packages outside that environment.
     """
     outside = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
     script = "import json, sys; print(json.dumps(sys.path))"
@@ -69,7 +69,7 @@ def find_torch():
 
 
 def plan():
-    """What the extension is compiled with as a build record, or a record of why there is none; what the build lacks for one."""
+    """Return the build record (the versions to compile with, or why not to compile) and the packages that the build requires."""
     wish = os.environ.get("MOVQ_EXT_CUDA", "")
     if wish not in ("", "0", "1"):
         raise SetupError(f"MOVQ_EXT_CUDA must be 0 or 1 or unset, got {wish!r}")
@@ -81,7 +81,7 @@ def plan():
         nvcc = ".".join(release.groups()) if release else "of unknown version"
         torch = find_torch()
         if torch is None:
-            # pip reads this answer before it builds, and again in a build environment that has what is asked for here.
+            # pip reads the requirements first, and then runs this file again in a build environment that has them.
             return {"torch": None, "reason": "torch is not installed"}, ["torch>=2.11"]
         if not torch.version.cuda:
             raise NoExtensionError(f"torch {torch.__version__} is a build without CUDA")
@@ -95,7 +95,7 @@ def plan():
 
 
 def default_arch_list(toolkit):
-    """ARCH_LIST as far as this nvcc goes, with PTX of its last for GPUs to come."""
+    """Return the part of ARCH_LIST that this nvcc supports, with PTX of the last one for future GPUs."""
     known = ask_nvcc(toolkit, "--list-gpu-arch").split()
     return " ".join(arch for arch in ARCH_LIST if f"compute_{arch.replace('.', '')}" in known) + "+PTX"
 
@@ -104,7 +104,7 @@ record, requires = plan()
 
 
 class BuildPy(build_py):
-    """Says once what is built, and leaves a record of it that can be read without loading the extension."""
+    """Report once what is built, and write a build record that can be read without loading the extension."""
 
     def run(self):
         super().run()
@@ -119,14 +119,14 @@ class BuildPy(build_py):
 
 
 def extension():
-    """The arguments of setup() that compile movq_ext._C."""
+    """Return the arguments of setup() that compile movq_ext._C."""
     from torch.utils.cpp_extension import BuildExtension, CUDAExtension
 
     class BuildExt(BuildExtension):
         def finalize_options(self):
             super().finalize_options()
-            # setuptools would keep a library that is newer than our sources even where torch has changed since. ninja knows
-            # what is out of date, and objects of another torch are none of its business.
+            # setuptools would keep a library that is newer than our sources, even if torch has changed since. ninja decides
+            # what is out of date, among the object files of this version of torch.
             self.force = True
             self.build_temp = str(Path(self.build_temp) / f"torch-{record['torch']}")
 

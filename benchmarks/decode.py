@@ -42,7 +42,7 @@ MEASURED = ("ms", "spread", "MB", "kept MB", "images/s", "of roofline")
 
 
 def step_of(mode: str, model: nn.Module, decode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return the function of the latents to measure: it gives the image, or the gradient of the latents."""
+    """Return the function to measure. It maps the latents to the image or, in training, to their gradient."""
     if mode == "decode":
         return decode
     parameters = [p for name, p in model.named_parameters() if name.split(".")[0] in ("decoder", "post_quant_conv")]
@@ -179,7 +179,7 @@ class PeerProcess:
 
 
 def measure_case(names: Sequence[str], options: argparse.Namespace, deadline: float, **case: Any) -> dict[str, dict[str, Any]]:
-    """Return what was found for each peer. They are prepared one after the other, and then timed in turns."""
+    """Return the results of each peer. Peers are prepared one after the other, and then take turns."""
     peers = []
     try:
         for name in names:

@@ -89,7 +89,7 @@ def where(events: Iterable[Any], layers: dict[str, nn.Module], gpu: bool) -> tup
             whole += 0.0 if event.is_user_annotation or event.name in layers else event.device_time_total  # events include ranges
             continue
         layer = next((above.name for above in chain(event) if above.name in layers), None)
-        # The caller's name tells what a small operator works for: aten::copy_ in aten::convolution.
+        # The caller's name shows what a small operator is part of: aten::copy_ in aten::convolution.
         path = " ".join(above.name for above in reversed(list(chain(event))) if above.name not in layers)
         kernels = [(kernel.name, kernel.duration) for kernel in event.kernels if kernel.name not in layers]
         for name, time in kernels if gpu else [(event.name, event.self_cpu_time_total)]:

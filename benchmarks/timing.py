@@ -1,6 +1,6 @@
 """Shared by the benchmarks: the environment, timing, the device's measured rates, and the result files.
 
-One protocol for every comparison: what is compared runs in turns, for several rounds, in one script on an otherwise idle machine.
+One protocol for every comparison: the candidates take turns for several rounds, in one script on an otherwise idle machine.
 The result is the median over the rounds, and the spread is ``(largest - smallest) / median`` of the rounds' medians.
 """
 

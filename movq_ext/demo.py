@@ -59,7 +59,7 @@ class RoundTrip:
         size: (width, height) of the image that was encoded.
         grid: (rows, columns) of codes.
         distinct_codes: how many different codes occur in the grid.
-        bits_per_code: bits that tell all codes of the codebook apart.
+        bits_per_code: bits that identify one code of the codebook.
         png_bytes: the image that was encoded, as a PNG file.
         code_file_bytes: ``codes.safetensors``, which holds 32 bits per code.
         quality: the decoded image compared with the one that was encoded.
@@ -79,12 +79,12 @@ class RoundTrip:
 
     @property
     def code_bits(self) -> int:
-        """Bits of all codes, packed."""
+        """Number of bits of all codes, packed."""
         return self.grid[0] * self.grid[1] * self.bits_per_code
 
     @property
     def bits_per_pixel(self) -> float:
-        """Bits of all codes, packed, per pixel of the image."""
+        """Number of bits of all codes, packed, per pixel of the image."""
         return self.code_bits / (self.size[0] * self.size[1])
 
 

@@ -46,7 +46,7 @@ def make_decoder(seed=0, **changes):
 
 
 def latents(grid=(4, 6), batch=2, dtype=torch.float32, z=4, zq=5, zq_grid=None, device=None):
-    """Return inputs of a decoder, with z and zq channels."""
+    """Return a decoder's inputs, one latent with z channels and one with zq channels."""
     generator = torch.Generator().manual_seed(3)
     maps = torch.randn(batch, z, *grid, generator=generator), torch.randn(batch, zq, *(zq_grid or grid), generator=generator)
     return [x.to(device=device, dtype=dtype) for x in maps]
@@ -101,7 +101,7 @@ CASES = {
 
 
 class Scaled(nn.Conv2d):
-    """Stands for an adapter (LoRA): its weights alone do not determine its result."""
+    """A stand-in for an adapter (LoRA): its weights alone do not determine its result."""
 
     def forward(self, x):
         return 2 * super().forward(x)

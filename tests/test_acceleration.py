@@ -106,7 +106,7 @@ class Counted(contextlib.ExitStack):
 
     @property
     def calls(self):
-        """Calls of spatial norms, attention and upsampling."""
+        """Number of calls of spatial norms, of attention and of upsampling."""
         return sum(norm.call_count for norm in self.norms), self.attention.call_count, self.upsampling.call_count
 
 
@@ -157,14 +157,14 @@ def test_gradients_are_the_same(name):
     theirs, ours = gradients
     assert len(ours) == len(theirs) > 10
     scale = max(g.norm() for g in theirs)
-    for our, their in zip(ours, theirs, strict=True):  # some are nothing but rounding: that of the keys' bias is zero
+    for our, their in zip(ours, theirs, strict=True):  # the exact gradient of the keys' bias is zero: ours is rounding only
         assert (our - their).norm() < 1e-5 * their.norm() + 1e-7 * scale
 
 
 @every_model
 @torch.no_grad()
 def test_biases_that_the_next_kernel_adds(name, monkeypatch):
-    """As on a GPU, where a convolution's bias is left to what comes after it."""
+    """As on a GPU, where the kernel after a convolution adds its bias."""
     model = MODELS[name]()
     expected = outputs(model)
     accelerate(model)
@@ -179,7 +179,7 @@ def test_biases_that_the_next_kernel_adds(name, monkeypatch):
 
 @pytest.mark.parametrize("make", [vq, kl])
 def test_gradients_of_norms_alone(make, monkeypatch):
-    """The convolutions before them are frozen, and may not leave their bias to a norm that records gradients."""
+    """The preceding convolutions are frozen, but must not defer their bias to a norm that records gradients."""
     model, gradients = make().requires_grad_(False), []
     weights = [p.requires_grad_() for name, p in model.decoder.named_parameters() if "norm2" in name]
     monkeypatch.setattr(fusion, "runs_kernels", lambda x: True)
@@ -327,7 +327,7 @@ def test_compile(make):
     assert_same([compiled(z)], [expected])
 
 
-# What the model is
+# Classes, state and copies of the model
 
 
 @every_model
@@ -398,11 +398,11 @@ def test_weights_that_change_are_seen():
     assert outputs(model, torch.float64)[0].dtype == torch.float64
 
 
-# What others put in
+# Layers that others changed
 
 
 class Doubled(nn.Conv2d):
-    """Stands for LoRA, quantisation and the like."""
+    """A stand-in for LoRA, quantisation and similar changes."""
 
     def forward(self, x):
         return 2 * super().forward(x)
@@ -471,7 +471,7 @@ def test_hooks_run_and_see_what_they_saw(kind, first):
 @pytest.mark.parametrize("first", [True, False])
 @torch.no_grad()
 def test_layerwise_casting(first):
-    """Weights in a smaller dtype, which diffusers' hooks widen for each call: a forward on the instance of most layers."""
+    """diffusers stores weights in a smaller dtype, and converts them in a forward that it sets on most layers."""
     model = kl()
     if first:
         accelerate(model)
@@ -496,7 +496,7 @@ def test_a_forward_on_the_instance():
     restore(model)
     del block.forward
     accelerate(model)
-    for module in model.modules():  # as offloading does, which keeps what was there
+    for module in model.modules():  # as offloading does to save the original forward
         if isinstance(module, Accelerated):
             module.forward = module.forward
     with Counted() as counted:

@@ -1,4 +1,4 @@
-"""Building, and what the package knows of its own build."""
+"""The build, and the package's record of it."""
 
 import json
 import os
@@ -26,7 +26,7 @@ NOWHERE = {"CUDA_HOME": "/nowhere"}  # as on a machine without nvcc
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """What a clone holds, away from the checkout, which a build would litter."""
+    """A copy of what a clone contains, so that builds do not litter the checkout."""
     folder = tmp_path_factory.mktemp("source")
     ignore = shutil.ignore_patterns(".[!c]*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "_build_record.json")
     return Path(shutil.copytree(SOURCE, folder / "movq_ext", ignore=ignore))
@@ -54,7 +54,7 @@ def stand_in_for_torch(folder, version, cuda):
 
 
 def backend(hook, source, *args, **environment):
-    """Call a hook of setuptools' backend as pip does without isolation; returns (exit status, log, what the hook returned)."""
+    """Call a hook of setuptools' backend as pip does without isolation. Return (exit status, log, the hook's result)."""
     script = f"import json, sys, setuptools.build_meta as backend; print(json.dumps(backend.{hook}(*sys.argv[1:])))"
     clean = {key: value for key, value in os.environ.items() if key not in ("MOVQ_EXT_CUDA", "CUDA_HOME", "CUDA_PATH")}
     run = subprocess.run([sys.executable, "-c", script, *map(str, args)], cwd=source, env={**clean, **environment},
@@ -63,7 +63,7 @@ def backend(hook, source, *args, **environment):
 
 
 def build(what, source, out, **environment):
-    """As backend(), with the path of the file that was built."""
+    """Build a file with backend(). Return (log, path of the file)."""
     out.mkdir()
     status, log, name = backend(f"build_{what}", source, out, **environment)
     assert status == 0, log
@@ -121,7 +121,7 @@ def test_other_wishes_are_errors(source, tmp_path):
 
 
 def insist(source, out, **environment):
-    """The reason in the error of a build that insists on the extension."""
+    """Return the reason in the error of a build with MOVQ_EXT_CUDA=1."""
     status, log, _ = backend("build_wheel", source, out, MOVQ_EXT_CUDA="1", **environment)
     assert status != 0 and not [*out.glob("*.whl")]
     (error,) = [line for line in log.splitlines() if "MOVQ_EXT_CUDA=1 asks for the CUDA extension, but " in line]
@@ -144,13 +144,13 @@ def test_insisting_with_a_torch_that_does_not_fit_is_an_error(source, tmp_path, 
     for reason, (version, cuda) in cases.items():
         other = stand_in_for_torch(tmp_path / version, version, cuda)
         assert insist(source, tmp_path, CUDA_HOME=str(toolkit), **other) == reason
-        log, _ = build("wheel", source, tmp_path / f"{version}-out", CUDA_HOME=str(toolkit), **other)  # nobody insists
+        log, _ = build("wheel", source, tmp_path / f"{version}-out", CUDA_HOME=str(toolkit), **other)  # MOVQ_EXT_CUDA is unset
         assert log.count(f"movq_ext is built without its CUDA kernels: {reason}") == 1
 
 
 @pytest.mark.parametrize(
     ("wanted", "built"),
-    [(None, "8.0 9.0 10.0+PTX"), ("", "8.0 9.0 10.0+PTX"), ("7.5;8.6", "7.5;8.6")],  # by default as far as the nvcc goes
+    [(None, "8.0 9.0 10.0+PTX"), ("", "8.0 9.0 10.0+PTX"), ("7.5;8.6", "7.5;8.6")],  # the default is what the nvcc supports
 )
 def test_what_is_compiled(source, tmp_path, toolkit, wanted, built):
     script = (
@@ -185,7 +185,7 @@ def test_torch_is_asked_for_only_where_it_is_missing_and_something_can_be_compil
 
 
 def test_an_isolated_build_finds_the_torch_beside_the_interpreter(source, tmp_path, toolkit):
-    """pip hides the installed packages with a sitecustomize.py; a build that asks for torch gets another than the user's."""
+    """pip hides the installed packages with a sitecustomize.py. A build that required torch would get another than the user's."""
     hide = "import sys\nsys.path[:] = [path for path in sys.path if 'site-packages' not in path]\n"
     (tmp_path / "sitecustomize.py").write_text(hide)
     for package in [*Path(setuptools.__file__).parents[1].glob("setuptools*")]:
@@ -251,7 +251,7 @@ def test_no_record_is_a_reason(tmp_path):
 
 
 def start_python_in(folder, **environment):
-    """Import movq_ext as a REPL in this folder would, which looks for packages there first; returns stderr."""
+    """Import movq_ext as a REPL in this folder would, which searches the folder first. Return (package's folder, stderr)."""
     script = "import movq_ext; print(movq_ext.__file__)"
     unsafe = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
     run = subprocess.run([sys.executable, "-c", script], cwd=folder, env={**unsafe, **environment},
@@ -283,7 +283,7 @@ def test_the_installed_copy_is_found(tmp_path, monkeypatch):
     write_dist_info(packages)
     assert find_installed_copy(package) == packages / "movq_ext"
     assert find_installed_copy(packages / "movq_ext") is None
-    write_dist_info(clone)  # as the egg-info of a build would be
+    write_dist_info(clone)  # like the egg-info that a build leaves
     assert find_installed_copy(package) == packages / "movq_ext"
 
 
@@ -296,7 +296,7 @@ def test_an_editable_install_is_its_source_folder(tmp_path, monkeypatch):
 
 
 def test_an_installed_package_does_not_look_for_others(tmp_path, monkeypatch):
-    """It would cost time in every import."""
+    """Looking would slow down every import."""
     monkeypatch.setattr(source_folder, "find_installed_copy", lambda package: pytest.fail("looked for other copies"))
     source_folder.warn_if_installed_elsewhere(tmp_path / "movq_ext")
 

@@ -28,7 +28,7 @@ def run_example(name, *arguments, folder):
 
 @pytest.fixture
 def code_file(tmp_path):
-    """Return a file of codes for two pictures: one of whole cells in a folder, one that ends within a cell."""
+    """Return a code file of two images: one of whole cells in a folder, one that ends within a cell."""
     model = from_pretrained(SMALL_MODEL_PATH)
     file = CodeFile(codebook_id(model))
     file.add("a/whole.jpg", torch.randint(model.quantize.n_e, (2, 3)), (16, 24))

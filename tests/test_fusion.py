@@ -33,7 +33,7 @@ def conv3x3(channels=8, out_channels=8, **changes):
 
 @pytest.fixture
 def on_a_gpu(monkeypatch):
-    """Pretends that tensors are on a GPU."""
+    """Pretend that tensors are on a GPU."""
     monkeypatch.setattr(fusion, "runs_kernels", lambda x: True)
 
 

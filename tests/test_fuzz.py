@@ -22,7 +22,7 @@ CASES = int(os.environ.get("MOVQ_EXT_CASES", 250))
 
 
 def test_fuzz():
-    """Runs in a fresh process, whose peak memory is then that of the cases."""
+    """Runs in a fresh process, so that its peak memory is that of the cases."""
     run = subprocess.run(
         [sys.executable, Path(__file__).with_name("fuzz.py"), "--cases", str(CASES)],
         capture_output=True,

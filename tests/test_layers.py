@@ -208,7 +208,7 @@ BLOCKS = {
 
 @pytest.fixture
 def fused(monkeypatch):
-    """Pretends that tensors are on a GPU. Records every norm's f_bias, and the bias and residual of every sum in one pass."""
+    """Pretend that tensors are on a GPU. Record every norm's f_bias, and the bias and residual of every sum in one pass."""
     monkeypatch.setattr(fusion, "runs_kernels", lambda x: True)
     return SimpleNamespace(
         norm_biases=record_calls(monkeypatch, norms, "fused_spatial_norm", lambda result, f, y, b, options: options.f_bias),

@@ -1,4 +1,4 @@
-"""The native operators against the published formulas in float64, and the rules by which they choose a way to compute."""
+"""The native operators against the published formulas in float64, and how they choose a way to compute."""
 
 import published
 import pytest
@@ -53,7 +53,7 @@ def test_spatial_norm_leaves_its_arguments_alone(layout):
 
 @pytest.mark.parametrize("zq_grid", [(4, 2), (3, 5)])
 def test_spatial_norm_is_the_same_where_gradients_are_recorded(zq_grid):
-    """The two ways, in place and not, round alike."""
+    """Computing in place and computing a new tensor give the same result up to rounding."""
     f, y, b = draw(2, 6, 8, 8, dtype=torch.float32), draw(2, 6, *zq_grid, dtype=torch.float32), draw(2, 6, *zq_grid).float() + 1
     options = NormOptions(None, None, 3, activation="silu")
     recorded = native.spatial_norm(f.clone().requires_grad_(), y, b, options)
@@ -98,7 +98,7 @@ def test_vmap():
 
 
 def float32_rule(small, large):
-    """torch's nearest rule: for every index of the large grid the one of the small grid, which it computes in float32."""
+    """Return, for every index of the large grid, the index of the small grid that torch's nearest resize reads."""
     return F.interpolate(torch.arange(small, dtype=torch.float32)[None, None], size=large, mode="nearest")[0, 0].long()
 
 
@@ -154,7 +154,7 @@ def test_scale_by_cells_writes_no_resized_map():
 
 
 def bordered_index(large, cells):
-    """Row of a bordered map for every pixel: a cell's first, inner and last rows of pixels have one each."""
+    """Return the row of a bordered map for every row of pixels: a cell has one each for its first, inner and last rows."""
     size = large // cells
     return [3 * (pixel // size) + (0 if pixel % size == 0 else 2 if pixel % size == size - 1 else 1) for pixel in range(large)]
 
@@ -235,7 +235,7 @@ def test_attention_is_the_published_formula(channels, scale):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the number of elements of the largest result, and the storages of all results."""
+    """Records the number of elements of the largest result, and the storages of all results."""
 
     def __init__(self):
         super().__init__()

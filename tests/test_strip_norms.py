@@ -1,4 +1,4 @@
-"""The norms of strips must match those of whole maps, whatever rows are asked for."""
+"""The norms of strips must match those of whole maps, whichever rows are requested."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Sources of rows: each must match its layer on the whole map, whatever rows are asked for."""
+"""Sources of rows: each must match its layer on the whole map, whichever rows are requested."""
 
 import pytest
 import torch

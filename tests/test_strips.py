@@ -42,7 +42,7 @@ def decode(decoder, z, zq, max_memory):
 
 @pytest.fixture
 def spans(monkeypatch):
-    """The strips of every layer that ran in strips."""
+    """Return the strips of every layer that ran in strips."""
     return record_calls(monkeypatch, strips.Strips, "spans", lambda spans, *_: spans)
 
 

@@ -48,7 +48,7 @@ class Settings:
 
 
 class BatchDecoder:
-    """Decodes samples to PNGs. A batch has grids of one size; on a CPU it is a single grid, as decodes there run one by one."""
+    """Decodes samples to PNGs. A batch has grids of one size; on a CPU it is a single grid."""
 
     def __init__(self, settings: Settings) -> None:
         self.device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))

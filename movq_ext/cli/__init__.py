@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status.
 
-    0 if everything was done, 1 if some files failed and the rest were done, 2 for a wrong call, 130 if interrupted.
+    0 if everything was done, 1 if some files failed and the rest were done, 2 for invalid arguments, 130 if interrupted.
     Without a command, print the help.
     """
     top = parser()

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def create_model(config: Path | None) -> MOVQ:
-    """Create a model with random weights from a JSON file of MOVQ's arguments, or as large as the shipped one."""
+    """Create a model with random weights, from a JSON file of MOVQ's arguments or the shipped model's config."""
     if config is None:
         return MOVQ(**SMALL_MODEL_CONFIG)
     require_file(config)

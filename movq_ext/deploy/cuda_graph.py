@@ -1,4 +1,4 @@
-"""Decode by CUDA graphs: the kernels of a decode are recorded once for each size, and later launched together."""
+"""Decode with CUDA graphs: the kernels of a decode are recorded once for each size, and later launched together."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class CUDAGraphDecoder:
     ``decoder.to(...)``, ``parameter.data = ...``, ``load_state_dict(assign=True)`` or replacing a layer. Replays run no Python
     hooks and ignore settings such as ``torch.backends.cudnn.allow_tf32``: call `clear` after changing those.
 
-    On other devices than a GPU, the decoder runs without graphs and ``eager_reason`` says why.
+    On devices other than a GPU, the decoder runs without graphs and ``eager_reason`` says why.
 
     Args:
         decoder: in evaluation mode.
@@ -161,5 +161,5 @@ def _autocast_uncached() -> AbstractContextManager[None]:
 
 
 def _memory_layout(x: Tensor) -> Hashable:
-    """Return what must not change between replays that read x."""
+    """Return the properties of x that must not change between replays that read it."""
     return x.data_ptr(), x.dtype, x.shape, x.stride(), x.device

@@ -1,4 +1,4 @@
-"""The base of accelerated classes, and what they ask about diffusers' modules before they compute anything.
+"""The base of accelerated classes, and the checks that they make on diffusers' modules before computing anything.
 
 Every check is repeated in every call: a layer that was replaced, patched or hooked since is called as diffusers calls it.
 """
@@ -13,7 +13,7 @@ from ..model.fusion import is_unmodified
 
 
 class Accelerated(nn.Module):
-    """Base of the class that an accelerated module gets, beside the class it had. Adds no state."""
+    """First base of every accelerated class; the second is the diffusers class that it replaces. Adds no state."""
 
     diffusers_class: ClassVar[type[nn.Module]]
 
@@ -24,7 +24,7 @@ class Accelerated(nn.Module):
 
 
 def original_class(module: nn.Module) -> Any:
-    """Return the class that the module has in diffusers, accelerated or not."""
+    """Return the module's diffusers class, whether the module is accelerated or not."""
     return module.diffusers_class if isinstance(module, Accelerated) else type(module)
 
 

@@ -90,7 +90,7 @@ def accelerate(model_or_pipeline: Any) -> AccelerationReport:
 
 
 def restore(model_or_pipeline: Any) -> None:
-    """Give the parts that `accelerate` replaced their diffusers classes back. Other parts stay as they are.
+    """Restore the diffusers classes of the parts that `accelerate` replaced. Other parts do not change.
 
     Args:
         model_or_pipeline: as for `accelerate`.

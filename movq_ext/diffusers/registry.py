@@ -1,4 +1,4 @@
-"""The accelerated class for each of diffusers' classes: made on first use, since diffusers need not be installed."""
+"""The accelerated class for each of diffusers' classes: created on first use, since diffusers is optional."""
 
 from __future__ import annotations
 

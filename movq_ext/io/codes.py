@@ -1,7 +1,7 @@
 """Code files: written by ``movq-ext encode``, read by ``movq-ext decode``.
 
 A code file is a safetensors file with one int32 tensor ``(h, w)`` of code indices per image, stored under the image's name. Its
-metadata identify the codebook and hold each image's size before padding.
+metadata identifies the codebook and holds each image's size before padding.
 """
 
 from __future__ import annotations

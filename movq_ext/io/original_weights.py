@@ -18,7 +18,7 @@ NOMINAL_RESOLUTION = 256  # only the ratios to attn_resolutions matter
 def strip_prefix(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Return the model's entries without the prefix of the module that held the model.
 
-    Raises CheckpointError if there is no MoVQ model, more than one, or anything beside it.
+    Raises CheckpointError if the entries are not those of exactly one MoVQ model.
     """
     landmark = "quantize.embedding.weight"
     entries = {name: tensor for name, tensor in state.items() if not name.startswith(TRAINING_ONLY)}

@@ -28,8 +28,8 @@ from .strip_checks import LayeredDecoder, check_layers
 from .strip_norms import NormalisedRows
 from .strip_rows import HALO, ConvolvedRows, PointwiseRows, RowSource, StoredRows, StripBuffer, haloed_rows
 
-STRIP_BYTES = 32 << 20  # for a strip's tensors together: 32 rows of 256 pixels with 128 channels in float32
-# Values in a strip's tensors together, for each pixel and channel of its map.
+STRIP_BYTES = 32 << 20  # for all tensors of a strip: 32 rows of 256 pixels with 128 channels in float32
+# Number of values in all tensors of a strip, per pixel and channel of its map.
 ATTENTION_VALUES = 8
 UPSAMPLE_VALUES = 10
 
@@ -153,7 +153,7 @@ class Strips:
 
         Args:
             x: the map.
-            values_per_pixel: values in a strip's tensors together, for each pixel of x.
+            values_per_pixel: number of values in all tensors of a strip, per pixel of x.
         """
         rows = max(1, self.strip_bytes // (values_per_pixel * x.width * x.dtype.itemsize) - HALO)
         if rows < x.height:
@@ -234,7 +234,7 @@ class Strips:
 
 
 def convolution_values(channels: int, out_channels: int) -> int:
-    """Return the values in a convolution's tensors together, for each pixel of a strip.
+    """Return the number of values in all tensors of a convolution, per pixel of a strip.
 
     Input channels: the strip, its normalised copy, float32 copies of both, and scales. Output channels: the result and the
     residual.

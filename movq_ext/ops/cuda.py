@@ -22,7 +22,7 @@ if extension_available():
 
 
 def spatial_norm(f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, options: NormOptions) -> Tensor:
-    """functional.fused_spatial_norm by kernels. Arguments are checked; zq_y and zq_b have f's dtype."""
+    """functional.fused_spatial_norm with CUDA kernels. Arguments are checked; zq_y and zq_b have f's dtype."""
     # Autograd and torch.library take tensors and numbers only: this is where the options are unpacked.
     weight, bias, silu = options.weight, options.bias, options.activation == "silu"
     arguments = (f, zq_y, zq_b, weight, bias, options.groups, options.eps, silu)
@@ -66,7 +66,7 @@ class SpatialNormFunction(torch.autograd.Function):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """functional.attention by kernels. Arguments are checked, and heads are no larger than MAX_HEAD_SIZE."""
+    """functional.attention with CUDA kernels. Arguments are checked, and heads are no larger than MAX_HEAD_SIZE."""
     out: Tensor
     out, _ = AttentionFunction.apply(q, k, v, scale)  # type: ignore[no-untyped-call]
     return out
@@ -112,6 +112,6 @@ def _native_gradients(out: Tensor, inputs: Sequence[Tensor | None], needed: Sequ
 
 
 def add_bias_residual_(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """functional.add_bias_residual_ by a kernel. Arguments are checked, and no gradient is recorded."""
+    """functional.add_bias_residual_ with a CUDA kernel. Arguments are checked, and no gradient is recorded."""
     torch.ops.movq_ext.add_bias_residual_(x, bias, residual)
     return x

@@ -1,4 +1,4 @@
-"""The operators in PyTorch's own: for every device and dtype, differentiable any number of times."""
+"""The operators built from PyTorch's own: for every device and dtype, differentiable any number of times."""
 
 from __future__ import annotations
 
