@@ -13,7 +13,7 @@ from torch import nn
 import movq_ext
 from movq_ext import MOVQ, ExportError, export_decoder, load_exported
 from movq_ext.cli import main
-from movq_ext.model import layers
+from movq_ext.model import layers, norms
 from movq_ext.ops import cuda
 from movq_ext.ops.extension import extension_available
 
@@ -198,7 +198,7 @@ def test_the_file_calls_our_operators(tmp_path, monkeypatch):
         return cuda.attention(q, k, v, q.shape[3] ** -0.5).squeeze(1).transpose(1, 2).unflatten(2, maps[0].shape[2:])
 
     decoder = make_decoder(**SMALL)
-    monkeypatch.setattr(layers, "fused_spatial_norm", cuda.spatial_norm)
+    monkeypatch.setattr(norms, "fused_spatial_norm", cuda.spatial_norm)
     monkeypatch.setattr(layers, "spatial_attention", attention)
     path = export_decoder(decoder, tmp_path / "decoder.pt2", height=(2, 8), width=(2, 8))
     monkeypatch.undo()
