@@ -1,4 +1,5 @@
-// The operators attention_forward and attention_backward for CUDA tensors: checks, allocation, stream; then the launchers.
+// The operators attention_forward and attention_backward for CUDA tensors: checks, layout, allocation and stream around the
+// launchers.
 #include "kernels/attention.h"
 
 #include <ATen/core/Tensor.h>
@@ -16,99 +17,121 @@ namespace {
 
 using at::Tensor;
 
-// Elements in 16 bytes, of which every token must be a multiple.
-int64_t granule(const Tensor& t) { return 16 / t.element_size(); }
-
-// The kernels take tokens whose elements are adjacent, and addresses of whole 16 bytes: t itself where it is so, or a copy, with
-// zeros behind every token where that is what it lacks.
-Tensor usable(const Tensor& t) {
-  const int64_t step = granule(t), size = t.size(3);
-  if (size % step) return at::constant_pad_nd(t, {0, step - size % step}).contiguous();  // it keeps channels_last
-  bool fits = t.stride(3) == 1 && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-  for (int64_t dim = 0; dim < 3; ++dim) fits = fits && (t.size(dim) == 1 || t.stride(dim) % step == 0);
-  return fits ? t : t.clone(at::MemoryFormat::Contiguous);
+// The tensor as the kernels need it: adjacent elements in each token, and 16-byte alignment of addresses, strides and head size.
+// Copies it if necessary; a head size that does not fit is padded with zeros.
+Tensor aligned(const Tensor& tensor) {
+  const int64_t step = 16 / tensor.element_size(), head_size = tensor.size(3);
+  if (head_size % step) {
+    return at::constant_pad_nd(tensor, {0, step - head_size % step}).contiguous();  // it would stay channels_last
+  }
+  bool fits = tensor.stride(3) == 1 && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+  for (int64_t dim = 0; dim < 3; ++dim) fits = fits && (tensor.size(dim) == 1 || tensor.stride(dim) % step == 0);
+  return fits ? tensor : tensor.clone(at::MemoryFormat::Contiguous);
 }
 
-movq::Tokens tokens(const Tensor& t) {
-  auto stride = [&](int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); };
-  return {const_cast<void*>(t.const_data_ptr()), stride(0), stride(1), stride(2)};
+// Removes the padding that aligned() added.
+Tensor without_padding(const Tensor& tensor, int64_t head_size) {
+  return tensor.size(3) == head_size ? tensor : tensor.narrow(3, 0, head_size).contiguous();
 }
 
-// The arguments that forward and backward share, checked and laid out.
+movq::Tokens tokens(const Tensor& tensor) {
+  auto stride = [&](int64_t dim) { return tensor.size(dim) == 1 ? 0 : tensor.stride(dim); };
+  return {const_cast<void*>(tensor.const_data_ptr()), stride(0), stride(1), stride(2)};
+}
+
+// The arguments of both forward and backward, checked and aligned.
 struct Inputs {
   Tensor q, k, v;
   movq::AttentionProblem problem;
 
-  Inputs(const Tensor& q_, const Tensor& k_, const Tensor& v_, double scale) {
-    TORCH_CHECK_VALUE(q_.dim() == 4 && q_.numel() > 0,
-                      "q must have 4 dimensions (batch, heads, tokens, head size), none empty, got shape ", q_.sizes());
-    TORCH_CHECK_VALUE(q_.size(3) <= movq::kMaxHeadSize, "q must have a head size of at most ", movq::kMaxHeadSize, ", got ",
-                      q_.size(3));
-    for (const auto& [name, t] : {std::pair("k", &k_), std::pair("v", &v_)}) {
+  Inputs(const Tensor& given_q, const Tensor& given_k, const Tensor& given_v, double scale) {
+    check_rank("q", given_q);
+    TORCH_CHECK_VALUE(given_q.size(3) <= movq::kMaxHeadSize, "q must have a head size of at most ", movq::kMaxHeadSize, ", got ",
+                      given_q.size(3));
+    for (const auto& [name, tensor] : {std::pair("k", &given_k), std::pair("v", &given_v)}) {
+      check_rank(name, *tensor);
       TORCH_CHECK_VALUE(
-          t->dim() == 4 && t->numel() > 0 && t->size(0) == q_.size(0) && t->size(1) == q_.size(1) && t->size(3) == q_.size(3),
-          name, " must have 4 dimensions, none empty, with q's batch, heads and head size ", q_.sizes(), ", got shape ",
-          t->sizes());
-      TORCH_CHECK_VALUE(t->device() == q_.device(), name, " must be on q's device ", q_.device(), ", got ", t->device());
-      TORCH_CHECK_TYPE(t->scalar_type() == q_.scalar_type(), name, " must have q's dtype ", q_.scalar_type(), ", got ",
-                       t->scalar_type());
+          tensor->size(0) == given_q.size(0) && tensor->size(1) == given_q.size(1) && tensor->size(3) == given_q.size(3), name,
+          " must have q's batch, heads and head size ", given_q.sizes(), ", got ", tensor->sizes());
+      movq::check_device(name, *tensor, "q", given_q);
+      movq::check_dtype(name, *tensor, "q", given_q);
     }
-    TORCH_CHECK_VALUE(k_.size(2) == v_.size(2), "k and v must have the same tokens, got ", k_.size(2), " and ", v_.size(2));
-    constexpr int64_t most = INT32_MAX - 128;  // of which the last tile may reach beyond
-    TORCH_CHECK_VALUE(q_.size(2) <= most && k_.size(2) <= most, "q and k must have at most ", most, " tokens, got ", q_.size(2),
-                      " and ", k_.size(2));
-    q = usable(q_);
-    k = usable(k_);
-    v = usable(v_);
+    TORCH_CHECK_VALUE(given_k.size(2) == given_v.size(2), "k and v must have the same number of tokens, got ", given_k.size(2),
+                      " and ", given_v.size(2));
+    constexpr int64_t kMaxTokens = INT32_MAX - 128;  // the last tile may reach 127 tokens further
+    TORCH_CHECK_VALUE(given_q.size(2) <= kMaxTokens && given_k.size(2) <= kMaxTokens, "q and k must have at most ", kMaxTokens,
+                      " tokens, got ", given_q.size(2), " and ", given_k.size(2));
+    q = aligned(given_q);
+    k = aligned(given_k);
+    v = aligned(given_v);
     problem.batch = q.size(0);
     problem.heads = q.size(1);
     problem.queries = q.size(2);
     problem.keys = k.size(2);
-    problem.size = q.size(3);
+    problem.head_size = q.size(3);
     problem.dtype = movq::dtype_of(q, "q");
     problem.scale = static_cast<float>(scale);
   }
 
-  Tensor empty_like(const Tensor& t) const { return at::empty(t.sizes(), t.options(), at::MemoryFormat::Contiguous); }
+  static void check_rank(const char* name, const Tensor& tensor) {
+    TORCH_CHECK_VALUE(tensor.dim() == 4 && tensor.numel() > 0, name,
+                      " must have 4 dimensions (batch, heads, tokens, head size) and not be empty, got shape ", tensor.sizes());
+  }
 };
 
-// Without the zeros that usable() put behind every token.
-Tensor trimmed(const Tensor& t, int64_t size) { return t.size(3) == size ? t : t.narrow(3, 0, size).contiguous(); }
+Tensor empty_contiguous_like(const Tensor& tensor) {
+  return at::empty(tensor.sizes(), tensor.options(), at::MemoryFormat::Contiguous);
+}
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
   const c10::cuda::CUDAGuard guard(q.device());
-  const Inputs i(q, k, v, scale);
-  const Tensor out = i.empty_like(i.q);
+  const Inputs inputs(q, k, v, scale);
+  const Tensor out = empty_contiguous_like(inputs.q);
   const Tensor lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
-  const Tensor scratch = movq::workspace(movq::attention_forward_workspace(i.problem), q);
-  const movq::AttentionForward a = {
-      tokens(i.q), tokens(i.k), tokens(i.v), tokens(out), lse.mutable_data_ptr<float>(), scratch.mutable_data_ptr()};
-  movq::attention_forward(i.problem, a, c10::cuda::getCurrentCUDAStream());
-  return {trimmed(out, q.size(3)), lse};
+  const Tensor workspace = movq::allocate_workspace(movq::attention_forward_workspace(inputs.problem), q);
+  const movq::AttentionForward arguments = {
+      .q = tokens(inputs.q),
+      .k = tokens(inputs.k),
+      .v = tokens(inputs.v),
+      .out = tokens(out),
+      .lse = lse.mutable_data_ptr<float>(),
+      .workspace = workspace.mutable_data_ptr(),
+  };
+  movq::attention_forward(inputs.problem, arguments, c10::cuda::getCurrentCUDAStream());
+  return {without_padding(out, q.size(3)), lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
-                                            const Tensor& out, const Tensor& lse, double scale) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& given_dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                                            const Tensor& given_out, const Tensor& lse, double scale) {
   const c10::cuda::CUDAGuard guard(q.device());
-  const Inputs i(q, k, v, scale);
-  for (const auto& [name, t] : {std::pair("dout", &dout), std::pair("out", &out)}) {
-    TORCH_CHECK_VALUE(t->sizes() == q.sizes() && t->device() == q.device(), name, " must have q's shape and device, got ",
-                      t->sizes(), " on ", t->device());
-    TORCH_CHECK_TYPE(t->scalar_type() == q.scalar_type(), name, " must have q's dtype ", q.scalar_type(), ", got ",
-                     t->scalar_type());
+  const Inputs inputs(q, k, v, scale);
+  for (const auto& [name, tensor] : {std::pair("dout", &given_dout), std::pair("out", &given_out)}) {
+    TORCH_CHECK_VALUE(tensor->sizes() == q.sizes(), name, " must have q's shape ", q.sizes(), ", got ", tensor->sizes());
+    movq::check_device(name, *tensor, "q", q);
+    movq::check_dtype(name, *tensor, "q", q);
   }
-  TORCH_CHECK_VALUE(lse.sizes() == q.sizes().slice(0, 3) && lse.scalar_type() == at::kFloat && lse.is_contiguous() &&
-                        lse.device() == q.device(),
-                    "lse must be what the forward operator returned");
-  const Tensor d = usable(dout), o = usable(out);
-  const Tensor dq = i.empty_like(i.q), dk = i.empty_like(i.k), dv = i.empty_like(i.v);
-  const Tensor scratch = movq::workspace(movq::attention_backward_workspace(i.problem), q);
-  // clang-format off
-  const movq::AttentionBackward a = {tokens(d), tokens(i.q), tokens(i.k), tokens(i.v), tokens(o), lse.const_data_ptr<float>(),
-                                     tokens(dq), tokens(dk), tokens(dv), scratch.mutable_data_ptr()};
-  // clang-format on
-  movq::attention_backward(i.problem, a, c10::cuda::getCurrentCUDAStream());
-  return {trimmed(dq, q.size(3)), trimmed(dk, q.size(3)), trimmed(dv, q.size(3))};
+  TORCH_CHECK_VALUE(lse.sizes() == q.sizes().slice(0, 3), "lse must have q's batch, heads and tokens ", q.sizes().slice(0, 3),
+                    ", got shape ", lse.sizes());
+  TORCH_CHECK_VALUE(lse.is_contiguous(), "lse must be contiguous, got strides ", lse.strides());
+  TORCH_CHECK_TYPE(lse.scalar_type() == at::kFloat, "lse must be float32, got ", lse.scalar_type());
+  movq::check_device("lse", lse, "q", q);
+  const Tensor dout = aligned(given_dout), out = aligned(given_out);
+  const Tensor dq = empty_contiguous_like(inputs.q), dk = empty_contiguous_like(inputs.k), dv = empty_contiguous_like(inputs.v);
+  const Tensor workspace = movq::allocate_workspace(movq::attention_backward_workspace(inputs.problem), q);
+  const movq::AttentionBackward arguments = {
+      .dout = tokens(dout),
+      .q = tokens(inputs.q),
+      .k = tokens(inputs.k),
+      .v = tokens(inputs.v),
+      .out = tokens(out),
+      .lse = lse.const_data_ptr<float>(),
+      .dq = tokens(dq),
+      .dk = tokens(dk),
+      .dv = tokens(dv),
+      .workspace = workspace.mutable_data_ptr(),
+  };
+  movq::attention_backward(inputs.problem, arguments, c10::cuda::getCurrentCUDAStream());
+  return {without_padding(dq, q.size(3)), without_padding(dk, q.size(3)), without_padding(dv, q.size(3))};
 }
 
 }  // namespace

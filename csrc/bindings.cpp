@@ -1,4 +1,4 @@
-// Operator schemas and the Python module movq_ext._C. No logic.
+// The operators' schemas and the Python module movq_ext._C. No logic.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
@@ -8,7 +8,7 @@
 
 namespace py = pybind11;
 
-// Each operator's schema stands here; its implementation is registered in the file that is named after it.
+// Each operator is implemented and registered in the .cpp file named after it.
 TORCH_LIBRARY(movq_ext, m) {
   m.def(
       "spatial_norm_forward(Tensor f, Tensor? zq_y, Tensor? zq_b, Tensor? weight, Tensor? bias, int groups, float eps, bool silu,"
@@ -34,11 +34,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         result["compiler"] = __VERSION__;
         return result;
       },
-      "What this binary was compiled with: torch's release, CUDA as 1000 * major + 10 * minor, the C++ compiler.");
+      "The versions that compiled this binary: torch's release, CUDA as 1000 * major + 10 * minor, the C++ compiler.");
   m.def(
       "device_support",
       [](int device) {
-        movq::DeviceSupport support = movq::probe_device(device);
+        const movq::DeviceSupport support = movq::probe_device(device);
         py::dict result;
         result["device_capability"] = support.device_capability;
         result["binary_version"] = support.binary_version;
@@ -46,6 +46,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return result;
       },
       py::arg("device"),
-      "What this binary holds for a CUDA device: capabilities as 10 * major + minor, 0 for none. RuntimeError if it cannot be "
-      "asked.");
+      "The device's compute capability and the versions of machine code and PTX for it, as 10 * major + minor, 0 for none. "
+      "Raises RuntimeError if the device cannot be queried.");
 }

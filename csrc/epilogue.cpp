@@ -1,4 +1,4 @@
-// The operator add_bias_residual_ for CUDA tensors: checks, layout, stream; then the launcher.
+// The operator add_bias_residual_ for CUDA tensors: checks, layout and stream around the launcher.
 #include "kernels/epilogue.h"
 
 #include <ATen/core/Tensor.h>
@@ -22,20 +22,23 @@ at::MemoryFormat layout_of(const Tensor& x) {
   return at::MemoryFormat::ChannelsLast;
 }
 
-// residual in x's layout. Where that takes no copy, it is x itself or apart from it.
-Tensor laid_out(const Tensor& residual, const Tensor& x, at::MemoryFormat layout) {
-  const Tensor r = residual.contiguous(layout);
-  const auto from = reinterpret_cast<uintptr_t>(r.const_data_ptr()), to = reinterpret_cast<uintptr_t>(x.const_data_ptr());
-  TORCH_CHECK_VALUE(from == to || from >= to + x.nbytes() || to >= from + x.nbytes(), "residual must not overlap x in part");
-  return r;
+// The residual in x's layout. If that takes no copy it may be x itself; any other overlap would read values already overwritten.
+Tensor in_layout(const Tensor& given, const Tensor& x, at::MemoryFormat layout) {
+  const Tensor residual = given.contiguous(layout);
+  const auto start = reinterpret_cast<uintptr_t>(residual.const_data_ptr());
+  const auto x_start = reinterpret_cast<uintptr_t>(x.const_data_ptr());
+  TORCH_CHECK_VALUE(start == x_start || start >= x_start + x.nbytes() || x_start >= start + x.nbytes(),
+                    "residual must be x itself or not overlap it, got one that starts ",
+                    static_cast<int64_t>(start) - static_cast<int64_t>(x_start), " bytes after x, which has ", x.nbytes());
+  return residual;
 }
 
-void add_bias_residual_(Tensor& x, const OptionalTensor& bias, const OptionalTensor& residual) {
+void add_bias_residual_(Tensor& x, const OptionalTensor& given_bias, const OptionalTensor& given_residual) {
   const c10::cuda::CUDAGuard guard(x.device());
-  TORCH_CHECK_VALUE(x.dim() == 4 && x.numel() > 0, "x must have 4 dimensions, none empty, got shape ", x.sizes());
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.numel() > 0, "x must have 4 dimensions and not be empty, got shape ", x.sizes());
   TORCH_CHECK_VALUE(x.size(1) <= INT32_MAX && x.size(2) * x.size(3) <= INT32_MAX,
                     "x must have fewer than 2^31 channels and pixels, got shape ", x.sizes());
-  TORCH_CHECK_VALUE(bias || residual, "bias or residual must be given");
+  TORCH_CHECK_VALUE(given_bias || given_residual, "bias or residual must be given, got neither");
   const at::MemoryFormat layout = layout_of(x);
   movq::EpilogueProblem problem;
   problem.batch = x.size(0);
@@ -43,27 +46,25 @@ void add_bias_residual_(Tensor& x, const OptionalTensor& bias, const OptionalTen
   problem.pixels = x.size(2) * x.size(3);
   problem.dtype = movq::dtype_of(x, "x");
   problem.channels_last = layout == at::MemoryFormat::ChannelsLast;
-  Tensor b, r;
-  if (bias) {
-    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == x.size(1), "bias must have shape (", x.size(1), "), got ",
-                      bias->sizes());
-    TORCH_CHECK_VALUE(bias->device() == x.device(), "bias must be on x's device ", x.device(), ", got ", bias->device());
-    TORCH_CHECK_TYPE(bias->scalar_type() == at::kFloat || bias->scalar_type() == x.scalar_type(),
-                     "bias must be float32 or have x's dtype ", x.scalar_type(), ", got ", bias->scalar_type());
-    b = bias->contiguous();
-    problem.bias_dtype = movq::dtype_of(b, "bias");
+  Tensor bias, residual;
+  if (given_bias) {
+    movq::check_channel_parameter("bias", *given_bias, "x", x);
+    bias = given_bias->contiguous();
+    problem.bias_dtype = movq::dtype_of(bias, "bias");
   }
-  if (residual) {
-    TORCH_CHECK_VALUE(residual->sizes() == x.sizes(), "residual must have x's shape ", x.sizes(), ", got ", residual->sizes());
-    TORCH_CHECK_VALUE(residual->device() == x.device(), "residual must be on x's device ", x.device(), ", got ",
-                      residual->device());
-    TORCH_CHECK_TYPE(residual->scalar_type() == x.scalar_type(), "residual must have x's dtype ", x.scalar_type(), ", got ",
-                     residual->scalar_type());
-    r = laid_out(*residual, x, layout);
+  if (given_residual) {
+    TORCH_CHECK_VALUE(given_residual->sizes() == x.sizes(), "residual must have x's shape ", x.sizes(), ", got ",
+                      given_residual->sizes());
+    movq::check_device("residual", *given_residual, "x", x);
+    movq::check_dtype("residual", *given_residual, "x", x);
+    residual = in_layout(*given_residual, x, layout);
   }
-  const movq::Epilogue a = {x.mutable_data_ptr(), b.defined() ? b.const_data_ptr() : nullptr,
-                            r.defined() ? r.const_data_ptr() : nullptr};
-  movq::add_bias_residual(problem, a, c10::cuda::getCurrentCUDAStream());
+  const movq::Epilogue arguments = {
+      .x = x.mutable_data_ptr(),
+      .bias = movq::read_pointer(bias),
+      .residual = movq::read_pointer(residual),
+  };
+  movq::add_bias_residual(problem, arguments, c10::cuda::getCurrentCUDAStream());
 }
 
 }  // namespace

@@ -247,7 +247,7 @@ def test_a_head_that_is_too_large_for_the_device_is_an_error_with_the_kernel_s_n
     counted.device = {"shared_limit": 48 << 10}
     q, k, v, _ = case(1, 1, 8, 8, 64, BF16)
     with pytest.raises(
-        emulator.EmulatorError, match=r"attention forward: needs .* bytes of shared memory a block, the device has 49152"
+        emulator.EmulatorError, match=r"attention forward: needs .* bytes of shared memory per block, the device has 49152"
     ):
         counted.forward(q, k, v, 0.1)
 

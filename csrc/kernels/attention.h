@@ -1,7 +1,7 @@
 // Attention on the GPU, without torch: out = softmax(scale q k^T) v per image and head, and its gradients.
 //
-// q: (batch, heads, queries, size), k and v: (batch, heads, keys, size), of one type. The elements of a token are adjacent; every
-// pointer and every stride is a multiple of 16 bytes, and so is `size`, which is at most 512. Everything between is float32.
+// q is (batch, heads, queries, head_size), k and v are (batch, heads, keys, head_size), all of one dtype. The elements of a token
+// are adjacent. head_size, every pointer and every stride are multiples of 16 bytes. Intermediate results are float32.
 #pragma once
 
 #include <cstddef>
@@ -15,22 +15,22 @@ namespace movq {
 
 constexpr int kMaxHeadSize = 512;
 
-// Where the tokens of one tensor lie, in elements.
+// The tokens of one tensor; strides in elements.
 struct Tokens {
   void* data = nullptr;
   int64_t batch_stride = 0, head_stride = 0, token_stride = 0;
 };
 
 struct AttentionProblem {
-  int64_t batch = 0, heads = 0, queries = 0, keys = 0;  // each token count < 2^31
-  int64_t size = 0;                                     // of a head
+  int64_t batch = 0, heads = 0, queries = 0, keys = 0;  // queries and keys are below 2^31 - 128
+  int64_t head_size = 0;                                // at most kMaxHeadSize
   DType dtype = DType::float32;
   float scale = 1;
 };
 
 struct AttentionForward {
   Tokens q, k, v, out;
-  float* lse;       // [batch, heads, queries]: log of the sum of exp(scale q k^T) over the keys
+  float* lse;       // [batch, heads, queries]: log(sum(exp(scale q k^T))) over the keys
   void* workspace;  // attention_forward_workspace() bytes
 };
 
@@ -38,7 +38,7 @@ struct AttentionBackward {
   Tokens dout, q, k, v, out;
   const float* lse;
   Tokens dq, dk, dv;
-  void* workspace;
+  void* workspace;  // attention_backward_workspace() bytes
 };
 
 size_t attention_forward_workspace(const AttentionProblem&);

@@ -1,18 +1,21 @@
-// Attention forward: see attention_tile.cuh for the tile, its budget and what limits it. Here is the softmax, online (Milakov and
-// Gimelshein, arXiv:1805.02867; FlashAttention-2, arXiv:2307.08691): each row keeps its maximum and the sum of its weights so
-// far. The maximum is raised only when it would grow by more than 2^8: weights up to 256 are as exact as those up to 1, and the
-// sums, 128 registers of every thread, are rescaled almost never.
+// Attention forward. The tile, its budget and its limits are in attention_tile.cuh; this file has the online softmax (Milakov and
+// Gimelshein, arXiv:1805.02867; FlashAttention-2, arXiv:2307.08691).
+//
+// Each row keeps its maximum so far and the sum of its weights relative to that. The maximum is raised only when it would grow by
+// more than 2^8: weights up to 256 are as accurate as weights up to 1, and the sums, 128 registers of every thread, are almost never
+// rescaled.
 #include "attention_plan.h"
 
 namespace movq {
 namespace attention {
 namespace {
 
+// All exponents and maxima are in powers of two.
 template <class T>
 class Softmax {
   using Sizes = Tile<T>;
-  static constexpr int kHeight = Sizes::kScoreHeight, kRows = Sizes::kRows;
-  static constexpr float kSlack = 8;  // powers of two
+  static constexpr int kScoreTiles = Sizes::kScoreTiles, kRows = Sizes::kRows;
+  static constexpr float kSlack = 8;
 
  public:
   static constexpr int kProducts = 1;
@@ -22,55 +25,60 @@ class Softmax {
     float *lse, *part_lse;
   };
 
-  MOVQ_DEVICE Softmax(const Plan& p, const Arguments& arguments, const Segment& segment)
-      : p_(p), a_(arguments), segment_(segment), across_(0, 4 * kRows), of_row_(across_.end(), kRows) {
+  MOVQ_DEVICE Softmax(const Plan& plan, const Arguments& arguments, const Segment& segment)
+      : plan_(plan), arguments_(arguments), segment_(segment), of_warps_(0, 4 * kRows), of_rows_(of_warps_.end(), kRows) {
 #pragma unroll
-    for (int m = 0; m < kHeight; ++m) top_[m][0] = top_[m][1] = -INFINITY;
+    for (int m = 0; m < kScoreTiles; ++m) max_[m][0] = max_[m][1] = -INFINITY;
   }
 
-  MOVQ_DEVICE void prepare(int) {}
+  MOVQ_DEVICE void load_statistics(Synced, int) {}
 
   MOVQ_DEVICE void weigh(const Stream<T>& stream, int tile, Scores<T>& s, Scores<T>&) {
-    const float scale = p_.scale * kLog2e;
-    const int columns = p_.columns - tile * kColumns;
-    each_row([&](int m, int h, int row) {
+    const float scale = plan_.scale * kLog2e;
+    const int columns = plan_.extents.columns - tile * kColumns;
+    for_each_row([&](int m, int half, int row) {
       float peak = -INFINITY;
-      each_pair([&](int n, int e) {
-        s[m][n][2 * h + e] = score_column(n) + e < columns ? s[m][n][2 * h + e] * scale : -INFINITY;
-        peak = max(peak, s[m][n][2 * h + e]);
-      });
-      peak = warp_all_reduce<4>(peak, Max());
-      if (leads_row()) across_.store(warp_id() % 4 * kRows + row, peak);
-    });
-    __syncthreads();
-    each_row([&](int m, int h, int row) {
-      float peak = across_.load(row), shrink = 1;
-#pragma unroll
-      for (int i = 1; i < 4; ++i) peak = max(peak, across_.load(i * kRows + row));
-      if (peak - top_[m][h] > kSlack) {
-        shrink = fast_exp2(top_[m][h] - peak);
-        top_[m][h] = peak;
-        total_[m][h] *= shrink;
-      }
-      if (warp_id() % 4 == 0 && leads_row()) of_row_.store(row, shrink);
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        const float left = fast_exp2(s[m][n][2 * h] - top_[m][h]), right = fast_exp2(s[m][n][2 * h + 1] - top_[m][h]);
-        total_[m][h] += left + right;
-        stream.store_weights(row, score_column(n), left, right);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& score = s[m][n][2 * half + i];
+          score = score_column(n) + i < columns ? score * scale : -INFINITY;
+          peak = max(peak, score);
+        }
+      }
+      peak = warp_all_reduce<4>(peak, Max());
+      if (leads_row()) of_warps_.store(warp_id() % 4 * kRows + row, peak);
+    });
+    const Synced synced = block_barrier();
+    for_each_row([&](int m, int half, int row) {
+      const float peak = reduce_warps(synced, row, Max());
+      float shrink = 1;
+      if (peak - max_[m][half] > kSlack) {
+        shrink = fast_exp2(max_[m][half] - peak);
+        max_[m][half] = peak;
+        total_[m][half] *= shrink;
+      }
+      if (warp_id() % 4 == 0 && leads_row()) of_rows_.store(row, shrink);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const float left = fast_exp2(s[m][n][2 * half] - max_[m][half]);
+        const float right = fast_exp2(s[m][n][2 * half + 1] - max_[m][half]);
+        total_[m][half] += left + right;
+        stream.store_weights(synced, row, score_column(n), left, right);
       }
     });
   }
 
-  MOVQ_DEVICE void rescale(Sums<T>& sums) const {
+  MOVQ_DEVICE void rescale(Synced, Sums<T>& sums) const {
 #pragma unroll
-    for (int m = 0; m < Sizes::kHeight; ++m) {
+    for (int m = 0; m < Sizes::kSumTiles; ++m) {
 #pragma unroll
       for (int e = 0; e < 4; e += 2) {
-        const float shrink = of_row_.load(sum_row(m, e));
+        const float shrink = of_rows_.load(sum_row(m, e));
         if (shrink == 1) continue;
 #pragma unroll
-        for (int n = 0; n < kStripes; ++n) {
+        for (int n = 0; n < kMaxStripes; ++n) {
           sums[m][n][e] *= shrink;
           sums[m][n][e + 1] *= shrink;
         }
@@ -78,67 +86,66 @@ class Softmax {
     }
   }
 
-  MOVQ_DEVICE void finish(const Sums<T>& sums) {
-    each_row([&](int m, int h, int row) {
-      const float total = warp_all_reduce<4>(total_[m][h], Sum());
-      if (leads_row()) across_.store(warp_id() % 4 * kRows + row, total);
-      if (warp_id() % 4 == 0 && leads_row()) of_row_.store(row, top_[m][h]);
+  MOVQ_DEVICE void write(Synced, const Sums<T>& sums) {
+    for_each_row([&](int m, int half, int row) {
+      const float total = warp_all_reduce<4>(total_[m][half], Sum());
+      if (leads_row()) of_warps_.store(warp_id() % 4 * kRows + row, total);
+      if (warp_id() % 4 == 0 && leads_row()) of_rows_.store(row, max_[m][half]);
     });
-    __syncthreads();
-    float factor[Sizes::kHeight][2];
+    const Synced synced = block_barrier();
+    float factor[Sizes::kSumTiles][2];
 #pragma unroll
-    for (int m = 0; m < Sizes::kHeight; ++m) {
+    for (int m = 0; m < Sizes::kSumTiles; ++m) {
 #pragma unroll
-      for (int e = 0; e < 4; e += 2) {
-        const int row = sum_row(m, e), token = segment_.first_row * kRows + row;
-        float total = across_.load(row);
-#pragma unroll
-        for (int i = 1; i < 4; ++i) total += across_.load(i * kRows + row);
-        factor[m][e / 2] = 1 / total;
-        if (warp_id() == 0 && leads_row() && token < p_.rows) {
-          const float lse = (of_row_.load(row) + log2f(total)) * kLn2;
-          if (segment_.slot < 0) store(a_.lse + int64_t(segment_.tile / p_.row_tiles) * p_.rows + token, lse);
-          else store(a_.part_lse + int64_t(segment_.slot) * kRows + row, lse);
+      for (int half = 0; half < 2; ++half) {
+        const int row = sum_row(m, 2 * half), token = segment_.row_tile * kRows + row;
+        const float total = reduce_warps(synced, row, Sum());
+        factor[m][half] = 1 / total;
+        if (warp_id() == 0 && leads_row() && token < plan_.extents.rows) {
+          const float lse = (of_rows_.load(row) + log2f(total)) * kLn2;
+          if (segment_.part < 0)
+            store(arguments_.lse + int64_t(segment_.image_head(plan_.counts)) * plan_.extents.rows + token, lse);
+          else store(arguments_.part_lse + int64_t(segment_.part) * kRows + row, lse);
         }
       }
     }
-    a_.to.write(p_, segment_, sums, [&](int m, int e, float sum) { return sum * factor[m][e / 2]; });
+    arguments_.to.write(plan_, segment_, sums, [&](int m, int e, float sum) { return sum * factor[m][e / 2]; });
   }
 
  private:
-  // Of the four lanes that hold a row's scores, one.
+  // True for one of the four lanes that hold a row's scores.
   MOVQ_DEVICE static bool leads_row() { return lane_id() % 4 == 0; }
 
+  // Calls f(m, half, row) for this thread's rows of scores: an mma tile holds two, in elements 0, 1 and 2, 3.
   template <class F>
-  MOVQ_DEVICE static void each_row(F&& f) {
+  MOVQ_DEVICE static void for_each_row(F&& f) {
 #pragma unroll
-    for (int m = 0; m < kHeight; ++m) {
+    for (int m = 0; m < kScoreTiles; ++m) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) f(m, h, score_row<T>(m, 2 * h));
+      for (int half = 0; half < 2; ++half) f(m, half, score_row<T>(m, 2 * half));
     }
   }
 
-  template <class F>
-  MOVQ_DEVICE static void each_pair(F&& f) {
+  template <class Op>
+  MOVQ_DEVICE float reduce_warps(Synced, int row, Op op) const {
+    float result = of_warps_.load(row);
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) f(n, e);
-    }
+    for (int warp = 1; warp < 4; ++warp) result = op(result, of_warps_.load(warp * kRows + row));
+    return result;
   }
 
-  const Plan& p_;
-  const Arguments& a_;
+  const Plan& plan_;
+  const Arguments& arguments_;
   const Segment& segment_;
-  const Shared<float> across_;  // of a row: one value of each of the four warps that share its columns
-  const Shared<float> of_row_;
-  float top_[kHeight][2];         // the maximum, in powers of two
-  float total_[kHeight][2] = {};  // of this thread's weights
+  const Shared<float> of_warps_;  // for each row one value of each of the four warps that share its columns
+  const Shared<float> of_rows_;
+  float max_[kScoreTiles][2];         // of the row, as far as it was raised
+  float total_[kScoreTiles][2] = {};  // of this thread's weights
 };
 
 template <class T>
 Plan forward_plan(const AttentionProblem& problem) {
-  return plan<T, Softmax<T>>(problem, "attention forward");
+  return make_plan<T, Softmax<T>>(problem, "attention forward");
 }
 
 }  // namespace
@@ -148,7 +155,7 @@ size_t attention_forward_workspace(const AttentionProblem& problem) {
   size_t size = 0;
   with_type(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    size = attention::part_rows<T>(attention::forward_plan<T>(problem)) * (problem.size + 1) * sizeof(float);
+    size = attention::part_rows<T>(attention::forward_plan<T>(problem)) * (problem.head_size + 1) * sizeof(float);
   });
   return size;
 }
@@ -157,12 +164,12 @@ void attention_forward(const AttentionProblem& problem, const AttentionForward& 
   using namespace attention;
   with_type(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const Plan p = forward_plan<T>(problem);
+    const Plan plan = forward_plan<T>(problem);
     auto* parts = static_cast<float*>(a.workspace);
-    float* part_lse = parts + part_rows<T>(p) * p.size;
+    float* part_lse = parts + part_rows<T>(plan) * problem.head_size;
     const Operands<T> operands = {{source<T>(a.q), {}}, {source<T>(a.k), {}}, source<T>(a.v)};
     const typename Softmax<T>::Arguments arguments = {destination<T>(a.out, parts), a.lse, part_lse};
-    run<T, Softmax<T>>(p, operands, arguments, part_lse, a.lse, "attention forward", stream);
+    run<T, Softmax<T>>(plan, operands, arguments, part_lse, a.lse, "attention forward", stream);
   });
 }
 

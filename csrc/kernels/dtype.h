@@ -1,4 +1,4 @@
-// The element types of tensors that kernels take.
+// The element types that kernels accept.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,7 +12,7 @@ inline int bytes(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
 template <class T> struct Type { using type = T; };
 
-// Calls f(Type<T>).
+// Calls f(Type<T>) with the C++ type.
 template <class F>
 void with_type(DType dtype, F&& f) {
   switch (dtype) {

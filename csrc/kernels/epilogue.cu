@@ -1,12 +1,12 @@
-// The epilogue of a convolution: one pass that adds its bias and the residual in place.
+// The epilogue of a convolution: adds its bias and the residual in place, in one pass.
 //
-// Bytes: x and residual are read once and x is written once.
-// An access is V adjacent elements (16 bytes, or 1 element where alignment or sizes forbid more): V channels of one pixel in NHWC
-// (`Last`), V pixels of one channel in NCHW. A block takes a run of adjacent accesses, whatever the shape, and a thread reads the
-// bias again only where it comes to another channel.
-// Registers: at most 64 (__launch_bounds__) keep 4 blocks of 256 threads on a multiprocessor, each thread with 2 loads of x and 2
-// of residual in flight: 64 KB, or 32 KB in small maps, where it makes one of each; latency of memory times the bandwidth is
-// about 20 KB a multiprocessor on an H100. See benchmarks/results/resources.md for what the compiler made of it.
+// Bytes: x and residual are read once, x is written once.
+// An access is VecSize adjacent elements (16 bytes, or one element where alignment or sizes rule that out): channels of one pixel in
+// NHWC (ChannelsLast), pixels of one channel in NCHW. A block takes a run of adjacent accesses, whatever the shape. A thread loads
+// the bias again only when it reaches another channel.
+// Registers: at most 64 (__launch_bounds__), for 4 blocks of 256 threads per multiprocessor. Each thread has 2 loads of x and 2 of
+// residual in flight (1 of each in small maps), 64 KB or 32 KB per multiprocessor. An H100 needs about 20 KB to cover its memory
+// latency at full bandwidth. benchmarks/results/resources.md lists what the compiler allocates.
 #include "epilogue.h"
 
 #include <algorithm>
@@ -21,22 +21,22 @@ namespace epilogue {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kBlocksWanted = 1024;  // about one wave of blocks on the largest GPUs
-constexpr int kMostRounds = 16;          // accesses of a thread
+constexpr int64_t kTargetBlocks = 1024;  // about one wave of blocks on the largest GPUs
+constexpr int kMaxThreadAccesses = 16;
 
-// x as one run of accesses in memory. The bias comes in units: V channels in NHWC, which change from access to access, and one
-// channel in NCHW, which holds for all accesses of a map.
+// x as one run of accesses in memory, and the bias in units: VecSize channels in NHWC, where every access has another unit, and one
+// channel in NCHW, where a unit lasts for a whole map.
 struct Run {
   int64_t accesses;
-  int span;  // accesses of a block
-  unsigned unit_accesses;
-  unsigned units;  // of one period: all channels
+  int block_accesses;
+  unsigned unit_accesses;  // accesses that share a unit
+  unsigned units;          // of all channels
   bool float_bias;
 };
 
-// Unit `unit` of the bias: N channels.
+// Loads the N channels of a unit.
 template <class T, int N>
-MOVQ_DEVICE Vec<float, N> read_bias(const void* bias, bool is_float, unsigned unit) {
+MOVQ_DEVICE Vec<float, N> load_bias(const void* bias, bool is_float, unsigned unit) {
   const int64_t channel = int64_t(unit) * N;
   if (!is_float) return to_float(load_vec<N>(static_cast<const T*>(bias) + channel));
   constexpr int kFloats = N < 4 ? N : 4;  // 16 bytes
@@ -50,76 +50,81 @@ MOVQ_DEVICE Vec<float, N> read_bias(const void* bias, bool is_float, unsigned un
   return values;
 }
 
-template <class T, int V, bool Last>
+template <class T, int VecSize, bool ChannelsLast>
 __global__ void __launch_bounds__(kThreads, 4) add(Run run, T* x, const void* bias, const T* residual) {
   constexpr int kAhead = 2;  // loads in flight, of x and of residual each
-  const int64_t begin = int64_t(blockIdx.x) * run.span;
-  const int left = int(min(int64_t(run.span), run.accesses - begin));
-  const unsigned first_unit = unsigned(begin / run.unit_accesses % run.units), into_unit = unsigned(begin % run.unit_accesses);
-  x += begin * V;
-  residual += residual ? begin * V : 0;  // from here on 32-bit offsets; with 64 bits nvcc 13.0 splits the wide stores
+  const int64_t first = int64_t(blockIdx.x) * run.block_accesses;
+  const int accesses = int(min(int64_t(run.block_accesses), run.accesses - first));
+  const unsigned first_unit = unsigned(first / run.unit_accesses % run.units), in_unit = unsigned(first % run.unit_accesses);
+  // From here on offsets have 32 bits: with 64, nvcc 13.0 splits the wide stores.
+  x += first * VecSize;
+  residual += residual ? first * VecSize : 0;
 
-  constexpr int kChannels = Last ? V : 1;
-  Vec<float, kChannels> held = {};
-  unsigned held_unit = run.units;  // none
-  for (int first = threadIdx.x; first < left; first += kAhead * kThreads) {
-    Vec<T, V> value[kAhead], other[kAhead] = {};
+  constexpr int kChannels = ChannelsLast ? VecSize : 1;
+  Vec<float, kChannels> unit_bias = {};
+  unsigned loaded_unit = run.units;  // none
+  for (int access = threadIdx.x; access < accesses; access += kAhead * kThreads) {
+    Vec<T, VecSize> values[kAhead], residuals[kAhead] = {};
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      const int at = first + u * kThreads;
-      if (at < left) value[u] = load_vec<V>(x + at * V);
-      if (at < left && residual) other[u] = load_vec<V, Cache::kStream>(residual + at * V);
+    for (int ahead = 0; ahead < kAhead; ++ahead) {
+      const int at = access + ahead * kThreads;
+      if (at < accesses) values[ahead] = load_vec<VecSize>(x + at * VecSize);
+      if (at < accesses && residual) residuals[ahead] = load_vec<VecSize, Cache::kStream>(residual + at * VecSize);
     }
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      const int at = first + u * kThreads;
-      if (at >= left) break;
+    for (int ahead = 0; ahead < kAhead; ++ahead) {
+      const int at = access + ahead * kThreads;
+      if (at >= accesses) break;
       if (bias) {
-        const unsigned unit = (first_unit + (into_unit + at) / run.unit_accesses) % run.units;
-        if (unit != held_unit) {
-          held = read_bias<T, kChannels>(bias, run.float_bias, unit);
-          held_unit = unit;
+        const unsigned unit = (first_unit + (in_unit + at) / run.unit_accesses) % run.units;
+        if (unit != loaded_unit) {
+          unit_bias = load_bias<T, kChannels>(bias, run.float_bias, unit);
+          loaded_unit = unit;
         }
       }
-      Vec<float, V> sum;
+      Vec<float, VecSize> sums;
 #pragma unroll
-      for (int i = 0; i < V; ++i) sum[i] = to_float(value[u][i]) + held[Last ? i : 0] + to_float(other[u][i]);
-      store_vec(x + at * V, from_float<T>(sum));
+      for (int i = 0; i < VecSize; ++i) {
+        sums[i] = to_float(values[ahead][i]) + unit_bias[ChannelsLast ? i : 0] + to_float(residuals[ahead][i]);
+      }
+      store_vec(x + at * VecSize, from_float<T>(sums));
     }
   }
 }
 
-// Elements in one access: 16 bytes of them, or 1.
-int access(const EpilogueProblem& p, const Epilogue& a) {
-  const int lanes = 16 / bytes(p.dtype);
-  const bool aligned = is_aligned(a.x, 16) && is_aligned(a.residual, 16) && (!p.channels_last || is_aligned(a.bias, 16));
-  return aligned && (p.channels_last ? p.channels : p.pixels) % lanes == 0 ? lanes : 1;
+bool can_use_wide_accesses(const EpilogueProblem& problem, const Epilogue& a) {
+  const bool aligned = is_aligned(a.x, 16) && is_aligned(a.residual, 16) && (!problem.channels_last || is_aligned(a.bias, 16));
+  return aligned && (problem.channels_last ? problem.channels : problem.pixels) % (16 / bytes(problem.dtype)) == 0;
 }
 
-template <class T, int V, bool Last>
-void start(const EpilogueProblem& p, const Epilogue& a, cudaStream_t stream) {
+template <class T, int VecSize, bool ChannelsLast>
+void launch_add(const EpilogueProblem& problem, const Epilogue& a, cudaStream_t stream) {
   Run run = {};
-  run.accesses = p.batch * p.channels * p.pixels / V;
-  const int64_t rounds = ceil_div<int64_t>(run.accesses, kThreads);
-  run.span = kThreads * int(std::clamp<int64_t>(rounds / kBlocksWanted, 1, kMostRounds));
-  run.unit_accesses = Last ? 1 : unsigned(p.pixels / V);
-  run.units = unsigned(Last ? p.channels / V : p.channels);
-  run.float_bias = p.bias_dtype == DType::float32;
-  const unsigned blocks = grid("epilogue add", ceil_div<int64_t>(run.accesses, run.span));
-  launch(add<T, V, Last>, "epilogue add", {blocks, kThreads}, stream, run, static_cast<T*>(a.x), a.bias,
+  run.accesses = problem.batch * problem.channels * problem.pixels / VecSize;
+  const int64_t single_round_blocks = ceil_div<int64_t>(run.accesses, kThreads);
+  run.block_accesses = kThreads * int(std::clamp<int64_t>(single_round_blocks / kTargetBlocks, 1, kMaxThreadAccesses));
+  run.unit_accesses = ChannelsLast ? 1 : unsigned(problem.pixels / VecSize);
+  run.units = unsigned(ChannelsLast ? problem.channels / VecSize : problem.channels);
+  run.float_bias = problem.bias_dtype == DType::float32;
+  const unsigned blocks = grid_size("epilogue add", ceil_div<int64_t>(run.accesses, run.block_accesses));
+  launch(add<T, VecSize, ChannelsLast>, "epilogue add", {blocks, kThreads}, stream, run, static_cast<T*>(a.x), a.bias,
          static_cast<const T*>(a.residual));
 }
 
 }  // namespace
 }  // namespace epilogue
 
-void add_bias_residual(const EpilogueProblem& p, const Epilogue& a, cudaStream_t stream) {
-  const bool wide = epilogue::access(p, a) > 1;
-  with_type(p.dtype, [&](auto type) {
+void add_bias_residual(const EpilogueProblem& problem, const Epilogue& a, cudaStream_t stream) {
+  const bool wide = epilogue::can_use_wide_accesses(problem, a);
+  with_type(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    constexpr int V = 16 / sizeof(T);
-    if (p.channels_last) wide ? epilogue::start<T, V, true>(p, a, stream) : epilogue::start<T, 1, true>(p, a, stream);
-    else wide ? epilogue::start<T, V, false>(p, a, stream) : epilogue::start<T, 1, false>(p, a, stream);
+    constexpr int kWide = 16 / sizeof(T);
+    auto launch_in_layout = [&](auto channels_last) {
+      constexpr bool ChannelsLast = decltype(channels_last)::value;
+      wide ? epilogue::launch_add<T, kWide, ChannelsLast>(problem, a, stream)
+           : epilogue::launch_add<T, 1, ChannelsLast>(problem, a, stream);
+    };
+    problem.channels_last ? launch_in_layout(std::true_type()) : launch_in_layout(std::false_type());
   });
 }
 

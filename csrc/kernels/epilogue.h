@@ -1,7 +1,7 @@
 // The epilogue of a convolution on the GPU, without torch: x += bias[channel] + residual, in place.
 //
-// Computed in float32 and rounded once. x and residual share one dtype and one layout (contiguous NCHW, or contiguous NHWC when
-// channels_last).
+// The sum is computed in float32 and rounded once. x and residual have the same dtype and the same layout (contiguous NCHW, or
+// contiguous NHWC with channels_last).
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@
 namespace movq {
 
 struct EpilogueProblem {
-  int64_t batch = 0, channels = 0, pixels = 0;  // channels, pixels < 2^31; the whole tensor may exceed it
+  int64_t batch = 0, channels = 0, pixels = 0;  // channels, pixels < 2^31; the whole tensor may be larger
   DType dtype = DType::float32;                 // of x and residual
   DType bias_dtype = DType::float32;            // float32 or `dtype`
   bool channels_last = false;
@@ -22,10 +22,10 @@ struct EpilogueProblem {
 struct Epilogue {
   void* x;
   const void* bias;      // [channels]; null means 0
-  const void* residual;  // null means 0; x itself, or memory apart from it
+  const void* residual;  // null means 0; may be x itself, but must not partially overlap it
 };
 
-// Whether 16-byte accesses can be used is decided here, from the pointers and the sizes; either way the result is right.
+// The launcher chooses between 16-byte and single-element accesses from the pointers and sizes; any alignment is correct.
 void add_bias_residual(const EpilogueProblem&, const Epilogue&, cudaStream_t);
 
 }  // namespace movq

@@ -1,4 +1,4 @@
-#include "kernels/probe.h"
+#include "probe.h"
 
 #include <cuda_runtime.h>
 
@@ -12,11 +12,11 @@ __global__ void probe_kernel() {}
 
 void check(cudaError_t status, const char* call) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // so that the failure does not surface in somebody else's call
+  cudaGetLastError();  // clear it: the next caller would see it as its own
   throw std::runtime_error(std::string("probe_device: ") + call + ": " + cudaGetErrorString(status));
 }
 
-// Makes a device current for as long as it lives.
+// Makes a device current, and restores the previous one on destruction.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int device) {

@@ -1,5 +1,5 @@
-// Does this binary hold machine code (or PTX to make it from) for a device? Asked before the first launch, so that the
-// answer is a sentence and not a failed kernel.
+// Tells whether this binary has machine code, or PTX to compile it from, for a device. Asked before the first launch, so that the
+// user gets a sentence rather than a failed kernel.
 #pragma once
 
 namespace movq {
@@ -10,7 +10,7 @@ struct DeviceSupport {
   int ptx_version;        // capability of the PTX it came from
 };
 
-// Throws std::runtime_error with CUDA's reason if the device cannot be asked.
+// Throws std::runtime_error with CUDA's reason if the device cannot be queried.
 DeviceSupport probe_device(int device);
 
 }  // namespace movq

@@ -1,9 +1,8 @@
-// What the forward and the backward kernels of SpatialNorm share: the sizes, torch's nearest rule, and which elements a thread
-// owns.
+// Shared by the forward and backward kernels of SpatialNorm: sizes, the nearest resize, and which elements a thread owns.
 //
-// In both layouts a thread owns the same channels for as long as it runs and walks over pixels, so whatever depends on the
-// channel is read once. An access is V adjacent elements (16 bytes, or 1 element where alignment or sizes forbid more): V pixels
-// of one channel in NCHW, V channels of one pixel in NHWC (`Last`: channels last).
+// In both layouts a thread keeps its channels and walks over pixels, so it reads per-channel values once. An access is VecSize
+// adjacent elements (16 bytes, or one element where alignment or sizes rule that out): pixels of one channel in NCHW, channels of
+// one pixel in NHWC (ChannelsLast).
 #pragma once
 
 #include "device/convert.cuh"
@@ -16,128 +15,132 @@ namespace spatial_norm {
 
 constexpr int kThreads = 256;
 
-// How the positions of f along one side find theirs in zq: by torch's nearest rule or, where zq is bordered, by cells.
+// Maps positions of f along one axis to positions of zq: by torch's nearest rule, or by cells where zq is bordered.
 struct Axis {
   int size, zq_size;
-  float scale;  // zq_size / size
-  int cell;     // bordered: positions of f for three of zq, the first, those between and the last; else 0
+  float scale;    // zq_size / size
+  int cell_size;  // positions of f per cell where zq is bordered, otherwise 0
 };
 
 struct Geometry {
   int64_t batch;
-  int channels, groups, depth;         // depth: channels per group
-  int height, width, pixels;           // (1, pixels) where rows do not matter: without zq, or with one of the same grid
+  int channels, groups, group_channels;
+  int height, width, pixels;           // (1, pixels) where rows do not matter: without zq, or with zq on f's grid
   int zq_height, zq_width, zq_pixels;  // all 0 without zq
   Axis rows, columns;
   bool silu;
-  bool float_params;  // weight and bias are float32, else of f's type
+  bool float_params;  // weight and bias are float32, otherwise of f's type
   bool float_f_bias;
 };
 
-// Blocks are numbered by channel tile (fastest), pixel chunk, image. A block is `inner` x `outer` threads: channels x pixels in
-// NHWC, pixels x channels in NCHW, so that neighbours read neighbouring memory.
+// How a pass over f is cut into blocks, numbered by channel tile (fastest), pixel chunk and image. A block has threads_inner x
+// threads_outer threads, over channels x pixels in NHWC and pixels x channels in NCHW: neighbours read adjacent memory.
 struct Tiling {
-  int inner, outer;
-  int tiles, chunks;
+  int threads_inner, threads_outer;
+  int channel_tiles, pixel_chunks;
   int chunk_pixels;
-  MOVQ_HOST_DEVICE int threads() const { return ceil_div(inner * outer, kWarp) * kWarp; }
+  MOVQ_HOST_DEVICE int threads() const { return round_up(threads_inner * threads_outer, kWarpSize); }
 };
 
-template <int V, bool Last>
-struct Place {
-  static constexpr int kChannels = Last ? V : 1;  // owned by one thread
-  static constexpr int kPixels = Last ? 1 : V;    // in one access
+// The channels and pixels of one thread.
+template <int VecSize, bool ChannelsLast>
+struct ThreadTile {
+  static constexpr int kChannels = ChannelsLast ? VecSize : 1;      // owned by the thread
+  static constexpr int kAccessPixels = ChannelsLast ? 1 : VecSize;  // pixels of one access
   int64_t image;
   int channel;
-  int pixel, last_pixel, step;  // this thread's pixels
+  int pixel, end_pixel, pixel_step;
   bool idle;
 
-  MOVQ_DEVICE Place(const Geometry& g, const Tiling& t, int64_t block) {
-    const int inner = threadIdx.x % t.inner, outer = threadIdx.x / t.inner;
-    const int tile = block % t.tiles, chunk = block / t.tiles % t.chunks;
-    image = block / t.tiles / t.chunks;
-    channel = (tile * (Last ? t.inner : t.outer) + (Last ? inner : outer)) * kChannels;
-    pixel = chunk * t.chunk_pixels + (Last ? outer : inner) * kPixels;
-    last_pixel = int(min(int64_t(g.pixels), (chunk + 1) * int64_t(t.chunk_pixels)));
-    step = (Last ? t.outer : t.inner) * kPixels;
-    idle = outer >= t.outer || channel >= g.channels;
+  MOVQ_DEVICE ThreadTile(const Geometry& geometry, const Tiling& tiling, int64_t block) {
+    const int inner = threadIdx.x % tiling.threads_inner, outer = threadIdx.x / tiling.threads_inner;
+    const int tile = block % tiling.channel_tiles, chunk = block / tiling.channel_tiles % tiling.pixel_chunks;
+    image = block / tiling.channel_tiles / tiling.pixel_chunks;
+    const int tile_channels = ChannelsLast ? tiling.threads_inner : tiling.threads_outer;
+    channel = (tile * tile_channels + (ChannelsLast ? inner : outer)) * kChannels;
+    pixel = chunk * tiling.chunk_pixels + (ChannelsLast ? outer : inner) * kAccessPixels;
+    end_pixel = int(min(int64_t(geometry.pixels), (chunk + 1) * int64_t(tiling.chunk_pixels)));
+    pixel_step = (ChannelsLast ? tiling.threads_outer : tiling.threads_inner) * kAccessPixels;
+    idle = outer >= tiling.threads_outer || channel >= geometry.channels;
   }
 };
 
-// Where the element lies in a tensor of f's layout with `pixels` pixels an image.
-template <bool Last>
-MOVQ_DEVICE int64_t offset(const Geometry& g, int64_t image, int channel, int pixel, int pixels) {
-  return Last ? (image * pixels + pixel) * g.channels + channel : (image * g.channels + channel) * pixels + pixel;
+// The offset of an element in a tensor of f's layout that has `pixels` pixels per image.
+template <bool ChannelsLast>
+MOVQ_DEVICE int64_t element_offset(const Geometry& geometry, int64_t image, int channel, int pixel, int pixels) {
+  return ChannelsLast ? (image * pixels + pixel) * geometry.channels + channel
+                      : (image * geometry.channels + channel) * pixels + pixel;
 }
 
-// torch's nearest rule in float32, as torch computes it; or the rule of bordered cells. Neither ever goes back.
-MOVQ_DEVICE int source(int dst, const Axis& a) {
-  if (a.cell == 0) return min(int(floorf(__fmul_rn(float(dst), a.scale))), a.zq_size - 1);
-  const int cell = unsigned(dst) / unsigned(a.cell), place = dst - cell * a.cell;
-  return 3 * cell + (place == 0 ? 0 : place == a.cell - 1 ? 2 : 1);
+// The position of zq that a position of f reads. It never decreases along the axis.
+MOVQ_DEVICE int source_index(int position, const Axis& axis) {
+  if (axis.cell_size == 0) return min(int(floorf(__fmul_rn(float(position), axis.scale))), axis.zq_size - 1);  // as torch rounds
+  const int cell = unsigned(position) / unsigned(axis.cell_size), inside = position - cell * axis.cell_size;
+  return 3 * cell + (inside == 0 ? 0 : inside == axis.cell_size - 1 ? 2 : 1);
 }
 
-// The first position whose source is not before `src`: source cell i is [first_dst(i), first_dst(i + 1)), which is empty where a
-// larger zq is thinned out, or between the borders of a cell of two. Division finds it up to rounding, then the rule decides.
-MOVQ_DEVICE int first_dst(int src, const Axis& a) {
-  if (src >= a.zq_size) return a.size;
-  if (a.zq_size == a.size) return src;
-  if (a.cell != 0) {
-    const int cell = unsigned(src) / 3u, part = src - 3 * cell;
-    return cell * a.cell + (part == 2 ? a.cell - 1 : part);
+// The first position of f whose source is `source` or later. The positions that read `source` are
+// [first_position(source), first_position(source + 1)). That is empty where a larger zq is thinned out, and between the borders
+// of a cell of two.
+MOVQ_DEVICE int first_position(int source, const Axis& axis) {
+  if (source >= axis.zq_size) return axis.size;
+  if (axis.zq_size == axis.size) return source;
+  if (axis.cell_size != 0) {
+    const int cell = unsigned(source) / 3u, part = source - 3 * cell;
+    return cell * axis.cell_size + (part == 2 ? axis.cell_size - 1 : part);
   }
-  int dst = min(int(ceilf(float(src) / a.scale)), a.size);
-  while (dst > 0 && source(dst - 1, a) >= src) --dst;
-  while (dst < a.size && source(dst, a) < src) ++dst;
-  return dst;
+  int position = min(int(ceilf(float(source) / axis.scale)), axis.size);  // right up to rounding, which the rule itself corrects
+  while (position > 0 && source_index(position - 1, axis) >= source) --position;
+  while (position < axis.size && source_index(position, axis) < source) ++position;
+  return position;
 }
 
 template <class T>
-MOVQ_DEVICE float parameter(const void* p, int channel, bool is_float, float otherwise) {
-  if (!p) return otherwise;
-  return is_float ? load(static_cast<const float*>(p) + channel) : to_float(load(static_cast<const T*>(p) + channel));
+MOVQ_DEVICE float load_parameter(const void* pointer, int channel, bool is_float, float default_value) {
+  if (!pointer) return default_value;
+  return is_float ? load(static_cast<const float*>(pointer) + channel) : to_float(load(static_cast<const T*>(pointer) + channel));
 }
 
-// up(zq_y) and up(zq_b) for one access; 1 and 0 without zq. `want_b` spares the second where nobody looks at it.
-template <class T, int V, bool Last>
-MOVQ_DEVICE void modulation(const Geometry& g, const T* zq_y, const T* zq_b, int64_t image, int channel, int pixel, bool want_b,
-                            Vec<float, V>& y, Vec<float, V>& b) {
-  if (g.zq_pixels == 0) {
+// y = up(zq_y) and b = up(zq_b) for one access; 1 and 0 without zq. Leaves b alone if not `with_b`.
+template <class T, int VecSize, bool ChannelsLast>
+MOVQ_DEVICE void load_modulation(const Geometry& geometry, const T* zq_y, const T* zq_b, int64_t image, int channel, int pixel,
+                                 bool with_b, Vec<float, VecSize>& y, Vec<float, VecSize>& b) {
+  if (geometry.zq_pixels == 0) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) y[i] = 1, b[i] = 0;
+    for (int i = 0; i < VecSize; ++i) y[i] = 1, b[i] = 0;
     return;
   }
-  const bool same_grid = g.zq_pixels == g.pixels && g.height == 1;
+  const bool same_grid = geometry.zq_pixels == geometry.pixels && geometry.height == 1;
   int row = 0, column = pixel, source_row = 0;
   if (!same_grid) {
-    row = unsigned(pixel) / unsigned(g.width);
-    column = pixel - row * g.width;
-    source_row = source(row, g.rows) * g.zq_width;
+    row = unsigned(pixel) / unsigned(geometry.width);
+    column = pixel - row * geometry.width;
+    source_row = source_index(row, geometry.rows) * geometry.zq_width;
   }
-  if (Last || same_grid) {
-    const int cell = same_grid ? pixel : source_row + source(column, g.columns);
-    const int64_t at = offset<Last>(g, image, channel, cell, g.zq_pixels);
-    y = to_float(load_vec<V>(zq_y + at));
-    if (want_b) b = to_float(load_vec<V>(zq_b + at));
+  if (ChannelsLast || same_grid) {
+    const int source = same_grid ? pixel : source_row + source_index(column, geometry.columns);
+    const int64_t at = element_offset<ChannelsLast>(geometry, image, channel, source, geometry.zq_pixels);
+    y = to_float(load_vec<VecSize>(zq_y + at));
+    if (with_b) b = to_float(load_vec<VecSize>(zq_b + at));
     return;
   }
-  const int64_t at = offset<Last>(g, image, channel, source_row, g.zq_pixels);
+  const int64_t at = element_offset<ChannelsLast>(geometry, image, channel, source_row, geometry.zq_pixels);
   int previous = -1;
 #pragma unroll
-  for (int i = 0; i < V; ++i) {  // adjacent pixels mostly share their source: it is read once
-    const int cell = source(column + i, g.columns);
+  for (int i = 0; i < VecSize; ++i) {  // adjacent pixels usually have the same source: load it once
+    const int source = source_index(column + i, geometry.columns);
     if (i > 0) y[i] = y[i - 1], b[i] = b[i - 1];
-    if (cell != previous) {
-      y[i] = to_float(load(zq_y + at + cell));
-      if (want_b) b[i] = to_float(load(zq_b + at + cell));
-      previous = cell;
+    if (source != previous) {
+      y[i] = to_float(load(zq_y + at + source));
+      if (with_b) b[i] = to_float(load(zq_b + at + source));
+      previous = source;
     }
   }
 }
 
 MOVQ_DEVICE float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 MOVQ_DEVICE float silu(float x) { return x * sigmoid(x); }
-MOVQ_DEVICE float silu_slope(float x) {
+MOVQ_DEVICE float silu_derivative(float x) {
   const float s = sigmoid(x);
   return s * (1.0f + x * (1.0f - s));
 }

@@ -1,5 +1,5 @@
-// Host side of SpatialNorm: how a problem is cut into blocks. Depends on sizes and alignment alone, never on the device, so
-// every GPU adds up in the same order.
+// Host side of SpatialNorm: how a problem is cut into blocks. The cut depends on sizes and alignment, never on the device, so every
+// GPU adds in the same order.
 #pragma once
 
 #include <algorithm>
@@ -15,93 +15,100 @@
 namespace movq {
 namespace spatial_norm {
 
-// About one wave of blocks on the largest GPUs (8 a multiprocessor); below that a block takes the least work it can.
-constexpr int64_t kBlocksWanted = 1024;
+// About one wave on the largest GPUs, at 8 blocks per multiprocessor. Smaller problems get blocks of the least work instead.
+constexpr int64_t kTargetBlocks = 1024;
 
-inline Axis axis(int size, int zq_size, bool bordered) {
+inline Axis make_axis(int size, int zq_size, bool bordered) {
   return {size, zq_size, float(zq_size) / float(size), bordered && zq_size != size ? size / (zq_size / 3) : 0};
 }
 
-inline Geometry geometry(const SpatialNormProblem& p) {
-  Geometry g = {};
-  g.batch = p.batch;
-  g.channels = int(p.channels);
-  g.groups = int(p.groups);
-  g.depth = int(p.channels / p.groups);
-  g.height = int(p.height);
-  g.width = int(p.width);
-  g.pixels = int(p.height * p.width);
-  g.zq_height = int(p.zq_height);
-  g.zq_width = int(p.zq_width);
-  g.zq_pixels = int(p.zq_height * p.zq_width);
-  if (g.zq_pixels == 0 || (g.zq_height == g.height && g.zq_width == g.width)) {
-    g.height = 1;
-    g.width = g.pixels;
-    g.zq_height = g.zq_pixels ? 1 : 0;
-    g.zq_width = g.zq_pixels;
+inline Geometry make_geometry(const SpatialNormProblem& problem) {
+  Geometry geometry = {};
+  geometry.batch = problem.batch;
+  geometry.channels = int(problem.channels);
+  geometry.groups = int(problem.groups);
+  geometry.group_channels = int(problem.channels / problem.groups);
+  geometry.height = int(problem.height);
+  geometry.width = int(problem.width);
+  geometry.pixels = int(problem.height * problem.width);
+  geometry.zq_height = int(problem.zq_height);
+  geometry.zq_width = int(problem.zq_width);
+  geometry.zq_pixels = int(problem.zq_height * problem.zq_width);
+  if (geometry.zq_pixels == 0 || (geometry.zq_height == geometry.height && geometry.zq_width == geometry.width)) {
+    geometry.height = 1;
+    geometry.width = geometry.pixels;
+    geometry.zq_height = geometry.zq_pixels ? 1 : 0;
+    geometry.zq_width = geometry.zq_pixels;
   }
-  g.rows = axis(g.height, g.zq_height, p.bordered);
-  g.columns = axis(g.width, g.zq_width, p.bordered);
-  g.silu = p.silu;
-  g.float_params = p.param_dtype == DType::float32;
-  g.float_f_bias = p.f_bias_dtype == DType::float32;
-  return g;
+  geometry.rows = make_axis(geometry.height, geometry.zq_height, problem.bordered);
+  geometry.columns = make_axis(geometry.width, geometry.zq_width, problem.bordered);
+  geometry.silu = problem.silu;
+  geometry.float_params = problem.param_dtype == DType::float32;
+  geometry.float_f_bias = problem.f_bias_dtype == DType::float32;
+  return geometry;
 }
 
-inline bool same_grid(const Geometry& g) { return g.height == 1 && g.zq_pixels == g.pixels; }
+// The fewest groups whose channels are a whole number of accesses in NHWC.
+inline int groups_per_access(const Geometry& geometry, int vec_size) {
+  return vec_size / std::gcd(geometry.group_channels, vec_size);
+}
 
-// Groups whose channels together are whole accesses, so that a tile of them is.
-inline int group_unit(const Geometry& g, int lanes) { return lanes / std::gcd(g.depth, lanes); }
-
-// Elements in one access: 16 bytes of them, or 1.
-inline int access(const SpatialNormProblem& p, const Geometry& g, std::initializer_list<const void*> pointers) {
-  const int lanes = 16 / bytes(p.dtype);
+// Elements of one access: 16 bytes, or one element.
+inline int choose_vec_size(const SpatialNormProblem& problem, const Geometry& geometry,
+                           std::initializer_list<const void*> pointers) {
+  const int wide = 16 / bytes(problem.dtype);
   for (const void* pointer : pointers) {
     if (!is_aligned(pointer, 16)) return 1;
   }
-  if (p.channels_last) {
-    const int unit = group_unit(g, lanes);  // the second condition: one thread a column, see Statistics
-    return p.channels % lanes == 0 && (unit == 1 || unit * g.depth / lanes <= kThreads) ? lanes : 1;
+  if (problem.channels_last) {
+    const int groups = groups_per_access(geometry, wide);
+    // Statistics of several groups side by side need a thread for each column of accesses.
+    const bool fits_block = groups == 1 || groups * geometry.group_channels / wide <= kThreads;
+    return problem.channels % wide == 0 && fits_block ? wide : 1;
   }
-  return g.width % lanes == 0 ? lanes : 1;
+  return geometry.width % wide == 0 ? wide : 1;
 }
 
-// Rounds of work per block: enough to pay for its start, unless that leaves the GPU idle.
-inline int64_t rounds(int64_t blocks_of_one_round, int64_t most, int64_t blocks_wanted = kBlocksWanted) {
-  return std::clamp<int64_t>(blocks_of_one_round / blocks_wanted, 1, most);
+// Rounds of work per block: enough to amortise its start, unless that leaves the GPU idle.
+inline int64_t rounds_per_block(int64_t single_round_blocks, int64_t max_rounds, int64_t target_blocks = kTargetBlocks) {
+  return std::clamp<int64_t>(single_round_blocks / target_blocks, 1, max_rounds);
 }
 
-// Threads side by side along the channels of NHWC: 128 bytes of one pixel, or 32 single channels. Narrow tiles leave more
-// threads for the pixels, and so fewer part results for the same number of blocks.
-inline int channel_columns(int lanes) { return lanes > 1 ? 8 : 32; }
+// Threads side by side along the channels of NHWC: 128 bytes of one pixel, or 32 single channels. Narrow tiles leave more threads
+// for pixels, so the same number of blocks makes fewer partial results.
+inline int channel_threads(int vec_size) { return vec_size > 1 ? 8 : 32; }
 
-inline Tiling tiling(const Geometry& g, int lanes, bool channels_last) {
-  Tiling t = {};
-  const int pixel_slots = channels_last ? g.pixels : g.pixels / lanes;
-  const int channel_slots = channels_last ? g.channels / lanes : g.channels;
+inline Tiling make_tiling(const Geometry& geometry, int vec_size, bool channels_last) {
+  Tiling tiling = {};
+  const int pixel_accesses = channels_last ? geometry.pixels : geometry.pixels / vec_size;
+  const int channel_accesses = channels_last ? geometry.channels / vec_size : geometry.channels;
   if (channels_last) {
-    t.inner = std::min(channel_slots, channel_columns(lanes));
-    t.outer = std::min(kThreads / t.inner, pixel_slots);
+    tiling.threads_inner = std::min(channel_accesses, channel_threads(vec_size));
+    tiling.threads_outer = std::min(kThreads / tiling.threads_inner, pixel_accesses);
   } else {
-    t.inner = std::min(pixel_slots, kThreads);
-    t.outer = std::min(kThreads / t.inner, channel_slots);
+    tiling.threads_inner = std::min(pixel_accesses, kThreads);
+    tiling.threads_outer = std::min(kThreads / tiling.threads_inner, channel_accesses);
   }
-  const int channel_threads = channels_last ? t.inner : t.outer, pixel_threads = channels_last ? t.outer : t.inner;
-  t.tiles = ceil_div(channel_slots, channel_threads);
-  const int64_t steps = ceil_div(pixel_slots, pixel_threads);
-  const int64_t taken = rounds(steps * t.tiles * g.batch, 16);
-  t.chunks = int(ceil_div(steps, taken));
-  t.chunk_pixels = int(std::min<int64_t>(taken * pixel_threads * (channels_last ? 1 : lanes), g.pixels));
-  return t;
+  const int across_channels = channels_last ? tiling.threads_inner : tiling.threads_outer;
+  const int across_pixels = channels_last ? tiling.threads_outer : tiling.threads_inner;
+  tiling.channel_tiles = ceil_div(channel_accesses, across_channels);
+  const int64_t steps = ceil_div(pixel_accesses, across_pixels);
+  const int64_t rounds = rounds_per_block(steps * tiling.channel_tiles * geometry.batch, 16);
+  tiling.pixel_chunks = int(ceil_div(steps, rounds));
+  tiling.chunk_pixels = int(std::min<int64_t>(rounds * across_pixels * (channels_last ? 1 : vec_size), geometry.pixels));
+  return tiling;
 }
 
-// Calls f(Type<T>, integral_constant<int, V>, bool_constant<Last>).
+// Calls f(Type<T>, integral_constant<int, VecSize>, bool_constant<ChannelsLast>).
 template <class F>
-void dispatch(const SpatialNormProblem& p, int lanes, F&& f) {
-  with_type(p.dtype, [&](auto type) {
+void dispatch(const SpatialNormProblem& problem, int vec_size, F&& f) {
+  with_type(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    auto with_lanes = [&](auto v) { p.channels_last ? f(type, v, std::true_type()) : f(type, v, std::false_type()); };
-    lanes == 1 ? with_lanes(std::integral_constant<int, 1>()) : with_lanes(std::integral_constant<int, 16 / sizeof(T)>());
+    auto with_vec_size = [&](auto constant) {
+      problem.channels_last ? f(type, constant, std::true_type()) : f(type, constant, std::false_type());
+    };
+    if (vec_size == 1) with_vec_size(std::integral_constant<int, 1>());
+    else with_vec_size(std::integral_constant<int, 16 / sizeof(T)>());
   });
 }
 

@@ -74,6 +74,12 @@ BUGS = [
         "divergent barrier: .* waits at __syncthreads in line .* it is at __syncthreads in line",
     ),
     ("divergent_barrier", dict(y=Y, n=64), 3, "divergent barrier"),
+    (
+        "divergent_barrier",
+        dict(y=Y, n=64),
+        4,
+        "divergent barrier: .* waits at __syncthreads in line .* it is at __syncthreads in line",
+    ),
     ("divergent_shuffle", dict(y=Y), 1, "divergent warp: __shfl_xor_sync|deadlock"),
     ("divergent_shuffle", dict(y=Y), 2, "divergent warp: this lane is at"),
     ("cluster_barriers", dict(y=Y, blocks=4), 1, "race: shared byte|unwritten"),

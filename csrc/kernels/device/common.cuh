@@ -1,5 +1,5 @@
-// What every device header starts from. Kernels are compiled twice: by nvcc for the GPU, and by the host compiler for the
-// emulator in tests/emulator (MOVQ_EMULATOR), whose own <cuda_runtime.h> stands in for CUDA's.
+// Included by every device header. Kernels compile twice: with nvcc for the GPU, and with the host compiler for the emulator in
+// tests/emulator (MOVQ_EMULATOR), which has its own <cuda_runtime.h>.
 #pragma once
 
 #include <cstdint>
@@ -11,20 +11,26 @@
 
 namespace movq {
 
-constexpr int kWarp = 32;
-constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr int kWarpSize = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
 
-MOVQ_DEVICE int lane_id() { return threadIdx.x % kWarp; }
-MOVQ_DEVICE int warp_id() { return threadIdx.x / kWarp; }  // blocks are one-dimensional wherever warps matter
+// Blocks that use warps are one-dimensional.
+MOVQ_DEVICE int lane_id() { return threadIdx.x % kWarpSize; }
+MOVQ_DEVICE int warp_id() { return threadIdx.x / kWarpSize; }
 
-template <class I>
-MOVQ_HOST_DEVICE constexpr I ceil_div(I a, I b) {
-  return (a + b - 1) / b;
+template <class Integer>
+MOVQ_HOST_DEVICE constexpr Integer ceil_div(Integer dividend, Integer divisor) {
+  return (dividend + divisor - 1) / divisor;
 }
 
-MOVQ_HOST_DEVICE bool is_aligned(const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+template <class Integer>
+MOVQ_HOST_DEVICE constexpr Integer round_up(Integer value, Integer multiple) {
+  return ceil_div(value, multiple) * multiple;
+}
 
-// N values that move as one. Up to 16 bytes they are one memory instruction.
+MOVQ_HOST_DEVICE bool is_aligned(const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+// N values that are loaded and stored together: one memory instruction up to 16 bytes.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Vec {
   T data[N];

@@ -1,4 +1,4 @@
-// Between float, in which everything is computed, and the types that memory and tensor cores hold.
+// Conversions between float, the type of all arithmetic, and the types that memory and tensor cores hold.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -34,7 +34,7 @@ MOVQ_DEVICE Vec<T, N> from_float(const Vec<float, N>& v) {
   return r;
 }
 
-// Two 16-bit values in one register, the first in the low half: the operands of mma.
+// Two 16-bit values in one register, as mma takes them: the first in the low half.
 template <class T> MOVQ_DEVICE uint32_t pack(float low, float high);
 template <> MOVQ_DEVICE uint32_t pack<__half>(float low, float high) {
   union {
@@ -51,7 +51,7 @@ template <> MOVQ_DEVICE uint32_t pack<__nv_bfloat16>(float low, float high) {
   return u.bits;
 }
 
-// The nearest tf32 (10 bits of mantissa), ties away from zero, as the bits mma takes.
+// The bits of the nearest tf32 (10 bits of mantissa), ties away from zero.
 MOVQ_DEVICE uint32_t to_tf32(float v) {
   uint32_t bits;
 #ifdef MOVQ_EMULATOR

@@ -1,5 +1,5 @@
-// Copies from global to shared memory that run while the thread goes on. The bytes are there for the thread that copied them
-// after its wait, and for the others after the barrier that follows the wait.
+// Asynchronous copies from global to shared memory. A thread sees the bytes it copied after its own wait; other threads see them
+// after a barrier that follows that wait.
 #pragma once
 
 #include "common.cuh"
@@ -7,25 +7,20 @@
 
 namespace movq {
 
-// Copies N elements (4, 8 or 16 bytes, both sides aligned to that) to dst[i]; writes zeros, and reads nothing, where not `valid`.
-template <int N, class T>
-MOVQ_DEVICE void cp_async(const Shared<T>& dst, unsigned i, const T* src, bool valid = true) {
-  constexpr int bytes = N * sizeof(T);
-  static_assert(bytes == 4 || bytes == 8 || bytes == 16, "cp.async moves 4, 8 or 16 bytes");
+// Copies 16 bytes to element i of `to`; both sides must be aligned to 16. If not `valid`, writes zeros and reads nothing.
+template <class T>
+MOVQ_DEVICE void cp_async_16(const Shared<T>& to, unsigned i, const void* from, bool valid) {
+  const unsigned address = to.address(i, 16 / sizeof(T));
 #ifdef MOVQ_EMULATOR
-  emu::cp_async(dst.address(i, N), src, bytes, valid);
+  emu::cp_async(address, from, 16, valid);
 #else
-  const unsigned to = dst.address(i, N);
-  const int size = valid ? bytes : 0;
-  if (bytes == 16) {  // .cg: past L1, which nobody else would read
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(src), "r"(size) : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(src), "n"(bytes), "r"(size) : "memory");
-  }
+  const int bytes_read = valid ? 16 : 0;
+  // .cg bypasses L1: no other thread of the multiprocessor reads these bytes.
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes_read) : "memory");
 #endif
 }
 
-// Ends this thread's current group of copies.
+// Closes this thread's current group of copies.
 MOVQ_DEVICE void cp_async_commit() {
 #ifdef MOVQ_EMULATOR
   emu::cp_async_commit();
@@ -34,7 +29,7 @@ MOVQ_DEVICE void cp_async_commit() {
 #endif
 }
 
-// Waits until at most `Pending` of this thread's groups are still under way.
+// Waits until at most `Pending` of this thread's groups are in flight.
 template <int Pending>
 MOVQ_DEVICE void cp_async_wait() {
 #ifdef MOVQ_EMULATOR

@@ -1,4 +1,4 @@
-// The one way to start a kernel. Errors are exceptions that carry the kernel's name.
+// The one way to launch a kernel. Errors are exceptions that carry the kernel's name.
 #pragma once
 
 #include <stdexcept>
@@ -12,14 +12,12 @@ struct Launch {
   dim3 grid;
   dim3 block;
   size_t shared_bytes = 0;
-  unsigned cluster = 1;      // blocks (along x) that share a cluster: sm_90 and up
-  bool cooperative = false;  // all blocks resident at once, as grid_sync() needs
 };
 
-// A grid of this many blocks along x.
-inline unsigned grid(const char* kernel, int64_t blocks) {
+// `blocks` as the size of a one-dimensional grid.
+inline unsigned grid_size(const char* kernel, int64_t blocks) {
   if (blocks > INT32_MAX) {
-    throw std::runtime_error(std::string(kernel) + ": " + std::to_string(blocks) + " blocks exceed CUDA's limit of 2^31 - 1");
+    throw std::runtime_error(std::string(kernel) + ": expected a grid of at most 2^31 - 1 blocks, got " + std::to_string(blocks));
   }
   return unsigned(blocks);
 }
@@ -28,7 +26,7 @@ inline unsigned grid(const char* kernel, int64_t blocks) {
 
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), const char* name, const Launch& how, cudaStream_t, Args&&... args) {
-  emu::launch(name, {how.grid, how.block, how.shared_bytes, how.cluster, how.cooperative}, [&] { kernel(args...); });
+  emu::launch(name, {how.grid, how.block, how.shared_bytes}, [&] { kernel(args...); });
 }
 
 template <class... Params>
@@ -36,18 +34,17 @@ int resident_blocks(void (*)(Params...), const char*, int threads, size_t shared
   return emu::resident_blocks(threads, shared_bytes);
 }
 
-inline int multiprocessors() { return emu::multiprocessors(); }
 inline int shared_memory_limit() { return emu::shared_memory_limit(); }
 
 #else
 
 inline void check(cudaError_t error, const char* name) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // ours to report: do not leave it for the next caller to find
+  cudaGetLastError();  // clear it: the next caller would see it as its own
   throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
 }
 
-// Above 48 KB a kernel must ask for its dynamic shared memory, once per device.
+// A kernel must opt in to more than 48 KB of dynamic shared memory, once per device.
 template <class... Params>
 void allow_shared_memory(void (*kernel)(Params...), const char* name, size_t bytes) {
   if (bytes > 48 * 1024) {
@@ -58,26 +55,11 @@ void allow_shared_memory(void (*kernel)(Params...), const char* name, size_t byt
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), const char* name, const Launch& how, cudaStream_t stream, Args&&... args) {
   allow_shared_memory(kernel, name, how.shared_bytes);
-  cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config = {};
   config.gridDim = how.grid;
   config.blockDim = how.block;
   config.dynamicSmemBytes = how.shared_bytes;
   config.stream = stream;
-  config.attrs = attributes;
-  if (how.cluster > 1) {
-    if (how.cluster > 8) {  // 8 is what every device with clusters can run
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name);
-    }
-    auto& attribute = attributes[config.numAttrs++];
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {how.cluster, 1, 1};
-  }
-  if (how.cooperative) {
-    auto& attribute = attributes[config.numAttrs++];
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-  }
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), name);
 }
 
@@ -88,18 +70,16 @@ inline int device_attribute(cudaDeviceAttr attribute, const char* name) {
   return value;
 }
 
-inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount, "multiprocessors"); }
-
-// Bytes of shared memory that a block can ask for.
+// Bytes of shared memory that a block can have.
 inline int shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, "shared_memory_limit"); }
 
-// How many blocks of this kernel the whole device holds at once: the largest cooperative grid.
+// The number of this kernel's blocks that run on the device at the same time.
 template <class... Params>
 int resident_blocks(void (*kernel)(Params...), const char* name, int threads, size_t shared_bytes) {
   allow_shared_memory(kernel, name, shared_bytes);
   int blocks = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes), name);
-  return blocks * multiprocessors();
+  return blocks * device_attribute(cudaDevAttrMultiProcessorCount, name);
 }
 
 #endif

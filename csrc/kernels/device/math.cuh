@@ -1,11 +1,11 @@
-// Fast approximations that CUDA C++ has no function for.
+// Fast approximations that have no function in CUDA C++.
 #pragma once
 
 #include "common.cuh"
 
 namespace movq {
 
-// 2^x within 2 ulp; -inf gives 0.
+// 2^x to within 2 ulp; 0 for -inf.
 MOVQ_DEVICE float fast_exp2(float x) {
 #ifdef MOVQ_EMULATOR
   return exp2f(x);

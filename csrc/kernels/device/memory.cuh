@@ -1,19 +1,18 @@
-// Global memory: every load, store and atomic of a kernel is one of these, so that the emulator can check its bounds and
-// alignment and count its bytes and 32-byte sectors.
+// Global memory. Kernels load and store through these functions only, so that the emulator can check bounds and alignment, and
+// count bytes and 32-byte sectors.
 #pragma once
 
 #include "common.cuh"
 
 namespace movq {
 
-// kStream is for data that is touched once: it is the first to leave the cache.
-enum class Cache { kKeep, kStream };
+// kStream is for data that is read once: the cache evicts it first.
+enum class Cache { kDefault, kStream };
 
 namespace detail {
 
-// The machine word that moves `Bytes` bytes.
+// The machine word of this many bytes.
 template <int Bytes> struct Word;
-template <> struct Word<1> { using type = unsigned char; };
 template <> struct Word<2> { using type = unsigned short; };
 template <> struct Word<4> { using type = unsigned; };
 template <> struct Word<8> { using type = uint2; };
@@ -37,7 +36,7 @@ MOVQ_DEVICE V global_read(const void* p) {
 #endif
 }
 
-template <Cache cache, class V>
+template <class V>
 MOVQ_DEVICE void global_write(void* p, const V& v) {
 #ifdef MOVQ_EMULATOR
   emu::global_write(p, &v, sizeof(V));
@@ -48,42 +47,31 @@ MOVQ_DEVICE void global_write(void* p, const V& v) {
     W word;
   } u;
   u.value = v;
-  auto* word = static_cast<W*>(p);
-  if (cache == Cache::kStream) __stcs(word, u.word);
-  else *word = u.word;
+  *static_cast<W*>(p) = u.word;
 #endif
 }
 
 }  // namespace detail
 
-template <Cache cache = Cache::kKeep, class T>
+template <class T>
 MOVQ_DEVICE T load(const T* p) {
-  return detail::global_read<cache, T>(p);
+  return detail::global_read<Cache::kDefault, T>(p);
 }
 
-template <Cache cache = Cache::kKeep, class T>
+template <class T>
 MOVQ_DEVICE void store(T* p, T v) {
-  detail::global_write<cache>(p, v);
+  detail::global_write(p, v);
 }
 
-// `p` must be aligned to sizeof(T) * N, which is at most 16 bytes.
-template <int N, Cache cache = Cache::kKeep, class T>
+// N elements in one access: sizeof(T) * N is at most 16 bytes, and `p` is aligned to that.
+template <int N, Cache cache = Cache::kDefault, class T>
 MOVQ_DEVICE Vec<T, N> load_vec(const T* p) {
   return detail::global_read<cache, Vec<T, N>>(p);
 }
 
-template <Cache cache = Cache::kKeep, class T, int N>
+template <class T, int N>
 MOVQ_DEVICE void store_vec(T* p, const Vec<T, N>& v) {
-  detail::global_write<cache>(p, v);
-}
-
-// Returns the value before the addition. Integers only: float atomics would make results depend on the schedule.
-MOVQ_DEVICE unsigned atomic_add(unsigned* p, unsigned v) {
-#ifdef MOVQ_EMULATOR
-  return emu::global_atomic_add(p, v);
-#else
-  return atomicAdd(p, v);
-#endif
+  detail::global_write(p, v);
 }
 
 }  // namespace movq

@@ -1,9 +1,10 @@
-// Tensor-core products of one warp: d += a * b, accumulated in float; sums are truncated. Where each lane's values lie (PTX ISA,
-// "Matrix Fragments for mma"), with row = lane / 4 and pair = lane % 4:
+// Tensor-core products of one warp: d += a * b, accumulated in float with truncation.
+//
+// Where each lane's values lie in the matrices (PTX ISA, "Matrix Fragments for mma"), with row = lane / 4 and pair = lane % 4:
 //   d (16 x 8):           d[0], d[1] at (row, 2 pair), (row, 2 pair + 1); d[2], d[3] eight rows below
-//   a (16 x 16, 16 bit):  a[0] at (row, 2 pair) and the next column; a[1] eight rows below; a[2], a[3] eight columns right
+//   a (16 x 16, 16 bit):  a[0] at (row, 2 pair) and the next column; a[1] eight rows below; a[2], a[3] eight columns to the right
 //   b (16 x 8, 16 bit):   b[0] at (2 pair, row) and the next row; b[1] eight rows below
-//   a (16 x 8, tf32):     a[0] at (row, pair); a[1] eight rows below; a[2], a[3] four columns right of those
+//   a (16 x 8, tf32):     a[0] at (row, pair); a[1] eight rows below; a[2], a[3] four columns to the right
 //   b (8 x 8, tf32):      b[0] at (pair, row); b[1] four rows below
 #pragma once
 
@@ -32,7 +33,7 @@ MOVQ_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint3
 #endif
 }
 
-// Operands from to_tf32().
+// The operands come from to_tf32().
 MOVQ_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #ifdef MOVQ_EMULATOR
   emu::mma_m16n8k8_tf32(d, a, b);

@@ -1,5 +1,5 @@
-// Shared memory: one dynamic array per block, seen through typed, bounded views. A kernel lays its views out by byte offset;
-// static __shared__ variables are not used, because the emulator could not see them.
+// Shared memory: one dynamic array per block, accessed through typed views with bounds. A kernel places its views by byte offset.
+// Static __shared__ variables are not used, because the emulator could not see them.
 #pragma once
 
 #include "common.cuh"
@@ -10,31 +10,37 @@ namespace movq {
 extern __shared__ __align__(128) unsigned char shared_memory[];
 #endif
 
+// A view of `count` elements that starts `offset` bytes into the block's shared memory.
 template <class T>
 class Shared {
  public:
-  // `count` elements that start `offset` bytes into the block's shared memory.
   MOVQ_DEVICE Shared(unsigned offset, unsigned count) : offset_(offset), count_(count) {}
 
-  MOVQ_DEVICE T load(unsigned i) const { return read<T>(i); }
+  MOVQ_DEVICE T load(unsigned i) const {
+#ifdef MOVQ_EMULATOR
+    T v;
+    const unsigned from = address(i, 1);
+    for (unsigned k = 0; k < sizeof(T); k += alignof(T)) {  // a Vec is one access, a struct of floats is several
+      emu::shared_read(from + k, reinterpret_cast<char*>(&v) + k, alignof(T));
+    }
+    return v;
+#else
+    return *reinterpret_cast<const T*>(shared_memory + offset_ + i * sizeof(T));
+#endif
+  }
+
   MOVQ_DEVICE void store(unsigned i, T v) const { write(i, v); }
 
-  // The element i must lie on a multiple of N * sizeof(T) bytes, which is at most 16.
-  template <int N>
-  MOVQ_DEVICE Vec<T, N> load_vec(unsigned i) const {
-    return read<Vec<T, N>>(i);
-  }
+  // Stores N elements in one access of up to 16 bytes; element i must be aligned to its size.
   template <int N>
   MOVQ_DEVICE void store_vec(unsigned i, const Vec<T, N>& v) const {
     write(i, v);
   }
 
-  MOVQ_DEVICE Shared slice(unsigned first, unsigned count) const { return {offset_ + first * unsigned(sizeof(T)), count}; }
-
-  // Byte offset of the first byte behind this view: where the next one may start.
+  // The byte offset of the end of this view, where the next view may start.
   MOVQ_DEVICE unsigned end() const { return offset_ + count_ * unsigned(sizeof(T)); }
 
-  // Where element i lies, as ldmatrix, cp.async and mapa take it. `elements` are about to be touched from there on.
+  // The address of element i for PTX instructions; the emulator checks that the view holds `elements` from there on.
   MOVQ_DEVICE unsigned address(unsigned i, unsigned elements) const {
 #ifdef MOVQ_EMULATOR
     emu::check_view(i, elements, count_);
@@ -45,20 +51,6 @@ class Shared {
   }
 
  private:
-  template <class V>
-  MOVQ_DEVICE V read(unsigned i) const {
-#ifdef MOVQ_EMULATOR
-    V v;
-    const unsigned from = address(i, sizeof(V) / sizeof(T));
-    for (unsigned k = 0; k < sizeof(V); k += alignof(V)) {  // a struct of floats is not one access, a Vec is
-      emu::shared_read(from + k, reinterpret_cast<char*>(&v) + k, alignof(V));
-    }
-    return v;
-#else
-    return *reinterpret_cast<const V*>(shared_memory + offset_ + i * sizeof(T));
-#endif
-  }
-
   template <class V>
   MOVQ_DEVICE void write(unsigned i, const V& v) const {
 #ifdef MOVQ_EMULATOR

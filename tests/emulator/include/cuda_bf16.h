@@ -1,4 +1,4 @@
-// Stands in for CUDA's header of this name: bfloat16 as kernels use it, storage and conversion.
+// Replaces CUDA's header of this name: bfloat16 storage and conversion.
 #pragma once
 
 #include "cuda_runtime.h"
@@ -6,15 +6,13 @@
 struct __nv_bfloat16 { unsigned short bits; };
 struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
 
-// To nearest, ties to even.
+// Rounds to nearest, ties to even.
 inline __nv_bfloat16 __float2bfloat16_rn(float v) {
   const unsigned u = __float_as_uint(v);
-  if ((u & 0x7fffffff) > 0x7f800000) return {0x7fff};  // NaN, as CUDA writes it
+  if ((u & 0x7fffffff) > 0x7f800000) return {0x7fff};  // CUDA's NaN
   return {static_cast<unsigned short>((u + 0x7fff + (u >> 16 & 1)) >> 16)};
 }
 
 inline float __bfloat162float(__nv_bfloat16 v) { return __uint_as_float(unsigned(v.bits) << 16); }
 
-inline __nv_bfloat16 __float2bfloat16(float v) { return __float2bfloat16_rn(v); }
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
-inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {__bfloat162float(v.x), __bfloat162float(v.y)}; }

@@ -1,4 +1,4 @@
-// Stands in for CUDA's header of this name: float16 as kernels use it, storage and conversion.
+// Replaces CUDA's header of this name: float16 storage and conversion.
 #pragma once
 
 #include "cuda_runtime.h"
@@ -6,15 +6,16 @@
 struct __half { unsigned short bits; };
 struct alignas(4) __half2 { __half x, y; };
 
-// To nearest, ties to even.
+// Rounds to nearest, ties to even.
 inline __half __float2half_rn(float v) {
   unsigned u = __float_as_uint(v);
   const unsigned sign = u >> 16 & 0x8000;
   u &= 0x7fffffff;
   unsigned r;
-  if (u > 0x7f800000) return {0x7fff};                                                   // NaN, as CUDA writes it
-  if (u >= 0x477ff000) r = 0x7c00;                                                       // from 65520 on: infinity
-  else if (u < 0x38800000) r = __float_as_uint(__uint_as_float(u) + 0.5f) - 0x3f000000;  // subnormal: 0.5f has their ulp, 2^-24
+  if (u > 0x7f800000) return {0x7fff};  // CUDA's NaN
+  if (u >= 0x477ff000) r = 0x7c00;      // 65520 and above: infinity
+  else if (u < 0x38800000)
+    r = __float_as_uint(__uint_as_float(u) + 0.5f) - 0x3f000000;  // subnormal: 0.5f has the same ulp, 2^-24
   else r = (u + 0xfff + (u >> 13 & 1) - 0x38000000) >> 13;
   return {static_cast<unsigned short>(sign | r)};
 }
@@ -25,6 +26,4 @@ inline float __half2float(__half v) {
   return __uint_as_float(sign | (exponent == 31 ? 0x7f800000 : (exponent + 112) << 23) | mantissa << 13);
 }
 
-inline __half __float2half(float v) { return __float2half_rn(v); }
 inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
-inline float2 __half22float2(__half2 v) { return {__half2float(v.x), __half2float(v.y)}; }

@@ -1,5 +1,5 @@
-// Stands in for CUDA's header of this name when kernels are compiled by the host compiler. It holds what the kernels use;
-// `__shared__` is left out on purpose (see csrc/kernels/device/shared.cuh).
+// Replaces CUDA's header of this name when the host compiler compiles kernels. It has what kernels and the emulator's tests use.
+// `__shared__` is missing on purpose: csrc/kernels/device/shared.cuh says why.
 #pragma once
 
 #include <cmath>
@@ -11,10 +11,8 @@
 #define __global__
 #define __device__
 #define __host__
-#define __constant__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
-#define __cluster_dims__(...)
 #define __grid_constant__
 #define __align__(n) alignas(n)
 
@@ -22,15 +20,6 @@
 #define blockIdx (::emu::builtins->block)
 #define blockDim (::emu::builtins->block_size)
 #define gridDim (::emu::builtins->grid_size)
-
-struct float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct int2 { int x, y; };
-struct alignas(16) int4 { int x, y, z, w; };
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 using cudaStream_t = struct CUstream_st*;
 
@@ -41,7 +30,6 @@ inline int __syncthreads_and(int p, int line = __builtin_LINE()) { return emu::b
 inline int __syncthreads_count(int p, int line = __builtin_LINE()) { return emu::block_vote(emu::Vote::kCount, p, line); }
 inline void __syncwarp(unsigned mask = ~0u) { emu::warp_sync(mask); }
 inline void __threadfence() {}  // emulated memory is sequentially consistent
-inline void __threadfence_block() {}
 
 // Shuffles and votes
 namespace emu {
@@ -76,16 +64,10 @@ template <class To, class From> inline To bit_copy(From v) {
   return r;
 }
 inline unsigned __float_as_uint(float v) { return bit_copy<unsigned>(v); }
-inline int __float_as_int(float v) { return bit_copy<int>(v); }
 inline float __uint_as_float(unsigned v) { return bit_copy<float>(v); }
-inline float __int_as_float(int v) { return bit_copy<float>(v); }
-inline int __popc(unsigned v) { return __builtin_popcount(v); }
-inline int __ffs(int v) { return __builtin_ffs(v); }
-inline int __clz(int v) { return v ? __builtin_clz(v) : 32; }
-inline unsigned __umulhi(unsigned a, unsigned b) { return (uint64_t(a) * b) >> 32; }
 
 // Arithmetic
-inline float min(float a, float b) { return std::fmin(a, b); }  // of a number and a NaN: the number
+inline float min(float a, float b) { return std::fmin(a, b); }  // of a number and a NaN, the number
 inline float max(float a, float b) { return std::fmax(a, b); }
 template <class A, class B> constexpr std::common_type_t<A, B> min(A a, B b) {
   static_assert(std::is_integral<A>::value && std::is_integral<B>::value, "integers");
@@ -97,15 +79,6 @@ template <class A, class B> constexpr std::common_type_t<A, B> max(A a, B b) {
   const std::common_type_t<A, B> x = a, y = b;
   return x < y ? y : x;
 }
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
-inline float __logf(float x) { return std::log(x); }
-inline float __log2f(float x) { return std::log2(x); }
 inline float __fdividef(float a, float b) { return a / b; }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __frcp_rn(float x) { return 1.0f / x; }
-inline float __fsqrt_rn(float x) { return std::sqrt(x); }
-inline float __saturatef(float x) { return x > 0 ? (x < 1 ? x : 1) : 0; }

@@ -1,5 +1,5 @@
-// What an emulated kernel calls. The functions are in ../runtime; the device headers of csrc/kernels call them where they
-// would otherwise hold PTX, and the shims beside this file where they would be CUDA built-ins.
+// The interface of the emulated GPU, implemented in ../runtime. The device headers of csrc/kernels call it in place of PTX, and the
+// headers beside this file in place of CUDA's built-in functions.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +16,7 @@ struct dim3 {
 
 namespace emu {
 
-// threadIdx and its kin, of the thread that runs now.
+// threadIdx, blockIdx, blockDim and gridDim of the running thread.
 struct Builtins {
   uint3 thread, block;
   dim3 block_size, grid_size;
@@ -27,15 +27,15 @@ extern Builtins* builtins;
 struct Shape {
   dim3 grid, block;
   size_t shared_bytes;
-  unsigned cluster;
-  bool cooperative;
+  unsigned cluster = 1;
+  bool cooperative = false;
 };
 void launch(const char* kernel, const Shape& shape, const std::function<void()>& body);
 int resident_blocks(int threads, size_t shared_bytes);
 int multiprocessors();
 int shared_memory_limit();
 
-// Barriers. `line` is the caller's, to tell one barrier from another.
+// Barriers. `line` is the line of the caller, which identifies the barrier.
 void block_sync(int line);
 enum class Vote { kOr, kAnd, kCount };
 int block_vote(Vote vote, int predicate, int line);
@@ -48,7 +48,7 @@ unsigned cluster_size();
 void global_read(const void* from, void* to, int bytes);
 void global_write(void* to, const void* from, int bytes);
 unsigned global_atomic_add(unsigned* p, unsigned value);
-void copy_to_device(void* to, const void* from, size_t bytes);  // for the host's side, which must not touch device memory itself
+void copy_to_device(void* to, const void* from, size_t bytes);  // for host code, which must not write device memory directly
 void check_view(unsigned first, unsigned elements, unsigned count);
 void shared_read(unsigned address, void* to, int bytes);
 void shared_write(unsigned address, const void* from, int bytes);
@@ -57,7 +57,7 @@ void cp_async(unsigned to, const void* from, int bytes, bool valid);
 void cp_async_commit();
 void cp_async_wait(int pending);
 
-// What the lanes of a warp do together
+// Warp-wide operations
 void warp_sync(unsigned mask);
 enum class Shuffle { kIndex, kUp, kDown, kXor };
 void shuffle(unsigned mask, Shuffle mode, void* value, int bytes, int argument, int width);

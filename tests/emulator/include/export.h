@@ -1,5 +1,5 @@
-// EXPORT(name, parameters) { body } makes a function that Python can call by name: it carries its parameters' names and types
-// with it, and turns exceptions into an error that Python raises again.
+// EXPORT(name, parameters) { body } defines a function that Python can call by name. It records the names and types of its
+// parameters, and stores exceptions for Python to raise.
 #pragma once
 
 #include <cstdint>
@@ -9,23 +9,24 @@
 namespace emu {
 
 struct Export {
-  const char* parameters;  // as written: "const float* x, int64_t n"
-  const char* types;       // one letter each
+  const char* parameters;  // the source text: "const float* x, int64_t n"
+  const char* types;       // one letter per parameter
   void* call;
 };
 
 void set_error(const char* message);
 
-// The letters of Python's `struct`; a pointer to const is 'r' (it is read), another 'P'.
+// A letter of Python's `struct` module; 'r' is a pointer to const (only read), 'P' any other pointer.
 template <class T>
 constexpr char letter() {
   if (std::is_pointer<T>::value) return std::is_const<std::remove_pointer_t<T>>::value ? 'r' : 'P';
   if (std::is_same<T, bool>::value) return '?';
   if (std::is_same<T, float>::value) return 'f';
   if (std::is_same<T, double>::value) return 'd';
-  static_assert(std::is_pointer<T>::value || std::is_arithmetic<T>::value, "a pointer or a number");
+  static_assert(std::is_pointer<T>::value || std::is_arithmetic<T>::value, "expected a pointer or a number");
   if (sizeof(T) == 8) return std::is_signed<T>::value ? 'q' : 'Q';
-  static_assert(!std::is_integral<T>::value || std::is_same<T, bool>::value || sizeof(T) >= 4, "no short integers");
+  static_assert(!std::is_integral<T>::value || std::is_same<T, bool>::value || sizeof(T) >= 4,
+                "expected integers of at least 4 bytes");
   return std::is_signed<T>::value ? 'i' : 'I';
 }
 

@@ -1,14 +1,14 @@
-// Kernels with one bug each, and the same kernels without it: test_emulator.py shows that each bug is reported and that the sound
-// twin is not. `bug` turns the bug on.
-#include "device/cluster.cuh"
+// Kernels with one bug each, which the argument `bug` turns on. test_emulator.py checks that each bug is reported, and that nothing is
+// reported without it.
+#include "device/barrier.cuh"
 #include "device/cp_async.cuh"
-#include "device/grid.cuh"
 #include "device/launch.cuh"
 #include "device/ldmatrix.cuh"
 #include "device/memory.cuh"
 #include "device/mma.cuh"
 #include "device/reduce.cuh"
 #include "export.h"
+#include "unused_primitives.h"
 
 using namespace movq;
 
@@ -23,7 +23,7 @@ EXPORT(missing_barrier, const float* x, float* y, int n, bool bug) {
   launch(::missing_barrier, "missing_barrier", Launch{1, n, n * 4u}, nullptr, x, y, bug);
 }
 
-// A second round overwrites what others may still read.
+// The second round overwrites values that other threads may still read.
 __global__ void missing_second_barrier(const float* x, float* y, bool bug) {
   const Shared<float> tile(0, blockDim.x);
   for (int round = 0; round < 2; ++round) {
@@ -37,19 +37,19 @@ EXPORT(missing_second_barrier, const float* x, float* y, int n, bool bug) {
   launch(::missing_second_barrier, "missing_second_barrier", Launch{1, n, n * 4u}, nullptr, x, y, bug);
 }
 
-// Within a warp, a shuffle is no barrier and __syncwarp is.
+// Within a warp __syncwarp orders accesses; a shuffle does not.
 __global__ void missing_syncwarp(const float* x, float* y, bool bug) {
-  const Shared<float> tile(0, kWarp);
+  const Shared<float> tile(0, kWarpSize);
   tile.store(lane_id(), load(x + lane_id()));
   if (!bug) __syncwarp();
-  const float next = tile.load((lane_id() + 1) % kWarp);
-  store(y + lane_id(), __shfl_xor_sync(kFullWarp, next, 1));
+  const float next = tile.load((lane_id() + 1) % kWarpSize);
+  store(y + lane_id(), __shfl_xor_sync(kAllLanes, next, 1));
 }
 EXPORT(missing_syncwarp, const float* x, float* y, bool bug) {
-  launch(::missing_syncwarp, "missing_syncwarp", Launch{1, kWarp, 128}, nullptr, x, y, bug);
+  launch(::missing_syncwarp, "missing_syncwarp", Launch{1, kWarpSize, 128}, nullptr, x, y, bug);
 }
 
-// Every thread writes the same word.
+// All threads write the same word.
 __global__ void write_race(float* y, bool bug) {
   const Shared<float> word(0, 1);
   if (bug || threadIdx.x == 0) word.store(0, float(threadIdx.x));
@@ -89,13 +89,14 @@ EXPORT(misaligned, const float* x, float* y, bool bug) { launch(::misaligned, "m
 __global__ void misaligned_shared(float* y, bool bug) {
   const Shared<float> tile(0, 8);
   for (int i = 0; i < 8; ++i) tile.store(i, float(i));
-  store(y, tile.load_vec<4>(bug ? 1 : 4)[0]);
+  const Shared<Vec<float, 4>> vector(bug ? 4 : 16, 1);
+  store(y, vector.load(0)[0]);
 }
 EXPORT(misaligned_shared, float* y, bool bug) {
   launch(::misaligned_shared, "misaligned_shared", Launch{1, 1, 32}, nullptr, y, bug);
 }
 
-// Past the view, though inside the block's memory; then past that too.
+// Reads past the view but inside the block's memory; shared_bounds goes past that too.
 __global__ void shared_view(float* y, bool bug) {
   const Shared<float> mine(0, 4), other(mine.end(), 4);
   other.store(0, 1.f);
@@ -117,35 +118,37 @@ __global__ void unwritten_shared(float* y, bool bug) {
 }
 EXPORT(unwritten_shared, float* y, bool bug) { launch(::unwritten_shared, "unwritten_shared", Launch{1, 1, 8}, nullptr, y, bug); }
 
-// bug 1: no wait. 2: waits for one group too few. 3: reads another thread's copy after the wait but before the barrier.
+// bug 1: no wait. 2: a wait for one group too few. 3: reads another thread's copy after the wait, without a barrier.
 __global__ void async_copy(const float* x, float* y, int bug) {
   const Shared<float> tile(0, 8 * blockDim.x);
   const int i = threadIdx.x * 4, half = 4 * blockDim.x;
-  cp_async<4>(tile, i, x + i);
+  cp_async_16(tile, i, x + i, true);
   cp_async_commit();
-  cp_async<4>(tile, half + i, x + half + i);
+  cp_async_16(tile, half + i, x + half + i, true);
   cp_async_commit();
   if (bug == 2) cp_async_wait<1>();
   else if (bug != 1) cp_async_wait<0>();
   if (bug != 3) __syncthreads();
   const int next = (i + 4) % half;
-  store_vec(y + next, tile.load_vec<4>(next));
-  store_vec(y + half + next, tile.load_vec<4>(half + next));
+  const Shared<Vec<float, 4>> vectors(0, 2 * blockDim.x);
+  store_vec(y + next, vectors.load(next / 4));
+  store_vec(y + half + next, vectors.load((half + next) / 4));
 }
 EXPORT(async_copy, const float* x, float* y, int threads, int bug) {
   launch(::async_copy, "async_copy", Launch{1, threads, threads * 32u}, nullptr, x, y, bug);
 }
 
-// The next stage is copied over one that others still read.
+// The copy of the next stage overwrites a stage that other threads still read.
 __global__ void async_overwrite(const float* x, float* y, bool bug) {
   const Shared<float> tile(0, 4 * blockDim.x);
+  const Shared<Vec<float, 4>> vectors(0, blockDim.x);
   const int i = threadIdx.x * 4, all = 4 * blockDim.x;
   for (int stage = 0; stage < 2; ++stage) {
-    cp_async<4>(tile, i, x + stage * all + i);
+    cp_async_16(tile, i, x + stage * all + i, true);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
-    store_vec(y + stage * all + i, tile.load_vec<4>((i + 4) % all));
+    store_vec(y + stage * all + i, vectors.load((i + 4) % all / 4));
     if (!bug) __syncthreads();
   }
 }
@@ -153,12 +156,17 @@ EXPORT(async_overwrite, const float* x, float* y, int threads, bool bug) {
   launch(::async_overwrite, "async_overwrite", Launch{1, threads, threads * 16u}, nullptr, x, y, bug);
 }
 
-// bug 1: half the block takes no part. 2: the halves meet at two different barriers. 3: some threads return first.
+// bug 1: half of the block does not wait. 2: the halves wait at two different barriers. 3: some threads return first. 4: as 2, with
+// block_barrier().
 __global__ void divergent_barrier(float* y, int bug) {
   const bool low = threadIdx.x < blockDim.x / 2;
   if (bug == 3 && low) return;
   if (bug == 2 && low) {
     __syncthreads();
+  } else if (bug == 4 && low) {
+    (void)block_barrier();
+  } else if (bug == 4) {
+    (void)block_barrier();
   } else if (bug != 1 || low) {
     __syncthreads();
   }
@@ -168,16 +176,16 @@ EXPORT(divergent_barrier, float* y, int n, int bug) {
   launch(::divergent_barrier, "divergent_barrier", Launch{1, n}, nullptr, y, bug);
 }
 
-// bug 1: lanes that the mask names stay away. 2: lanes of one mask are at different instructions.
+// bug 1: lanes in the mask do not take part. 2: lanes of one mask are at different instructions.
 __global__ void divergent_shuffle(float* y, int bug) {
   float v = lane_id();
-  if (bug == 0 || lane_id() < 16) v = __shfl_xor_sync(kFullWarp, v, 1);
-  else if (bug == 2) v = __shfl_down_sync(kFullWarp, v, 1);
+  if (bug == 0 || lane_id() < 16) v = __shfl_xor_sync(kAllLanes, v, 1);
+  else if (bug == 2) v = __shfl_down_sync(kAllLanes, v, 1);
   store(y + threadIdx.x, v);
 }
 EXPORT(divergent_shuffle, float* y, int bug) { launch(::divergent_shuffle, "divergent_shuffle", Launch{1, 32}, nullptr, y, bug); }
 
-// bug 1: reads before the cluster has met. 2: ends while it may be read.
+// bug 1: reads before the cluster's barrier. 2: ends while other blocks may read its memory.
 __global__ void cluster_barriers(float* y, int bug) {
   const Shared<float> mine(0, 1);
   mine.store(0, float(blockIdx.x));
@@ -186,10 +194,10 @@ __global__ void cluster_barriers(float* y, int bug) {
   if (bug != 2) cluster_sync();
 }
 EXPORT(cluster_barriers, float* y, int blocks, int bug) {
-  launch(::cluster_barriers, "cluster_barriers", Launch{blocks, 1, 4, 2}, nullptr, y, bug);
+  launch_together(::cluster_barriers, "cluster_barriers", Launch{blocks, 1, 4}, 2, false, y, bug);
 }
 
-// Blocks do not run in order: what one leaves in global memory for the next depends on the schedule.
+// Each block changes what the previous one left in global memory, so the result depends on the order of the blocks.
 __global__ void order_of_blocks(float* y, bool bug) {
   if (bug) store(y, load(y) * 2 + blockIdx.x);
 }
@@ -198,7 +206,7 @@ EXPORT(order_of_blocks, float* y, bool bug) { launch(::order_of_blocks, "order_o
 __global__ void local_array(const int* index, float* y) {
   float values[4] = {1, 2, 3, 4};
   float* p = values;
-  asm volatile("" : "+r"(p));  // an index that no compiler can see through
+  asm volatile("" : "+r"(p));  // hides the array from the optimizer
   store(y, p[load(index)]);
 }
 EXPORT(local_array, const int* index, float* y) { launch(::local_array, "local_array", Launch{1, 1}, nullptr, index, y); }
@@ -206,7 +214,7 @@ EXPORT(local_array, const int* index, float* y) { launch(::local_array, "local_a
 __global__ void overflow(const int* x, int* y) { store(y, load(x) * 65536); }
 EXPORT(overflow, const int* x, int* y) { launch(::overflow, "overflow", Launch{1, 1}, nullptr, x, y); }
 
-// One 16x16 by 16x8 product; the bug takes a's lower rows for its right columns.
+// One 16x16 by 16x8 product; the bug swaps a's lower rows and its right columns.
 __global__ void fragment(const __half* a, const __half* b, float* d, bool bug) {
   const int row = lane_id() / 4, pair = lane_id() % 4 * 2;
   auto two = [](__half low, __half high) { return pack<__half>(to_float(low), to_float(high)); };
@@ -235,5 +243,5 @@ EXPORT(spin, float* y) { launch(::spin, "spin", Launch{1, 1}, nullptr, y); }
 
 __global__ void nothing() {}
 EXPORT(shape, int grid, int threads, int64_t shared_bytes, int cluster, bool cooperative) {
-  launch(nothing, "nothing", Launch{grid, threads, size_t(shared_bytes), unsigned(cluster), cooperative}, nullptr);
+  launch_together(nothing, "nothing", Launch{grid, threads, size_t(shared_bytes)}, cluster, cooperative);
 }

@@ -1,14 +1,13 @@
-// Kernels that use each primitive as it is meant, for test_emulator.py to compare with numpy.
-#include "device/cluster.cuh"
+// Kernels that use each primitive correctly; test_emulator.py compares their results with numpy.
 #include "device/convert.cuh"
 #include "device/cp_async.cuh"
-#include "device/grid.cuh"
 #include "device/launch.cuh"
 #include "device/ldmatrix.cuh"
 #include "device/memory.cuh"
 #include "device/mma.cuh"
 #include "device/reduce.cuh"
 #include "export.h"
+#include "unused_primitives.h"
 
 using namespace movq;
 
@@ -38,25 +37,25 @@ EXPORT(from_bfloat, const void* x, float* y, int n) {
 
 // --- Warps
 
-// y[mode][lane]: every shuffle, in segments of `width`.
+// y[mode][lane]: each shuffle, in segments of `width` lanes.
 __global__ void shuffles(const float* x, float* y, int argument, int width) {
   const float v = load(x + lane_id());
-  store(y + lane_id(), __shfl_sync(kFullWarp, v, argument, width));
-  store(y + 32 + lane_id(), __shfl_up_sync(kFullWarp, v, argument, width));
-  store(y + 64 + lane_id(), __shfl_down_sync(kFullWarp, v, argument, width));
-  store(y + 96 + lane_id(), __shfl_xor_sync(kFullWarp, v, argument, width));
+  store(y + lane_id(), __shfl_sync(kAllLanes, v, argument, width));
+  store(y + 32 + lane_id(), __shfl_up_sync(kAllLanes, v, argument, width));
+  store(y + 64 + lane_id(), __shfl_down_sync(kAllLanes, v, argument, width));
+  store(y + 96 + lane_id(), __shfl_xor_sync(kAllLanes, v, argument, width));
 }
 EXPORT(shuffles, const float* x, float* y, int argument, int width) {
   launch(::shuffles, "shuffles", Launch{1, 32}, nullptr, x, y, argument, width);
 }
 
-// Votes of the whole warp, of its even lanes among themselves, and of the block.
+// Votes of the whole warp, of its even and its odd lanes separately, and of the block.
 __global__ void votes(const int* x, unsigned* y) {
   const int p = load(x + threadIdx.x);
   unsigned* mine = y + threadIdx.x * 8;
-  store(mine, __ballot_sync(kFullWarp, p));
-  store(mine + 1, unsigned(__any_sync(kFullWarp, p)));
-  store(mine + 2, unsigned(__all_sync(kFullWarp, p)));
+  store(mine, __ballot_sync(kAllLanes, p));
+  store(mine + 1, unsigned(__any_sync(kAllLanes, p)));
+  store(mine + 2, unsigned(__all_sync(kAllLanes, p)));
   const unsigned peers = lane_id() % 2 ? 0xaaaaaaaau : 0x55555555u;
   store(mine + 3, __ballot_sync(peers, p));
   store(mine + 4, unsigned(__syncthreads_count(p)));
@@ -69,16 +68,16 @@ EXPORT(votes, const int* x, unsigned* y, int threads) { launch(::votes, "votes",
 // --- Reductions
 
 __global__ void moments(const float* x, float* y, int n) {
-  const Shared<Moments> scratch(0, blockDim.x / kWarp);
+  const Shared<Moments> scratch(0, blockDim.x / kWarpSize);
   Moments m = {};
-  for (int i = threadIdx.x; i < n; i += blockDim.x) add(m, load(x + i));
+  for (int i = threadIdx.x; i < n; i += blockDim.x) m = merge(m, {load(x + i), 0, 1});
   m = block_reduce(m, Merge(), scratch);
-  const Shared<float> again(0, blockDim.x / kWarp);  // the scratch is free again
-  const float most = block_reduce(load(x + threadIdx.x % n), Max(), again);
+  const Shared<float> reused(0, blockDim.x / kWarpSize);  // block_reduce() leaves its scratch free
+  const float maximum = block_reduce(load(x + threadIdx.x % n), Max(), reused);
   if (threadIdx.x == blockDim.x - 1) {
     store(y, m.mean);
     store(y + 1, m.m2 / m.count);
-    store(y + 2, most);
+    store(y + 2, maximum);
   }
 }
 EXPORT(moments, const float* x, float* y, int n, int threads) {
@@ -87,17 +86,17 @@ EXPORT(moments, const float* x, float* y, int n, int threads) {
 
 // --- Tensor cores
 
-// d += a b: a is 16x16 by rows, b is 16x8 by rows, through shared memory and ldmatrix.
+// d += a b with a 16x16 and b 16x8, both row-major, through shared memory and ldmatrix.
 template <class T>
 __global__ void matmul(const T* a, const T* b, float* d) {
   const Shared<T> sa(0, 256), sb(sa.end(), 128);
-  cp_async<8>(sa, lane_id() * 8, a + lane_id() * 8);
-  if (lane_id() < 16) cp_async<8>(sb, lane_id() * 8, b + lane_id() * 8);
+  cp_async_16(sa, lane_id() * 8, a + lane_id() * 8, true);
+  if (lane_id() < 16) cp_async_16(sb, lane_id() * 8, b + lane_id() * 8, true);
   cp_async_commit();
   cp_async_wait<0>();
   __syncwarp();
   uint32_t fa[4], fb[2];
-  ldmatrix(fa, sa, lane_id() % 16 * 16 + lane_id() / 16 * 8);
+  ldmatrix_x4(fa, sa, lane_id() % 16 * 16 + lane_id() / 16 * 8);
   ldmatrix<true>(fb, sb, lane_id() % 16 * 8);
   float fd[4];
   const int row = lane_id() / 4, column = lane_id() % 4 * 2;
@@ -126,14 +125,15 @@ EXPORT(matmul_tf32, const float* a, const float* b, float* d) {
   launch(::matmul_tf32, "matmul_tf32", Launch{1, 32}, nullptr, a, b, d);
 }
 
-// Row r of matrix m holds x[m][r]; y[lane][m] is what each lane got.
+// Row r of matrix m is x[m][r]; y[lane][m] is the register that the lane receives.
 template <bool Transposed, int Count>
 __global__ void matrices(const __half* x, uint32_t* y) {
   const Shared<__half> s(0, Count * 64);
   if (lane_id() < 8 * Count) s.store_vec(lane_id() * 8, load_vec<8>(x + lane_id() * 8));
   __syncwarp();
   uint32_t r[Count];
-  ldmatrix<Transposed>(r, s, lane_id() % (8 * Count) * 8);
+  if constexpr (Count == 4) ldmatrix_x4<Transposed>(r, s, lane_id() * 8);
+  else ldmatrix<Transposed>(r, s, lane_id() * 8);
   for (int m = 0; m < Count; ++m) store(y + lane_id() * Count + m, r[m]);
 }
 EXPORT(matrices, const void* x, unsigned* y, int count, bool transposed) {
@@ -145,16 +145,17 @@ EXPORT(matrices, const void* x, unsigned* y, int count, bool transposed) {
   if (count == 4) transposed ? go(matrices<true, 4>) : go(matrices<false, 4>);
 }
 
-// --- cp.async of whole and missing pieces, of N floats each
+// --- cp.async of N floats, of which some pieces are not valid
 
 template <int N>
 __global__ void copy_valid(const float* x, float* y, int n) {
   const Shared<float> tile(0, N * blockDim.x);
   const int i = threadIdx.x * N;
-  cp_async<N>(tile, i, x + i, i < n);
+  if constexpr (N == 4) cp_async_16(tile, i, x + i, i < n);
+  else cp_async<4 * N>(tile, i, x + i, i < n);
   cp_async_commit();
   cp_async_wait<0>();
-  for (int k = 0; k < N; ++k) store(y + i + k, tile.load(i + k));  // its own copy: no barrier needed
+  for (int k = 0; k < N; ++k) store(y + i + k, tile.load(i + k));  // the thread's own copy needs no barrier
 }
 EXPORT(copy_valid, const float* x, float* y, int n, int width) {
   auto go = [&](auto kernel) { launch(kernel, "copy_valid", Launch{1, 64, 64u * width * 4}, nullptr, x, y, n); };
@@ -165,24 +166,25 @@ EXPORT(copy_valid, const float* x, float* y, int n, int width) {
 
 // --- Clusters and grids
 
-// Each block of a cluster sums what all its blocks hold.
+// Each block of a cluster adds up the values of all its blocks.
 __global__ void cluster_sum(const float* x, float* y) {
   const Shared<float> mine(0, blockDim.x);
   mine.store(threadIdx.x, load(x + blockIdx.x * blockDim.x + threadIdx.x));
   cluster_sync();
   float sum = 0;
   for (unsigned rank = 0; rank < cluster_size(); ++rank) sum += cluster_load(mine, threadIdx.x, rank);
-  if (threadIdx.x % 4 == 0) sum += 0 * cluster_load_vec<4>(mine, threadIdx.x, cluster_rank() ^ 1)[3];
+  const Shared<Vec<float, 4>> vectors(0, blockDim.x / 4);
+  sum += 0 * cluster_load(vectors, threadIdx.x / 4, cluster_rank() ^ 1)[3];  // a wide read must work too
   store(y + blockIdx.x * blockDim.x + threadIdx.x, sum);
   cluster_sync();
 }
 EXPORT(cluster_sum, const float* x, float* y, int blocks, int threads, int cluster) {
-  launch(::cluster_sum, "cluster_sum", Launch{blocks, threads, threads * 4u, unsigned(cluster)}, nullptr, x, y);
+  launch_together(::cluster_sum, "cluster_sum", Launch{blocks, threads, threads * 4u}, cluster, false, x, y);
 }
 
-// Every block's part sum, then every block adds them all.
+// Each block leaves a partial sum; after the barrier each adds up all of them.
 __global__ void grid_sum(const float* x, float* parts, float* y) {
-  const Shared<float> scratch(0, kWarp);
+  const Shared<float> scratch(0, kWarpSize);
   const float part = block_reduce(load(x + blockIdx.x * blockDim.x + threadIdx.x), Sum(), scratch);
   if (threadIdx.x == 0) store(parts + blockIdx.x, part);
   grid_sync();
@@ -191,10 +193,10 @@ __global__ void grid_sum(const float* x, float* parts, float* y) {
   if (threadIdx.x == 0) store(y + blockIdx.x, sum);
 }
 EXPORT(grid_sum, const float* x, float* parts, float* y, int blocks, int threads) {
-  launch(::grid_sum, "grid_sum", Launch{blocks, threads, 128, 1, true}, nullptr, x, parts, y);
+  launch_together(::grid_sum, "grid_sum", Launch{blocks, threads, 128}, 1, true, x, parts, y);
 }
 
-// The last block to finish adds up what the others left: its ticket says that it is the last.
+// The last block to finish adds up the parts of all; its ticket tells it that it is the last.
 __global__ void last_block(const float* x, float* parts, unsigned* ticket, float* y) {
   const Shared<unsigned> mine(0, 1);
   if (threadIdx.x == 0) {
@@ -212,7 +214,7 @@ EXPORT(last_block, const float* x, float* parts, unsigned* ticket, float* y, int
   launch(::last_block, "last_block", Launch{blocks, 64, 4}, nullptr, x, parts, ticket, y);
 }
 
-// --- Indices and costs
+// --- Indices and counters
 
 __global__ void where_am_i(unsigned* y) {
   const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
@@ -222,7 +224,7 @@ __global__ void where_am_i(unsigned* y) {
 }
 EXPORT(where_am_i, unsigned* y) { launch(::where_am_i, "where_am_i", Launch{dim3(2, 3, 4), dim3(5, 6, 7)}, nullptr, y); }
 
-// Reads one float a lane, `stride` floats apart, and passes it through shared memory the same way.
+// Each lane reads one float, `stride` floats from the next, and passes it through shared memory with the same stride.
 __global__ void strided(const float* x, float* y, int stride) {
   const Shared<float> s(0, 32 * stride);
   s.store(lane_id() * stride, load(x + lane_id() * stride));
@@ -232,20 +234,20 @@ EXPORT(strided, const float* x, float* y, int stride) {
   launch(::strided, "strided", Launch{1, 32, 128u * stride}, nullptr, x, y, stride);
 }
 
-// Rows of 16-byte pieces, `pitch` bytes apart: vector access and ldmatrix.
+// Rows of 16 bytes, `pitch` bytes apart, stored by wide accesses and loaded by ldmatrix.
 __global__ void pitched(const __half* x, uint32_t* y, int pitch) {
   const Shared<__half> s(0, 8 * pitch / 2);
   if (lane_id() < 8) s.store_vec(lane_id() * pitch / 2, load_vec<8>(x + lane_id() * 8));
   __syncwarp();
   uint32_t r[1];
-  ldmatrix(r, s, lane_id() % 8 * pitch / 2);
+  ldmatrix<false>(r, s, lane_id() % 8 * pitch / 2);
   store(y + lane_id(), r[0]);
 }
 EXPORT(pitched, const void* x, unsigned* y, int pitch) {
   launch(::pitched, "pitched", Launch{1, 32, 8u * pitch}, nullptr, static_cast<const __half*>(x), y, pitch);
 }
 
-// Lanes go round a loop a different number of times: requests are still told apart.
+// Lanes loop different numbers of times, and their accesses must still be grouped into the right requests.
 __global__ void ragged(const float* x, float* y, int n) {
   float sum = 0;
   for (int i = lane_id(); i < n; i += 32) sum += load(x + i);

@@ -1,4 +1,4 @@
-// What Python calls (../worker.py): set up a call, pass it buffers, read back what it did.
+// The functions that Python calls (../worker.py): start a call, pass buffers, read back results and counters.
 #include <cstdlib>
 #include <cstring>
 #include <sanitizer/asan_interface.h>
@@ -10,7 +10,7 @@ namespace emu {
 
 void set_error(const char* message) { machine.error = message; }
 
-static void put(std::ostream& out, const Counters& c) {
+static void write_json(std::ostream& out, const Counters& c) {
   out << "\"read_bytes\":" << c.read_bytes << ",\"written_bytes\":" << c.written_bytes << ",\"read_sectors\":" << c.read_sectors
       << ",\"written_sectors\":" << c.written_sectors << ",\"read_requests\":" << c.read_requests
       << ",\"write_requests\":" << c.write_requests << ",\"shared_requests\":" << c.shared_requests
@@ -18,7 +18,7 @@ static void put(std::ostream& out, const Counters& c) {
       << ",\"worst_ways\":" << c.worst_ways << ",\"mma\":" << c.mma;
 }
 
-static void put(std::ostream& out, const dim3& d) { out << "[" << d.x << "," << d.y << "," << d.z << "]"; }
+static void write_json(std::ostream& out, const dim3& d) { out << "[" << d.x << "," << d.y << "," << d.z << "]"; }
 
 extern "C" {
 
@@ -36,7 +36,7 @@ void emu_begin(uint64_t seed, int multiprocessors, size_t shared_limit) {
   machine.shared_limit = shared_limit;
 }
 
-// Device memory that begins `offset` bytes behind a multiple of 256, as the device's allocator aligns.
+// Device memory that starts `offset` bytes after a multiple of 256, to which the device's allocator aligns.
 void* emu_buffer(const char* name, const void* data, size_t bytes, size_t offset, int writable) {
   Buffer b;
   b.name = name;
@@ -59,7 +59,7 @@ void emu_read(int buffer, void* to) {
 
 const char* emu_error() { return machine.error.c_str(); }
 
-// As JSON.
+// The counters, as JSON.
 const char* emu_report() {
   static std::string report;
   std::ostringstream out;
@@ -67,18 +67,18 @@ const char* emu_report() {
   for (size_t i = 0; i < machine.launches.size(); ++i) {
     const LaunchRecord& l = machine.launches[i];
     out << (i ? "," : "") << "{\"kernel\":\"" << l.kernel << "\",\"grid\":";
-    put(out, l.shape.grid);
+    write_json(out, l.shape.grid);
     out << ",\"block\":";
-    put(out, l.shape.block);
+    write_json(out, l.shape.block);
     out << ",\"shared_bytes\":" << l.shape.shared_bytes << ",\"cluster\":" << l.shape.cluster
         << ",\"cooperative\":" << (l.shape.cooperative ? "true" : "false") << ",";
-    put(out, l.counters);
+    write_json(out, l.counters);
     out << "}";
   }
   out << "],\"buffers\":[";
   for (size_t i = 0; i < machine.buffers.size(); ++i) {
     out << (i ? "," : "") << "{";
-    put(out, machine.buffers[i].counters);
+    write_json(out, machine.buffers[i].counters);
     out << "}";
   }
   out << "]}";

@@ -13,7 +13,7 @@ static constexpr uint64_t kCanary = 0x5afe57ac5afe57acull;
 
 #ifdef __x86_64__
 
-// Pushes what a called function must keep, changes stacks, and pops it. (swapcontext would make a system call here.)
+// Pushes the callee-saved registers, switches stacks, and pops them. (swapcontext would make a system call.)
 extern "C" void emu_switch(void** save, void* load);
 asm(R"(
 .text
@@ -39,8 +39,8 @@ emu_switch:
 
 static void* new_context(char* stack, void (*entry)()) {
   auto top = reinterpret_cast<void**>(stack + kStackBytes);
-  *--top = nullptr;                         // where entry would return to
-  *--top = reinterpret_cast<void*>(entry);  // where the first `ret` goes
+  *--top = nullptr;                         // entry's return address
+  *--top = reinterpret_cast<void*>(entry);  // the target of the first `ret`
   for (int i = 0; i < 6; ++i) *--top = nullptr;
   return top;
 }

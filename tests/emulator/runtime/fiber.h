@@ -1,4 +1,4 @@
-// A stack of its own for every emulated thread, and the jump from one to another. AddressSanitizer is told of each jump.
+// Fibers: each emulated thread has its own stack. AddressSanitizer is notified of every switch.
 #pragma once
 
 #include <cstddef>
@@ -8,30 +8,30 @@ namespace emu {
 struct Fiber {
   void* stack_pointer = nullptr;
   void* asan_state = nullptr;
-  const void* stack = nullptr;  // lowest address
+  const void* stack = nullptr;  // its lowest address
   size_t stack_bytes = 0;
 };
 
-constexpr size_t kStackBytes = 256 * 1024;  // reserved; only what is touched is backed by memory
+constexpr size_t kStackBytes = 256 * 1024;  // reserved address space; only touched pages take memory
 
-// The fiber this process started on.
+// The fiber of the process itself.
 Fiber host_fiber();
 
-// Makes `fiber` start in `entry` (which never returns) when it is first jumped to.
+// Prepares `fiber` to start in `entry`, which must not return, on the first jump to it.
 void prepare(Fiber& fiber, char* stack, void (*entry)());
 
 void jump(Fiber& from, Fiber& to);
 
-// Leaves a fiber for good.
+// Jumps to `to` for the last time: `from` never runs again.
 [[noreturn]] void leave(Fiber& from, Fiber& to);
 
-// The first thing `entry` must call.
+// `entry` must call this first.
 void arrived();
 
-// False if the fiber ran over the end of its stack.
+// False if the fiber overran its stack.
 bool stack_is_whole(const Fiber& fiber);
 
-// Forgets what the frames of abandoned fibers marked on their stacks.
+// Clears AddressSanitizer's marks of frames on the stacks of abandoned fibers.
 void scrub(char* stacks, size_t bytes);
 
 }  // namespace emu

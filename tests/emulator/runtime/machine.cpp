@@ -29,7 +29,7 @@ void fail(const std::string& message) {
   leave(machine.running->fiber, machine.host);
 }
 
-// --- Stacks, kept from launch to launch
+// --- Stacks, reused by later launches
 
 static struct Stacks {
   std::vector<char*> chunks;
@@ -39,7 +39,7 @@ static struct Stacks {
     while (chunks.size() <= i / kPerChunk) {
       void* p =
           mmap(nullptr, kPerChunk * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-      if (p == MAP_FAILED) throw std::runtime_error("no memory for the stacks of so many threads at once");
+      if (p == MAP_FAILED) throw std::runtime_error("out of memory for the stacks of the threads that run together");
       chunks.push_back(static_cast<char*>(p));
     }
     return chunks[i / kPerChunk] + i % kPerChunk * kStackBytes;
@@ -50,7 +50,7 @@ static struct Stacks {
   }
 } stacks;
 
-// --- Scheduling: seed 0 runs threads and blocks in their order, every other seed shuffles both
+// --- Scheduling: seed 0 runs threads and blocks in order, other seeds shuffle both
 
 static Thread* next_thread() {
   if (machine.ready.empty()) return nullptr;
@@ -60,9 +60,9 @@ static Thread* next_thread() {
   return next;
 }
 
-static void run(Thread* t) {
-  machine.running = t;
-  builtins = t;
+static void set_running(Thread* thread) {
+  machine.running = thread;
+  builtins = thread;
 }
 
 void wake(Thread* thread) { machine.ready.push_back(thread); }
@@ -73,18 +73,18 @@ void suspend(const char* waits_at, int line) {
   self->waits_at = waits_at;
   self->waits_line = line;
   Thread* next = next_thread();
-  if (next) run(next);
+  if (next) set_running(next);
   if (next != self) jump(self->fiber, next ? next->fiber : machine.host);
-  run(self);
+  set_running(self);
 }
 
-static void divergent(const Barrier& barrier, const std::string& other) {
+[[noreturn]] static void fail_divergent(const Barrier& barrier, const std::string& reason) {
   fail("divergent barrier: " + describe(*barrier.waiting.front()) + " waits at " + place(barrier.what, barrier.line) +
-       ", which this thread left out: " + other);
+       ", which this thread does not reach: " + reason);
 }
 
-static void finish(Barrier& barrier) {
-  if (!barrier.waiting.empty()) divergent(barrier, "it has returned");
+static void leave_barrier(Barrier& barrier) {  // a thread returns
+  if (!barrier.waiting.empty()) fail_divergent(barrier, "it has returned");
   ++barrier.finished;
 }
 
@@ -97,20 +97,20 @@ static void thread_main() {
   for (const Gathering& g : self->warp->gatherings) {
     if (g.mask >> self->lane & 1) fail(std::string("divergent warp: ") + g.what + " names a lane that has returned");
   }
-  if (self->block->read_from_afar && self->block->read_from_afar >= self->block->cluster_synced) {
-    fail("this block ends while another block of its cluster may still read its shared memory: cluster_sync() first");
+  if (self->block->read_remotely && self->block->read_remotely >= self->block->cluster_synced) {
+    fail("this block ends while another block of its cluster may still read its shared memory: call cluster_sync() first");
   }
-  finish(self->block->barrier);
-  finish(self->block->cluster->barrier);
-  finish(machine.grid);
+  leave_barrier(self->block->barrier);
+  leave_barrier(self->block->cluster->barrier);
+  leave_barrier(machine.grid);
   Thread* next = next_thread();
-  if (next) run(next);
+  if (next) set_running(next);
   leave(self->fiber, next ? next->fiber : machine.host);
 }
 
 // --- Barriers
 
-// Returns true to the last thread that arrives, once the others are woken. `wide` barriers are of more than one block.
+// Returns true in the last thread to arrive, after it has woken the others. `wide` barriers span several blocks.
 static bool arrive(Barrier& barrier, const char* what, int line, bool wide) {
   if (barrier.finished)
     fail(std::string("divergent barrier: this thread waits at ") + place(what, line) + ", but others have returned");
@@ -118,7 +118,7 @@ static bool arrive(Barrier& barrier, const char* what, int line, bool wide) {
     barrier.what = what;
     barrier.line = line;
   } else if (barrier.line != line || (barrier.what != what && std::strcmp(barrier.what, what))) {
-    divergent(barrier, "it is at " + place(what, line));
+    fail_divergent(barrier, "it is at " + place(what, line));
   }
   barrier.waiting.push_back(machine.running);
   if (barrier.waiting.size() < barrier.size) {
@@ -129,21 +129,21 @@ static bool arrive(Barrier& barrier, const char* what, int line, bool wide) {
   for (Thread* t : barrier.waiting) {
     t->block->synced = machine.clock;
     if (wide) t->block->cluster_synced = machine.clock;
-    if (t->lane == 0 && t->log.size() > 1024) count_accesses(*t->warp);  // its lanes all stand here, so their logs match up
+    if (t->lane == 0 && t->log.size() > 1024) count_accesses(*t->warp);  // all its lanes are here, so their logs match
     if (t != machine.running) wake(t);
   }
   barrier.waiting.clear();
   return true;
 }
 
-// After a barrier its threads go on in any order: the last to arrive must not always be the first.
-static void go_on() {
+// Threads leave a barrier in any order: the last to arrive must not always be the first to go on.
+static void yield() {
   wake(machine.running);
   suspend("its turn");
 }
 
 void block_sync(int line) {
-  if (arrive(machine.running->block->barrier, "__syncthreads", line, false)) go_on();
+  if (arrive(machine.running->block->barrier, "__syncthreads", line, false)) yield();
 }
 
 int block_vote(Vote vote, int predicate, int line) {
@@ -154,18 +154,18 @@ int block_vote(Vote vote, int predicate, int line) {
     const bool every = barrier.votes == static_cast<int>(barrier.size);
     barrier.outcome = vote == Vote::kCount ? barrier.votes : vote == Vote::kOr ? barrier.votes > 0 : every;
     barrier.votes = 0;
-    go_on();
+    yield();
   }
   return barrier.outcome;
 }
 
 void cluster_sync() {
-  if (arrive(machine.running->block->cluster->barrier, "cluster_sync", 0, true)) go_on();
+  if (arrive(machine.running->block->cluster->barrier, "cluster_sync", 0, true)) yield();
 }
 
 void grid_sync() {
   if (!machine.launches.back().shape.cooperative) fail("grid_sync() in a launch that is not cooperative");
-  if (arrive(machine.grid, "grid_sync", 0, true)) go_on();
+  if (arrive(machine.grid, "grid_sync", 0, true)) yield();
 }
 
 Thread& thread_of(Cluster& cluster, uint16_t id) {
@@ -208,27 +208,27 @@ void gather(unsigned mask, const char* what, void* argument, void (*together)(Wa
   for (Thread* lane : warp.lanes) {
     if (mask >> lane->lane & 1 && lane != self) wake(lane);
   }
-  go_on();
+  yield();
 }
 
 // --- Launches
 
-// Blocks that are on the machine at once: one, a cluster, or a whole cooperative grid.
+// Blocks that run at the same time: one, a cluster, or a whole cooperative grid.
 struct Residents {
   std::deque<Block> blocks;
   std::deque<Cluster> clusters;
 };
 
-static void add_block(Residents& on, Cluster& cluster, const Shape& shape, unsigned linear, size_t& stack) {
-  Block& block = on.blocks.emplace_back();
+static void add_block(Residents& residents, Cluster& cluster, const Shape& shape, unsigned linear, size_t& stack) {
+  Block& block = residents.blocks.emplace_back();
   const unsigned threads = shape.block.x * shape.block.y * shape.block.z;
   block.rank = cluster.blocks.size();
   block.cluster = &cluster;
   block.barrier.size = threads;
-  block.shared.assign(shape.shared_bytes, 0xff);  // a NaN in every type
+  block.shared.assign(shape.shared_bytes, 0xff);  // NaN in every type
   block.shadow.assign(shape.shared_bytes, Shadow());
   block.threads.resize(threads);
-  block.warps.resize((threads + kWarp - 1) / kWarp);
+  block.warps.resize((threads + kWarpSize - 1) / kWarpSize);
   cluster.blocks.push_back(&block);
   cluster.barrier.size += threads;
   machine.grid.size += threads;
@@ -239,9 +239,9 @@ static void add_block(Residents& on, Cluster& cluster, const Shape& shape, unsig
     t.block_size = shape.block;
     t.grid_size = shape.grid;
     t.block = &block;
-    t.warp = &block.warps[i / kWarp];
+    t.warp = &block.warps[i / kWarpSize];
     t.id = block.rank * threads + i;
-    t.lane = i % kWarp;
+    t.lane = i % kWarpSize;
     t.warp->lanes.push_back(&t);
     prepare(t.fiber, stacks.at(stack++), thread_main);
     wake(&t);
@@ -249,21 +249,21 @@ static void add_block(Residents& on, Cluster& cluster, const Shape& shape, unsig
 }
 
 static void run_together(const Shape& shape, const std::vector<unsigned>& first_blocks) {
-  Residents on;
+  Residents residents;
   size_t stack = 0;
   machine.ready.clear();
   machine.grid = Barrier();
   for (unsigned first : first_blocks) {
-    Cluster& cluster = on.clusters.emplace_back();
-    for (unsigned i = 0; i < shape.cluster; ++i) add_block(on, cluster, shape, first + i, stack);
+    Cluster& cluster = residents.clusters.emplace_back();
+    for (unsigned i = 0; i < shape.cluster; ++i) add_block(residents, cluster, shape, first + i, stack);
   }
   Thread* first = next_thread();
-  run(first);
+  set_running(first);
   jump(machine.host, first->fiber);
 
   if (machine.failure.empty()) {
     std::map<std::string, std::vector<const Thread*>> waiting;
-    for (Block& block : on.blocks) {
+    for (Block& block : residents.blocks) {
       for (Thread& t : block.threads) {
         if (!t.finished) waiting[place(t.waits_at, t.waits_line)].push_back(&t);
       }
@@ -277,22 +277,22 @@ static void run_together(const Shape& shape, const std::vector<unsigned>& first_
     }
   }
   if (!machine.failure.empty()) {
-    stacks.scrub_all();  // of frames that will never return
+    stacks.scrub_all();  // their frames will never return
     std::string failure;
     failure.swap(machine.failure);
     throw std::runtime_error(machine.launches.back().kernel + ": " + failure);
   }
 }
 
-static void check(const Shape& s) {
-  auto refuse = [](const std::string& why) {
-    throw std::runtime_error(machine.launches.back().kernel + ": invalid launch: " + why);
+static void check_shape(const Shape& s) {
+  auto refuse = [](const std::string& reason) {
+    throw std::runtime_error(machine.launches.back().kernel + ": invalid launch: " + reason);
   };
   const uint64_t threads = uint64_t(s.block.x) * s.block.y * s.block.z;
   if (threads == 0 || threads > kMaxThreads) refuse(std::to_string(threads) + " threads in a block");
-  if (s.block.z > 64) refuse("a block deeper than 64");
+  if (s.block.z > 64) refuse("a block of more than 64 threads in z");
   if (!s.grid.x || !s.grid.y || !s.grid.z) refuse("an empty grid");
-  if (s.grid.x > 0x7fffffffu || s.grid.y > 65535 || s.grid.z > 65535) refuse("a grid over the limit of its dimension");
+  if (s.grid.x > 0x7fffffffu || s.grid.y > 65535 || s.grid.z > 65535) refuse("a grid that is too large in one dimension");
   if (s.shared_bytes > machine.shared_limit) refuse(std::to_string(s.shared_bytes) + " bytes of shared memory in a block");
   if (s.cluster == 0 || s.cluster > 16 || s.grid.x % s.cluster) refuse("the grid is not whole clusters of at most 16 blocks");
   const uint64_t blocks = uint64_t(s.grid.x) * s.grid.y * s.grid.z;
@@ -303,7 +303,7 @@ static void check(const Shape& s) {
 
 void launch(const char* kernel, const Shape& shape, const std::function<void()>& body) {
   machine.launches.push_back({kernel, shape, {}});
-  check(shape);
+  check_shape(shape);
   machine.host = host_fiber();
   machine.body = &body;
   std::vector<unsigned> first_blocks(shape.grid.x * shape.grid.y * shape.grid.z / shape.cluster);
@@ -316,8 +316,8 @@ void launch(const char* kernel, const Shape& shape, const std::function<void()>&
 int multiprocessors() { return machine.multiprocessors; }
 int shared_memory_limit() { return static_cast<int>(machine.shared_limit); }
 
-// As a multiprocessor fits them: 2048 threads, 32 blocks, shared memory for the largest block, of which each takes 1 KB more than
-// it asks for.
+// A multiprocessor has room for 2048 threads, 32 blocks, and the shared memory of the largest block. Each block takes 1 KB more
+// than it asks for.
 int resident_blocks(int threads, size_t shared_bytes) {
   const size_t by_memory = (machine.shared_limit + 1024) / (shared_bytes + 1024);
   return machine.multiprocessors * static_cast<int>(std::min<size_t>({by_memory, size_t(2048 / threads), 32}));

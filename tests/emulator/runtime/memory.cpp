@@ -1,4 +1,4 @@
-// Global and shared memory: bounds, alignment, order of accesses, and what each request costs.
+// Global and shared memory: bounds, alignment, races, and the cost of each request.
 #include "machine.h"
 
 #include <algorithm>
@@ -7,16 +7,16 @@
 
 namespace emu {
 
-// The kernel's own code must not touch device memory except through here, so AddressSanitizer has it marked as poisoned, and
-// this must not become a call of the memcpy that AddressSanitizer watches.
-static void move(void* to, const void* from, int bytes) {
+// AddressSanitizer has device memory marked as poisoned, so that kernels cannot access it directly. This copy must not become a
+// call of memcpy, which AddressSanitizer intercepts.
+static void copy_bytes(void* to, const void* from, int bytes) {
   switch (bytes) {
     case 16: __builtin_memcpy(to, from, 16); break;
     case 8: __builtin_memcpy(to, from, 8); break;
     case 4: __builtin_memcpy(to, from, 4); break;
     case 2: __builtin_memcpy(to, from, 2); break;
     case 1: __builtin_memcpy(to, from, 1); break;
-    default: fail("an access of " + std::to_string(bytes) + " bytes: not one instruction");
+    default: fail("expected an access of 1, 2, 4, 8 or 16 bytes, got " + std::to_string(bytes));
   }
 }
 
@@ -28,7 +28,7 @@ static void log_access(const void* site, Kind kind, uint64_t address, int bytes,
 
 // --- Global memory
 
-[[noreturn]] static void out_of_bounds(const char* p, int bytes, const char* what) {
+[[noreturn]] static void fail_out_of_bounds(const char* p, int bytes, const char* what) {
   const std::string access = std::string("global ") + what + " of " + std::to_string(bytes) + " bytes ";
   if (!p) fail(access + "through a null pointer");
   const Buffer* nearest = nullptr;
@@ -48,7 +48,7 @@ static int find_buffer(const void* pointer, int bytes, const char* what) {
   auto holds = [&](const Buffer& b) { return p >= b.data && p + bytes <= b.data + b.bytes; };
   if (last >= machine.buffers.size() || !holds(machine.buffers[last])) {
     last = std::find_if(machine.buffers.begin(), machine.buffers.end(), holds) - machine.buffers.begin();
-    if (last == machine.buffers.size()) out_of_bounds(p, bytes, what);
+    if (last == machine.buffers.size()) fail_out_of_bounds(p, bytes, what);
   }
   if (reinterpret_cast<uintptr_t>(p) % bytes) {
     fail(std::string("misaligned global ") + what + " of " + std::to_string(bytes) + " bytes at byte " +
@@ -74,28 +74,28 @@ static void check_global_write(const void* site, const void* to, int bytes) {
 
 void global_read(const void* from, void* to, int bytes) {
   check_global_read(__builtin_return_address(0), from, bytes);
-  move(to, from, bytes);
+  copy_bytes(to, from, bytes);
 }
 
 void global_write(void* to, const void* from, int bytes) {
   check_global_write(__builtin_return_address(0), to, bytes);
-  move(to, from, bytes);
+  copy_bytes(to, from, bytes);
 }
 
 unsigned global_atomic_add(unsigned* p, unsigned value) {
   check_global_write(__builtin_return_address(0), p, sizeof *p);
   unsigned old;
-  move(&old, p, sizeof old);
+  copy_bytes(&old, p, sizeof old);
   value += old;
-  move(p, &value, sizeof value);
+  copy_bytes(p, &value, sizeof value);
   return old;
 }
 
-void copy_to_device(void* to, const void* from, size_t bytes) { move(to, from, bytes); }
+void copy_to_device(void* to, const void* from, size_t bytes) { copy_bytes(to, from, bytes); }
 
 // --- Shared memory: which accesses are ordered
 
-// Did `thread` do what it did at `time` before what the running thread does now, on every schedule?
+// True if what thread `id` did at `time` comes before what the running thread does now, on every schedule.
 static bool ordered(uint16_t id, uint32_t time) {
   const Thread& self = *machine.running;
   if (id == self.id) return true;
@@ -108,19 +108,19 @@ static bool readers_ordered(const Shadow& s) {
   const Thread& self = *machine.running;
   switch (s.readers) {
     case Shadow::kNone: return true;
-    case Shadow::kOne: return ordered(s.reader, s.read);
-    case Shadow::kClusterful: return s.read < self.block->cluster_synced;
+    case Shadow::kOneThread: return ordered(s.reader, s.read);
+    case Shadow::kOneCluster: return s.read < self.block->cluster_synced;
     default: break;
   }
   const Thread& one = thread_of(*self.block->cluster, s.reader);
   if (one.block != self.block) return s.read < self.block->cluster_synced;
   if (s.read < self.block->synced) return true;
-  if (s.readers == Shadow::kBlockful || one.warp != self.warp) return false;
+  if (s.readers == Shadow::kOneBlock || one.warp != self.warp) return false;
   return std::all_of(self.warp->lanes.begin(), self.warp->lanes.end(),
                      [&](const Thread* lane) { return lane == &self || s.read < self.met[lane->lane]; });
 }
 
-[[noreturn]] static void race(const Shadow& s, unsigned address, const char* now, bool with_reader) {
+[[noreturn]] static void fail_race(const Shadow& s, unsigned address, const char* now, bool with_reader) {
   const Thread& other = thread_of(*machine.running->block->cluster, with_reader ? s.reader : s.writer);
   fail(std::string("race: shared byte ") + std::to_string(address) + " is " + now + " here and " +
        (with_reader ? "read" : "written") + " by " + describe(other) + " with no barrier in between");
@@ -128,13 +128,13 @@ static bool readers_ordered(const Shadow& s) {
 
 static void add_reader(Shadow& s) {
   const Thread& self = *machine.running;
-  if (s.readers == Shadow::kNone || (s.readers == Shadow::kOne && s.reader == self.id) || readers_ordered(s)) {
-    s.readers = Shadow::kOne;
+  if (s.readers == Shadow::kNone || (s.readers == Shadow::kOneThread && s.reader == self.id) || readers_ordered(s)) {
+    s.readers = Shadow::kOneThread;
   } else {
     const Thread& one = thread_of(*self.block->cluster, s.reader);
-    const auto span = one.warp == self.warp     ? Shadow::kWarpful
-                      : one.block == self.block ? Shadow::kBlockful
-                                                : Shadow::kClusterful;
+    const auto span = one.warp == self.warp     ? Shadow::kOneWarp
+                      : one.block == self.block ? Shadow::kOneBlock
+                                                : Shadow::kOneCluster;
     s.readers = std::max(s.readers, span);
   }
   s.reader = self.id;
@@ -145,35 +145,35 @@ static void read_once(Shadow& s, unsigned address) {
   if (s.state == Shadow::kUnwritten) fail("read of unwritten shared memory: byte " + std::to_string(address));
   if (s.state == Shadow::kInFlight) {
     fail("read of shared byte " + std::to_string(address) + ", to which a cp.async by " +
-         describe(thread_of(*machine.running->block->cluster, s.writer)) + " is still under way: its wait is missing");
+         describe(thread_of(*machine.running->block->cluster, s.writer)) + " is still in flight: its wait is missing");
   }
-  if (!ordered(s.writer, s.written)) race(s, address, "read", false);
+  if (!ordered(s.writer, s.written)) fail_race(s, address, "read", false);
   add_reader(s);
 }
 
 static void write_once(Shadow& s, unsigned address, Shadow::State state) {
   if (s.state == Shadow::kInFlight)
-    fail("write to shared byte " + std::to_string(address) + ", to which a cp.async is still under way");
-  if (s.state == Shadow::kWritten && !ordered(s.writer, s.written)) race(s, address, "written", false);
-  if (!readers_ordered(s)) race(s, address, "written", true);
+    fail("write to shared byte " + std::to_string(address) + ", to which a cp.async is still in flight");
+  if (s.state == Shadow::kWritten && !ordered(s.writer, s.written)) fail_race(s, address, "written", false);
+  if (!readers_ordered(s)) fail_race(s, address, "written", true);
   s = Shadow();
   s.state = state;
   s.writer = machine.running->id;
   s.written = machine.clock;
 }
 
-// Bytes of one access mostly have one history: it is judged once.
-template <class Judge>
-static void for_each_byte(Block& block, unsigned address, int bytes, Judge judge) {
+// The bytes of one access usually share one history, which is then checked once.
+template <class Check>
+static void for_each_byte(Block& block, unsigned address, int bytes, Check check) {
   Shadow* s = &block.shadow[address];
   Shadow before = *s;
-  judge(*s, address);
+  check(*s, address);
   for (int i = 1; i < bytes; ++i) {
     if (!std::memcmp(&s[i], &before, sizeof before)) {
       s[i] = s[i - 1];
     } else {
       before = s[i];
-      judge(s[i], address + i);
+      check(s[i], address + i);
     }
   }
 }
@@ -201,7 +201,7 @@ void shared_read(unsigned address, void* to, int bytes) {
   check_shared(block, address, bytes, "read");
   for_each_byte(block, address, bytes, read_once);
   log_access(__builtin_return_address(0), Kind::kSharedRead, address, bytes);
-  move(to, &block.shared[address], bytes);
+  copy_bytes(to, &block.shared[address], bytes);
 }
 
 void shared_write(unsigned address, const void* from, int bytes) {
@@ -209,7 +209,7 @@ void shared_write(unsigned address, const void* from, int bytes) {
   check_shared(block, address, bytes, "write");
   for_each_byte(block, address, bytes, [](Shadow& s, unsigned at) { write_once(s, at, Shadow::kWritten); });
   log_access(__builtin_return_address(0), Kind::kSharedWrite, address, bytes);
-  move(&block.shared[address], from, bytes);
+  copy_bytes(&block.shared[address], from, bytes);
 }
 
 void cluster_read(unsigned address, unsigned rank, void* to, int bytes) {
@@ -220,13 +220,13 @@ void cluster_read(unsigned address, unsigned rank, void* to, int bytes) {
   check_shared(block, address, bytes, "read");
   if (&block != machine.running->block) {
     if (block.barrier.finished) fail("read of another block's shared memory after that block has begun to end");
-    block.read_from_afar = machine.clock;
+    block.read_remotely = machine.clock;
   }
   for_each_byte(block, address, bytes, read_once);
-  move(to, &block.shared[address], bytes);
+  copy_bytes(to, &block.shared[address], bytes);
 }
 
-// --- cp.async: the destination is poisoned until the wait, when the source is read
+// --- cp.async: the destination is poisoned until the wait, which reads the source
 
 void cp_async(unsigned to, const void* from, int bytes, bool valid) {
   Thread& self = *machine.running;
@@ -247,7 +247,7 @@ void cp_async_wait(int pending) {
   auto copy = self.copies.begin();
   for (; copy != self.copies.end() && copy->group < self.groups - pending; ++copy) {
     static const uint4 zeros = {0, 0, 0, 0};
-    move(&self.block->shared[copy->to], copy->valid ? copy->from : &zeros, copy->bytes);
+    copy_bytes(&self.block->shared[copy->to], copy->valid ? copy->from : &zeros, copy->bytes);
     for (int i = 0; i < copy->bytes; ++i) {
       Shadow& s = self.block->shadow[copy->to + i];
       s.state = Shadow::kWritten;
@@ -257,10 +257,10 @@ void cp_async_wait(int pending) {
   self.copies.erase(self.copies.begin(), copy);
 }
 
-// --- What a warp's accesses cost: the lanes' accesses at one instruction are one request
+// --- The cost of a warp's accesses: its lanes' accesses at one instruction are one request
 
 static void count_global(const Access* const* lanes, int n) {
-  std::pair<uint64_t, uint16_t> sectors[kWarp];  // no access is over 16 bytes or misaligned, so each lies in one
+  std::pair<uint64_t, uint16_t> sectors[kWarpSize];  // accesses are aligned and at most 16 bytes, so each is in one sector
   for (int i = 0; i < n; ++i) sectors[i] = {lanes[i]->address / 32, lanes[i]->buffer};
   std::sort(sectors, sectors + n);
   const int distinct = std::unique(sectors, sectors + n) - sectors;
@@ -276,25 +276,25 @@ static void count_global(const Access* const* lanes, int n) {
   add_request(counters());
 }
 
-// 32 banks of 4 bytes. Lanes are served 32, 16 or 8 at a time for 4, 8 or 16 bytes each; a bank gives one word per wavefront.
+// 32 banks of 4 bytes. A phase serves 32, 16 or 8 lanes of 4, 8 or 16 bytes each; a bank delivers one word per wavefront.
 static void count_shared(const Access* const* lanes, const unsigned* ids, int n) {
-  const unsigned per_phase = kWarp / std::max(1, lanes[0]->bytes / 4);
+  const unsigned per_phase = kWarpSize / std::max(1, lanes[0]->bytes / 4);
   Counters& c = counters();
   ++c.shared_requests;
   for (int i = 0; i < n;) {
     const unsigned phase = ids[i] / per_phase;
-    uint64_t words[kWarp];
+    uint64_t words[kWarpSize];
     int count = 0;
     for (; i < n && ids[i] / per_phase == phase; ++i) {
       for (int w = 0; w < std::max(1, lanes[i]->bytes / 4); ++w) words[count++] = lanes[i]->address / 4 + w;
     }
     std::sort(words, words + count);
     count = std::unique(words, words + count) - words;
-    unsigned ways[kWarp] = {}, most = 0;
-    for (int w = 0; w < count; ++w) most = std::max(most, ++ways[words[w] % 32]);
-    c.shared_wavefronts += most;
-    c.bank_conflicts += most - 1;
-    c.worst_ways = std::max(c.worst_ways, most);
+    unsigned ways[kWarpSize] = {}, wavefronts = 0;
+    for (int w = 0; w < count; ++w) wavefronts = std::max(wavefronts, ++ways[words[w] % 32]);
+    c.shared_wavefronts += wavefronts;
+    c.bank_conflicts += wavefronts - 1;
+    c.worst_ways = std::max(c.worst_ways, wavefronts);
   }
 }
 
@@ -303,15 +303,17 @@ static void count_request(const Access* const* lanes, const unsigned* ids, int n
   else count_shared(lanes, ids, n);
 }
 
-static bool alike(const Access& a, const Access& b) { return a.site == b.site && a.kind == b.kind && a.bytes == b.bytes; }
+static bool same_instruction(const Access& a, const Access& b) {
+  return a.site == b.site && a.kind == b.kind && a.bytes == b.bytes;
+}
 
 void count_accesses(Warp& warp) {
   const auto& first = warp.lanes[0]->log;
   const bool converged = std::all_of(warp.lanes.begin(), warp.lanes.end(), [&](const Thread* lane) {
-    return lane->log.size() == first.size() && std::equal(first.begin(), first.end(), lane->log.begin(), alike);
+    return lane->log.size() == first.size() && std::equal(first.begin(), first.end(), lane->log.begin(), same_instruction);
   });
-  const Access* accesses[kWarp];
-  unsigned ids[kWarp];
+  const Access* accesses[kWarpSize];
+  unsigned ids[kWarpSize];
   if (converged) {
     const int n = warp.lanes.size();
     for (size_t i = 0; i < first.size(); ++i) {
@@ -319,12 +321,12 @@ void count_accesses(Warp& warp) {
       count_request(accesses, ids, n);
     }
   } else {
-    // Where lanes took different ways, the k-th time at an instruction is one request of the lanes that were there k times.
+    // Lanes took different paths: the k-th execution of an instruction is one request of the lanes that execute it k times.
     std::unordered_map<const void*, std::vector<std::vector<std::pair<const Access*, unsigned>>>> requests;
     for (const Thread* lane : warp.lanes) {
       std::unordered_map<const void*, size_t> times;
       for (const Access& access : lane->log) {
-        // One call can do two things (cp.async reads and writes): keep them apart.
+        // One call can both read and write (cp.async): keep these apart.
         const void* key = static_cast<const char*>(access.site) + static_cast<int>(access.kind) * (uint64_t(1) << 56);
         auto& of_site = requests[key];
         const size_t k = times[key]++;

@@ -1,4 +1,4 @@
-// What the lanes of a warp do together: each passes pointers to its own values, and the last to arrive does the work for all.
+// Warp-wide operations: each lane passes pointers to its values, and the last lane to arrive does the work for all.
 #include "machine.h"
 
 #include <cmath>
@@ -17,14 +17,14 @@ void warp_sync(unsigned mask) {
   gather(mask, "__syncwarp", nullptr, [](Warp& warp, unsigned mask, Arguments) {
     ++machine.clock;
     for (Thread* lane : warp.lanes) {
-      for (unsigned other = 0; other < kWarp && has(mask, lane->lane); ++other) {
+      for (unsigned other = 0; other < kWarpSize && has(mask, lane->lane); ++other) {
         if (has(mask, other)) lane->met[other] = machine.clock;
       }
     }
   });
 }
 
-// --- Shuffles and votes: they order no memory accesses, so clock and `met` stay as they are
+// --- Shuffles and votes: they do not order memory accesses, so `clock` and `met` do not change
 
 struct ShuffleArguments {
   Shuffle mode;
@@ -48,18 +48,18 @@ void shuffle(unsigned mask, Shuffle mode, void* value, int bytes, int argument, 
   static const char* const names[] = {"__shfl_sync", "__shfl_up_sync", "__shfl_down_sync", "__shfl_xor_sync"};
   ShuffleArguments mine = {mode, value, bytes, argument, width};
   gather(mask, names[static_cast<int>(mode)], &mine, [](Warp&, unsigned mask, Arguments lanes) {
-    uint64_t values[kWarp];
-    for (unsigned lane = 0; lane < kWarp; ++lane) {
+    uint64_t values[kWarpSize];
+    for (unsigned lane = 0; lane < kWarpSize; ++lane) {
       if (!has(mask, lane)) continue;
       auto& a = *static_cast<ShuffleArguments*>(lanes[lane]);
       std::memcpy(&values[lane], a.value, a.bytes);
     }
-    for (unsigned lane = 0; lane < kWarp; ++lane) {
+    for (unsigned lane = 0; lane < kWarpSize; ++lane) {
       if (!has(mask, lane)) continue;
       auto& a = *static_cast<ShuffleArguments*>(lanes[lane]);
       const unsigned from = source_lane(a, lane);
       if (!has(mask, from))
-        fail("shuffle: lane " + std::to_string(lane) + " reads lane " + std::to_string(from) + ", which takes no part");
+        fail("shuffle: lane " + std::to_string(lane) + " reads lane " + std::to_string(from) + ", which does not take part");
       std::memcpy(a.value, &values[from], a.bytes);
     }
   });
@@ -74,10 +74,10 @@ unsigned ballot(unsigned mask, bool predicate) {
   BallotArguments mine = {predicate, 0};
   gather(mask, "a vote", &mine, [](Warp&, unsigned mask, Arguments lanes) {
     unsigned result = 0;
-    for (unsigned lane = 0; lane < kWarp; ++lane) {
+    for (unsigned lane = 0; lane < kWarpSize; ++lane) {
       if (has(mask, lane) && static_cast<BallotArguments*>(lanes[lane])->predicate) result |= 1u << lane;
     }
-    for (unsigned lane = 0; lane < kWarp; ++lane) {
+    for (unsigned lane = 0; lane < kWarpSize; ++lane) {
       if (has(mask, lane)) static_cast<BallotArguments*>(lanes[lane])->result = result;
     }
   });
@@ -94,7 +94,7 @@ struct LdmatrixArguments {
 };
 
 static void need_whole_warp(const char* what) {
-  if (machine.running->warp->lanes.size() < kWarp) fail(std::string(what) + " needs all 32 lanes of a warp");
+  if (machine.running->warp->lanes.size() < kWarpSize) fail(std::string(what) + " needs all 32 lanes of a warp");
 }
 
 void ldmatrix(uint32_t* registers, int count, bool transposed, unsigned row_address) {
@@ -103,7 +103,7 @@ void ldmatrix(uint32_t* registers, int count, bool transposed, unsigned row_addr
   LdmatrixArguments mine = {registers, count, transposed, {}};
   if (machine.running->lane < 8u * count) shared_read(row_address, mine.row, sizeof mine.row);
   gather(kAll, names[count / 2], &mine, [](Warp&, unsigned, Arguments lanes) {
-    for (unsigned lane = 0; lane < kWarp; ++lane) {
+    for (unsigned lane = 0; lane < kWarpSize; ++lane) {
       auto& a = *static_cast<LdmatrixArguments*>(lanes[lane]);
       for (int m = 0; m < a.count; ++m) {
         auto at = [&](int row, int column) -> uint32_t {
@@ -128,10 +128,10 @@ static float half_value(const uint32_t* r, int i) { return __half2float({static_
 static float bfloat_value(const uint32_t* r, int i) {
   return __bfloat162float({static_cast<unsigned short>(r[i / 2] >> i % 2 * 16)});
 }
-// The rest of the bits is not used.
+// The low bits are ignored.
 static float tf32_value(const uint32_t* r, int i) { return __uint_as_float(r[i] & ~0x1fffu); }
 
-// Where value i of a lane lies: row or column.
+// The row or column of value i of a lane.
 struct K16 {
   static constexpr int k = 16, a_values = 8, b_values = 4;
   static int a_row(int group, int i) { return i / 2 % 2 ? group + 8 : group; }
@@ -145,25 +145,25 @@ struct K8Tf32 {
   static int b_row(int member, int i) { return i < 1 ? member : member + 4; }
 };
 
-// To float towards zero.
+// Rounds to float, towards zero.
 static float truncated(double value) {
   const float nearest = static_cast<float>(value);
   return std::isfinite(nearest) && std::abs(double{nearest}) > std::abs(value) ? std::nextafterf(nearest, 0.0f) : nearest;
 }
 
-// Products are exact in double; the sum of a whole k-slice is truncated once, as by tensor cores (Fasi et al., "Numerical
-// behavior of NVIDIA tensor cores", PeerJ CS 7:e330). They truncate partial sums too, in an order of their own: the last bits
-// differ.
+// Products are exact in double. The sum of a whole k-slice is truncated once, as tensor cores do (Fasi et al., "Numerical behavior
+// of NVIDIA tensor cores", PeerJ CS 7:e330). Tensor cores also truncate partial sums, in an order that is not documented, so the
+// last bits differ.
 template <class Layout, float (*value)(const uint32_t*, int)>
 static void multiply(Arguments lanes) {
   double a[16][Layout::k], b[Layout::k][8], sums[16][8];
   auto each_sum = [&](auto&& f) {
-    for (unsigned lane = 0; lane < kWarp; ++lane) {
+    for (unsigned lane = 0; lane < kWarpSize; ++lane) {
       float* d = static_cast<MmaArguments*>(lanes[lane])->d;
       for (int i = 0; i < 4; ++i) f(d[i], sums[lane / 4 + (i < 2 ? 0 : 8)][lane % 4 * 2 + i % 2]);
     }
   };
-  for (unsigned lane = 0; lane < kWarp; ++lane) {
+  for (unsigned lane = 0; lane < kWarpSize; ++lane) {
     const auto& mine = *static_cast<const MmaArguments*>(lanes[lane]);
     const int group = lane / 4, member = lane % 4;
     for (int i = 0; i < Layout::a_values; ++i) a[Layout::a_row(group, i)][Layout::a_column(member, i)] = value(mine.a, i);

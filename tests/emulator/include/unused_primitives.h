@@ -1,0 +1,51 @@
+// Primitives that the emulator runs and no kernel uses yet, for the emulator's own tests. They have no CUDA version: a kernel that
+// needs one adds it to csrc/kernels/device.
+#pragma once
+
+#include "device/launch.cuh"
+#include "device/reduce.cuh"
+
+namespace movq {
+
+// Clusters: blocks that run at the same time and read each other's shared memory.
+inline unsigned cluster_rank() { return emu::cluster_rank(); }
+inline unsigned cluster_size() { return emu::cluster_size(); }
+inline void cluster_sync() { emu::cluster_sync(); }
+
+// Element i of this view in the block with the given rank.
+template <class T>
+T cluster_load(const Shared<T>& view, unsigned i, unsigned rank) {
+  T value;
+  const unsigned from = view.address(i, 1);
+  for (unsigned k = 0; k < sizeof(T); k += alignof(T)) {
+    emu::cluster_read(from + k, rank, reinterpret_cast<char*>(&value) + k, alignof(T));
+  }
+  return value;
+}
+
+// A barrier of the whole grid, which must be cooperative.
+inline void grid_sync() { emu::grid_sync(); }
+
+// Launches clusters of this many blocks, or a cooperative grid, whose blocks all run at the same time.
+template <class... Params, class... Args>
+void launch_together(void (*kernel)(Params...), const char* name, const Launch& how, unsigned cluster, bool cooperative,
+                     Args&&... args) {
+  emu::launch(name, {how.grid, how.block, how.shared_bytes, cluster, cooperative}, [&] { kernel(args...); });
+}
+
+// Copies of 4, 8 or 16 bytes; see cp_async_16.
+template <int Bytes, class T>
+void cp_async(const Shared<T>& to, unsigned i, const T* from, bool valid) {
+  emu::cp_async(to.address(i, Bytes / sizeof(T)), from, Bytes, valid);
+}
+
+// Loads one, two or four matrices; see ldmatrix_x4. Only the first 8 * Count lanes name a row.
+template <bool Transposed, int Count, class T>
+void ldmatrix(uint32_t (&r)[Count], const Shared<T>& from, unsigned i) {
+  emu::ldmatrix(r, Count, Transposed, lane_id() < 8 * Count ? from.address(i, 8) : 0);
+}
+
+// Returns the value before the addition.
+inline unsigned atomic_add(unsigned* p, unsigned value) { return emu::global_atomic_add(p, value); }
+
+}  // namespace movq
