@@ -1,8 +1,9 @@
-"""What the compiler made of every kernel for every target: registers, spills, shared memory, occupancy, access widths.
+"""Report registers, spills, shared memory, occupancy and access widths of every kernel for every target.
 
     python benchmarks/resources.py --out benchmarks/results/resources.md
 
-Needs nvcc and cuobjdump (of a CUDA toolkit, or of the triton that torch installs), and no GPU. Exits with 1 if a kernel spills.
+Needs nvcc and cuobjdump (from a CUDA toolkit, or from the triton that torch installs) but no GPU. Exits with 1 if a kernel
+spills.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "csrc" / "kernels"
-# Warps and blocks a multiprocessor holds (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"); all
-# have 65536 registers, given out 256 to a warp at a time.
+# Warps and blocks per multiprocessor (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"). All targets
+# have 65536 registers, allocated to warps in units of 256.
 LIMITS = {"80": (64, 32), "86": (48, 16), "89": (48, 24), "90": (64, 32), "100": (64, 32), "120": (48, 24)}
 ACCESS = re.compile(r"\b(LDGSTS|LDG|STG|LDSM|LDS|STS|LDL|STL)((?:\.\w+)*)")
 
@@ -39,24 +40,24 @@ class Kernel(NamedTuple):
     accesses: Counter[str]
 
     def warps(self) -> int:
-        """Warps that fit a multiprocessor by registers and threads; shared memory asked for at launch is not known here."""
-        most, blocks = LIMITS[self.target]
-        a_block = -(-self.threads // 32)
-        by_registers = 65536 // (-(-self.registers * 32 // 256) * 256) // a_block
-        return min(blocks, most // a_block, by_registers) * a_block
+        """Resident warps per multiprocessor by registers and threads; the shared memory of a launch is not known here."""
+        max_warps, max_blocks = LIMITS[self.target]
+        block_warps = -(-self.threads // 32)
+        blocks_by_registers = 65536 // (-(-self.registers * 32 // 256) * 256) // block_warps
+        return min(max_blocks, max_warps // block_warps, blocks_by_registers) * block_warps
 
 
 def find_tool(name: str) -> str:
     folders = [Path(home) / "bin" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-    if (triton := importlib.util.find_spec("triton")) and triton.origin:  # it brings cuobjdump, which a bare nvcc lacks
+    if (triton := importlib.util.find_spec("triton")) and triton.origin:  # it has cuobjdump, which a bare nvcc lacks
         folders.append(Path(triton.origin).parent / "backends/nvidia/bin")
     if found := shutil.which(name, path=os.pathsep.join(map(str, folders))) or shutil.which(name):
         return found
-    sys.exit(f"{name} was not found: looked in {', '.join(map(str, folders))} and PATH; set CUDA_HOME")
+    sys.exit(f"{name} not found in {', '.join(map(str, folders))} or on PATH; set CUDA_HOME")
 
 
-def short(name: str) -> str:
-    """`void movq::spatial_norm::(anonymous namespace)::f<float, 4>(args)` -> `f<float, 4>`."""
+def short_name(name: str) -> str:
+    """Shorten `void movq::spatial_norm::(anonymous namespace)::f<float, 4>(args)` to `f<float, 4>`."""
     name = name.replace("(anonymous namespace)::", "").replace("__nv_", "").replace("__half", "half")
     name = re.sub(r"\(bool\)([01])|\(int\)(\d+)", lambda m: m[2] or ("false", "true")[int(m[1])], name)
     if "<" not in name:
@@ -64,24 +65,25 @@ def short(name: str) -> str:
     return re.sub(r".*?(\w+<)", r"\1", re.sub(r"\w+::", "", name.split(">(")[0] + ">").removeprefix("void "), count=1)
 
 
-def compile_one(source: Path, target: str) -> list[Kernel]:
+def compile_source(source: Path, target: str) -> list[Kernel]:
+    """Compile one file for one target and read the reports of ptxas and cuobjdump on its kernels."""
     nvcc, cuobjdump = find_tool("nvcc"), find_tool("cuobjdump")
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         options = ["-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", f"-arch=sm_{target}", "-Xptxas=-v", "-cubin"]
         command = [nvcc, *options, "-o", cubin, source]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{source.name} does not compile for sm_{target}:\n{done.stderr}")
+        compiler = subprocess.run(command, capture_output=True, text=True)
+        if compiler.returncode:
+            sys.exit(f"{source.name} does not compile for sm_{target}:\n{compiler.stderr}")
         sass = subprocess.run([cuobjdump, "-sass", cubin], check=True, capture_output=True, text=True).stdout
-    bounds = dict(re.findall(r"\.entry (\w+).*?\.maxntid (\d+)", ptx(source, target), re.S))
+    launch_bounds = dict(re.findall(r"\.entry (\w+).*?\.maxntid (\d+)", compile_to_ptx(source, target), re.S))
     accesses: dict[str, Counter[str]] = {}
     for part in re.split(r"Function : ", sass)[1:]:
         widths = (f"{m[1]}{''.join(re.findall(r'[.](?:128|64|U16|S16|U8|S8)', m[2]))}" for m in ACCESS.finditer(part))
         accesses[part.split()[0]] = Counter(widths)
     report = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers(.*)",
-        done.stderr.replace("\n", " ").replace("ptxas info    : Compiling", "\nptxas info    : Compiling"),
+        compiler.stderr.replace("\n", " ").replace("ptxas info    : Compiling", "\nptxas info    : Compiling"),
     )
     names = subprocess.run(
         ["c++filt"], input="\n".join(row[0] for row in report), check=True, capture_output=True, text=True
@@ -89,17 +91,17 @@ def compile_one(source: Path, target: str) -> list[Kernel]:
     kernels = []
     for (mangled, stores, loads, registers, rest), name in zip(report, names.splitlines(), strict=True):
         shared = int(found[1]) if (found := re.search(r"(\d+) bytes smem", rest)) else 0
-        threads, spills = int(bounds.get(mangled, 1024)), int(stores) + int(loads)
-        kernels.append(Kernel(source.stem, short(name), target, int(registers), spills, shared, threads, accesses[mangled]))
+        threads, spills = int(launch_bounds.get(mangled, 1024)), int(stores) + int(loads)
+        kernels.append(Kernel(source.stem, short_name(name), target, int(registers), spills, shared, threads, accesses[mangled]))
     return kernels
 
 
-def ptx(source: Path, target: str) -> str:
+def compile_to_ptx(source: Path, target: str) -> str:
     command = [find_tool("nvcc"), "-std=c++20", f"-I{ROOT / 'csrc'}", f"-arch=compute_{target}", "-ptx", "-o", "-", source]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def table(kernels: list[Kernel]) -> str:
+def format_table(kernels: list[Kernel]) -> str:
     lines = []
     for source in sorted({k.source for k in kernels}):
         lines += [
@@ -122,31 +124,33 @@ def table(kernels: list[Kernel]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the table here")
+    parser.add_argument("--out", type=Path, help="file for the table; standard output by default")
     parser.add_argument(
-        "--targets", nargs="+", choices=LIMITS, default=list(LIMITS), metavar="SM", help="compute capabilities, as 90"
+        "--targets", nargs="+", choices=LIMITS, default=list(LIMITS), metavar="SM", help="compute capabilities, such as 90"
     )
     options = parser.parse_args()
     jobs = [(source, target) for source in sorted(KERNELS.glob("*.cu")) for target in options.targets]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        kernels = [kernel for found in pool.map(lambda job: compile_one(*job), jobs) for kernel in found]
+        kernels = [kernel for found in pool.map(lambda job: compile_source(*job), jobs) for kernel in found]
     version = subprocess.run([find_tool("nvcc"), "--version"], check=True, capture_output=True, text=True).stdout
     release = re.search(r"release ([\d.]+)", version)
     text = (
-        f"# Resources of the kernels, by `benchmarks/resources.py`, nvcc {release[1] if release else '?'}\n\n"
-        f"Registers and resident warps (of {', '.join(str(LIMITS[t][0]) for t in options.targets)}; by registers and "
-        f"threads alone) are for sm_{', sm_'.join(options.targets)}, in this order. An access is `.128` for 16 bytes, `.64` "
-        "for 8, none for 4; "
-        f"x counts instructions in the code, not executions. Shared memory is asked for at launch, by size of the problem; "
-        f"the tests hold it to what lets these warps reside.\n{table(kernels)}\n"
+        f"# Resources of the kernels, from `benchmarks/resources.py` with nvcc {release[1] if release else '?'}\n\n"
+        f"Registers and resident warps are for sm_{', sm_'.join(options.targets)}, in this order. A multiprocessor holds "
+        f"{', '.join(str(LIMITS[t][0]) for t in options.targets)} warps; registers and threads reduce that to the number given. "
+        "Accesses are `.128` for 16 bytes, `.64` for 8 and without a suffix for 4; x counts instructions in the code, not "
+        "executions. Shared memory is requested at launch, by the size of the problem; the tests check that it leaves room for "
+        f"these warps.\n{format_table(kernels)}\n"
     )
     if options.out:
         options.out.write_text(text)
     else:
         print(text)
-    bad = [f"{k.name} for sm_{k.target}" for k in kernels if k.spills or any(w.startswith(("LDL", "STL")) for w in k.accesses)]
-    if bad:
-        sys.exit("local memory is used by: " + "; ".join(bad))
+    spilled = [
+        f"{k.name} for sm_{k.target}" for k in kernels if k.spills or any(w.startswith(("LDL", "STL")) for w in k.accesses)
+    ]
+    if spilled:
+        sys.exit("kernels that use local memory: " + "; ".join(spilled))
 
 
 if __name__ == "__main__":

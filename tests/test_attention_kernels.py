@@ -1,4 +1,4 @@
-"""Attention's kernels: one list of cases, on the emulator everywhere and on the GPU where one is present."""
+"""The kernels of attention: the same cases on the emulator everywhere, and on a GPU if there is one."""
 
 import emulator
 import pytest
@@ -21,7 +21,7 @@ counted = backends(emulator=lambda: Emulator(seeds=(0,)))
 
 
 def expected(q, k, v, dout, scale):
-    """(out, lse, gradients) by the formula, in float64."""
+    """Return out, lse and the gradients by the formula, in float64."""
     q, k, v = (x.double().requires_grad_() for x in (q, k, v))
     scores = q @ k.mT * scale
     out = scores.softmax(3) @ v
@@ -40,13 +40,13 @@ def assert_right(backend, q, k, v, dout, scale=None, slack=1.0):
     assert_close("out", out, wanted_out, slack)
     torch.testing.assert_close(lse, wanted_lse.float(), rtol=1e-5, atol=1e-5)
     for name, grad, wanted in zip("qkv", backend.backward(dout, q, k, v, out, lse, scale), wanted_grads, strict=True):
-        if float(wanted.abs().max()) < 1e-12:  # one key: its weight is 1 whatever q and k
+        if float(wanted.abs().max()) < 1e-12:  # with one key its weight is 1 for any q and k
             assert float(grad.abs().max()) < 2 * slack * RELATIVE[grad.dtype]
         else:
             assert_close(f"gradient of {name}", grad, wanted, 2 * slack)
 
 
-# (batch, heads, queries, keys, head size). `small` is what a sanitizer has time for.
+# (batch, heads, queries, keys, head size). The cases named `small` are for slow sanitizers.
 SHAPES = {
     "small-whole-tiles": (1, 1, 64, 128, 64),
     "small-ragged": (1, 2, 70, 140, 48),
@@ -61,7 +61,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-def test_forward_and_backward_are_the_formula(backend, shape, dtype):
+def test_forward_and_backward_match_the_formula(backend, shape, dtype):
     assert_right(backend, *case(*shape, dtype))
 
 
@@ -79,8 +79,8 @@ def test_sdpa_agrees(backend, dtype):
     assert_close("out", backend.forward(q, k, v, 512**-0.5)[0], wanted)
 
 
-def test_parts_of_one_projection_are_read_where_they_lie(backend):
-    """(batch, tokens, 3 * C), as AttnBlock's convolution writes it in channels_last; and heads that lie between the tokens."""
+def test_parts_of_one_projection_are_read_in_place(backend):
+    """q, k and v are parts of one (batch, tokens, 3 * C) tensor, as AttnBlock's channels_last convolution writes it."""
     fused = torch.randn(2, 70, 3 * 2 * 64).to(BF16)
     q, k, v = (x.unflatten(2, (2, 64)).transpose(1, 2) for x in fused.chunk(3, dim=2))
     assert not q.is_contiguous()
@@ -90,13 +90,13 @@ def test_parts_of_one_projection_are_read_where_they_lie(backend):
 @pytest.mark.parametrize("multiprocessors, shared", [(1, 227), (3, 163), (3, 99), (132, 99)])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=lambda dtype: str(dtype)[6:])
 def test_every_device_gets_a_plan_that_fits(counted, multiprocessors, shared, dtype):
-    """What a block of an sm_86, sm_80 and sm_90 can have: the rows stay in shared memory or stream through it."""
+    """With the shared memory of an sm_86, sm_80 or sm_90, the rows stay in shared memory or stream through it."""
     counted.seeds = (1,)
     counted.device = {"multiprocessors": multiprocessors, "shared_limit": shared << 10}
     assert_right(counted, *case(1, 1, 70, 260, 512, dtype))
 
 
-# --- What attention does not depend on
+# --- Invariances
 
 
 def test_the_order_of_the_keys_does_not_matter(backend):
@@ -108,7 +108,7 @@ def test_the_order_of_the_keys_does_not_matter(backend):
     torch.testing.assert_close(other_lse, lse)
 
 
-def test_a_constant_on_all_scores_changes_only_the_log_sum_exp(backend):
+def test_a_constant_added_to_all_scores_changes_only_the_lse(backend):
     q, k, v, _ = case(1, 1, 40, 200, 64, F32)
     shift = torch.randn(64, generator=torch.Generator().manual_seed(1))
     out, lse = backend.forward(q, k, v, 0.125)
@@ -141,13 +141,13 @@ def test_scores_of_ten_thousand(backend, dtype):
     wanted, wanted_lse, _ = expected(q, k, v, dout, 0.25)
     assert out.isfinite().all() and lse.isfinite().all()
     torch.testing.assert_close(lse, wanted_lse.float(), rtol=1e-5, atol=0.02)
-    assert_close("out", out, wanted, slack=2000.0 if dtype == F32 else 2.0)  # a score of 10^4 has an error of 10^-3 in float32
+    assert_close("out", out, wanted, slack=2000.0 if dtype == F32 else 2.0)  # a float32 score of 10^4 has an error of 10^-3
     grads = backend.backward(dout, q, k, v, out, lse, 0.25)
     assert all(grad.isfinite().all() for grad in grads)
 
 
 def test_scores_that_rise_with_every_tile(backend):
-    """Every tile of keys has a new maximum; and scores that fall, so that later weights vanish."""
+    """Every tile of keys has a new maximum; in reverse order, the later weights vanish."""
     q, k, v, dout = case(1, 1, 20, 640, 32, F32)
     backend.seeds = (1,)
     rising = torch.linspace(-60, 60, 640)[None, None, :, None]
@@ -157,7 +157,7 @@ def test_scores_that_rise_with_every_tile(backend):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=lambda dtype: str(dtype)[6:])
-def test_nan_stays_in_its_image_and_in_its_query(backend, dtype):
+def test_nan_stays_in_its_image_and_query(backend, dtype):
     q, k, v, _ = case(3, 1, 40, 150, 32, dtype)
     q[0, 0, 3, 5] = float("nan")
     k[1, 0, 7, 2] = float("nan")
@@ -168,7 +168,7 @@ def test_nan_stays_in_its_image_and_in_its_query(backend, dtype):
     assert torch.equal(bad, wanted)
 
 
-def test_an_infinite_score_is_what_sdpa_makes_of_it(backend):
+def test_an_infinite_score_gives_nan_where_sdpa_does(backend):
     q, k, v, _ = case(1, 1, 40, 150, 32, BF16)
     k[0, 0, 7, 2] = float("inf")
     with sdpa_kernel(SDPBackend.MATH):
@@ -186,7 +186,7 @@ def test_many_keys(backend):
 @given(data=st.data())
 def test_any_shape(backend, data):
     backend.seeds = (1, 2)
-    shape = [data.draw(st.integers(1, most)) for most in (2, 2, 70, 200)]
+    shape = [data.draw(st.integers(1, maximum)) for maximum in (2, 2, 70, 200)]
     dtype = data.draw(st.sampled_from(DTYPES))
     size = data.draw(st.integers(1, 40)) * (16 // dtype.itemsize)
     if isinstance(backend, Emulator):
@@ -197,11 +197,11 @@ def test_any_shape(backend, data):
     assert_right(backend, *case(*shape, min(size, 512), dtype), slack=2.0)
 
 
-# --- Costs, which only the emulator can count
+# --- Costs, counted by the emulator
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-def test_forward_moves_the_keys_once_for_every_row_tile(counted, dtype):
+def test_forward_reads_the_keys_once_per_row_tile(counted, dtype):
     counted.device = {"multiprocessors": 2}
     q, k, v, _ = case(1, 1, 256, 256, 512, dtype)
     counted.forward(q, k, v, 0.1)
@@ -234,7 +234,7 @@ def test_backward_is_eight_products_without_bank_conflicts(counted, dtype):
 
 @pytest.mark.parametrize("tokens", [64, 1000])
 def test_one_image_fills_a_gpu(counted, tokens):
-    """Row tiles alone would be 1 and 16 blocks of work for 132 multiprocessors."""
+    """One block per row tile would be 1 and 16 blocks for 132 multiprocessors."""
     counted.device = {"multiprocessors": 132}
     q, k, v, _ = case(1, 1, tokens, tokens, 32, BF16)
     counted.forward(q, k, v, 0.1)
@@ -243,7 +243,7 @@ def test_one_image_fills_a_gpu(counted, tokens):
     assert first.grid[0] >= min(units, 132) and counted.workspace <= 2 * first.grid[0] * 64 * (32 + 1) * 4
 
 
-def test_a_head_that_is_too_large_for_the_device_is_an_error_with_the_kernel_s_name(counted):
+def test_a_head_too_large_for_the_device_raises_with_the_name_of_the_kernel(counted):
     counted.device = {"shared_limit": 48 << 10}
     q, k, v, _ = case(1, 1, 8, 8, 64, BF16)
     with pytest.raises(
@@ -252,7 +252,7 @@ def test_a_head_that_is_too_large_for_the_device_is_an_error_with_the_kernel_s_n
         counted.forward(q, k, v, 0.1)
 
 
-# --- What only a GPU has the time or the memory for
+# --- Sizes that only a GPU has the time or the memory for
 
 
 @pytest.mark.skipif(not usable("gpu"), reason="needs a GPU and the extension")

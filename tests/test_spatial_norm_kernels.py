@@ -1,4 +1,4 @@
-"""SpatialNorm's kernels: one list of cases, on the emulator everywhere and on the GPU where one is present."""
+"""The kernels of SpatialNorm: the same cases on the emulator everywhere, and on a GPU if there is one."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 backend = backends(emulator=Emulator, gpu=Gpu)
 
 
-# (shape of f, groups, zq's height and width). `small` is what a sanitizer has time for.
+# (shape of f, groups, zq's height and width). The cases named `small` are for slow sanitizers.
 SHAPES = {
     "small-whole-ratio": ((2, 32, 8, 16), 8, (2, 4)),
     "small-no-zq": ((1, 32, 8, 8), 32, None),
@@ -59,7 +59,7 @@ def expected_backward(c, groups, eps, silu):
 
 
 def assert_close(actual, expected, slack=1.0):
-    """Near the float64 result, where that may be all but zero too: then near in the scale of 1."""
+    """Compare with the float64 result, relative to its norm, or relative to 1 if it is almost zero."""
     if float(expected.norm()) < 1e-6 * expected.numel() ** 0.5:
         assert float(actual.double().abs().max()) < 1e-2
         return
@@ -69,7 +69,7 @@ def assert_close(actual, expected, slack=1.0):
 
 @pytest.mark.parametrize("shape, groups, zq_size, dtype, layout, offset", CASES)
 @pytest.mark.parametrize("silu", [True, False], ids=["silu", "linear"])
-def test_forward_and_backward_are_the_published_formula(backend, shape, groups, zq_size, dtype, layout, offset, silu):
+def test_forward_and_backward_match_the_published_formula(backend, shape, groups, zq_size, dtype, layout, offset, silu):
     c = case(shape, zq_size, dtype, layout, affine=dtype if silu else F32, offset=offset)
     out, mean, rstd = backend.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, groups, 1e-6, silu)
     if out.shape[1] > 1 and out.shape[2:].numel() > 1:
@@ -87,11 +87,11 @@ def test_forward_and_backward_are_the_published_formula(backend, shape, groups, 
                 raise AssertionError(f"gradient of {name}: {error}") from None
 
 
-# --- A bias of f
+# --- f_bias and bordered zq
 
 
 def biased(c, dtype, level=0.0):
-    """A bias of f, and c with it in f, in float64."""
+    """Return an f_bias, and the case in float64 with f_bias already added to f."""
     f_bias = (torch.randn(c.f.shape[1], generator=torch.Generator().manual_seed(1)) + level).to(dtype)
     maps = {name: float64(x) for name, x in vars(c).items()}
     return f_bias, SimpleNamespace(**{**maps, "f": c.f.double() + f_bias.double()[:, None, None]})
@@ -105,8 +105,8 @@ def test_f_bias_is_added_before_the_norm(backend, shape, groups, zq_size, dtype,
     out, mean, rstd = backend.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, groups, 1e-2, silu, f_bias)
     assert_close(out, expected_forward(sums, groups, 1e-2, silu), slack=2.0)
     grouped = sums.f.reshape(shape[0], groups, -1)
-    near(mean, grouped.mean(2))
-    near(rstd, (grouped.var(2, correction=0) + 1e-2).rsqrt())
+    assert_near(mean, grouped.mean(2))
+    assert_near(rstd, (grouped.var(2, correction=0) + 1e-2).rsqrt())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -114,7 +114,7 @@ def test_f_bias_is_added_before_the_norm(backend, shape, groups, zq_size, dtype,
     "shape, groups", [((1, 32, 16, 16), 8), ((1, 2064, 4, 8), 2), ((1, 6, 7, 13), 2)], ids=["tile", "wide-group", "single"]
 )
 def test_a_large_f_bias_costs_no_accuracy(backend, shape, groups, layout):
-    """What is lost is half a unit in the last place of the mean, 2^-15. The variance has nothing of it."""
+    """The mean is rounded to half an ulp, 2^-15 here. The variance loses nothing."""
     c = case(shape, None, F32, layout, affine=None)
     f_bias, sums = biased(c, F32, level=1000.0)
     out, _, rstd = backend.forward(c.f, None, None, None, None, groups, 1e-6, False, f_bias)
@@ -123,7 +123,7 @@ def test_a_large_f_bias_costs_no_accuracy(backend, shape, groups, layout):
     assert relative_error(rstd, (grouped.var(2, correction=0) + 1e-6).rsqrt()) < 1e-5
 
 
-# Cells of (rows, columns) on a grid, for a bordered zq.
+# Bordered zq: (rows, columns) of a cell, and of the grid of cells.
 BORDERED = {"small-four-by-two": ((4, 2), (2, 8)), "large-cells": ((8, 16), (2, 3)), "three-is-every-pixel": ((3, 3), (2, 5)),
             "seven-by-five": ((7, 5), (3, 2)), "one-cell": ((12, 40), (1, 1))}  # fmt: skip
 
@@ -144,7 +144,7 @@ def test_bordered_zq(backend, name, dtype, layout):
     assert_close(out, published.spatial_norm(c.f.double(), y, b, c.weight.double(), c.bias.double(), 4, 1e-6, "silu"))
 
 
-def test_f_bias_of_nan_stays_in_its_group(backend):
+def test_nan_in_f_bias_stays_in_its_group(backend):
     c = case((2, 32, 4, 8), (2, 2), F32, "channels_last")
     f_bias = torch.zeros(32)
     f_bias[5] = float("nan")
@@ -176,7 +176,7 @@ def test_nan_and_infinity_stay_in_their_group(backend):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_large_mean_costs_no_accuracy(backend, layout):
-    """E[x^2] - E[x]^2 in float32 would have no correct digit here. What is lost is half a unit in the last place of the mean."""
+    """E[x^2] - E[x]^2 in float32 would have no correct digit here. Only the mean is rounded, to half an ulp."""
     c = case((1, 32, 16, 16), None, F32, layout)
     f = c.f + 4096.0
     out, _, _ = backend.forward(f, None, None, None, None, 8, 1e-6, False)
@@ -184,7 +184,7 @@ def test_a_large_mean_costs_no_accuracy(backend, layout):
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0])
-def test_a_constant_group_has_eps_for_its_variance(backend, value):
+def test_a_constant_group_is_normalized_by_eps_alone(backend, value):
     f = torch.full((1, 32, 4, 4), value)
     out, mean, rstd = backend.forward(f, None, None, None, None, 8, 1e-4, False)
     assert torch.equal(out, torch.zeros_like(f)) and torch.equal(mean, torch.full((1, 8), value))
@@ -208,7 +208,7 @@ def test_any_shape(backend, data):
         affine=data.draw(st.sampled_from([None, F32, dtype])),
         offset=data.draw(st.integers(0, 1)),
     )
-    eps = 1e-2  # groups of one value have no scale of their own: their gradients are all rounding
+    eps = 1e-2  # with a tiny eps the gradients of groups of one value would be all rounding error
     f_bias, sums = biased(c, data.draw(st.sampled_from([F32, dtype])))
     out, _, _ = backend.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, groups, eps, silu, f_bias)
     assert_close(out, expected_forward(sums, groups, eps, silu), slack=2.0)
@@ -217,16 +217,16 @@ def test_any_shape(backend, data):
     grads = backend.backward(c.dout, c.f, c.zq_y, c.zq_b, c.weight, c.bias, mean, rstd, groups, silu)
     for grad, expected in zip(grads, expected_backward(c, groups, eps, silu), strict=True):
         if grad is not None:
-            near(grad, expected)
+            assert_near(grad, expected)
 
 
-def near(actual, expected):
-    """Within a tolerance of the largest element: for gradients that cancel almost wholly."""
+def assert_near(actual, expected):
+    """Compare relative to the largest element, for gradients that almost cancel."""
     scale = max(float(expected.abs().max()), 1.0)
     assert float((actual.double() - expected).abs().max()) <= 8 * RELATIVE[actual.dtype] * scale
 
 
-# --- Costs, which only the emulator can count
+# --- Costs, counted by the emulator
 
 
 counted = backends(emulator=Emulator)
@@ -242,20 +242,20 @@ def test_forward_reads_f_twice_and_writes_it_once(counted, layout, dtype):
     counted.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 32, 1e-6, True)
     size, cost = c.f.numel() * c.f.element_size(), counted.cost
     assert cost.buffers["f"].read_bytes == 2 * size and cost.buffers["out"].written_bytes == size
-    # The small tensors are read again and again from the cache; memory sees them once, and the part statistics go out and back.
+    # The small tensors come from memory once and then from the cache. The partial statistics are written and read.
     small = sum(t.numel() * t.element_size() for t in (c.zq_y, c.zq_b, c.weight, c.bias)) + 2 * 4 * 32 * 2
     others = small + cost.buffers["workspace"].written_bytes + cost.buffers["workspace"].read_bytes
-    assert others <= 0.02 * 3 * size, f"{others / (3 * size):.2%} beside f and out"
-    # Whole sectors only: 32 bytes move for 32 bytes asked.
+    assert others <= 0.02 * 3 * size, f"{others / (3 * size):.2%} of the bytes of f and out"
+    # Whole sectors: every byte that moves was requested.
     assert cost.buffers["f"].read_sectors * 32 == 2 * size and cost.buffers["out"].written_sectors * 32 == size
     assert {launch.kernel: launch.bank_conflicts for launch in cost.launches if launch.bank_conflicts} == {}
-    # Three blocks of the launch bounds fit beside each other in the 100 KiB of the smallest multiprocessor.
+    # The three blocks that the launch bounds allow also fit into the 100 KiB of the smallest multiprocessor.
     assert 3 * max(launch.shared_bytes + 1024 for launch in cost.launches) <= 100 << 10
 
 
 @pytest.mark.parametrize("layout, dtype", BUDGET_CASES)
 def test_f_bias_costs_no_pass(counted, layout, dtype):
-    """The same bytes of f and out, and of the bias what a block's channels are, from the cache."""
+    """f and out move the same bytes as without it; each thread reads the bias of its channels, from the cache."""
     c = case((1, 128, 128, 128), (8, 8), dtype, layout)
     counted.seeds = (0,)
     counted.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 32, 1e-6, True, torch.ones(128))
@@ -285,7 +285,7 @@ def test_backward_reads_f_and_dout_twice_and_writes_df_once(counted, layout, dty
 @pytest.mark.parametrize("zq_size", [(1, 1), (2, 2), (8, 8), (8, 16), (16, 32), (32, 64), None], ids=str)
 @pytest.mark.parametrize("layout, dtype", BUDGET_CASES)
 def test_backward_has_no_bank_conflicts(counted, layout, dtype, zq_size):
-    """Cells of 1 to 64 columns, each way through the pixels."""
+    """Cells of 1 to 64 columns, with each of the kernels that sum over cells."""
     c = case((1, 64, 32, 64), zq_size, dtype, layout)
     counted.seeds = (0,)
     _, mean, rstd = counted.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 32, 1e-6, True)
@@ -295,7 +295,7 @@ def test_backward_has_no_bank_conflicts(counted, layout, dtype, zq_size):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_one_image_fills_a_gpu(counted, layout):
-    """The passes over f are cut into far more blocks than batch * groups = 32."""
+    """The passes over f have far more blocks than batch * groups = 32."""
     c = case((1, 512, 16, 16), (4, 4), BF16, layout)
     counted.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 32, 1e-6, True)
     grids = {launch.kernel: launch.grid[0] for launch in counted.cost.launches}
@@ -303,7 +303,7 @@ def test_one_image_fills_a_gpu(counted, layout):
 
 
 @pytest.mark.skipif(not usable("gpu"), reason="needs a GPU and the extension")
-def test_beyond_two_to_the_31_elements_on_a_gpu():
+def test_more_than_two_to_the_31_elements_on_a_gpu():
     if torch.cuda.mem_get_info()[0] < 24 << 30:
         pytest.skip("needs 24 GiB of free GPU memory")
     f = torch.randn(1, 64, 1024, 1024, device="cuda", dtype=BF16).expand(33, -1, -1, -1).contiguous()

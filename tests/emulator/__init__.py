@@ -1,12 +1,12 @@
-"""Runs CUDA kernels on the CPU, from their own source, and reports what they do wrong and what they cost.
+"""Run CUDA kernels on the CPU, from their own source; report their errors and count their memory accesses and instructions.
 
     library = emulator.build("csrc/kernels/scale.cu", glue='''
         EXPORT(scale, const float* x, float* y, int64_t n) { movq::scale(x, y, n, nullptr); }
     ''')
-    result = library.call("scale", x=x, y=y, n=x.numel())   # numpy arrays or torch tensors; y is written in place
+    result = library.call("scale", x=x, y=y, n=x.numel())   # numpy arrays or torch tensors; writes y in place
     assert result.buffers["x"].read_bytes == x.nbytes
 
-See README.md for what is checked and counted.
+README.md lists the checks and the counters.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ KERNELS = HERE.parent.parent / "csrc" / "kernels"
 SEEDS = (0, 1, 2)
 CXX = os.environ.get("CXX", "g++")
 COMMON = ["-std=c++17", "-fPIC", "-g1", "-Wall", "-fno-gnu-unique", "-ffp-contract=off"]
-# The runtime is not instrumented: it alone may touch device memory, which AddressSanitizer takes for poisoned.
+# The runtime is not instrumented: it may access device memory, which is poisoned for instrumented code.
 RUNTIME = [*COMMON, "-O2"]
 KERNEL = [
     *COMMON,
@@ -48,17 +48,18 @@ KERNEL = [
 
 
 class EmulatorError(RuntimeError):
-    """A kernel did something it must not, or its launcher raised."""
+    """A kernel failed a check, or its launcher raised."""
 
 
 def available():
+    """Return True if the emulator can be built here."""
     return sys.platform == "linux" and shutil.which(CXX) is not None
 
 
 # --- Building
 
 
-def _cache():
+def _cache_folder():
     base = os.environ.get("MOVQ_EMULATOR_CACHE") or Path.home() / ".cache" / "movq_ext" / "emulator"
     Path(base).mkdir(parents=True, exist_ok=True)
     return Path(base)
@@ -68,23 +69,23 @@ def _digest(*parts):
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:24]
 
 
-def _make(target, command):
-    """Runs `command` to make `target`, which appears whole or not at all."""
+def _compile(target, command):
+    """Write `target` with `command` unless it exists. The write is atomic."""
     if not target.exists():
         part = target.with_suffix(f".{os.getpid()}.part")
-        done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
-        if done.returncode:
-            raise EmulatorError(f"{' '.join(command)}\n{done.stderr}")
+        compiler = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
+        if compiler.returncode:
+            raise EmulatorError(f"{' '.join(command)}\n{compiler.stderr}")
         part.replace(target)
     return target
 
 
 def build(*sources, glue=""):
-    """Compiles .cu files, and `glue`: C++ that exports functions with EXPORT and so says how Python calls the launchers."""
+    """Compile .cu files and `glue`, C++ code whose EXPORT functions call the launchers for Python. Returns a Library."""
     headers = [*(HERE / "include").glob("*.h"), *sorted(KERNELS.parent.rglob("*.h")), *sorted(KERNELS.rglob("*.cuh"))]
     version = subprocess.run([CXX, "--version"], capture_output=True, text=True, check=True).stdout
     common = _digest(version, *(h.read_text() for h in headers))
-    cache = _cache()
+    cache = _cache_folder()
     jobs = [
         (f"runtime_{path.stem}", path, RUNTIME, "".join(h.read_text() for h in (HERE / "runtime").glob("*.h")))
         for path in sorted((HERE / "runtime").glob("*.cpp"))
@@ -99,24 +100,24 @@ def build(*sources, glue=""):
     def compile_one(job):
         name, path, flags, extra = job
         target = cache / f"{name}_{_digest(common, flags, extra, path.resolve(), path.read_text())}.o"
-        return _make(target, [CXX, *flags, "-x", "c++", "-c", str(path)])
+        return _compile(target, [CXX, *flags, "-x", "c++", "-c", str(path)])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, jobs))
     target = cache / f"lib_{_digest(*objects)}.so"
-    return Library(_make(target, [CXX, "-shared", "-fsanitize=address,undefined", *map(str, objects)]))
+    return Library(_compile(target, [CXX, "-shared", "-fsanitize=address,undefined", *map(str, objects)]))
 
 
 # --- Calling
 
 
 def empty(shape, dtype=np.float32):
-    """An array full of NaN (of ones in every bit): what a kernel leaves out shows."""
+    """Return an array of NaN (all bits set), in which elements that a kernel does not write stand out."""
     return np.full(int(np.prod(shape)) * np.dtype(dtype).itemsize, 0xFF, np.uint8).view(dtype).reshape(shape)
 
 
 def _memory(array):
-    """(address, bytes, offset from where its allocation begins) of an array's or a tensor's elements, gaps included."""
+    """Return the address, size and offset in its allocation of an array's or a tensor's elements, in bytes, including gaps."""
     if hasattr(array, "data_ptr"):
         size, strides, address = array.element_size(), [s * array.element_size() for s in array.stride()], array.data_ptr()
         offset = array.storage_offset() * size
@@ -129,14 +130,14 @@ def _memory(array):
     if 0 in array.shape:
         return address, 0, 0
     if any(stride < 0 for stride in strides):
-        raise ValueError("negative strides")
+        raise ValueError(f"expected strides that are not negative, got {strides}")
     return address, sum((n - 1) * stride for n, stride in zip(array.shape, strides, strict=True)) + size, offset
 
 
 def _buffers(pointers):
-    """Joins arguments whose memory overlaps. pointers: {name: (array, writable)} -> buffers, {name: (buffer, offset)}."""
+    """Merge arguments whose memory overlaps: {name: (array, writable)} becomes buffers and {name: (buffer index, offset)}."""
     spans = sorted((*_memory(array), name, writable) for name, (array, writable) in pointers.items())
-    buffers, where = [], {}
+    buffers, locations = [], {}
     for address, size, offset, name, writable in spans:
         last = buffers[-1] if buffers else None
         if last and address < last.address + last.size:
@@ -145,12 +146,12 @@ def _buffers(pointers):
             last.writable |= writable
         else:
             buffers.append(SimpleNamespace(address=address, size=size, offset=offset, names=[name], writable=writable))
-        where[name] = len(buffers) - 1, address - buffers[-1].address
-    return buffers, where
+        locations[name] = len(buffers) - 1, address - buffers[-1].address
+    return buffers, locations
 
 
 class Library:
-    """A built library, and the process it runs in."""
+    """A built library and the process it runs in."""
 
     def __init__(self, path):
         self.path = path
@@ -158,25 +159,25 @@ class Library:
         self.signatures = {}
 
     def call(self, function, *, seeds=SEEDS, multiprocessors=4, shared_limit=227 << 10, timeout=300, **arguments):
-        """Calls an exported function, once per seed from the same state; results that differ are an error.
+        """Call an exported function once per seed, from the same state each time, and write the results into the arrays.
 
-        The device has so many multiprocessors, and this many bytes of shared memory for a block. A stream, or any pointer
-        that is to be null, is None. Returns the counters of the first run: `.launches`, a list, and
-        `.buffers`, by argument name.
+        The emulated device has `multiprocessors` and `shared_limit` bytes of shared memory per block. None is a null pointer.
+        Returns the counters of the first run: `.launches` in order, and `.buffers` by argument name. Raises EmulatorError if a
+        check fails, if results differ between seeds, or after `timeout` seconds.
         """
         names, types = self._signature(function)
         if set(names) != set(arguments):
-            raise TypeError(f"{function}() takes {', '.join(names)}; given {', '.join(arguments)}")
+            raise TypeError(f"{function}() takes {', '.join(names)}, got {', '.join(arguments)}")
         given = ((name, kind, arguments[name]) for name, kind in zip(names, types, strict=True))
         pointers = {name: (value, kind == "P") for name, kind, value in given if kind in "rP" and value is not None}
-        buffers, where = _buffers(pointers)
+        buffers, locations = _buffers(pointers)
         answer = self._ask(
             {
                 "function": function,
                 "seeds": tuple(seeds),
                 "multiprocessors": multiprocessors,
                 "shared_limit": shared_limit,
-                "values": [where.get(name, arguments[name]) for name in names],
+                "values": [locations.get(name, arguments[name]) for name in names],
                 "buffers": [
                     ("+".join(b.names), ctypes.string_at(b.address, b.size), b.offset % 256, b.writable) for b in buffers
                 ],
@@ -192,7 +193,7 @@ class Library:
         counters = [SimpleNamespace(**b) for b in report["buffers"]]
         return SimpleNamespace(
             launches=[SimpleNamespace(**launch) for launch in report["launches"]],
-            buffers={name: counters[i] for name, (i, _) in where.items()},
+            buffers={name: counters[i] for name, (i, _) in locations.items()},
         )
 
     def _signature(self, function):
@@ -206,7 +207,7 @@ class Library:
         runtime = [
             subprocess.run([CXX, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
             for name in ("libasan.so", "libstdc++.so")
-        ]  # in this order: AddressSanitizer must find the C++ library's throw
+        ]  # in this order, so that AddressSanitizer finds the throw of the C++ library
         environment = dict(
             os.environ,
             LD_PRELOAD=":".join(runtime),
@@ -231,7 +232,7 @@ class Library:
             self.process.stdin.flush()
             if not select.select([self.process.stdout], [], [], timeout)[0]:
                 self.close()
-                raise EmulatorError(f"no answer in {timeout} s: a kernel that never ends?")
+                raise EmulatorError(f"no answer after {timeout} s: the kernel may never end")
             header = self.process.stdout.read(8)
             if header:
                 return pickle.loads(self.process.stdout.read(struct.unpack("q", header)[0]))
@@ -239,7 +240,7 @@ class Library:
             pass
         self.close()
         self.log.seek(0)
-        raise EmulatorError(self.log.read().decode(errors="replace") or "the emulator's process died without a word")
+        raise EmulatorError(self.log.read().decode(errors="replace") or "the emulator's process died without a message")
 
     def close(self):
         if self.process is not None:

@@ -1,4 +1,4 @@
-"""The emulator itself: each kind of bug is planted and must be reported, and each primitive is compared with numpy."""
+"""Tests of the emulator: it reports each kind of planted bug, and each primitive agrees with numpy."""
 
 import shutil
 import subprocess
@@ -30,7 +30,7 @@ def floats(*shape, seed=0):
 
 
 def to_bfloat(x):
-    """The nearest bfloat16's bits, ties to even, in wide integers: independent of the emulator's way."""
+    """Return the bits of the nearest bfloat16, ties to even, in integer arithmetic that the emulator does not use."""
     bits = x.view(np.uint32).astype(np.uint64)
     low, up = bits & 0xFFFF, bits >> 16
     return (up + ((low > 0x8000) | ((low == 0x8000) & (up & 1 == 1)))).astype(np.uint16)
@@ -40,7 +40,7 @@ def from_bfloat(bits):
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-# --- Planted bugs: (kernel, its arguments, the values of `bug`, what the report must say)
+# --- Planted bugs: (kernel, its arguments, the value of `bug`, a pattern that the report must match)
 
 X, Y = floats(64), emulator.empty(64)
 BUGS = [
@@ -106,7 +106,7 @@ def test_sanitizers_are_on(planted):
         planted.call("local_array", index=np.array([4], np.int32), y=y)
     with pytest.raises(EmulatorError, match="signed integer overflow"):
         planted.call("overflow", x=np.array([65536], np.int32), y=np.zeros(1, np.int32))
-    planted.call("local_array", index=np.array([0], np.int32), y=y)  # a new process has taken over
+    planted.call("local_array", index=np.array([0], np.int32), y=y)  # in a new process
     assert y[0] == 1
 
 
@@ -119,8 +119,8 @@ def test_a_wrong_fragment_gives_a_wrong_product(planted):
     assert np.abs(d - expected).max() > 1
 
 
-def test_a_kernel_that_never_ends_is_stopped(planted):
-    with pytest.raises(EmulatorError, match="never ends"):
+def test_a_kernel_that_never_ends_times_out(planted):
+    with pytest.raises(EmulatorError, match="may never end"):
         planted.call("spin", y=np.zeros(1, np.float32), timeout=2)
     planted.call("spin", y=np.ones(1, np.float32))
 
@@ -136,7 +136,7 @@ def test_a_kernel_that_never_ends_is_stopped(planted):
         (dict(grid=1024, cooperative=True), "more than fit at once"),
     ],
 )
-def test_launches_over_the_limits_are_refused_by_name(planted, change, report):
+def test_launches_over_the_limits_are_refused(planted, change, report):
     good = dict(grid=4, threads=1024, shared_bytes=227 * 1024, cluster=2, cooperative=False)
     planted.call("shape", **good)
     with pytest.raises(EmulatorError, match=f"nothing: invalid launch: .*{report}"):
@@ -148,14 +148,14 @@ def test_arguments_are_checked(planted):
         planted.call("global_bounds", x=X)
 
 
-def test_a_failed_call_leaves_its_arrays_alone(planted):
+def test_a_failed_call_does_not_change_its_arrays(planted):
     y = np.zeros(63, np.float32)
     with pytest.raises(EmulatorError):
         planted.call("global_bounds", x=X[:63], y=y, n=63, bug=True)
     assert not y.any()
 
 
-# --- Memory that arguments share, and where it lies
+# --- Shared memory of arguments, and alignment
 
 
 def test_views_keep_their_alignment_and_their_neighbours(planted, sound):
@@ -181,7 +181,7 @@ def test_tensors_and_strided_views(sound):
     assert torch.equal(y[1], x[::2]) and not y[0].any()
 
 
-# --- Conversions: every 16-bit value, and every neighbourhood of one
+# --- Conversions of every 16-bit value and its neighbours
 
 
 def all_values(decode):
@@ -209,7 +209,7 @@ def test_rounding_is_to_nearest_even_around_every_16_bit_value(sound, kernel, de
     with np.errstate(all="ignore"):
         values = all_values(decode)
         ups = np.nextafter(values, np.float32(np.inf))
-        middles = ((values.astype(np.float64) + np.roll(values, -1)) / 2).astype(np.float32)  # ties, where both are finite
+        middles = ((values.astype(np.float64) + np.roll(values, -1)) / 2).astype(np.float32)  # ties, if both are finite
         x = np.concatenate(
             [
                 values,
@@ -230,7 +230,7 @@ def test_rounding_is_to_nearest_even_around_every_16_bit_value(sound, kernel, de
     np.testing.assert_array_equal(y[~nan], expected[~nan])
 
 
-def test_bfloat_rounding_is_torchs(sound):
+def test_bfloat_rounding_matches_torch(sound):
     torch = pytest.importorskip("torch")
     x = floats(4096) * 10.0 ** np.random.default_rng(1).integers(-30, 30, 4096).astype(np.float32)
     y = torch.zeros(4096, dtype=torch.bfloat16)
@@ -306,7 +306,7 @@ def test_tf32_mma_rounds_its_operands_to_ten_bits(sound):
 def test_mma_truncates_its_sums(sound):
     a, b, d = np.zeros((16, 8), np.float32), np.zeros((8, 8), np.float32), emulator.empty((16, 8))
     a[:, 0], a[:, 1] = [1] * 8 + [-1] * 8, [2**-12] * 8 + [-(2**-12)] * 8
-    b[0], b[1] = 1, 1.5 * 2**-12  # 1 and three quarters of the last place, of either sign
+    b[0], b[1] = 1, 1.5 * 2**-12  # 1 and three quarters of an ulp, of either sign
     sound.call("matmul_tf32", a=a, b=b, d=d)
     assert np.array_equal(d, np.repeat([[1.0], [-1.0]], 8, axis=0) * np.ones(8))
 
@@ -335,7 +335,7 @@ def test_cp_async_fills_with_zeros_and_reads_only_what_is_valid(sound, pieces, w
 
 
 @pytest.mark.parametrize("cluster", [2, 4, 8])
-def test_clusters_read_one_anothers_shared_memory(sound, cluster):
+def test_clusters_read_each_others_shared_memory(sound, cluster):
     x, y = floats(16, 64), emulator.empty((16, 64))
     sound.call("cluster_sum", x=x, y=y, blocks=16, threads=64, cluster=cluster)
     sums = x.reshape(-1, cluster, 64).sum(1, dtype=np.float64)
@@ -348,7 +348,7 @@ def test_grid_sync(sound):
     np.testing.assert_allclose(y, x.sum(dtype=np.float64), rtol=1e-4)
 
 
-def test_the_last_block_is_told_by_an_atomic_ticket(sound):
+def test_an_atomic_ticket_identifies_the_last_block(sound):
     x, parts, ticket, y = floats(100), emulator.empty(100), np.zeros(1, np.uint32), emulator.empty(1)
     sound.call("last_block", x=x, parts=parts, ticket=ticket, y=y, blocks=100, seeds=range(8))
     np.testing.assert_allclose(y, x.sum(dtype=np.float64), rtol=1e-4)
@@ -390,7 +390,7 @@ def test_requests_of_lanes_that_loop_unevenly(sound, n):
     assert (buffer.read_requests, buffer.read_sectors, buffer.read_bytes) == (-(-n // 32), -(-n // 8), 4 * n)
 
 
-# --- And the GPU's own compiler takes every primitive
+# --- nvcc compiles every primitive
 
 
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])

@@ -1,6 +1,6 @@
-"""The process in which emulated kernels run: it has AddressSanitizer loaded, and dies alone when that finds an error.
+"""The process that runs emulated kernels for emulator.Library. An error that AddressSanitizer finds ends this process only.
 
-Reads pickled calls from standard input and answers each on standard output. Started by emulator.Library.
+Reads pickled calls from standard input and answers on standard output.
 """
 
 import ctypes
@@ -28,14 +28,14 @@ class Export(ctypes.Structure):
 
 
 def run_once(library, call, seed):
-    """One run from fresh copies of the buffers. Returns (error, report, contents of the buffers)."""
+    """Run once on fresh copies of the buffers; return the error, the counters and the contents of the buffers."""
     library.emu_begin(seed, call["multiprocessors"], call["shared_limit"])
     addresses = [
         library.emu_buffer(name.encode(), data, len(data), offset, writable) for name, data, offset, writable in call["buffers"]
     ]
     export = Export.in_dll(library, "emu_export_" + call["function"])
     types = [LETTERS[letter] for letter in export.types.decode()]
-    # A pointer comes as None or (buffer, offset); anything else is a number.
+    # Pointers are None or (buffer index, offset); all other values are numbers.
     values = [addresses[v[0]] + v[1] if isinstance(v, tuple) else v for v in call["values"]]
     ctypes.CFUNCTYPE(None, *types)(export.call)(*values)
     contents = []
@@ -47,7 +47,7 @@ def run_once(library, call, seed):
 
 
 def run(library, call):
-    """Runs under every seed; results must be the same bits."""
+    """Run under every seed; results that differ in any bit are an error."""
     first = None
     for seed in call["seeds"]:
         error, report, contents = run_once(library, call, seed)
@@ -55,8 +55,8 @@ def run(library, call):
             return {"error": f"{error} (seed {seed})"}
         if first is None:
             first = report, contents
-        for (name, *_), was, now in zip(call["buffers"], first[1], contents, strict=True):
-            if was != now:
+        for (name, *_), expected, actual in zip(call["buffers"], first[1], contents, strict=True):
+            if expected != actual:
                 return {
                     "error": f"'{name}' depends on the order in which threads run: seeds {call['seeds'][0]} and {seed} differ"
                 }
@@ -65,7 +65,7 @@ def run(library, call):
 
 def main():
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a kernel prints must not end up among the answers
+    os.dup2(2, 1)  # output of the kernel must not mix with the answers
     library = ctypes.CDLL(sys.argv[1])
     library.emu_begin.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_size_t]
     library.emu_buffer.restype = ctypes.c_void_p

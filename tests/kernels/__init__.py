@@ -1,4 +1,4 @@
-"""Kernels as functions of tensors, one module for each operator: on the emulator everywhere, on the GPU where there is one."""
+"""Kernels as functions of tensors, one module per operator: on the emulator everywhere, and on a GPU if there is one."""
 
 import emulator
 import pytest
@@ -10,13 +10,14 @@ MISSING = {"emulator": "needs Linux and a host C++ compiler", "gpu": "needs a GP
 
 
 def usable(name):
+    """Return True if the backend ("emulator" or "gpu") can run here."""
     if name == "emulator":
         return emulator.available()
     return torch.cuda.is_available() and movq_ext.build_info()["extension"] == "loaded"
 
 
 def backends(**classes):
-    """A fixture that is each of the classes in turn: emulator=..., gpu=..."""
+    """Return a fixture with one parameter per backend: emulator=..., gpu=..."""
 
     @pytest.fixture(params=classes)
     def backend(request):
@@ -28,8 +29,8 @@ def backends(**classes):
 
 
 def on_gpu(x):
-    """A copy with x's strides and its distance from a 16-byte boundary."""
+    """Return a copy on the GPU with x's strides and alignment."""
     if x is None:
         return None
-    store = torch.empty(x.untyped_storage().nbytes() // x.element_size(), dtype=x.dtype, device="cuda")
-    return store.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(x)
+    storage = torch.empty(x.untyped_storage().nbytes() // x.element_size(), dtype=x.dtype, device="cuda")
+    return storage.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(x)

@@ -1,4 +1,4 @@
-"""Attention's kernels as functions of tensors (batch, heads, tokens, size), on the emulator and on the GPU."""
+"""The kernels of attention as functions of tensors (batch, heads, tokens, head size), on the emulator and on a GPU."""
 
 import functools
 
@@ -8,8 +8,8 @@ import torch
 from . import on_gpu
 from .spatial_norm import DTYPES, poisoned
 
-PROBLEM = "int64_t batch, int64_t heads, int64_t queries, int64_t keys, int64_t size, int dtype, float scale"
-SIDES = {"forward": ("q", "k", "v", "out"), "backward": ("dout", "q", "k", "v", "out", "dq", "dk", "dv")}
+PROBLEM = "int64_t batch, int64_t heads, int64_t queries, int64_t keys, int64_t head_size, int dtype, float scale"
+TENSORS = {"forward": ("q", "k", "v", "out"), "backward": ("dout", "q", "k", "v", "out", "dq", "dk", "dv")}
 WRITTEN = {"forward": ("out",), "backward": ("dq", "dk", "dv")}
 
 
@@ -21,14 +21,14 @@ def _export(name):
     def tokens(t):
         return f"{{const_cast<void*>({t}), {t}_batch, {t}_head, {t}_token}}"
 
-    sides = [tokens(t) for t in SIDES[name]]
-    sides.insert({"forward": 4, "backward": 5}[name], "lse")
+    fields = [tokens(t) for t in TENSORS[name]]
+    fields.insert({"forward": 4, "backward": 5}[name], "lse")
     return f"""
-EXPORT({name}, {PROBLEM}, {", ".join(map(parameter, SIDES[name]))}, {"" if name == "forward" else "const "}float* lse,
+EXPORT({name}, {PROBLEM}, {", ".join(map(parameter, TENSORS[name]))}, {"" if name == "forward" else "const "}float* lse,
        void* workspace, int64_t* bytes) {{
-  const movq::AttentionProblem p = {{batch, heads, queries, keys, size, movq::DType(dtype), scale}};
+  const movq::AttentionProblem p = {{batch, heads, queries, keys, head_size, movq::DType(dtype), scale}};
   if (workspace) {{
-    movq::attention_{name}(p, {{{", ".join(sides)}, workspace}}, nullptr);
+    movq::attention_{name}(p, {{{", ".join(fields)}, workspace}}, nullptr);
   }} else {{
     const int64_t value = movq::attention_{name}_workspace(p);
     emu::copy_to_device(bytes, &value, sizeof value);
@@ -39,8 +39,8 @@ EXPORT({name}, {PROBLEM}, {", ".join(map(parameter, SIDES[name]))}, {"" if name 
 @functools.cache
 def library():
     return emulator.build(
-        *(emulator.KERNELS / f"attention_{name}.cu" for name in SIDES),
-        glue='#include "attention.h"\n' + "".join(map(_export, SIDES)),
+        *(emulator.KERNELS / f"attention_{name}.cu" for name in TENSORS),
+        glue='#include "attention.h"\n' + "".join(map(_export, TENSORS)),
     )
 
 
@@ -50,7 +50,7 @@ def _arguments(tensors):
 
 
 class Emulator:
-    """Runs the kernels' own source on the CPU, under several schedules that must give the same bits."""
+    """Runs the kernels' source on the CPU under several schedules, which must give the same bits."""
 
     def __init__(self, seeds=emulator.SEEDS, **device):
         self.seeds, self.device = seeds, device
@@ -66,14 +66,14 @@ class Emulator:
         return grads
 
     def _call(self, function, scale, lse, **tensors):
-        batch, heads, queries, size = tensors["q"].shape
+        batch, heads, queries, head_size = tensors["q"].shape
         given = dict(
             _arguments(tensors),
             batch=batch,
             heads=heads,
             queries=queries,
             keys=tensors["k"].shape[2],
-            size=size,
+            head_size=head_size,
             dtype=DTYPES.index(tensors["q"].dtype),
             scale=scale,
             lse=lse,
@@ -86,7 +86,7 @@ class Emulator:
 
 
 class Gpu:
-    """Runs the operators that the extension registers, several times, which must give the same bits."""
+    """Runs the operators of the extension three times, which must give the same bits."""
 
     def forward(self, q, k, v, scale):
         return self._repeat(torch.ops.movq_ext.attention_forward, q, k, v, scale)
@@ -104,8 +104,8 @@ class Gpu:
         return first
 
 
-def case(batch, heads, queries, keys, size, dtype, seed=0):
-    """q, k, v and dout of normal numbers."""
+def case(batch, heads, queries, keys, head_size, dtype, seed=0):
+    """Return normally distributed q, k, v and dout."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = (queries, keys, keys, queries)
-    return [torch.randn(batch, heads, tokens, size, generator=generator).to(dtype) for tokens in sizes]
+    counts = (queries, keys, keys, queries)
+    return [torch.randn(batch, heads, tokens, head_size, generator=generator).to(dtype) for tokens in counts]

@@ -1,4 +1,4 @@
-"""The kernel of a convolution's epilogue as a function of tensors, on the emulator and on the GPU."""
+"""The kernel of a convolution's epilogue as a function of tensors, on the emulator and on a GPU."""
 
 import functools
 
@@ -25,12 +25,12 @@ def library():
 
 
 class Emulator:
-    """Runs the kernel's own source on the CPU, under several schedules that must give the same bits."""
+    """Runs the kernel's source on the CPU under several schedules, which must give the same bits."""
 
     seeds = emulator.SEEDS
 
     def add_(self, x, bias, residual):
-        """x afterwards. A residual is of x's layout, as the operator makes it."""
+        """Add in place and return x. A residual must be in x's layout, to which the operator converts it."""
         batch, channels, height, width = x.shape
         problem = {
             "batch": batch,
@@ -45,7 +45,7 @@ class Emulator:
 
 
 class Gpu:
-    """Runs the operator that the extension registers, several times, which must give the same bits."""
+    """Runs the operator of the extension three times, which must give the same bits."""
 
     def add_(self, x, bias, residual):
         first, *others = (self._run(x, bias, residual) for _ in range(3))
@@ -54,6 +54,6 @@ class Gpu:
 
     @staticmethod
     def _run(x, bias, residual):
-        there = on_gpu(x)
-        torch.ops.movq_ext.add_bias_residual_(there, on_gpu(bias), there if residual is x else on_gpu(residual))
-        return there.cpu()
+        out = on_gpu(x)
+        torch.ops.movq_ext.add_bias_residual_(out, on_gpu(bias), out if residual is x else on_gpu(residual))
+        return out.cpu()

@@ -1,4 +1,4 @@
-"""SpatialNorm's kernels as functions of tensors, on the emulator and on the GPU."""
+"""The kernels of SpatialNorm as functions of tensors, on the emulator and on a GPU."""
 
 import functools
 from types import SimpleNamespace
@@ -10,36 +10,36 @@ from . import on_gpu
 
 PROBLEM = """int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t groups, int64_t zq_height, int64_t zq_width,
     int dtype, int param_dtype, bool channels_last, bool silu, float eps"""
-# `workspace` is null in a first call, which only asks for its size.
+# A call with a null `workspace` only returns its size.
 GLUE = """
 #include "spatial_norm.h"
 
-#define THE_PROBLEM {batch, channels, height, width, groups, zq_height, zq_width, movq::DType(dtype), movq::DType(param_dtype), \
+#define MAKE_PROBLEM {batch, channels, height, width, groups, zq_height, zq_width, movq::DType(dtype), movq::DType(param_dtype), \
                      channels_last, silu, eps}
 
-static void tell(int64_t* size, size_t bytes) {
+static void write_size(int64_t* size, size_t bytes) {
   const int64_t value = bytes;
   emu::copy_to_device(size, &value, sizeof value);
 }
 
 EXPORT(forward, PROBLEM, const void* f, const void* zq_y, const void* zq_b, const void* weight, const void* bias,
        const void* f_bias, int f_bias_dtype, bool bordered, void* out, float* mean, float* rstd, void* workspace, int64_t* size) {
-  movq::SpatialNormProblem p = THE_PROBLEM;
+  movq::SpatialNormProblem p = MAKE_PROBLEM;
   p.f_bias_dtype = movq::DType(f_bias_dtype);
   p.bordered = bordered;
   const movq::SpatialNormForward a = {f, zq_y, zq_b, weight, bias, f_bias, out, mean, rstd, workspace};
   if (workspace) movq::spatial_norm_forward(p, a, nullptr);
-  else tell(size, movq::spatial_norm_forward_workspace(p, a));
+  else write_size(size, movq::spatial_norm_forward_workspace(p, a));
 }
 
 EXPORT(backward, PROBLEM, const void* dout, const void* f, const void* zq_y, const void* zq_b, const void* weight,
        const void* bias, const float* mean, const float* rstd, void* df, void* dzq_y, void* dzq_b, void* dweight, void* dbias,
        void* workspace, int64_t* size) {
-  const movq::SpatialNormProblem p = THE_PROBLEM;
+  const movq::SpatialNormProblem p = MAKE_PROBLEM;
   const movq::SpatialNormBackward a = {dout, f, zq_y, zq_b, weight, bias, mean, rstd,
                                        df, dzq_y, dzq_b, dweight, dbias, workspace};
   if (workspace) movq::spatial_norm_backward(p, a, nullptr);
-  else tell(size, movq::spatial_norm_backward_workspace(p, a));
+  else write_size(size, movq::spatial_norm_backward_workspace(p, a));
 }
 """.replace("PROBLEM, ", PROBLEM + ", ")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -51,7 +51,7 @@ def library():
 
 
 def poisoned(like, shape=None, dtype=None):
-    """A tensor of NaN in like's memory format: what a kernel leaves out shows."""
+    """Return a tensor of NaN in like's memory format, in which elements that a kernel does not write stand out."""
     if shape is None:
         return torch.full_like(like, float("nan"), dtype=dtype)
     return torch.full(shape, float("nan"), dtype=dtype or like.dtype)
@@ -62,7 +62,7 @@ def is_channels_last(f):
 
 
 def in_layout_of(f, x):
-    """x where it is so laid out, else a copy: an f of one pixel is NCHW and NHWC at once, its zq need not be."""
+    """Return x in f's layout. A copy may be needed even for a 1x1 f, which is NCHW and NHWC at once while its zq is not."""
     return x if x is None else x.contiguous(memory_format=torch.channels_last if is_channels_last(f) else torch.contiguous_format)
 
 
@@ -86,7 +86,7 @@ def problem(f, zq_y, parameter, groups, silu, eps=0.0):
 
 
 def call(function, seeds, **arguments):
-    """Asks for the workspace, then runs the kernels; returns what they cost."""
+    """Ask for the size of the workspace, run the kernels, and return the emulator's counters."""
     size = torch.zeros(1, dtype=torch.int64)
     library().call(function, **arguments, workspace=None, size=size, seeds=(0,))
     workspace = torch.full((max(1, int(size)),), 0xFF, dtype=torch.uint8)
@@ -94,7 +94,7 @@ def call(function, seeds, **arguments):
 
 
 class Emulator:
-    """Runs the kernels' own source on the CPU, under several schedules that must give the same bits."""
+    """Runs the kernels' source on the CPU under several schedules, which must give the same bits."""
 
     seeds = emulator.SEEDS
 
@@ -142,7 +142,7 @@ class Emulator:
 
 
 class Gpu:
-    """Runs the operators that the extension registers, several times, which must give the same bits."""
+    """Runs the operators of the extension three times, which must give the same bits."""
 
     def forward(self, f, zq_y, zq_b, weight, bias, groups, eps, silu, f_bias=None, bordered=False):
         return self._repeat(
@@ -167,16 +167,16 @@ class Gpu:
 
 
 def case(shape, zq_size, dtype, layout, *, affine=torch.float32, offset=0, seed=0):
-    """Inputs for one call. `offset`: elements by which the big tensors miss a 16-byte boundary."""
+    """Return the inputs of one call. The large tensors start `offset` elements after a 16-byte boundary."""
     generator = torch.Generator().manual_seed(seed)
 
     def tensor(*size, scale=1.0, shift=0.0):
         values = torch.randn(size, generator=generator) * scale + shift
         if layout == "channels_last":
             values = values.permute(0, 2, 3, 1)
-        store = torch.empty(values.numel() + offset, dtype=dtype)[offset:]
-        store.copy_(values.flatten())
-        view = store.view(values.shape)
+        storage = torch.empty(values.numel() + offset, dtype=dtype)[offset:]
+        storage.copy_(values.flatten())
+        view = storage.view(values.shape)
         return view.permute(0, 3, 1, 2) if layout == "channels_last" else view
 
     channels = shape[1]
