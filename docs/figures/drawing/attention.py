@@ -6,11 +6,11 @@ from .svg import BLUE, GREEN, GREY, ORANGE, PURPLE, WHITE, Figure
 
 
 def tile() -> Figure:
-    figure = Figure(860, 606, "One tile of attention: operands, warps and where everything is kept")
+    figure = Figure(860, 606, "One tile of attention: operands, warps and storage")
     figure.text(24, 32, "A tile: 64 queries meet 128 keys (head 512, 16-bit types, 8 warps)", bold=True)
     # scores
-    figure.text(24, 66, "1. scores = q k^T: each warp makes 32 x 32", size=13, bold=True)
-    figure.box(24, 150, 190, 64, BLUE, "q: 64 x 512", "shared memory, stays", size=13)
+    figure.text(24, 66, "1. scores = q k^T: each warp computes 32 x 32", size=13, bold=True)
+    figure.box(24, 150, 190, 64, BLUE, "q: 64 x 512", "shared memory, resident", size=13)
     figure.box(250, 78, 128, 60, GREEN, "k: 128 x 512", "128 bytes of", "each at a time", size=12)
     for row in range(2):
         for column in range(4):
@@ -22,27 +22,27 @@ def tile() -> Figure:
     figure.text(24, 250, "2. online softmax", size=13, bold=True)
     figure.note(326, 240, "weights = exp2(score - maximum so far), rounded to 16 bits")
     figure.box(250, 258, 128, 64, PURPLE, "weights", "64 x 128", "shared", size=13)
-    figure.note(400, 284, "17 KiB: every warp needs all of them, since the warps", "cut the next product another way")
+    figure.note(400, 284, "17 KiB: every warp needs all of them, because the warps", "divide the next product differently")
 
-    figure.text(24, 362, "3. sums += weights v: each warp makes all 64 rows of 64 columns", size=13, bold=True)
+    figure.text(24, 362, "3. sums += weights v: each warp computes all 64 rows of 64 columns", size=13, bold=True)
     figure.box(24, 470, 128, 64, PURPLE, "weights", "64 x 128", size=13)
     figure.box(190, 380, 512, 64, GREEN, "v: 128 x 512", "16 whole tokens at a time, the same ring of stages", size=13)
     for warp in range(8):
         figure.box(190 + warp * 64, 470, 64, 64, ORANGE, f"warp {warp}", "64 x 64", size=12)
-    figure.note(714, 490, "sums: 64 x 512,", "float32: 128", "registers a thread")
+    figure.note(714, 490, "sums: 64 x 512,", "float32: 128", "registers per thread")
     figure.arrow((154, 502), (186, 502))
     figure.note(24, 560, "No value of v is read from shared memory twice: a column of v belongs to one warp.")
     figure.note(
         24,
         580,
-        "A warp with 16 whole rows, as in FlashAttention-2, would need 16 x 512 / 32 = 256 registers a thread for its sums.",
+        "A warp with 16 whole rows, as in FlashAttention-2, would need 16 x 512 / 32 = 256 registers per thread for its sums.",
     )
     return figure
 
 
 def budget() -> Figure:
     figure = Figure(860, 452, "The memory of one block of attention")
-    figure.text(24, 32, "One block on a multiprocessor (head 512, 16-bit types, 227 KiB of shared memory a block)", bold=True)
+    figure.text(24, 32, "One block on a multiprocessor (head 512, 16-bit types, 227 KiB of shared memory per block)", bold=True)
     scale = 812 / (227 * 1024)
     parts = [
         ("", 1280, GREY),
@@ -50,7 +50,7 @@ def budget() -> Figure:
         ("rows: q, 64 x 512", 66560, BLUE),
         *((f"stage {i}", 18432, GREEN) for i in range(4)),
     ]
-    figure.text(24, 66, "Shared memory: 158976 bytes asked for", size=13, bold=True)
+    figure.text(24, 66, "Shared memory: 158976 bytes requested", size=13, bold=True)
     x = 24.0
     for name, size, colour in parts:
         figure.box(x, 78, size * scale, 48, colour, name, size=12)
@@ -61,7 +61,7 @@ def budget() -> Figure:
     figure.text(
         24,
         186,
-        "Registers: up to 255 of every thread; 256 threads take the whole register file, so one block a multiprocessor",
+        "Registers: up to 255 of every thread; 256 threads take the whole register file, so one block per multiprocessor",
         size=13,
         bold=True,
     )
@@ -75,9 +75,9 @@ def budget() -> Figure:
     ):
         figure.box(x, 198, count * 812 / 255, 48, colour, name, size=12)
         x += count * 812 / 255
-    figure.note(24, 266, "s and t are tiles of scores; t is needed for two of the gradients alone. 24 hold the operands of mma.")
+    figure.note(24, 266, "s and t are tiles of scores; only two of the gradients need t. 24 registers hold the operands of mma.")
 
-    figure.text(24, 306, "The ring: while one stage is read, three are under way (cp.async)", size=13, bold=True)
+    figure.text(24, 306, "The ring: while one stage is read, three are in flight (cp.async)", size=13, bold=True)
     for row, (label, first) in enumerate((("step 5", 1), ("step 6", 2))):
         y = 322 + row * 58
         figure.note(24, y + 27, label)
@@ -92,16 +92,16 @@ def budget() -> Figure:
                 44,
                 colour,
                 f"stage {stage}: chunk {chunk}",
-                "is read" if read else "asked for now" if asked else "under way",
+                "is read" if read else "requested now" if asked else "in flight",
                 size=12,
             )
     figure.note(
         620,
         336,
         "A step: wait for the oldest",
-        "copies; a barrier; ask for the",
+        "copies; barrier; request the",
         "chunk three ahead, into the",
-        "stage of the step before;",
+        "stage of the last step;",
         "multiply.",
     )
     return figure
@@ -123,7 +123,7 @@ def units() -> Figure:
         first = sum(shares[:block])
         figure.text(592, 70 + block * 34, f"block {block}: units {first} to {first + shares[block] - 1}", size=13)
     figure.line(24, 206, 836, 206, dashed=True)
-    figure.text(24, 234, "What each block leaves behind", size=13, bold=True)
+    figure.text(24, 234, "What each block leaves", size=13, bold=True)
     for row, blocks in enumerate(((0, 1), (1, 2), (2, 3))):
         y = 250 + row * 36
         figure.text(24, y + 19, f"row tile {row}", size=13)

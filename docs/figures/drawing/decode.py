@@ -23,7 +23,7 @@ def strips() -> Figure:
     figure.note(
         242,
         250,
-        "A 3x3 convolution needs one row more on either",
+        "A 3x3 convolution needs one more row on either",
         "side (blue), which is normalised twice. No row of",
         "out is convolved twice.",
     )

@@ -27,10 +27,10 @@ def broadcast() -> Figure:
     figure.arrow((426, 102), (546, 102))
     figure.note(486, 92, "1x1 conv", anchor="middle")
     figure.note(486, 122, "24 times", anchor="middle")
-    figure.note(715, 98, "A is made from a", "alone: one product,", "made four times")
+    figure.note(715, 98, "A depends on a", "alone: one product,", "computed four times")
 
     figure.line(24, 176, 836, 176, dashed=True)
-    figure.text(24, 206, "Here: convolve 3 x 2 cells, and let every pixel look its cell up", bold=True)
+    figure.text(24, 206, "Here: convolve 3 x 2 cells, and let every pixel look up its cell", bold=True)
     grid(30, 240, 36, 1, "abcdef")
     figure.text(84, 234, "zq", anchor="middle", size=13)
     figure.arrow((150, 276), (256, 276))
@@ -44,11 +44,11 @@ def broadcast() -> Figure:
     for row in range(4):
         for column in range(6):
             figure.box(560 + column * 24, 228 + row * 24, 24, 24, (cells[row // 2 * 3 + column // 2][0], "#8c959f"), "f", size=12)
-    figure.note(715, 272, "each pixel of f meets", "the value of its cell")
+    figure.note(715, 272, "each pixel of f uses", "the value of its cell")
     figure.note(
         430,
         346,
-        "A resize copies values and a 1x1 convolution treats every position alike, so the two can change places.",
+        "A resize copies values and a 1x1 convolution treats every position alike, so the two can be swapped.",
         anchor="middle",
     )
     return figure
@@ -84,7 +84,7 @@ def passes() -> Figure:
     figure.arrow((342, 396), (398, 396), colour=PURPLE[1])
     figure.arrow((440, 366), (440, 306), colour=PURPLE[1])
     figure.note(450, 334, "read on the small grid: 2 x 2 pixels share a value")
-    figure.note(570, 392, "The resized maps of the published", "order, 4 MiB each, are never made.")
+    figure.note(570, 392, "The resized maps of the published", "order, 4 MiB each, are never written.")
     return figure
 
 

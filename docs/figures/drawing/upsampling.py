@@ -33,7 +33,7 @@ def phases() -> Figure:
     figure.note(
         490,
         92,
-        "The four framed pixels lie around the middle of",
+        "The four framed pixels lie around the centre of",
         "PQRS. Each sees a 3x3 window of the doubled",
         "map, drawn below; weights on the same letter",
         "are added before anything is multiplied.",
@@ -67,17 +67,17 @@ def phases() -> Figure:
     figure.note(
         430,
         606,
-        "4 pixels x 4 products = 16 multiplications a channel pair instead of 4 x 9 = 36: 2.25 times fewer.",
+        "4 pixels x 4 products = 16 multiplications per channel pair instead of 4 x 9 = 36: 2.25 times fewer.",
         anchor="middle",
     )
-    figure.note(430, 626, "The sums of weights are made in every call; only rounding differs.", anchor="middle")
+    figure.note(430, 626, "The sums of weights are computed in every call; only rounding differs.", anchor="middle")
     return figure
 
 
 def windows() -> Figure:
     figure = Figure(860, 420, "The upsampling as windows of 2x2 pixels, and its borders")
     figure.text(
-        24, 32, "fold_windows: every 2x2 window of the small map makes the four large pixels around its middle", bold=True
+        24, 32, "fold_windows: every 2x2 window of the small map computes the four large pixels around its centre", bold=True
     )
     size, x, y = 56, 60, 96
     for row in range(4):
@@ -108,7 +108,7 @@ def windows() -> Figure:
             colour = ORANGE if window == (1, 1) else GREY
             figure.box(x + column * size, y + row * size, size, size, colour if inside else WHITE, dashed=not inside, size=12)
     figure.frame(x + size, y + size, 6 * size, 4 * size, BLUE[1])
-    figure.note(430, 300, "6 x 8 pixels are made; the 4 x 6 in the blue frame", "are the doubled map, the rest is dropped")
+    figure.note(430, 300, "6 x 8 pixels are computed; the 4 x 6 in the blue frame", "are the doubled map, the others are dropped")
     figure.note(
         688,
         112,
@@ -118,13 +118,13 @@ def windows() -> Figure:
         "on the zeros around the",
         "small map, so the folded",
         "weights are right at the",
-        "border as they are.",
+        "border too.",
     )
     figure.line(24, 348, 836, 348, dashed=True)
     figure.note(
         24,
         374,
-        "fold_upsampling writes the same sixteen sums as one 4x4 kernel: F.conv_transpose2d with stride 2 and padding 1 makes",
+        "fold_upsampling writes the same sixteen sums as one 4x4 kernel: F.conv_transpose2d with stride 2 and padding 1 computes",
         "the 4 x 6 pixels at once. Upsample runs that, so training and a GPU do; a decode in strips runs the windows.",
     )
     return figure
