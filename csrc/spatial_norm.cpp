@@ -38,8 +38,8 @@ struct Inputs {
     TORCH_CHECK_VALUE(groups > 0 && given_f.size(1) % groups == 0,
                       "groups must be a positive divisor of f's channels, got groups=", groups, " for ", given_f.size(1),
                       " channels");
-    TORCH_CHECK_VALUE(given_f.size(1) <= INT32_MAX && given_f.size(2) * given_f.size(3) <= movq::kMaxPixels,
-                      "f must have fewer than 2^31 channels and at most ", movq::kMaxPixels, " pixels, got shape ",
+    TORCH_CHECK_VALUE(given_f.size(1) <= INT32_MAX && given_f.size(2) * given_f.size(3) <= movq::kMaxMapPixels,
+                      "f must have fewer than 2^31 channels and at most ", movq::kMaxMapPixels, " pixels, got shape ",
                       given_f.sizes());
     TORCH_CHECK_VALUE(given_zq_y.has_value() == given_zq_b.has_value(),
                       "zq_y and zq_b must be given together or not at all, got only ", given_zq_y ? "zq_y" : "zq_b");

@@ -383,7 +383,7 @@ class TestOnGpu:
 
     def test_the_epilogue_refuses_what_overlaps_in_part(self):
         store = torch.randn(2, 32, 8, 12, device="cuda")
-        with pytest.raises(ValueError, match="residual must not overlap x in part"):
+        with pytest.raises(ValueError, match="residual must be x itself or not overlap it, got"):
             add_bias_residual_(store.flatten()[:-12].view(1, -1, 1, 12), None, store.flatten()[12:].view(1, -1, 1, 12))
 
     @pytest.mark.parametrize("change, error, message", [

@@ -12,6 +12,7 @@ from kernels.spatial_norm import Emulator, Gpu, case, is_channels_last
 from tolerances import RELATIVE, relative_error
 
 import movq_ext
+from movq_ext.ops.functional import MAX_MAP_PIXELS
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 backend = backends(emulator=Emulator, gpu=Gpu)
@@ -291,6 +292,10 @@ def test_backward_has_no_bank_conflicts(counted, layout, dtype, zq_size):
     _, mean, rstd = counted.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 32, 1e-6, True)
     counted.backward(c.dout, c.f, c.zq_y, c.zq_b, c.weight, c.bias, mean, rstd, 32, True)
     assert {launch.kernel: launch.bank_conflicts for launch in counted.cost.launches if launch.bank_conflicts} == {}
+
+
+def test_python_and_the_kernels_have_the_same_pixel_limit(counted):
+    assert counted.max_map_pixels() == MAX_MAP_PIXELS
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -18,10 +18,10 @@
 
 namespace movq {
 
-constexpr int64_t kMaxPixels = INT32_MAX - (1 << 16);  // a thread steps past the last pixel, and that index is an int too
+constexpr int64_t kMaxMapPixels = INT32_MAX - (1 << 16);  // a thread steps past the last pixel, and that index is an int too
 
 struct SpatialNormProblem {
-  int64_t batch = 0, channels = 0, height = 0, width = 0;  // height * width <= kMaxPixels; the whole tensor may be larger
+  int64_t batch = 0, channels = 0, height = 0, width = 0;  // height * width <= kMaxMapPixels; the whole tensor may be larger
   int64_t groups = 1;
   int64_t zq_height = 0, zq_width = 0;  // 0 without zq
   DType dtype = DType::float32;         // of f, out, zq_y, zq_b and their gradients

@@ -17,10 +17,9 @@ GLUE = """
 #define MAKE_PROBLEM {batch, channels, height, width, groups, zq_height, zq_width, movq::DType(dtype), movq::DType(param_dtype), \
                      channels_last, silu, eps}
 
-static void write_size(int64_t* size, size_t bytes) {
-  const int64_t value = bytes;
-  emu::copy_to_device(size, &value, sizeof value);
-}
+static void write_size(int64_t* size, int64_t value) { emu::copy_to_device(size, &value, sizeof value); }
+
+EXPORT(max_map_pixels, int64_t* size) { write_size(size, movq::kMaxMapPixels); }
 
 EXPORT(forward, PROBLEM, const void* f, const void* zq_y, const void* zq_b, const void* weight, const void* bias,
        const void* f_bias, int f_bias_dtype, bool bordered, void* out, float* mean, float* rstd, void* workspace, int64_t* size) {
@@ -97,6 +96,12 @@ class Emulator:
     """Runs the kernels' source on the CPU under several schedules, which must give the same bits."""
 
     seeds = emulator.SEEDS
+
+    @staticmethod
+    def max_map_pixels():
+        size = torch.zeros(1, dtype=torch.int64)
+        library().call("max_map_pixels", size=size)
+        return int(size)
 
     def forward(self, f, zq_y, zq_b, weight, bias, groups, eps, silu, f_bias=None, bordered=False):
         zq_y, zq_b = in_layout_of(f, zq_y), in_layout_of(f, zq_b)
