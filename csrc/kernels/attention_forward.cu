@@ -1,9 +1,9 @@
-// Attention forward. The tile, its budget and its limits are in attention_tile.cuh; this file has the online softmax (Milakov and
-// Gimelshein, arXiv:1805.02867; FlashAttention-2, arXiv:2307.08691).
+// Attention forward. The tile, its budget and its limits are in attention_tile.cuh; this file has the online softmax (Milakov
+// and Gimelshein, arXiv:1805.02867; FlashAttention-2, arXiv:2307.08691).
 //
-// Each row keeps its maximum so far and the sum of its weights relative to that. The maximum is raised only when it would grow by
-// more than 2^8: weights up to 256 are as accurate as weights up to 1, and the sums, 128 registers of every thread, are almost never
-// rescaled.
+// Each row keeps its maximum so far and the sum of its weights relative to that. The maximum is raised only when it would grow
+// by more than 2^8: weights up to 256 are as accurate as weights up to 1, and the sums, 128 registers of every thread, are
+// almost never rescaled.
 #include "attention_plan.h"
 
 namespace movq {

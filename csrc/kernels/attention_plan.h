@@ -1,5 +1,5 @@
-// Host side of attention: how a problem is cut. The number of blocks and the resident rows depend on the device, so the last bits of
-// a result may differ between devices, but not between runs on one device.
+// Host side of attention: how a problem is cut. The number of blocks and the resident rows depend on the device, so the last
+// bits of a result may differ between devices, but not between runs on one device.
 #pragma once
 
 #include <algorithm>

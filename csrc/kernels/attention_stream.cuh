@@ -163,8 +163,8 @@ class Stream {
     copy_chunk<Sizes::kRows>(source, segment_.row_tile * Sizes::kRows, plan_.extents.rows, chunk, to, pitch);
   }
 
-  // Copies kScoreChunk bytes of each of `Count` tokens, zeros beyond the last token and the head size. Each thread copies the same
-  // 16 of the 128 bytes of several tokens.
+  // Copies kScoreChunk bytes of each of `Count` tokens, zeros beyond the last token and the head size. Each thread copies the
+  // same 16 of the 128 bytes of several tokens.
   template <int Count>
   MOVQ_DEVICE void copy_chunk(const Source<T>& source, int first_token, int end_token, int chunk, int to, int pitch) const {
     constexpr int kPieces = kScoreChunk / 16;

@@ -9,22 +9,22 @@
 //   dk       keys     queries  k      q          v      dout       q      p (t - delta)
 //   dv       keys     queries  k      q                            dout   p
 //
-// The tile, for a head of 512 and 16-bit types, is 64 rows and 8 warps. Its 64 x 512 sums take 128 registers of every thread, which
-// decides the rest. Values: warp w owns columns 64 w to 64 w + 63 of all 64 rows, so no value is read from shared memory twice;
-// 8 ldmatrix.x4 (16 keys) feed 32 mma. Scores: a warp computes 32 x 32; 4 ldmatrix.x4 feed 8 mma. float has 32 rows, and half of
-// everything per row.
+// The tile, for a head of 512 and 16-bit types, has 64 rows and 8 warps. Its 64 x 512 sums take 128 registers of every thread,
+// and everything else follows from that. Scores: a warp computes 32 x 32, and 4 ldmatrix.x4 feed 8 mma. Values: warp w owns
+// columns 64 w to 64 w + 63 of all 64 rows, so no value is read from shared memory twice, and 8 ldmatrix.x4 (16 keys) feed 32
+// mma. float has 32 rows, and half of everything per row.
 // Registers: 128 for the sums, 32 for each of s and t, 24 for operands. The limit is 255, for one block of 256 threads per
 // multiprocessor.
-// Shared memory: the rows (65 KB per operand) stay resident if there is room. Columns and values stream through a ring of stages of
-// 18 KB (128 tokens x 128 bytes for scores, 16 tokens x 512 elements of values). The weights take 17 KB.
+// Shared memory: the rows (65 KB per operand) stay resident if there is room. Columns and values stream through a ring of stages
+// of 18 KB (128 tokens x 128 bytes for scores, 16 tokens x 512 elements of values). The weights take 17 KB.
 // Limits, for a tile of 64 x 128, which is 4096 mma of 16 x 8 x 16:
 //   tensor cores    2 cycles per mma on sm_80; on sm_90 about 1.6 with mma.sync (1 with wgmma)
-//   shared memory   2.2 cycles per mma as the emulator counts them: 1.5 for ldmatrix, 0.5 for copies from L2, the rest for weights
+//   shared memory   2.2 cycles per mma, counted by the emulator: 1.5 for ldmatrix, 0.5 for copies from L2, 0.2 for weights
 //   L2              256 KB, 64 flop per byte: 352 TFLOP/s on an H100 that reads 5.5 TB/s
-// At best this tile reaches about 90% of an A100's tensor-core peak and 36% of an H100's. More takes wgmma, which reads operands
-// from shared memory once for 4 warps, and clusters, in which 2 blocks share the loads of a column.
-// Blocks: the (row tile, column tile) pairs are units of work in one line. Each block takes an equal, contiguous share, so the GPU is
-// full for any number of tokens. A second kernel combines the row tiles that blocks share, in order.
+// So this tile can reach at most about 90% of an A100's tensor-core peak and 36% of an H100's. More would take wgmma, which reads
+// operands from shared memory once for 4 warps, and clusters, in which 2 blocks share the loads of the columns.
+// Blocks: the (row tile, column tile) pairs are units of work in one line. Each block takes an equal, contiguous share, so any
+// number of tokens fills the GPU. A second kernel combines the row tiles that blocks share, in order.
 #pragma once
 
 #include "attention.h"

@@ -1,12 +1,12 @@
 // The epilogue of a convolution: adds its bias and the residual in place, in one pass.
 //
 // Bytes: x and residual are read once, x is written once.
-// An access is VecSize adjacent elements (16 bytes, or one element where alignment or sizes rule that out): channels of one pixel in
-// NHWC (ChannelsLast), pixels of one channel in NCHW. A block takes a run of adjacent accesses, whatever the shape. A thread loads
-// the bias again only when it reaches another channel.
-// Registers: at most 64 (__launch_bounds__), for 4 blocks of 256 threads per multiprocessor. Each thread has 2 loads of x and 2 of
-// residual in flight (1 of each in small maps), 64 KB or 32 KB per multiprocessor. An H100 needs about 20 KB to cover its memory
-// latency at full bandwidth. benchmarks/results/resources.md lists what the compiler allocates.
+// An access is VecSize adjacent elements (16 bytes, or one element where alignment or sizes rule that out): channels of one
+// pixel in NHWC (ChannelsLast), pixels of one channel in NCHW. A block takes a run of adjacent accesses, whatever the shape. A
+// thread loads the bias again only when it reaches another channel.
+// Registers: at most 64 (__launch_bounds__), for 4 blocks of 256 threads per multiprocessor. Each thread has 2 loads of x and 2
+// of residual in flight (1 of each in small maps), 64 KB or 32 KB per multiprocessor. An H100 needs about 20 KB to cover its
+// memory latency at full bandwidth. benchmarks/results/resources.md lists what the compiler allocates.
 #include "epilogue.h"
 
 #include <algorithm>
@@ -24,8 +24,8 @@ constexpr int kThreads = 256;
 constexpr int64_t kTargetBlocks = 1024;  // about one wave of blocks on the largest GPUs
 constexpr int kMaxThreadAccesses = 16;
 
-// x as one run of accesses in memory, and the bias in units: VecSize channels in NHWC, where every access has another unit, and one
-// channel in NCHW, where a unit lasts for a whole map.
+// x as one run of accesses in memory, and the bias in units: VecSize channels in NHWC, where every access has another unit, and
+// one channel in NCHW, where a unit lasts for a whole map.
 struct Run {
   int64_t accesses;
   int block_accesses;

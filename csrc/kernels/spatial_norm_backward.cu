@@ -5,14 +5,14 @@
 //   dzq_b = P,  dzq_y = w Q + c P,  dbias = sum Y P,  dweight = sum Y Q  (over cells and images),
 //   df = rstd * (w Y h - s1 - n s2)  with  s1 = sum w Y P / N,  s2 = sum w Y Q / N  (over the group's N values).
 //
-// Four passes. The first sums P and Q per cell, writes dzq_y and dzq_b, and leaves the sums of Y P and Y Q per channel and chunk; how
-// depends on the layout and the size of a cell, see spatial_norm_bands.cuh and spatial_norm_cells.cuh. The second merges those into
-// s1 and s2. The third adds dweight and dbias, the fourth writes df. Each sum has one owner and one order, so every run gives the
-// same bits.
-// Bytes: f and dout are read twice, df is written once. A chunk leaves 8 bytes per channel, for at least 64 pixels where there is
-// work for 1024 blocks.
-// Registers: at most 128, for 2 blocks of 256 threads per multiprocessor. Each thread has 2 loads of f and 2 of dout in flight (1
-// of each where it owns 8 channels, and in df, which also loads zq): 16 to 32 KB per multiprocessor.
+// Four passes. The first sums P and Q per cell, writes dzq_y and dzq_b, and leaves the sums of Y P and Y Q per channel and
+// chunk; how depends on the layout and the size of a cell, see spatial_norm_bands.cuh and spatial_norm_cells.cuh. The second
+// merges those into s1 and s2. The third adds dweight and dbias, the fourth writes df. Each sum has one owner and one order, so
+// every run gives the same bits.
+// Bytes: f and dout are read twice, df is written once. A chunk leaves 8 bytes per channel, for at least 64 pixels where there
+// is work for 1024 blocks.
+// Registers: at most 128, for 2 blocks of 256 threads per multiprocessor. Each thread has 2 loads of f and 2 of dout in flight
+// (1 of each where it owns 8 channels, and in df, which also loads zq): 16 to 32 KB per multiprocessor.
 #include "spatial_norm_backward.cuh"
 #include "spatial_norm_bands.cuh"
 #include "spatial_norm_cells.cuh"

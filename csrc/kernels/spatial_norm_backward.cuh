@@ -59,8 +59,8 @@ MOVQ_DEVICE float activation_gradient(bool silu, float dout, float n, const Affi
   return silu ? dout * silu_derivative(n * modulated.slope + modulated.offset) : dout;
 }
 
-// Writes the gradients of zq_y and zq_b for the Channels channels of a cell whose P and Q are complete, and turns P and Q into Y P
-// and Y Q. `at` is the offset of the first channel in zq. Loads Y, weight and bias again rather than keep them in registers.
+// Writes the gradients of zq_y and zq_b for the Channels channels of a cell whose P and Q are complete, and turns P and Q into Y
+// P and Y Q. `at` is the offset of the first channel in zq. Loads Y, weight and bias again rather than keep them in registers.
 template <class T, int Channels>
 MOVQ_DEVICE void write_cell_gradients(const Geometry& geometry, const BackwardArrays<T>& arrays, int channel, int64_t at,
                                       Pair (&sums)[Channels]) {

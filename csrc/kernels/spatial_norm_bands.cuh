@@ -1,8 +1,8 @@
 // Backward's sums of P and Q in NCHW where cells are narrow: sum_bands.
 //
 // A band is the pixels of one row of cells, over `tile_cells` columns of cells, in one channel. A thread adds a few columns of
-// pixels down the rows of a band, with 16-byte accesses whatever the width of a cell, and leaves one sum per column in shared memory
-// (16 KB per block). Then threads add the columns of each cell and write its gradients.
+// pixels down the rows of a band, with 16-byte accesses whatever the width of a cell, and leaves one sum per column in shared
+// memory (16 KB per block). Then threads add the columns of each cell and write its gradients.
 #pragma once
 
 #include "spatial_norm_backward.cuh"

@@ -2,16 +2,16 @@
 //
 // Bytes: f is read twice and written once. Each chunk adds 16 bytes of statistics per group, which is less than 2% of all bytes
 // where there is work for 256 blocks of 4 rounds.
-// Why not read f once and keep it on chip, in a cluster or a cooperative grid? Up to the size of L2 (50 MB on an H100; 256x256x256
-// in bfloat16 is 34 MB) the second read comes from the cache anyway, because the output kernel runs its blocks backwards and so
-// starts with what the statistics kernel read last. The largest maps do not fit on chip: one group of 128x1024x1024 is 8 MB, a
-// cluster of 8 blocks holds 1.8 MB. Only batches of medium maps lie in between.
+// Why not read f once and keep it on chip, in a cluster or a cooperative grid? Up to the size of L2 (50 MB on an H100;
+// 256x256x256 in bfloat16 is 34 MB) the second read comes from the cache anyway, because the output kernel runs its blocks
+// backwards and so starts with what the statistics kernel read last. The largest maps do not fit on chip: one group of
+// 128x1024x1024 is 8 MB, a cluster of 8 blocks holds 1.8 MB. Only batches of medium maps lie in between.
 // Blocks: statistics cuts (image, group), the output cuts (image, channels), into at most 32 and 16 rounds of 256 accesses of 16
 // bytes, and fewer where that would leave fewer than 256 and 1024 blocks. For 512x32x32 in bfloat16 that is 256 blocks per pass
 // at batch 1, for 128x1024x1024 thousands, although there are only 32 groups.
 // f_bias costs neither a pass nor an addition per value: it shifts a channel's mean and leaves its m2 alone, and the output
-// subtracts mean - bias. In NCHW the partial statistics are then per channel rather than per group: 0.5% of all bytes for maps of
-// 32x32 in bfloat16.
+// subtracts mean - bias. In NCHW the partial statistics are then per channel rather than per group: 0.5% of all bytes for maps
+// of 32x32 in bfloat16.
 // Registers: at most 80 (__launch_bounds__), for 3 blocks of 256 threads per multiprocessor. Each thread has 4 (statistics) or 2
 // (output) loads of 16 bytes in flight, 24 to 48 KB per multiprocessor. An H100 needs about 20 KB to cover its memory latency at
 // full bandwidth. benchmarks/results/resources.md lists what the compiler allocates.

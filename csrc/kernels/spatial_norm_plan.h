@@ -1,5 +1,5 @@
-// Host side of SpatialNorm: how a problem is cut into blocks. The cut depends on sizes and alignment, never on the device, so every
-// GPU adds in the same order.
+// Host side of SpatialNorm: how a problem is cut into blocks. The cut depends on sizes and alignment, never on the device, so
+// every GPU adds in the same order.
 #pragma once
 
 #include <algorithm>

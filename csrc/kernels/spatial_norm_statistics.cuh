@@ -1,8 +1,8 @@
-// The first pass of SpatialNorm's forward: mean and m2 of every (image, group, chunk of f).
+// The first pass of SpatialNorm's forward: the moments of every (image, group, chunk of f).
 //
-// Each layout has its own kernel. In NCHW a group is one run of memory, which blocks cut into chunks (ContiguousGroups). In NHWC a
-// block reads some channels of a run of pixels, usually several whole groups side by side (InterleavedGroups).
-// Registers and bytes: see spatial_norm_forward.cu.
+// Each layout has its own kernel. In NCHW a group is one run of memory, which blocks cut into chunks (ContiguousGroups). In NHWC
+// a block reads some channels of a run of pixels, usually several whole groups side by side (InterleavedGroups).
+// spatial_norm_forward.cu states the budget of both.
 #pragma once
 
 #include "spatial_norm_plan.h"

@@ -1,8 +1,8 @@
 // Tensor-core products of one warp for any type, 32 bytes of k at a time: 16 values of 16 bits, or 8 floats.
 //
-// Floats use 3xTF32: each operand is split into its nearest tf32 (high) and the remainder (rest), and high * high, high * rest and
-// rest * high are added. What is left out is below 2^-21 of a product, so the result is as accurate as float32 arithmetic. An
-// infinite operand gives NaN, because its remainder is NaN.
+// Floats use 3xTF32: each operand is split into its nearest tf32 (high) and the remainder (rest), and high * high, high * rest
+// and rest * high are added. What is left out is below 2^-21 of a product, so the result is as accurate as float32 arithmetic.
+// An infinite operand gives NaN, because its remainder is NaN.
 #pragma once
 
 #include "mma.cuh"

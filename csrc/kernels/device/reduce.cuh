@@ -48,8 +48,8 @@ MOVQ_DEVICE T warp_reduce(T v, Op op) {
   return v;
 }
 
-// Every lane gets the result of its run of `Lanes` lanes, a power of two. Requires op(a, b) and op(b, a) to have the same bits, as
-// Sum and Max do and Merge does not.
+// Every lane gets the result of its run of `Lanes` lanes, a power of two. Requires op(a, b) and op(b, a) to have the same bits,
+// as Sum and Max do and Merge does not.
 template <int Lanes, class Op>
 MOVQ_DEVICE float warp_all_reduce(float v, Op op) {
 #pragma unroll
@@ -57,7 +57,8 @@ MOVQ_DEVICE float warp_all_reduce(float v, Op op) {
   return v;
 }
 
-// Every thread gets the result. The block must consist of whole warps. `scratch` holds one T per warp and can be reused on return.
+// Every thread gets the result. The block must consist of whole warps. `scratch` holds one T per warp and can be reused on
+// return.
 template <class T, class Op>
 MOVQ_DEVICE T block_reduce(T v, Op op, const Shared<T>& scratch) {
   v = warp_reduce(v, op);

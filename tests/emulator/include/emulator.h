@@ -1,5 +1,5 @@
-// The interface of the emulated GPU, implemented in ../runtime. The device headers of csrc/kernels call it in place of PTX, and the
-// headers beside this file in place of CUDA's built-in functions.
+// The interface of the emulated GPU, implemented in ../runtime. The device headers of csrc/kernels call it in place of PTX, and
+// the headers beside this file in place of CUDA's built-in functions.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,5 @@
-// Primitives that the emulator runs and no kernel uses yet, for the emulator's own tests. They have no CUDA version: a kernel that
-// needs one adds it to csrc/kernels/device.
+// Primitives that the emulator runs and no kernel uses yet, for the emulator's own tests. They have no CUDA version: a kernel
+// that needs one adds it to csrc/kernels/device.
 #pragma once
 
 #include "device/launch.cuh"

@@ -1,5 +1,5 @@
-// Kernels with one bug each, which the argument `bug` turns on. test_emulator.py checks that each bug is reported, and that nothing is
-// reported without it.
+// Kernels with one bug each, which the argument `bug` turns on. test_emulator.py checks that each bug is reported, and that
+// nothing is reported without it.
 #include "device/barrier.cuh"
 #include "device/cp_async.cuh"
 #include "device/launch.cuh"
@@ -156,8 +156,8 @@ EXPORT(async_overwrite, const float* x, float* y, int threads, bool bug) {
   launch(::async_overwrite, "async_overwrite", Launch{1, threads, threads * 16u}, nullptr, x, y, bug);
 }
 
-// bug 1: half of the block does not wait. 2: the halves wait at two different barriers. 3: some threads return first. 4: as 2, with
-// block_barrier().
+// bug 1: half of the block does not wait. 2: the halves wait at two different barriers. 3: some threads return first. 4: as 2,
+// with block_barrier().
 __global__ void divergent_barrier(float* y, int bug) {
   const bool low = threadIdx.x < blockDim.x / 2;
   if (bug == 3 && low) return;

@@ -151,9 +151,9 @@ static float truncated(double value) {
   return std::isfinite(nearest) && std::abs(double{nearest}) > std::abs(value) ? std::nextafterf(nearest, 0.0f) : nearest;
 }
 
-// Products are exact in double. The sum of a whole k-slice is truncated once, as tensor cores do (Fasi et al., "Numerical behavior
-// of NVIDIA tensor cores", PeerJ CS 7:e330). Tensor cores also truncate partial sums, in an order that is not documented, so the
-// last bits differ.
+// Products are exact in double. The sum of a whole k-slice is truncated once, as tensor cores do (Fasi et al., "Numerical
+// behavior of NVIDIA tensor cores", PeerJ CS 7:e330). Tensor cores also truncate partial sums, in an order that is not
+// documented, so the last bits differ.
 template <class Layout, float (*value)(const uint32_t*, int)>
 static void multiply(Arguments lanes) {
   double a[16][Layout::k], b[Layout::k][8], sums[16][8];
