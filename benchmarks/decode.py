@@ -2,8 +2,8 @@
 
     python benchmarks/decode.py --out benchmarks/results/decode
 
-The decoder is Kandinsky 2.x's (52.8 million parameters) with random weights, the same in every peer. Each peer has a process of
-its own. Its result is checked against the published decoder in float32 first; then the peers are timed in turns, for several
+The decoder is Kandinsky 2.x's (52.8 million parameters) with random weights, the same in every peer. Each peer runs in a separate
+process. Its result is checked against the published decoder in float32 first; then the peers are timed in turns, for several
 rounds. "ms" is the median of the rounds and "spread" their ``(largest - smallest) / median``. A training step is a forward and a
 backward pass, with gradients for the latents and for all parameters of the decoder.
 
@@ -55,7 +55,7 @@ def step_of(mode: str, model: nn.Module, decode: Callable[[Tensor], Tensor]) -> 
 
 
 def serve(options: argparse.Namespace) -> None:
-    """Check one peer, then time it once for every line on stdin. Runs in a process of its own, and answers in JSON lines."""
+    """Check one peer, then time it once for every line on stdin. Runs in a separate process, and answers in JSON lines."""
     device, dtype = torch.device(options.device[0]), getattr(torch, options.dtype)
     torch.set_grad_enabled(options.mode == "train")
     torch.manual_seed(0)
@@ -126,7 +126,7 @@ def resident_megabytes(what: str) -> float:
 
 
 class PeerProcess:
-    """A peer in a process of its own, which is ready once it has checked its result.
+    """A peer in a separate process, which is ready once it has checked its result.
 
     Attributes:
         found: ``MB``, ``kept MB`` and the ``ms`` of every round; or why it ``failed``.
@@ -173,7 +173,7 @@ class PeerProcess:
         self._errors.close()
 
     def _fail(self, reason: str) -> None:
-        if not self.found["ms"]:  # the rounds that were measured count
+        if not self.found["ms"]:  # keep the rounds measured so far
             self.found["failed"] = reason
         self._process.kill()
 

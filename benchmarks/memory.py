@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py --out benchmarks/results/memory --sizes 256 512 1024 2048 --max-memory 1000
 
-The decoder is Kandinsky 2.x's with random weights. Each decode runs in a process of its own. "MB" is the peak resident memory of
+The decoder is Kandinsky 2.x's with random weights. Each decode runs in a separate process. "MB" is the peak resident memory of
 that process on a CPU, including the interpreter, torch and 211 MB of weights; on a GPU it is the peak of the allocator. "error"
 is the relative difference from the whole decode.
 """

@@ -3,8 +3,8 @@
     python benchmarks/spatial_norm.py --out benchmarks/results/spatial_norm
 
 Before it is timed, every result is checked against the published formula. GB/s count two reads of f and one write for the forward
-pass, and two reads of f and of dout and one write of the gradient more for the backward pass. That is the minimum for maps that
-do not fit on chip.
+pass, and two reads of f and of dout and one write of the gradient in addition for the backward pass. That is the minimum for maps
+that do not fit on chip.
 """
 
 from __future__ import annotations

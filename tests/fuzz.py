@@ -33,7 +33,7 @@ class Hang(BaseException):
 
 
 class Watch:
-    """Interrupt a case that takes too long, and fail one that does what only code from a file would do."""
+    """Interrupt a case that takes too long, and fail one that does something only code from a file would do."""
 
     events = None  # of the case in progress, seen by the audit hook
 

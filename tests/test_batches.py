@@ -28,7 +28,7 @@ def samples_of(sizes):
 
 
 def test_batches(decoder, model, monkeypatch):
-    """A batch has as many grids of one size as the memory takes, and every image matches a decode of its own."""
+    """A batch has as many grids of one size as fit in memory, and every image matches a decode of that grid alone."""
     monkeypatch.setattr(decoder, "device", torch.device("meta"))  # anything but a CPU
     monkeypatch.setattr(decoder, "max_memory", 3 * decoder.image_bytes((4, 4)) + 1)
     batches, decode = [], decoder.decode
@@ -89,7 +89,7 @@ def test_out_of_memory(decoder, monkeypatch, caplog):
 
 
 def test_out_of_memory_on_a_cpu(decoder, monkeypatch):
-    """torch has no exception class for it. One image is retried with ever less memory, then fails; the others are decoded."""
+    """torch has no exception class for it. One image is retried with less and less memory, then fails; the others are decoded."""
     monkeypatch.setattr(decoder, "reduced_budgets", {})
     real, budgets = decoder.decode, []
 

@@ -226,7 +226,7 @@ def test_a_build_without_kernels_does_not_warn():
 
 
 def test_a_damaged_extension_gives_one_warning_and_the_native_path(native_wheel, tmp_path):
-    """Garbage in place of the library, in a process of its own."""
+    """Runs in a separate process, with garbage in place of the library."""
     _, wheel = native_wheel
     wheel.extractall(tmp_path)
     (tmp_path / "movq_ext/_build_record.json").write_text(json.dumps({"torch": torch.__version__}))

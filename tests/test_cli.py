@@ -1,4 +1,4 @@
-"""All commands through `main`. The options of decode have a file of their own, test_cli_decode.py."""
+"""All commands through `main`. The options of decode are tested in test_cli_decode.py."""
 
 import argparse
 import dataclasses
@@ -106,7 +106,7 @@ def test_codes_of_another_codebook(model, photographs, tmp_path, capsys):
 
 
 def test_interrupted_encoding_saves_finished_images(model, photographs, tmp_path, monkeypatch, capsys):
-    """And the next call encodes the rest."""
+    """The next call encodes the rest."""
     encoded = []
 
     def encode_two(model, image):

@@ -1,4 +1,4 @@
-"""`python -m movq_ext` and the console script `movq-ext` in processes of their own."""
+"""`python -m movq_ext` and the console script `movq-ext` in separate processes."""
 
 import subprocess
 import sys

@@ -128,7 +128,7 @@ class BatchDecoder:
             return [SampleError(str(error))] * len(codes)
 
     def _reduce_budget(self, grid: Grid, images: int) -> None:
-        """Halve the budget after this many images ran out of memory: half the batch, then one image, then ever smaller strips."""
+        """Halve the budget after this many images ran out of memory: half the batch, then one image, then smaller strips."""
         self.reduced_budgets[grid] = min(self.budget(grid), images * self.image_bytes(grid)) // 2
         torch.cuda.empty_cache()
         logger.warning("out of memory decoding %d images of %d x %d codes at once: retrying with half the budget", images, *grid)

@@ -29,7 +29,7 @@ class ExportError(RuntimeError):
 
 
 class QuantDecoder(nn.Module):
-    """`MOVQ.decode` as a module of its own."""
+    """`MOVQ.decode` as a module."""
 
     def __init__(self, model: MOVQ) -> None:
         super().__init__()
