@@ -4,20 +4,24 @@
 
 The models have random weights and the published configs. They are timed before and after in turns, for several rounds. "ratio" is
 the median of the rounds' ratios, "spread" the ``(largest - smallest) / median`` of these, and "error" the relative difference of
-the images. (This file is not called accelerate.py because that would hide the package of that name from diffusers.)
+the images. "MB" is the peak memory of a decode beyond what was in use, each in a process of its own. (This file is not called
+accelerate.py because that would hide the package of that name from diffusers.)
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import diffusers
 import torch
-from timing import environment, milliseconds, summary, write
+from timing import environment, milliseconds, peak_megabytes, summary, write
 
 import movq_ext
 
@@ -59,6 +63,33 @@ def measure(model: Any, z: torch.Tensor, rounds: int) -> dict[str, float]:
     return {"diffusers ms": median(before), "accelerated ms": median(after), "ratio": ratio, "spread": spread, "error": error}
 
 
+def measure_peaks(name: str, case: Sequence[str]) -> dict[str, float]:
+    """Return the peak memory of a decode in MB beyond what was in use, before and after, each in a process of its own."""
+    peaks = {}
+    for column in ("diffusers", "accelerated"):
+        command = [sys.executable, __file__, "--peak-of", name, column, *case]
+        peaks[f"{column} MB"] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return peaks
+
+
+@torch.no_grad()
+def print_peak(name: str, column: str, device: str, dtype: str, size: str, layout: str, widths: str) -> None:
+    """Print the peak memory of the second decode of one model in MB. Runs in a process of its own."""
+    memory_format = torch.channels_last if layout == "nhwc" else torch.contiguous_format
+    model = build_model(name, QUICK if widths == "quick" else WIDE).to(device, getattr(torch, dtype))
+    if column == "accelerated":
+        movq_ext.accelerate(model)
+    z = latents(model.to(memory_format=memory_format), int(size)).to(memory_format=memory_format)
+    decode(model, z)
+    print(peak_megabytes(lambda: decode(model, z), z.device))
+
+
+def latents(model: Any, size: int) -> torch.Tensor:
+    """Return random latents of an image of ``size`` by ``size`` pixels."""
+    cells = size >> (len(model.config.block_out_channels) - 1)
+    return torch.randn(1, model.config.latent_channels, cells, cells, device=model.device, dtype=model.dtype)
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -71,8 +102,12 @@ def main() -> None:
         "--out", type=Path, default=Path("benchmarks/results/accelerate_diffusers"), help="folder for the results"
     )
     parser.add_argument("--quick", action="store_true", help="rehearse: narrow models and small images")
-    parser.add_argument("--minutes", type=float, default=4.0, help="start no measurement after this long")
+    parser.add_argument("--minutes", type=float, default=15.0, help="start no measurement after this long")
+    parser.add_argument("--peak-of", nargs=7, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.peak_of:
+        print_peak(*options.peak_of)
+        return
     start, rows = time.monotonic(), []
     for device in options.devices:
         on_gpu = device != "cpu"
@@ -83,11 +118,11 @@ def main() -> None:
                     for layout in (torch.contiguous_format, torch.channels_last):
                         if time.monotonic() - start > 60 * options.minutes:
                             continue
-                        cells = size >> (len(model.config.block_out_channels) - 1)
-                        z = torch.randn(1, model.config.latent_channels, cells, cells, device=device, dtype=dtype)
-                        result = measure(model.to(memory_format=layout), z.to(memory_format=layout), options.rounds)
-                        rows.append({"device": device, "model": name, "dtype": str(dtype)[6:], "size": size,
-                                     "layout": "nhwc" if layout == torch.channels_last else "nchw", **result})  # fmt: skip
+                        z = latents(model.to(memory_format=layout), size).to(memory_format=layout)
+                        row = {"device": device, "model": name, "dtype": str(dtype)[6:], "size": size}
+                        row["layout"] = "nhwc" if layout == torch.channels_last else "nchw"
+                        case = [device, row["dtype"], str(size), row["layout"], "quick" if options.quick else "wide"]
+                        rows.append({**row, **measure(model, z, options.rounds), **measure_peaks(name, case)})
     head = {**environment(torch.device(options.devices[0])), "diffusers": diffusers.__version__}
     write(options.out, "accelerate_diffusers", "diffusers' autoencoders with and without movq_ext.accelerate", head, rows)
 

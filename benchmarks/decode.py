@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from peers import KINDS, peer, save_random
 from plots import draw
-from timing import convolution_rate, copy_bandwidth, environment, matmul_rate, milliseconds, summary, write
+from timing import convolution_rate, copy_bandwidth, environment, matmul_rate, milliseconds, peak_megabytes, summary, write
 from torch import Tensor, nn
 from work import Work, work
 
@@ -92,21 +92,6 @@ def answer(message: dict[str, Any]) -> None:
     print(json.dumps(message), flush=True)
 
 
-def peak_megabytes(run: Callable[[], object], device: torch.device) -> float:
-    """Return the peak memory of a call beyond what was in use before it."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 1e6
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() / 1e6 - before
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of VmRSS
-    before = resident_megabytes("VmRSS")
-    run()
-    return resident_megabytes("VmHWM") - before
-
-
 def tensor_megabytes(device: torch.device) -> float:
     """Return the memory of tensors: on a GPU all allocations, on a CPU the tensors that Python can reach."""
     gc.collect()
@@ -117,12 +102,6 @@ def tensor_megabytes(device: torch.device) -> float:
     # Tensors in a layout of oneDNN have no storage.
     packed: float = sum(x.numel() * x.element_size() for x in tensors if x.layout != torch.strided)
     return (float(sum(storages.values())) + packed) / 1e6
-
-
-def resident_megabytes(what: str) -> float:
-    """Return VmRSS or VmHWM of this process in MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(what))
 
 
 class PeerProcess:

@@ -104,6 +104,27 @@ def milliseconds(run: Callable[[], object], device: torch.device, seconds: float
     return median(started.elapsed_time(ended) for started, ended in events)
 
 
+def peak_megabytes(run: Callable[[], object], device: torch.device) -> float:
+    """Return the peak memory of a call beyond what was in use before it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 1e6
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() / 1e6 - before
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of VmRSS
+    before = resident_megabytes("VmRSS")
+    run()
+    return resident_megabytes("VmHWM") - before
+
+
+def resident_megabytes(what: str) -> float:
+    """Return VmRSS or VmHWM of this process in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(what))
+
+
 def copy_bandwidth(device: torch.device, size: int = 1 << 30) -> float:
     """Return bytes per second of a large copy; reads and writes both count."""
     size = size if device.type == "cuda" else size // 16
