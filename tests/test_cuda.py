@@ -1,9 +1,20 @@
-"""The compiled operators as PyTorch sees them: schemas, fake cuda, autograd, compilation. The CPU's stand in for a GPU's."""
+"""The compiled operators as differentiable functions: autograd, compilation, export, and their kernels on a GPU."""
 
 import pytest
 import torch
-from kernels import attention as attention_cases
-from kernels.spatial_norm import case
+from operators import (
+    DEVICES,
+    GROUPS,
+    LAYOUTS,
+    attention_arguments,
+    compiled_norm,
+    detached,
+    epilogue_arguments,
+    native_norm,
+    needs_extension,
+    needs_gpu,
+    norm_arguments,
+)
 from spies import saved_for_backward
 from tolerances import assert_close
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -11,40 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import movq_ext
 from movq_ext.ops import cuda, extension, native
 from movq_ext.ops.functional import add_bias_residual_
-from movq_ext.ops.options import NormOptions
 
-pytestmark = pytest.mark.skipif(movq_ext.build_info()["extension"] != "loaded", reason="needs the compiled extension")
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
-LAYOUTS = ("nchw", "channels_last")
-GROUPS = 8
-
-
-def arguments(dtype=torch.float32, layout="nchw", zq_size=(2, 4), affine=torch.float32, device="cpu", **options):
-    c = case((2, 32, 8, 12), zq_size, dtype, layout, affine=affine, **options)
-    return [None if x is None else x.to(device).requires_grad_() for x in (c.f, c.zq_y, c.zq_b, c.weight, c.bias)], c.dout.to(
-        device
-    )
-
-
-def plain(tensors):
-    return [None if x is None else x.detach() for x in tensors]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    "dtype, affine", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, None)]
-)
-@pytest.mark.parametrize("zq_size", [(2, 4), None])
-def test_opcheck(device, layout, dtype, affine, zq_size):
-    inputs, dout = arguments(dtype, layout, zq_size, affine, device)
-    inputs = plain(inputs)
-    forward, backward = torch.ops.movq_ext.spatial_norm_forward.default, torch.ops.movq_ext.spatial_norm_backward.default
-    torch.library.opcheck(forward, (*inputs, GROUPS, 1e-6, True))
-    torch.library.opcheck(forward, (*inputs, GROUPS, 1e-6, True, torch.ones(32, device=device)))
-    _, mean, rstd = forward(*inputs, GROUPS, 1e-6, True)
-    torch.library.opcheck(backward, (dout, *inputs, mean, rstd, GROUPS, True))
+pytestmark = needs_extension
 
 
 def gradients(function, inputs, dout, silu, create_graph=False):
@@ -53,24 +32,12 @@ def gradients(function, inputs, dout, silu, create_graph=False):
     return out, torch.autograd.grad(out, wanted, dout, create_graph=create_graph)
 
 
-def norm_options(weight, bias, groups, eps, silu, f_bias=None):
-    return NormOptions(weight, bias, groups, eps, "silu" if silu else None, f_bias)
-
-
-def native_norm(f, zq_y, zq_b, *options):
-    return native.spatial_norm(f, zq_y, zq_b, norm_options(*options))
-
-
-def compiled_norm(f, zq_y, zq_b, *options):
-    return cuda.spatial_norm(f, zq_y, zq_b, norm_options(*options))
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("zq_size, affine", [((2, 4), torch.float32), ((3, 5), None), (None, torch.float32)])
-def test_the_function_has_the_native_path_s_gradients(device, layout, silu, zq_size, affine):
-    inputs, dout = arguments(torch.float32, layout, zq_size, affine, device)
+def test_gradients_match_the_native_path(device, layout, silu, zq_size, affine):
+    inputs, dout = norm_arguments(torch.float32, layout, zq_size, affine, device)
     out, grads = gradients(compiled_norm, inputs, dout, silu)
     expected, expected_grads = gradients(native_norm, inputs, dout, silu)
     assert_close(out, expected)
@@ -80,7 +47,7 @@ def test_the_function_has_the_native_path_s_gradients(device, layout, silu, zq_s
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_double_backward(device):
-    inputs, dout = arguments(device=device)
+    inputs, dout = norm_arguments(device=device)
 
     def second(function):
         _, grads = gradients(function, inputs, dout, True, create_graph=True)
@@ -93,9 +60,9 @@ def test_double_backward(device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_operator_adds_f_bias(device, layout, dtype):
-    inputs, _ = arguments(dtype, layout, device=device)
-    f, *rest = plain(inputs)
+def test_f_bias_is_added_before_the_norm(device, layout, dtype):
+    inputs, _ = norm_arguments(dtype, layout, device=device)
+    f, *rest = detached(inputs)
     f_bias = torch.linspace(-1, 1, 32, device=device)
     out = compiled_norm(f, *rest, GROUPS, 1e-6, True, f_bias)
     rest = [x.double() for x in rest]
@@ -103,18 +70,18 @@ def test_the_operator_adds_f_bias(device, layout, dtype):
     assert_close(out, native_norm(f.double() + f_bias.double()[:, None, None], *rest, GROUPS, 1e-6, True), slack=2.0)
     compiled = torch.compile(lambda *x: compiled_norm(*x, GROUPS, 1e-6, True, f_bias), fullgraph=True)
     torch._dynamo.reset()
-    assert_close(compiled(f, *plain(inputs)[1:]), out.double())
+    assert_close(compiled(f, *detached(inputs)[1:]), out.double())
 
 
-def test_only_what_needs_a_gradient_gets_one():
-    inputs, dout = arguments()
+def test_only_the_gradients_that_are_needed_are_returned():
+    inputs, dout = norm_arguments()
     inputs[1].requires_grad_(False)
     compiled_norm(*inputs, GROUPS, 1e-6, True).backward(dout)
     assert [x.grad is not None for x in inputs] == [True, False, True, True, True]
 
 
-def test_little_is_saved_for_backward():
-    inputs, _ = arguments()
+def test_backward_keeps_no_map_but_f():
+    inputs, _ = norm_arguments()
     with saved_for_backward() as saved:
         compiled_norm(*inputs, GROUPS, 1e-6, True)
     big = [x for x in saved if x.numel() >= inputs[0].numel()]
@@ -123,8 +90,8 @@ def test_little_is_saved_for_backward():
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_compiles_whole_with_the_operator_inside(device, layout):
-    inputs, dout = arguments(layout=layout, device=device)
+def test_compiles_to_one_graph_with_the_operator(device, layout):
+    inputs, dout = norm_arguments(layout=layout, device=device)
     seen = []
 
     def backend(graph, _):
@@ -143,12 +110,12 @@ def test_compiles_whole_with_the_operator_inside(device, layout):
         assert_close(grad, want, slack=2.0)
 
 
-def test_exports_with_the_operator_inside():
+def test_exports_with_the_operator():
     class Norm(torch.nn.Module):
         def forward(self, *x):
             return compiled_norm(*x, GROUPS, 1e-6, True)
 
-    inputs = tuple(plain(arguments()[0]))
+    inputs = tuple(detached(norm_arguments()[0]))
     program = torch.export.export(Norm(), inputs).run_decompositions()
     assert any("movq_ext.spatial_norm_forward" in str(node.target) for node in program.graph.nodes)
     assert_close(program.module()(*inputs), Norm()(*inputs))
@@ -157,25 +124,8 @@ def test_exports_with_the_operator_inside():
 # --- Attention
 
 
-def attention_arguments(dtype=torch.float32, size=32, device="cpu"):
-    *inputs, dout = attention_cases.case(2, 3, 10, 14, size, dtype)
-    return [x.to(device).requires_grad_() for x in inputs], dout.to(device)
-
-
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size", [32, 20])
-def test_opcheck_of_attention(device, dtype, size):
-    inputs, dout = attention_arguments(dtype, size, device)
-    inputs = plain(inputs)
-    forward, backward = torch.ops.movq_ext.attention_forward.default, torch.ops.movq_ext.attention_backward.default
-    torch.library.opcheck(forward, (*inputs, 0.2))
-    out, lse = forward(*inputs, 0.2)
-    torch.library.opcheck(backward, (dout, *inputs, out, lse, 0.2))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_attention_has_the_native_path_s_gradients(device):
+def test_gradients_of_attention_match_the_native_path(device):
     inputs, dout = attention_arguments(device=device)
     out, expected = cuda.attention(*inputs, 0.2), native.attention(*inputs, 0.2)
     assert_close(out, expected)
@@ -196,14 +146,14 @@ def test_double_backward_of_attention(device):
         assert_close(grad, want, slack=5.0)
 
 
-def test_only_what_needs_a_gradient_gets_one_of_attention():
+def test_attention_returns_only_the_gradients_that_are_needed():
     inputs, dout = attention_arguments()
     inputs[1].requires_grad_(False)
     cuda.attention(*inputs, 0.2).backward(dout)
     assert [x.grad is not None for x in inputs] == [True, False, True]
 
 
-def test_nothing_of_the_scores_is_saved_for_backward():
+def test_attention_keeps_no_scores_for_backward():
     inputs, _ = attention_arguments()
     with saved_for_backward() as saved:
         out = cuda.attention(*inputs, 0.2)
@@ -211,7 +161,7 @@ def test_nothing_of_the_scores_is_saved_for_backward():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_attention_compiles_whole_with_the_operator_inside(device):
+def test_attention_compiles_to_one_graph_with_the_operator(device):
     inputs, dout = attention_arguments(device=device)
     torch._dynamo.reset()
     compiled = torch.compile(lambda *x: cuda.attention(*x, 0.2), fullgraph=True)
@@ -220,7 +170,7 @@ def test_attention_compiles_whole_with_the_operator_inside(device):
     expected = torch.autograd.grad(cuda.attention(*inputs, 0.2), inputs, dout)
     for grad, want in zip(torch.autograd.grad(out, inputs, dout), expected, strict=True):
         assert_close(grad, want, slack=2.0)
-    program = torch.export.export(AttentionModule(), tuple(plain(inputs))).run_decompositions()
+    program = torch.export.export(AttentionModule(), tuple(detached(inputs))).run_decompositions()
     assert any("movq_ext.attention_forward" in str(node.target) for node in program.graph.nodes)
 
 
@@ -232,32 +182,8 @@ class AttentionModule(torch.nn.Module):
 # --- The epilogue of a convolution
 
 
-def epilogue_arguments(dtype=torch.float32, layout="nchw", affine=torch.float32, device="cpu"):
-    c = case((2, 32, 8, 12), None, dtype, layout, affine=affine)
-    return [x.to(device) for x in (c.f, c.bias, c.dout)]
-
-
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_opcheck_of_the_epilogue(device, layout, dtype):
-    x, bias, residual = epilogue_arguments(dtype, layout, dtype if dtype == torch.float16 else torch.float32, device)
-    operator = torch.ops.movq_ext.add_bias_residual_.default
-    for b, r in ((bias, residual), (bias, None), (None, residual)):
-        torch.library.opcheck(operator, (x.clone(), b, r))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_epilogue_rounds_once(device, layout):
-    x, bias, residual = epilogue_arguments(torch.bfloat16, layout, device=device)
-    expected = (x.float() + bias[:, None, None] + residual.float()).bfloat16()
-    assert cuda.add_bias_residual_(x, bias, residual) is x
-    assert torch.equal(x, expected)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_the_epilogue_compiles_whole_with_the_operator_inside(device):
+def test_the_epilogue_compiles_to_one_graph_with_the_operator(device):
     x, bias, residual = epilogue_arguments(layout="channels_last", device=device)
     weight = torch.randn(32, 32, 3, 3, device=device)
 
@@ -278,17 +204,17 @@ class Epilogue(torch.nn.Module):
         return cuda.add_bias_residual_(x, bias, residual)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 class TestOnGpu:
     def test_the_public_function_runs_the_kernels(self):
-        inputs, _ = arguments(device="cuda")
-        assert movq_ext.explain(inputs[0]).startswith("cuda")
+        inputs, _ = norm_arguments(device="cuda")
+        assert movq_ext.exdetached(inputs[0]).startswith("cuda")
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             movq_ext.spatial_norm(*inputs, GROUPS, 1e-6, "silu")
         assert any("movq::spatial_norm" in event.key for event in profile.key_averages())
 
-    def test_a_graph_captures_it(self):
-        inputs = plain(arguments(device="cuda")[0])
+    def test_a_graph_captures_a_norm(self):
+        inputs = detached(norm_arguments(device="cuda")[0])
         expected = movq_ext.spatial_norm(*inputs, GROUPS, 1e-6, "silu")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -296,8 +222,8 @@ class TestOnGpu:
         graph.replay()
         assert torch.equal(out, expected)
 
-    def test_it_runs_on_the_current_stream(self):
-        inputs = plain(arguments(device="cuda")[0])
+    def test_a_norm_runs_on_the_current_stream(self):
+        inputs = detached(norm_arguments(device="cuda")[0])
         expected = movq_ext.spatial_norm(*inputs, GROUPS, 1e-6, "silu")
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
@@ -307,23 +233,23 @@ class TestOnGpu:
         stream.synchronize()
         assert torch.equal(out, expected)
 
-    def test_what_no_kernel_takes_runs_natively_and_says_so_once(self):
+    def test_an_unsupported_dtype_takes_the_native_path_and_warns(self):
         extension.warn_once.cache_clear()
         f = torch.randn(1, 32, 4, 4, device="cuda", dtype=torch.float64)
         with pytest.warns(RuntimeWarning, match="the CUDA kernels take float32, float16, bfloat16, got float64"):
             movq_ext.spatial_norm(f, None, None, None, None, GROUPS)
-        assert movq_ext.explain(f).startswith("native: the CUDA kernels take")
+        assert movq_ext.exdetached(f).startswith("native: the CUDA kernels take")
 
-    def test_autocast_keeps_f_s_dtype(self):
-        inputs = plain(arguments(torch.bfloat16, device="cuda")[0])
+    def test_autocast_keeps_the_dtype_of_f(self):
+        inputs = detached(norm_arguments(torch.bfloat16, device="cuda")[0])
         with torch.autocast("cuda", torch.float16):
             assert movq_ext.spatial_norm(*inputs, GROUPS, 1e-6, "silu").dtype == torch.bfloat16
 
     @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_the_public_functions_run_attention_s_kernels(self, layout):
+    def test_the_public_function_runs_the_attention_kernels(self, layout):
         q = torch.randn(2, 64, 8, 12, device="cuda", dtype=torch.bfloat16)
         q = q.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else q
-        assert movq_ext.explain(q, "spatial_attention").startswith("cuda")
+        assert movq_ext.exdetached(q, "spatial_attention").startswith("cuda")
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             out = movq_ext.spatial_attention(q, q, q)
         names = [event.key for event in profile.key_averages()]
@@ -340,13 +266,13 @@ class TestOnGpu:
             wanted.mT.contiguous().mT,
             torch.cat([wanted, wanted], 3)[..., :40],
             wanted.expand(2, 3, -1, -1),
-            torch.randn(2, 50, 39, 3, device="cuda").permute(0, 3, 1, 2),  # channels_last, to who takes heads for channels
+            torch.randn(2, 50, 39, 3, device="cuda").permute(0, 3, 1, 2),  # channels_last, if heads are channels
         ]
         for x in tensors:
             assert_close(movq_ext.attention(x, x, x), native.attention(*[x.double()] * 3, None))
 
     def test_a_graph_captures_attention(self):
-        inputs = plain(attention_arguments(torch.bfloat16, device="cuda")[0])
+        inputs = detached(attention_arguments(torch.bfloat16, device="cuda")[0])
         expected = movq_ext.attention(*inputs)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -354,18 +280,18 @@ class TestOnGpu:
         graph.replay()
         assert torch.equal(out, expected)
 
-    def test_attention_of_larger_heads_is_native_and_says_so(self):
+    def test_attention_of_larger_heads_takes_the_native_path_and_warns(self):
         q = torch.randn(1, 1, 4, 640, device="cuda")
         with pytest.warns(RuntimeWarning, match="heads of up to 512, got 640"):
             movq_ext.attention(q, q, q)
-        assert movq_ext.explain(q, "attention").startswith("native: the CUDA kernels of attention take heads of up to 512")
+        assert movq_ext.exdetached(q, "attention").startswith("native: the CUDA kernels of attention take heads of up to 512")
 
     def test_attention_casts_under_autocast(self):
         q = torch.randn(1, 1, 40, 64, device="cuda")
         with torch.autocast("cuda", torch.bfloat16):
             assert movq_ext.attention(q, q, q).dtype == torch.bfloat16
 
-    def test_the_function_runs_the_epilogue_s_kernel_alone(self):
+    def test_the_epilogue_is_one_kernel(self):
         for layout in LAYOUTS:
             x, bias, residual = epilogue_arguments(torch.bfloat16, layout, device="cuda")
             expected = (x.float() + bias[:, None, None] + residual.float()).bfloat16()
@@ -381,7 +307,7 @@ class TestOnGpu:
         for other in (residual.contiguous(), wide):
             assert_close(add_bias_residual_(x.clone(), bias, other), x.double() + bias.double()[:, None, None] + other.double())
 
-    def test_the_epilogue_refuses_what_overlaps_in_part(self):
+    def test_the_epilogue_refuses_partial_overlap(self):
         store = torch.randn(2, 32, 8, 12, device="cuda")
         with pytest.raises(ValueError, match="residual must be x itself or not overlap it, got"):
             add_bias_residual_(store.flatten()[:-12].view(1, -1, 1, 12), None, store.flatten()[12:].view(1, -1, 1, 12))
@@ -396,12 +322,12 @@ class TestOnGpu:
         (dict(residual=torch.zeros(1, 32, 8, 12)), ValueError, "residual must have x's shape"),
         (dict(residual=torch.zeros(2, 32, 8, 12).half()), TypeError, "residual must have x's dtype"),
     ])  # fmt: skip
-    def test_the_epilogue_s_operator_names_the_argument(self, change, error, message):
+    def test_the_epilogue_operator_names_the_bad_argument(self, change, error, message):
         given = dict(zip(("x", "bias", "residual"), epilogue_arguments(), strict=True), **change)
         with pytest.raises(error, match=message):
             torch.ops.movq_ext.add_bias_residual_(*(None if t is None else t.cuda() for t in given.values()))
 
-    def test_the_epilogue_of_float64_is_native_and_says_so(self):
+    def test_the_epilogue_of_float64_takes_the_native_path_and_warns(self):
         x, bias, residual = (t.double() for t in epilogue_arguments(device="cuda"))
         expected = x + bias[:, None, None] + residual
         extension.warn_once.cache_clear()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..model.fusion import is_plain_group_norm
 from ..ops.cuda import MAX_HEAD_SIZE
 from ..ops.functional import attention, fused_spatial_norm
 from ..ops.options import NormOptions
@@ -57,7 +58,7 @@ class Attention(Accelerated):
     ) -> Tensor:
         x, norm = hidden_states, self.group_norm
         to_itself = encoder_hidden_states is None and attention_mask is None and all(name == "temb" for name in kwargs)
-        plain_norm = norm is None or is_plain_instance(norm, nn.GroupNorm)
+        plain_norm = norm is None or is_plain_group_norm(norm)
         can_attend = can_compute(self, x) and type(self.processor) in self.default_processors
         if not (to_itself and plain_norm and can_attend):
             return original_class(self).forward(self, x, encoder_hidden_states, attention_mask, **kwargs)  # type: ignore[no-any-return]

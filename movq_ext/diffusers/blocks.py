@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..model.fusion import add_residual, conv_deferring_bias
-from ..ops.native import is_inference
+from ..model.fusion import add_residual, conv_deferring_bias, runs_inference
 from .accelerated import Accelerated, can_compute, child_reason, original_class
 from .norms import (
     apply_group_norm,
@@ -44,20 +43,20 @@ class ResnetBlock2D(Accelerated):
         fits = embeds == (temb is not None) and (embeds or not scale_shift)
         if args or kwargs or not fits or not can_compute(self, x):
             return original_class(self).forward(self, x, temb, *args, **kwargs)  # type: ignore[no-any-return]
-        # h is reassigned at every step, which frees the map of the step before.
+        # Rebinding h frees each map as soon as the next one exists.
         h = apply_group_norm(self.norm1, act, x)
-        if temb is None:
-            defers = can_fuse_group_norm(norm2, act) and is_inference(*norm2.parameters())
+        if temb is None:  # act(norm2(conv1(h)))
+            defers = can_fuse_group_norm(norm2, act) and runs_inference(norm2)
             h, bias = conv_deferring_bias(self.conv1, h) if defers else (self.conv1(h), None)
             h = apply_group_norm(norm2, act, h, f_bias=bias)
         else:
             h = self.conv1(h)
-            temb = self.time_emb_proj(temb if self.skip_time_act else act(temb))[:, :, None, None]
-            if scale_shift:
-                scale, shift = temb.chunk(2, dim=1)
+            t = self.time_emb_proj(temb if self.skip_time_act else act(temb))[:, :, None, None]
+            if scale_shift:  # act(norm2(h) * (1 + scale) + shift)
+                scale, shift = t.chunk(2, dim=1)
                 h = apply_group_norm(norm2, act, h, 1 + scale, shift)
-            else:
-                h = apply_group_norm(norm2, act, add_residual(h, None, temb, self.conv1))
+            else:  # act(norm2(h + t))
+                h = apply_group_norm(norm2, act, add_residual(h, None, t, self.conv1))
         h, bias = conv_deferring_bias(self.conv2, self.dropout(h))
         return _add_shortcut(self, h, bias, x)
 
@@ -76,7 +75,7 @@ class ResnetBlockCondNorm2D(Accelerated):
         if args or kwargs or not can_compute(self, x):
             return original_class(self).forward(self, x, zq, *args, **kwargs)  # type: ignore[no-any-return]
         h = apply_spatial_norm(self.norm1, act, x, zq)
-        defers = can_fuse_spatial_norm(norm2, act, h, zq) and is_inference(zq, *norm2.parameters())
+        defers = can_fuse_spatial_norm(norm2, act, h, zq) and runs_inference(norm2, zq)
         h, bias = conv_deferring_bias(self.conv1, h) if defers else (self.conv1(h), None)
         h = apply_spatial_norm(norm2, act, h, zq, bias)
         h, bias = conv_deferring_bias(self.conv2, self.dropout(h))

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model.fusion import is_plain_conv, is_unmodified
+from ..model.fusion import is_plain_conv1x1, is_plain_group_norm, is_unmodified
 from ..model.modulation import modulate
 from ..ops.functional import fused_spatial_norm
 from ..ops.options import NormOptions
@@ -35,9 +35,8 @@ class SpatialNorm(Accelerated):
     def unsupported_reason(cls, module: Any) -> str | None:
         if reason := group_norm_reason("norm_layer", module.norm_layer):
             return reason
-        if _is_plain_conv1x1(module.conv_y) and _is_plain_conv1x1(module.conv_b):
-            return None
-        return "its conv_y or conv_b is replaced or hooked"
+        plain = all(is_plain_conv1x1(conv) and conv.bias is not None for conv in (module.conv_y, module.conv_b))
+        return None if plain else "its conv_y or conv_b is replaced or hooked"
 
     def forward(self: Any, f: Tensor, zq: Tensor) -> Tensor:
         if not can_compute(self, f) or not self.can_modulate(f, zq):
@@ -56,10 +55,6 @@ class SpatialNorm(Accelerated):
         return fused_spatial_norm(f, y, b, NormOptions.of_layer(self.norm_layer, activation, f_bias))
 
 
-def _is_plain_conv1x1(conv: Any) -> bool:
-    return is_plain_conv(conv) and conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.bias is not None
-
-
 def group_norm_reason(name: str, norm: Any) -> str | None:
     return child_reason(name, norm, nn.GroupNorm)
 
@@ -70,7 +65,7 @@ def spatial_norm_reason(name: str, norm: Any) -> str | None:
 
 
 def can_fuse_group_norm(norm: Any, activation: Any) -> bool:
-    return is_plain_instance(norm, nn.GroupNorm) and is_plain_instance(activation, nn.SiLU)
+    return is_plain_group_norm(norm) and is_plain_instance(activation, nn.SiLU)
 
 
 def apply_group_norm(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import cuda, native
-from .checks import check_add_bias_residual, check_attention, check_spatial_attention, check_spatial_norm
+from .argument_checks import check_add_bias_residual, check_attention, check_spatial_attention, check_spatial_norm
 from .extension import device_reason, warn_once
 from .options import NormOptions
 

@@ -18,11 +18,11 @@ from .options import NormOptions
 def register_implementations() -> None:
     """Register them with PyTorch; the extension must be loaded."""
     for name, cpu, fake in (
-        ("spatial_norm_forward", _spatial_norm_forward_cpu, _spatial_norm_forward_fake),
-        ("spatial_norm_backward", _spatial_norm_backward_cpu, _spatial_norm_backward_fake),
-        ("attention_forward", _attention_forward_cpu, _attention_forward_fake),
-        ("attention_backward", _attention_backward_cpu, _attention_backward_fake),
-        ("add_bias_residual_", _add_bias_residual_cpu, _add_bias_residual_fake),
+        ("spatial_norm_forward", spatial_norm_forward_cpu, spatial_norm_forward_fake),
+        ("spatial_norm_backward", spatial_norm_backward_cpu, spatial_norm_backward_fake),
+        ("attention_forward", attention_forward_cpu, attention_forward_fake),
+        ("attention_backward", attention_backward_cpu, attention_backward_fake),
+        ("add_bias_residual_", add_bias_residual_cpu, add_bias_residual_fake),
     ):
         torch.library.register_kernel(f"movq_ext::{name}", "cpu", cpu)
         torch.library.register_fake(f"movq_ext::{name}", fake)
@@ -31,7 +31,7 @@ def register_implementations() -> None:
 # --- Spatial norm
 
 
-def _spatial_norm_forward_cpu(
+def spatial_norm_forward_cpu(
     f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float,
     silu: bool, f_bias: Tensor | None = None, bordered: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -45,7 +45,7 @@ def _spatial_norm_forward_cpu(
     return out, mean, (variance + eps).rsqrt()
 
 
-def _spatial_norm_backward_cpu(
+def spatial_norm_backward_cpu(
     dout: Tensor, f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     mean: Tensor, rstd: Tensor, groups: int, silu: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -96,14 +96,14 @@ def _in_layout_of(f: Tensor, x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch._prims_common.suggest_memory_format(f))
 
 
-def _spatial_norm_forward_fake(
+def spatial_norm_forward_fake(
     f: Tensor, zq_y: Any, zq_b: Any, weight: Any, bias: Any, groups: int, *_: Any, **__: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     mean, rstd = (f.new_empty(f.shape[0], groups, dtype=torch.float32) for _ in range(2))
     return torch.empty_like(_in_layout_of(f, f)), mean, rstd
 
 
-def _spatial_norm_backward_fake(
+def spatial_norm_backward_fake(
     dout: Tensor, f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, *_: Any
 ) -> tuple[Tensor, ...]:
     maps = [None if x is None else _in_layout_of(f, x) for x in (f, zq_y, zq_b)]
@@ -113,14 +113,14 @@ def _spatial_norm_backward_fake(
 # --- Attention
 
 
-def _attention_forward_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attention_forward_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     scores = q.float() @ k.float().mT * scale
     lse = scores.logsumexp(3)
     weights = (scores - lse[..., None]).exp()
     return (weights @ v.float()).to(q.dtype), lse
 
 
-def _attention_backward_cpu(
+def attention_backward_cpu(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = q.dtype
@@ -131,22 +131,22 @@ def _attention_backward_cpu(
     return (dscores @ k).to(dtype), (dscores.mT @ q).to(dtype), (weights.mT @ dout).to(dtype)
 
 
-def _attention_forward_fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attention_forward_fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _attention_backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def attention_backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 # --- The epilogue of a convolution
 
 
-def _add_bias_residual_cpu(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+def add_bias_residual_cpu(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
     out = x.float()
     out = out if bias is None else out + bias.float()[:, None, None]
     x.copy_(out if residual is None else out + residual.float())
 
 
-def _add_bias_residual_fake(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+def add_bias_residual_fake(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
     """Do nothing: x is modified in place, and its shape stays."""

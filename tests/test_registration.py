@@ -1,0 +1,160 @@
+"""The compiled operators as PyTorch knows them: schemas, and implementations for CPU tensors and for shapes alone."""
+
+import published
+import pytest
+import torch
+from operators import (
+    DEVICES,
+    GROUPS,
+    LAYOUTS,
+    attention_arguments,
+    detached,
+    epilogue_arguments,
+    needs_extension,
+    norm_arguments,
+)
+from tolerances import assert_close
+
+from movq_ext.ops import cuda, registration
+
+EPS = 1e-6
+
+
+def in_double(tensors):
+    return [None if x is None else x.detach().double().requires_grad_() for x in tensors]
+
+
+def gradients(out, inputs, dout):
+    """The gradient of every input, None for one that is None."""
+    grads = iter(torch.autograd.grad(out, [x for x in inputs if x is not None], dout.double()))
+    return [None if x is None else next(grads) for x in inputs]
+
+
+# --- CPU implementations, in Python: they need no extension
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("zq_size", [(2, 4), (3, 5), None])
+@pytest.mark.parametrize("affine", [torch.float32, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_spatial_norm_on_a_cpu_is_the_published_formula(dtype, affine, zq_size, silu, layout):
+    inputs, dout = norm_arguments(dtype, layout, zq_size, affine)
+    exact, f = in_double(inputs), inputs[0]
+    expected = published.spatial_norm(*exact, GROUPS, EPS, "silu" if silu else None)
+    out, mean, rstd = registration.spatial_norm_forward_cpu(*detached(inputs), GROUPS, EPS, silu)
+    assert_close(out, expected)
+    grouped = exact[0].detach().reshape(2, GROUPS, -1)
+    assert_close(mean, grouped.mean(2))
+    assert_close(rstd, (grouped.var(2, correction=0) + EPS).rsqrt())
+    grads = registration.spatial_norm_backward_cpu(dout, *detached(inputs), mean, rstd, GROUPS, silu)
+    for x, grad, want in zip(inputs, grads, gradients(expected, exact, dout), strict=True):
+        if x is None:
+            assert grad.numel() == 0
+        else:
+            assert grad.dtype == x.dtype
+            assert_close(grad, want, slack=2.0)
+    assert all(x.stride() == f.stride() for x in (out, grads[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_on_a_cpu_is_the_formula(dtype):
+    inputs, dout = attention_arguments(dtype)
+    q, k, v = exact = in_double(inputs)
+    scores = 0.2 * q @ k.mT
+    expected = scores.softmax(3) @ v
+    out, lse = registration.attention_forward_cpu(*detached(inputs), 0.2)
+    assert_close(out, expected)
+    assert_close(lse, scores.logsumexp(3))
+    grads = registration.attention_backward_cpu(dout, *detached(inputs), out, lse, 0.2)
+    for x, grad, want in zip(inputs, grads, gradients(expected, exact, dout), strict=True):
+        assert grad.dtype == x.dtype
+        assert_close(grad, want, slack=2.0)
+
+
+def described(results):
+    return [(x.shape, x.stride(), x.dtype) for x in results]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("zq_size", [(2, 4), None])
+def test_fake_norms_have_the_layouts_of_real_ones(zq_size, layout):
+    inputs, dout = norm_arguments(layout=layout, zq_size=zq_size)
+    forward = *detached(inputs), GROUPS, EPS, True
+    real = registration.spatial_norm_forward_cpu(*forward)
+    assert described(registration.spatial_norm_forward_fake(*forward)) == described(real)
+    _, mean, rstd = real
+    backward = dout, *detached(inputs), mean, rstd, GROUPS, True
+    real = registration.spatial_norm_backward_cpu(*backward)
+    assert described(registration.spatial_norm_backward_fake(*backward)) == described(real)
+
+
+def test_fake_attention_has_the_layouts_of_real_attention():
+    inputs, dout = attention_arguments()
+    real = registration.attention_forward_cpu(*inputs, 0.2)
+    assert described(registration.attention_forward_fake(*inputs, 0.2)) == described(real)
+    backward = dout, *inputs, *real, 0.2
+    real = registration.attention_backward_cpu(*backward)
+    assert described(registration.attention_backward_fake(*backward)) == described(real)
+
+
+# --- Registered operators
+
+
+@needs_extension
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "dtype, affine", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, None)]
+)
+@pytest.mark.parametrize("zq_size", [(2, 4), None])
+def test_opcheck_of_spatial_norm(device, layout, dtype, affine, zq_size):
+    inputs, dout = norm_arguments(dtype, layout, zq_size, affine, device)
+    inputs = detached(inputs)
+    forward, backward = torch.ops.movq_ext.spatial_norm_forward.default, torch.ops.movq_ext.spatial_norm_backward.default
+    torch.library.opcheck(forward, (*inputs, GROUPS, EPS, True))
+    torch.library.opcheck(forward, (*inputs, GROUPS, EPS, True, torch.ones(32, device=device)))
+    _, mean, rstd = forward(*inputs, GROUPS, EPS, True)
+    torch.library.opcheck(backward, (dout, *inputs, mean, rstd, GROUPS, True))
+
+
+@needs_extension
+def test_opcheck_of_a_bordered_latent():
+    """Each cell of 4x4 pixels has three rows and columns; the last arguments may be given by name."""
+    f, y, b, weight, bias = detached(norm_arguments(zq_size=(6, 9))[0])
+    operator = torch.ops.movq_ext.spatial_norm_forward.default
+    torch.library.opcheck(operator, (f, y, b, weight, bias, GROUPS, EPS, True), {"f_bias": torch.ones(32), "bordered": True})
+
+
+@needs_extension
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [32, 20])
+def test_opcheck_of_attention(device, dtype, size):
+    inputs, dout = attention_arguments(dtype, size, device)
+    inputs = detached(inputs)
+    forward, backward = torch.ops.movq_ext.attention_forward.default, torch.ops.movq_ext.attention_backward.default
+    torch.library.opcheck(forward, (*inputs, 0.2))
+    out, lse = forward(*inputs, 0.2)
+    torch.library.opcheck(backward, (dout, *inputs, out, lse, 0.2))
+
+
+@needs_extension
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_opcheck_of_the_epilogue(device, layout, dtype):
+    x, bias, residual = epilogue_arguments(dtype, layout, dtype if dtype == torch.float16 else torch.float32, device)
+    operator = torch.ops.movq_ext.add_bias_residual_.default
+    for b, r in ((bias, residual), (bias, None), (None, residual)):
+        torch.library.opcheck(operator, (x.clone(), b, r))
+
+
+@needs_extension
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_epilogue_rounds_once(device, layout):
+    x, bias, residual = epilogue_arguments(torch.bfloat16, layout, device=device)
+    expected = (x.float() + bias[:, None, None] + residual.float()).bfloat16()
+    assert cuda.add_bias_residual_(x, bias, residual) is x
+    assert torch.equal(x, expected)
