@@ -1,7 +1,7 @@
-"""Build movq_ext, with the CUDA extension movq_ext._C if a CUDA toolkit and a CUDA build of torch are found.
+"""Build movq_ext, and the CUDA extension movq_ext._C if there are a CUDA toolkit and a CUDA build of torch.
 
-MOVQ_EXT_CUDA=1 fails without the extension, MOVQ_EXT_CUDA=0 leaves it out. CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS have
-the same meaning as for torch.
+MOVQ_EXT_CUDA=1 requires the extension, MOVQ_EXT_CUDA=0 leaves it out. CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS work as for
+torch.utils.cpp_extension.
 """
 
 import json
@@ -25,22 +25,23 @@ class NoExtensionError(Exception):
 
 
 def find_toolkit():
-    """Return the folder of the CUDA toolkit."""
+    """Return the folder of the CUDA toolkit, or raise NoExtensionError."""
     if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
         homes, looked = [Path(home)], home
     else:
-        on_path = [Path(nvcc) for nvcc in [shutil.which("nvcc")] if nvcc]
-        homes = [nvcc.parents[1] for nvcc in [*on_path, *(nvcc.resolve() for nvcc in on_path)]] + [Path("/usr/local/cuda")]
+        nvcc = shutil.which("nvcc")
+        homes = [path.parents[1] for path in (Path(nvcc), Path(nvcc).resolve())] if nvcc else []
+        homes.append(Path("/usr/local/cuda"))
         looked = "PATH and /usr/local/cuda; CUDA_HOME and CUDA_PATH are not set"
     for home in homes:
-        # An nvcc alone is not a toolkit: the one on PATH may be a wrapper around one elsewhere.
+        # Look for headers too: the nvcc on PATH may be a wrapper around a toolkit that lives elsewhere.
         headers = [*home.glob("include/cuda_runtime.h"), *home.glob("targets/*/include/cuda_runtime.h")]
         if (home / "bin/nvcc").is_file() and headers:
             return home
     raise NoExtensionError(f"no CUDA toolkit (bin/nvcc and include/cuda_runtime.h) was found: looked in {looked}")
 
 
-def ask_nvcc(toolkit, option):
+def nvcc_output(toolkit, option):
     try:
         return subprocess.run([toolkit / "bin/nvcc", option], check=True, capture_output=True, text=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
@@ -48,10 +49,10 @@ def ask_nvcc(toolkit, option):
 
 
 def find_torch():
-    """Return the torch that the package will run with, or None if none is installed yet.
+    """Return the torch that the package will run with, or None if it is not installed yet.
 
-    pip builds in an isolated environment that hides this interpreter's packages, but an extension works only with the exact
-    torch it was compiled against. So ask the interpreter where it finds packages outside that environment.
+    The extension works only with the torch it was compiled against, but pip builds in an isolated environment that hides it. So
+    ask this interpreter for its search path without that environment.
     """
     outside = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
     script = "import json, sys; print(json.dumps(sys.path))"
@@ -68,16 +69,16 @@ def find_torch():
     return torch
 
 
-def plan():
+def plan_extension():
     """Return the build record (the versions to compile with, or why not to compile) and the packages that the build requires."""
-    wish = os.environ.get("MOVQ_EXT_CUDA", "")
-    if wish not in ("", "0", "1"):
-        raise SetupError(f"MOVQ_EXT_CUDA must be 0 or 1 or unset, got {wish!r}")
-    if wish == "0":
+    setting = os.environ.get("MOVQ_EXT_CUDA", "")
+    if setting not in ("", "0", "1"):
+        raise SetupError(f"MOVQ_EXT_CUDA must be 0, 1 or unset, got {setting!r}")
+    if setting == "0":
         return {"torch": None, "reason": "MOVQ_EXT_CUDA=0"}, []
     try:
         toolkit = find_toolkit()
-        release = re.search(r"release (\d+)\.(\d+)", ask_nvcc(toolkit, "--version"))
+        release = re.search(r"release (\d+)\.(\d+)", nvcc_output(toolkit, "--version"))
         nvcc = ".".join(release.groups()) if release else "of unknown version"
         torch = find_torch()
         if torch is None:
@@ -86,21 +87,21 @@ def plan():
         if not torch.version.cuda:
             raise NoExtensionError(f"torch {torch.__version__} is a build without CUDA")
         if torch.version.cuda.split(".")[0] != nvcc.split(".")[0]:
-            raise NoExtensionError(f"nvcc is {nvcc} but torch {torch.__version__} needs one of CUDA {torch.version.cuda}")
+            raise NoExtensionError(f"torch {torch.__version__} needs an nvcc of CUDA {torch.version.cuda}, got {nvcc}")
     except NoExtensionError as reason:
         return {"torch": None, "reason": str(reason)}, []
-    os.environ["CUDA_HOME"] = str(toolkit)  # torch reads it when cpp_extension is imported
+    os.environ["CUDA_HOME"] = str(toolkit)  # cpp_extension reads it on import
     os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_arch_list(toolkit)
     return {"torch": torch.__version__, "nvcc": nvcc, "arch_list": os.environ["TORCH_CUDA_ARCH_LIST"]}, []
 
 
 def default_arch_list(toolkit):
-    """Return the part of ARCH_LIST that this nvcc supports, with PTX of the last one for future GPUs."""
-    known = ask_nvcc(toolkit, "--list-gpu-arch").split()
+    """Return the architectures of ARCH_LIST that this nvcc supports, with PTX of the last for newer GPUs."""
+    known = nvcc_output(toolkit, "--list-gpu-arch").split()
     return " ".join(arch for arch in ARCH_LIST if f"compute_{arch.replace('.', '')}" in known) + "+PTX"
 
 
-record, requires = plan()
+record, requires = plan_extension()
 
 
 class BuildPy(build_py):
@@ -110,7 +111,7 @@ class BuildPy(build_py):
         super().run()
         if record["torch"] is None:
             if os.environ.get("MOVQ_EXT_CUDA") == "1":
-                raise SetupError(f"MOVQ_EXT_CUDA=1 asks for the CUDA extension, but {record['reason']}")
+                raise SetupError(f"MOVQ_EXT_CUDA=1 requires the CUDA extension, but {record['reason']}")
             self.warn(f"movq_ext is built without its CUDA kernels: {record['reason']}")
         else:
             self.warn("movq_ext is built with its CUDA kernels: torch {torch}, nvcc {nvcc}, for {arch_list}".format_map(record))
@@ -125,8 +126,8 @@ def extension():
     class BuildExt(BuildExtension):
         def finalize_options(self):
             super().finalize_options()
-            # setuptools would keep a library that is newer than our sources, even if torch has changed since. ninja decides
-            # what is out of date, among the object files of this version of torch.
+            # Without force, setuptools keeps a library newer than our sources even if torch changed since. ninja rebuilds only
+            # what is out of date, and each torch has its own folder of objects.
             self.force = True
             self.build_temp = str(Path(self.build_temp) / f"torch-{record['torch']}")
 

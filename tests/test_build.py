@@ -1,4 +1,4 @@
-"""The build, and the package's record of it."""
+"""The build: wheels, sdists, the extension's requirements, and imports from a source folder."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -16,12 +15,10 @@ import torch
 
 import movq_ext
 from movq_ext import build_info
-from movq_ext.ops import extension, source_folder
-from movq_ext.ops.source_folder import find_installed_copy
 
 SOURCE = Path(__file__).resolve().parents[1]
 COMPILED = build_info()["extension"] == "loaded"
-NOWHERE = {"CUDA_HOME": "/nowhere"}  # as on a machine without nvcc
+NOWHERE = {"CUDA_HOME": "/nowhere"}  # no toolkit there
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +51,7 @@ def stand_in_for_torch(folder, version, cuda):
 
 
 def backend(hook, source, *args, **environment):
-    """Call a hook of setuptools' backend as pip does without isolation. Return (exit status, log, the hook's result)."""
+    """Call a hook of setuptools' backend as pip does without isolation; return (exit status, log, the hook's result)."""
     script = f"import json, sys, setuptools.build_meta as backend; print(json.dumps(backend.{hook}(*sys.argv[1:])))"
     clean = {key: value for key, value in os.environ.items() if key not in ("MOVQ_EXT_CUDA", "CUDA_HOME", "CUDA_PATH")}
     run = subprocess.run([sys.executable, "-c", script, *map(str, args)], cwd=source, env={**clean, **environment},
@@ -62,10 +59,10 @@ def backend(hook, source, *args, **environment):
     return run.returncode, run.stdout, None if run.returncode else json.loads(run.stdout.splitlines()[-1])
 
 
-def build(what, source, out, **environment):
-    """Build a file with backend(). Return (log, path of the file)."""
+def build(kind, source, out, **environment):
+    """Build a wheel, sdist or editable; return the log and the path of the file."""
     out.mkdir()
-    status, log, name = backend(f"build_{what}", source, out, **environment)
+    status, log, name = backend(f"build_{kind}", source, out, **environment)
     assert status == 0, log
     return log, out / name
 
@@ -87,14 +84,14 @@ def test_wheel_holds_the_whole_package(source, native_wheel):
     assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())
 
 
-def test_wheel_without_kernels_says_so_once_and_remembers(native_wheel):
+def test_wheel_without_kernels_warns_once_and_records_why(native_wheel):
     log, wheel = native_wheel
     reason = "no CUDA toolkit (bin/nvcc and include/cuda_runtime.h) was found: looked in /nowhere"
     assert log.count("movq_ext is built without its CUDA kernels") == log.count(reason) == 1
     assert json.loads(wheel.read("movq_ext/_build_record.json")) == {"torch": None, "reason": reason}
 
 
-def test_sdist_can_be_built_from(source, tmp_path):
+def test_a_wheel_can_be_built_from_the_sdist(source, tmp_path):
     _, sdist = build("sdist", source, tmp_path / "sdist", **NOWHERE)
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
@@ -109,50 +106,50 @@ def test_sdist_can_be_built_from(source, tmp_path):
     assert package_files(source) <= set(zipfile.ZipFile(wheel).namelist())
 
 
-def test_an_editable_install_has_a_record_too(source, tmp_path):
+def test_an_editable_install_has_a_build_record(source, tmp_path):
     elsewhere = shutil.copytree(source, tmp_path / "source")
     build("editable", elsewhere, tmp_path / "out", MOVQ_EXT_CUDA="0")
     assert json.loads((elsewhere / "movq_ext/_build_record.json").read_text())["reason"] == "MOVQ_EXT_CUDA=0"
 
 
-def test_other_wishes_are_errors(source, tmp_path):
+def test_other_settings_are_errors(source, tmp_path):
     status, log, _ = backend("build_wheel", source, tmp_path, MOVQ_EXT_CUDA="banana")
-    assert status != 0 and "MOVQ_EXT_CUDA must be 0 or 1 or unset, got 'banana'" in log
+    assert status != 0 and "MOVQ_EXT_CUDA must be 0, 1 or unset, got 'banana'" in log
 
 
-def insist(source, out, **environment):
-    """Return the reason in the error of a build with MOVQ_EXT_CUDA=1."""
+def required_build_error(source, out, **environment):
+    """Return the reason why a build that requires the extension fails."""
     status, log, _ = backend("build_wheel", source, out, MOVQ_EXT_CUDA="1", **environment)
     assert status != 0 and not [*out.glob("*.whl")]
-    (error,) = [line for line in log.splitlines() if "MOVQ_EXT_CUDA=1 asks for the CUDA extension, but " in line]
+    (error,) = [line for line in log.splitlines() if "MOVQ_EXT_CUDA=1 requires the CUDA extension, but " in line]
     return error.split("extension, but ")[1]
 
 
-def test_insisting_without_nvcc_is_an_error(source, tmp_path):
+def test_requiring_the_extension_without_nvcc_is_an_error(source, tmp_path):
     looked = "no CUDA toolkit (bin/nvcc and include/cuda_runtime.h) was found: looked in "
-    assert insist(source, tmp_path, **NOWHERE) == looked + "/nowhere"
+    assert required_build_error(source, tmp_path, **NOWHERE) == looked + "/nowhere"
     if not Path("/usr/local/cuda").exists():
         everywhere = "PATH and /usr/local/cuda; CUDA_HOME and CUDA_PATH are not set"
-        assert insist(source, tmp_path, PATH="/usr/bin:/bin") == looked + everywhere
+        assert required_build_error(source, tmp_path, PATH="/usr/bin:/bin") == looked + everywhere
 
 
-def test_insisting_with_a_torch_that_does_not_fit_is_an_error(source, tmp_path, toolkit):
+def test_requiring_the_extension_with_another_torch_is_an_error(source, tmp_path, toolkit):
     cases = {
         "torch 2.14.1+cpu is a build without CUDA": ("2.14.1+cpu", None),
-        "nvcc is 13.0 but torch 2.11.0+cu126 needs one of CUDA 12.6": ("2.11.0+cu126", "12.6"),
+        "torch 2.11.0+cu126 needs an nvcc of CUDA 12.6, got 13.0": ("2.11.0+cu126", "12.6"),
     }
     for reason, (version, cuda) in cases.items():
         other = stand_in_for_torch(tmp_path / version, version, cuda)
-        assert insist(source, tmp_path, CUDA_HOME=str(toolkit), **other) == reason
+        assert required_build_error(source, tmp_path, CUDA_HOME=str(toolkit), **other) == reason
         log, _ = build("wheel", source, tmp_path / f"{version}-out", CUDA_HOME=str(toolkit), **other)  # MOVQ_EXT_CUDA is unset
         assert log.count(f"movq_ext is built without its CUDA kernels: {reason}") == 1
 
 
 @pytest.mark.parametrize(
     ("wanted", "built"),
-    [(None, "8.0 9.0 10.0+PTX"), ("", "8.0 9.0 10.0+PTX"), ("7.5;8.6", "7.5;8.6")],  # the default is what the nvcc supports
+    [(None, "8.0 9.0 10.0+PTX"), ("", "8.0 9.0 10.0+PTX"), ("7.5;8.6", "7.5;8.6")],  # by default all that nvcc supports
 )
-def test_what_is_compiled(source, tmp_path, toolkit, wanted, built):
+def test_sources_and_architectures(source, tmp_path, toolkit, wanted, built):
     script = (
         "import json, runpy, setuptools; setuptools.setup = lambda **arguments: None; setup = runpy.run_path('setup.py');"
         "print(json.dumps([setup['record'], setup['extension']()['ext_modules'][0]['sources']]))"
@@ -168,7 +165,7 @@ def test_what_is_compiled(source, tmp_path, toolkit, wanted, built):
     assert sources == sorted(path.relative_to(source).as_posix() for path in compiled) and len(sources) >= 2
 
 
-def test_torch_is_asked_for_only_where_it_is_missing_and_something_can_be_compiled(source, tmp_path, toolkit):
+def test_the_build_requires_torch_only_if_it_is_missing_and_an_extension_can_be_compiled(source, tmp_path, toolkit):
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('hidden', name='torch')")
     hidden = {"PYTHONPATH": str(tmp_path)}
     for expected, environment in [
@@ -181,7 +178,7 @@ def test_torch_is_asked_for_only_where_it_is_missing_and_something_can_be_compil
         status, log, requires = backend("get_requires_for_build_wheel", source, **environment)
         assert status == 0, log
         assert requires == expected, environment
-    assert insist(source, tmp_path, CUDA_HOME=str(toolkit), **hidden) == "torch is not installed"
+    assert required_build_error(source, tmp_path, CUDA_HOME=str(toolkit), **hidden) == "torch is not installed"
 
 
 def test_an_isolated_build_finds_the_torch_beside_the_interpreter(source, tmp_path, toolkit):
@@ -199,32 +196,6 @@ def test_an_isolated_build_finds_the_torch_beside_the_interpreter(source, tmp_pa
     assert (status, requires) == (0, []), log
 
 
-def load_quietly(record):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        loaded, reason = extension.load(record)
-    return loaded, reason, [str(warning.message) for warning in caught]
-
-
-def test_another_torch_gives_one_warning_with_both_versions(monkeypatch):
-    def never(name):
-        raise AssertionError("a library of another torch was loaded")
-
-    monkeypatch.setattr(extension, "import_module", never)
-    for other in ("2.9.0+cu130", torch.__version__ + "x"):
-        loaded, reason, messages = load_quietly({"torch": other})
-        assert loaded is None and messages == [f"{reason}. The native path is used instead."]
-        assert reason == (
-            f"movq_ext._C was compiled against torch {other}, but torch {torch.__version__} is running; "
-            "reinstall movq_ext to compile it against the running torch"
-        )
-
-
-def test_a_build_without_kernels_does_not_warn():
-    reason = "movq_ext was built without its CUDA kernels: MOVQ_EXT_CUDA=0"
-    assert load_quietly({"torch": None, "reason": "MOVQ_EXT_CUDA=0"}) == (None, reason, [])
-
-
 def test_a_damaged_extension_gives_one_warning_and_the_native_path(native_wheel, tmp_path):
     """Runs in a separate process, with garbage in place of the library."""
     _, wheel = native_wheel
@@ -239,120 +210,27 @@ def test_a_damaged_extension_gives_one_warning_and_the_native_path(native_wheel,
     assert run.stderr.count("RuntimeWarning: movq_ext._C cannot be loaded: ") == 1
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "\x00"])
-def test_a_damaged_record_is_a_reason(tmp_path, content):
-    (tmp_path / "record.json").write_text(content)
-    record = extension.read_record(tmp_path / "record.json")
-    assert record["torch"] is None and str(tmp_path) in record["reason"]
-
-
-def test_no_record_is_a_reason(tmp_path):
-    assert "imported from its source folder" in extension.read_record(tmp_path / "none.json")["reason"]
-
-
 def start_python_in(folder, **environment):
     """Import movq_ext as a REPL in this folder would, which searches the folder first. Return (package's folder, stderr)."""
     script = "import movq_ext; print(movq_ext.__file__)"
     unsafe = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
     run = subprocess.run([sys.executable, "-c", script], cwd=folder, env={**unsafe, **environment},
                          capture_output=True, text=True, check=True)  # fmt: skip
-    return Path(run.stdout.strip()).parent, run.stderr
+    return Path(run.stdout.strip()).resolve().parent, run.stderr
 
 
-def test_a_source_folder_beside_an_installed_copy_gives_one_warning_with_both_paths(source, tmp_path):
+def test_a_source_folder_that_hides_an_installed_copy_warns_once_with_both_paths(source, tmp_path):
     source, (installed, log) = source.resolve(), start_python_in(tmp_path)
-    assert installed == Path(movq_ext.__file__).parent and "RuntimeWarning" not in log
+    assert installed == Path(movq_ext.__file__).resolve().parent and "RuntimeWarning" not in log
     imported, log = start_python_in(source)
     assert imported == source / "movq_ext"
     message = f"imported from its source folder, {imported}, which hides the installed copy, {installed}."
     assert log.count("RuntimeWarning") == log.count(message) == 1
-    assert start_python_in(source, PYTHONSAFEPATH="1") == (installed, "")
+    imported, log = start_python_in(source, PYTHONSAFEPATH="1")
+    assert imported == installed and "RuntimeWarning" not in log
 
 
-def write_dist_info(folder, direct_url=None):
-    (folder / "movq_ext-0.1.0.dist-info").mkdir(parents=True)
-    (folder / "movq_ext-0.1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: movq_ext\nVersion: 0.1.0\n")
-    if direct_url:
-        (folder / "movq_ext-0.1.0.dist-info/direct_url.json").write_text(json.dumps(direct_url))
-
-
-def test_the_installed_copy_is_found(tmp_path, monkeypatch):
-    clone, packages, package = tmp_path / "a clone", tmp_path / "packages", tmp_path / "a clone/movq_ext"
-    monkeypatch.setattr(sys, "path", [str(clone), str(packages)])
-    assert find_installed_copy(package) is None
-    write_dist_info(packages)
-    assert find_installed_copy(package) == packages / "movq_ext"
-    assert find_installed_copy(packages / "movq_ext") is None
-    write_dist_info(clone)  # like the egg-info that a build leaves
-    assert find_installed_copy(package) == packages / "movq_ext"
-
-
-def test_an_editable_install_is_its_source_folder(tmp_path, monkeypatch):
-    clone, packages, other = tmp_path / "a clone", tmp_path / "packages", tmp_path / "other"
-    monkeypatch.setattr(sys, "path", [str(clone), str(packages)])
-    write_dist_info(packages, {"url": clone.as_uri(), "dir_info": {"editable": True}})
-    assert find_installed_copy(clone / "movq_ext") is None
-    assert find_installed_copy(other / "movq_ext") == clone / "movq_ext"
-
-
-def test_an_installed_package_does_not_look_for_others(tmp_path, monkeypatch):
-    """Looking would slow down every import."""
-    monkeypatch.setattr(source_folder, "find_installed_copy", lambda package: pytest.fail("looked for other copies"))
-    source_folder.warn_if_installed_elsewhere(tmp_path / "movq_ext")
-
-
-def test_build_info():
-    info = build_info()
-    assert info["version"] == movq_ext.__version__
-    assert (info["torch"], info["torch_cuda"]) == (torch.__version__, torch.version.cuda)
-    assert len(info["devices"]) == torch.cuda.device_count()
-    assert (info["built_with_torch"] == torch.__version__) == COMPILED == extension.extension_available()
-    assert (extension.extension_reason() is None) == COMPILED
-    json.dumps(info)
-
-
-def test_a_device_without_code_is_named_with_what_there_is(monkeypatch):
-    class Extension:
-        def device_support(self, index):
-            if index == 1:
-                raise RuntimeError("busy")
-            return {"device_capability": 75 + 15 * index, "binary_version": 80 if index else 0, "ptx_version": 0}
-
-    extension.device_reason.cache_clear()
-    monkeypatch.setattr(extension, "extension", Extension())
-    monkeypatch.setattr(extension, "_record", {"arch_list": "8.0 9.0"})
-    reason = "movq_ext._C was compiled for compute capability 8.0 9.0, but device 0 has 7.5"
-    reason += "; reinstall movq_ext with TORCH_CUDA_ARCH_LIST=7.5"
-    assert extension.device_reason(0) == reason
-    assert extension.device_reason(1) == "device 1 cannot be queried: busy"
-    assert extension.device_reason(2) is None
-    extension.device_reason.cache_clear()
-
-
-def test_the_extension_is_there_where_it_was_insisted_on():
+def test_the_required_extension_is_loaded():
     if os.environ.get("MOVQ_EXT_CUDA") != "1":
         pytest.skip("MOVQ_EXT_CUDA is not 1")
     assert build_info()["extension"] == "loaded"
-
-
-@pytest.mark.skipif(not COMPILED, reason="no compiled extension")
-def test_the_extension_is_what_the_record_says():
-    from movq_ext import _C
-
-    compiled, info = _C.build_info(), build_info()
-    assert compiled["torch"] == info["built_with_torch"].split("+")[0]
-    assert f"{compiled['cuda'] // 1000}.{compiled['cuda'] % 1000 // 10}" == info["built_with_nvcc"]
-    assert info["arch_list"]
-
-
-@pytest.mark.skipif(not COMPILED, reason="no compiled extension")
-def test_device_support():
-    from movq_ext import _C
-
-    for index in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(index)
-        support = _C.device_support(index)
-        assert support["device_capability"] == 10 * major + minor
-        assert 0 < support["binary_version"] <= 10 * major + minor
-    with pytest.raises(RuntimeError, match=r"probe_device: cuda.*: "):
-        _C.device_support(torch.cuda.device_count())
