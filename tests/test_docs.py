@@ -25,7 +25,7 @@ MESSAGES = (
     "no CUDA toolkit",
     "torch is not installed",
     "is a build without CUDA",
-    "needs one of CUDA",
+    "needs an nvcc of CUDA",
     "max_memory must be at least",
     "a C++ compiler is needed",
 )
