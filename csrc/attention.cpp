@@ -22,7 +22,7 @@ using at::Tensor;
 Tensor aligned(const Tensor& tensor) {
   const int64_t step = 16 / tensor.element_size(), head_size = tensor.size(3);
   if (head_size % step) {
-    return at::constant_pad_nd(tensor, {0, step - head_size % step}).contiguous();  // it would stay channels_last
+    return at::constant_pad_nd(tensor, {0, step - head_size % step}).contiguous();  // the pad alone would stay channels_last
   }
   bool fits = tensor.stride(3) == 1 && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
   for (int64_t dim = 0; dim < 3; ++dim) fits = fits && (tensor.size(dim) == 1 || tensor.stride(dim) % step == 0);

@@ -129,7 +129,7 @@ def test_any_scale(backend, scale):
     assert_right(backend, *case(1, 1, 40, 150, 32, F32), scale=scale, slack=3.0)
 
 
-# --- Hard values
+# --- Extreme values
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

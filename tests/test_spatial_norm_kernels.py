@@ -153,7 +153,7 @@ def test_nan_in_f_bias_stays_in_its_group(backend):
     assert out[:, 4:8].isnan().all() and not out[:, :4].isnan().any() and not out[:, 8:].isnan().any()
 
 
-# --- Hard values
+# --- Extreme values
 
 
 def test_one_pixel_of_f_and_a_row_of_zq_in_channels_last(backend):

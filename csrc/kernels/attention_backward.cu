@@ -12,7 +12,7 @@ namespace movq {
 namespace attention {
 namespace {
 
-enum class With { q, k, v };  // respect to which the gradient is taken
+enum class With { q, k, v };  // the input whose gradient is computed
 
 template <class T, With with>
 class Gradient {
@@ -43,7 +43,7 @@ class Gradient {
   MOVQ_DEVICE void weigh(const Stream<T>& stream, int tile, const Scores<T>& s, const Scores<T>& t) const {
     const float scale = plan_.scale * kLog2e;
     const int columns = plan_.extents.columns - tile * kColumns;
-    const Synced synced = block_barrier();  // a walk with one chunk per tile has had none since load_statistics()
+    const Synced synced = block_barrier();  // with one chunk per tile, there has been no barrier since load_statistics()
 #pragma unroll
     for (int m = 0; m < Sizes::kScoreTiles; ++m) {
 #pragma unroll

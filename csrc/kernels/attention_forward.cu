@@ -137,10 +137,10 @@ class Softmax {
   const Plan& plan_;
   const Arguments& arguments_;
   const Segment& segment_;
-  const Shared<float> of_warps_;  // for each row one value of each of the four warps that share its columns
+  const Shared<float> of_warps_;  // one value per row from each of the four warps that share its columns
   const Shared<float> of_rows_;
-  float max_[kScoreTiles][2];         // of the row, as far as it was raised
-  float total_[kScoreTiles][2] = {};  // of this thread's weights
+  float max_[kScoreTiles][2];         // the row's maximum when it was last raised
+  float total_[kScoreTiles][2] = {};  // the sum of this thread's weights
 };
 
 template <class T>

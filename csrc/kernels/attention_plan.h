@@ -33,7 +33,7 @@ SharedLayout lay_out(Chunks& chunks, const char* name) {
   SharedLayout shared = {};
   shared.row_pitch = chunks.score_chunks * kScoreChunk + kBankOffset;
   shared.value_pitch =
-      (chunks.stripes * kStripe + 8) * int(sizeof(T));  // 8 elements keep the rows of a float in different banks too
+      (chunks.stripes * kStripe + 8) * int(sizeof(T));  // 8 elements, of float too, put the rows in different banks
   const int score_stage = kColumns * kScorePitch, resident_bytes = Sizes::kRows * shared.row_pitch;
   chunks.value_tokens = kColumns;
   while (chunks.value_tokens * shared.value_pitch > score_stage) chunks.value_tokens /= 2;

@@ -183,7 +183,7 @@ class Stream {
   MOVQ_DEVICE void copy_values(int first_token, int to) const {
     const Source<T>& source = operands_.value;
     const T* from = source.head(segment_.image, segment_.head) + first_token * source.token_stride;
-    const int pieces = plan_.chunks.stripes * kStripe / Sizes::kAccessElements;  // of 16 bytes, in one token
+    const int pieces = plan_.chunks.stripes * kStripe / Sizes::kAccessElements;  // copies of 16 bytes per token
     int token = threadIdx.x / pieces, piece = threadIdx.x - token * pieces;
     while (token < plan_.chunks.value_tokens) {
       const int element = piece * Sizes::kAccessElements;

@@ -41,8 +41,8 @@ constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // Shared memory, in bytes.
 constexpr int kBankOffset = 16;  // added to the pitch of rows, so that the 8 rows of an ldmatrix lie in different banks
-constexpr int kScoreChunk = 128, kScorePitch = kScoreChunk + kBankOffset;  // of one token, in a chunk for scores
-constexpr int kStatistics = 5 * 64 * sizeof(float);                        // at the start of shared memory, for the pass
+constexpr int kScoreChunk = 128, kScorePitch = kScoreChunk + kBankOffset;  // bytes of one token in a chunk for scores
+constexpr int kStatistics = 5 * 64 * sizeof(float);                        // bytes for the Pass, at the start of shared memory
 
 template <class T>
 struct Tile {
@@ -91,11 +91,11 @@ struct Schedule {
 
 // How a column tile is streamed: the chunks of each product's scores, then those of the values.
 struct Chunks {
-  int products;           // of scores: 1 or 2
-  int score_chunks;       // of each product: kScoreChunk bytes of every token
-  int value_tokens;       // whole tokens of one chunk of values
+  int products;           // products that make scores: 1 or 2
+  int score_chunks;       // chunks per product, of kScoreChunk bytes of every token
+  int value_tokens;       // whole tokens per chunk of values
   int block_copy_tokens;  // whole tokens of values that the block's threads copy at once
-  int stripes;            // of the head size, rounded up to an even number
+  int stripes;            // the head size in stripes, rounded up to an even number
 };
 
 // Offsets and sizes in bytes. Statistics come first, then the weights, the resident rows, and the ring of stages.

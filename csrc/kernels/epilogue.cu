@@ -29,8 +29,8 @@ constexpr int kMaxThreadAccesses = 16;
 struct Run {
   int64_t accesses;
   int block_accesses;
-  unsigned unit_accesses;  // accesses that share a unit
-  unsigned units;          // of all channels
+  unsigned unit_accesses;  // adjacent accesses with the same unit
+  unsigned units;          // units in all channels
   bool float_bias;
 };
 

@@ -79,9 +79,9 @@ MOVQ_DEVICE int source_index(int position, const Axis& axis) {
   return 3 * cell + (inside == 0 ? 0 : inside == axis.cell_size - 1 ? 2 : 1);
 }
 
-// The first position of f whose source is `source` or later. The positions that read `source` are
-// [first_position(source), first_position(source + 1)). That is empty where a larger zq is thinned out, and between the borders
-// of a cell of two.
+// The first position of f whose source is `source` or later. The positions that read `source` are [first_position(source),
+// first_position(source + 1)). The range is empty where the resize of a larger zq skips `source`, and for the inner part of a
+// cell of two.
 MOVQ_DEVICE int first_position(int source, const Axis& axis) {
   if (source >= axis.zq_size) return axis.size;
   if (axis.zq_size == axis.size) return source;
@@ -89,7 +89,7 @@ MOVQ_DEVICE int first_position(int source, const Axis& axis) {
     const int cell = unsigned(source) / 3u, part = source - 3 * cell;
     return cell * axis.cell_size + (part == 2 ? axis.cell_size - 1 : part);
   }
-  int position = min(int(ceilf(float(source) / axis.scale)), axis.size);  // right up to rounding, which the rule itself corrects
+  int position = min(int(ceilf(float(source) / axis.scale)), axis.size);  // correct up to rounding, which the loops fix
   while (position > 0 && source_index(position - 1, axis) >= source) --position;
   while (position < axis.size && source_index(position, axis) < source) ++position;
   return position;

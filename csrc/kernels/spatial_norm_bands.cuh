@@ -13,10 +13,10 @@ namespace spatial_norm {
 constexpr int kMaxBandCellWidth = 64;  // wider cells are served better by a block each
 
 struct BandPlan {
-  int tile_cells, tiles;             // columns of cells of one block, and blocks across
-  int threads_inner, threads_outer;  // across a band, and bands at the same time
-  int chunk_bands, chunks;           // rows of cells of one block, and blocks down
-  int band_floats;                   // of shared memory: the columns that threads_inner threads add up
+  int tile_cells, tiles;             // columns of cells per block, and blocks across the map
+  int threads_inner, threads_outer;  // threads across a band, and bands in parallel
+  int chunk_bands, chunks;           // rows of cells per block, and blocks down the map
+  int band_floats;                   // floats of shared memory per band: the columns of threads_inner threads
   MOVQ_HOST_DEVICE int threads() const { return round_up(threads_inner * threads_outer, kWarpSize); }
   size_t shared_bytes() const {
     return std::max<size_t>(2 * sizeof(float) * threads_outer * band_floats, threads() / kWarpSize * sizeof(Pair));

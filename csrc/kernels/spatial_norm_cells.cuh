@@ -17,8 +17,8 @@ struct CellPlan {
   CellKernel kernel;
   int threads_inner, threads_outer;  // channels x pixels (or cells) in NHWC, pixels x 1 in NCHW
   int channel_tiles, chunks;
-  int chunk_cells;   // kCellPerThread: cells of one block
-  int chunk_pixels;  // kStretches: pixels of one block
+  int chunk_cells;   // kCellPerThread: cells per block
+  int chunk_pixels;  // kStretches: pixels per block
   MOVQ_HOST_DEVICE int threads() const { return round_up(threads_inner * threads_outer, kWarpSize); }
 };
 

@@ -47,7 +47,7 @@ struct InterleavedGroups {
   int threads_inner, threads_outer;     // columns x rows
   bool access_in_one_group;             // all channels of an access belong to one group
   int group_columns;                    // columns of a group; its channels if not access_in_one_group
-  int column_pitch;                     // of the moments in shared memory: floats from one column to the next
+  int column_pitch;                     // floats from one column's moments in shared memory to the next's
   bool float_f_bias;
   int block_threads() const { return round_up(threads_inner * threads_outer, kWarpSize); }
   int shared_bytes(int vec_size) const {
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     }
   };
   for (int column = inner; column < columns; column += plan.threads_inner) {
-    shift_means(column, -1);  // so that earlier columns compare with this column's values, which lack its bias
+    shift_means(column, -1);  // f lacks the bias: take this column's out of the means, and add it again below
     running.add(f, int64_t(row) * plan.channels + column * VecSize, end, int64_t(plan.threads_outer) * plan.channels);
     shift_means(column, 1);
   }
