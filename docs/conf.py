@@ -37,6 +37,7 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
 html_theme = "furo"
+pygments_dark_style = "monokai"  # furo's default underlines imports
 html_title = f"movq_ext {release}"
 html_show_sourcelink = False
 html_static_path = ["static"]

@@ -1,5 +1,6 @@
 """The documents: their Python runs, their links resolve, their code fits the page, and their figures are up to date."""
 
+import codeop
 import re
 import runpy
 from pathlib import Path
@@ -49,6 +50,15 @@ def run_blocks(text, name):
         if mark and (mark.startswith("not run: ") or (mark == "needs the emulator" and not emulator.available())):
             continue
         exec(compile("\n" * (line - 1) + code, name, "exec"), namespace)
+
+
+def paste(code):
+    """Compile code as an interpreter does that reads it line by line: a blank line ends a compound statement."""
+    statement = []
+    for line in [*code.splitlines(), ""]:
+        statement.append(line)
+        if codeop.compile_command("\n".join(statement)) is not None:
+            statement = []
 
 
 def links(text):
@@ -105,6 +115,11 @@ def test_python_runs(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     run_blocks(document.read_text(), document.relative_to(SOURCE).as_posix())
+
+
+def test_the_kernel_page_can_be_pasted():
+    for _, _, code in blocks((DOCS / "how_the_kernels_work.md").read_text()):
+        paste(code)
 
 
 @each_document
@@ -168,6 +183,12 @@ def test_a_failing_block_is_reported_at_its_line():
     with pytest.raises(AssertionError) as raised:
         run_blocks(PAGE, "page.md")
     assert raised.traceback[-1].lineno + 1 == 11
+
+
+def test_code_that_cannot_be_pasted_is_found():
+    paste("if True:\n    x = 1\n\nx = 2\n")
+    with pytest.raises(SyntaxError):
+        paste("if True:\n    x = 1\nx = 2\n")
 
 
 def test_broken_links_are_found(tmp_path):
