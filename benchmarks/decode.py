@@ -79,8 +79,9 @@ def serve(options: argparse.Namespace) -> None:
         if not error < tolerance:
             answer({"failed": f"wrong: {error:.1e}"})
             return
-    del out, expected
+    del out
     kept = tensor_megabytes(device) - loaded
+    del expected
     answer({"MB": peak_megabytes(lambda: step(z), device), "kept MB": kept})
     for _ in sys.stdin:
         answer({"ms": milliseconds(lambda: step(z), device, options.seconds)})
