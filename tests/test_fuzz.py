@@ -19,16 +19,14 @@ from movq_ext.io.codes import CodeFile
 from movq_ext.io.images import load_image
 
 CASES = int(os.environ.get("MOVQ_EXT_CASES", 250))
+FUZZ = Path(__file__).with_name("fuzz.py")
 
 
 def test_fuzz():
     """Runs in a fresh process, so that its peak memory is that of the cases."""
-    run = subprocess.run(
-        [sys.executable, Path(__file__).with_name("fuzz.py"), "--cases", str(CASES)],
-        capture_output=True,
-        text=True,
-        timeout=60 + CASES,
-    )
+    env = {**os.environ, "PYTHONPATH": str(FUZZ.parent)}  # conftest.py sets PYTHONSAFEPATH
+    command = [sys.executable, FUZZ, "--cases", str(CASES)]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60 + CASES)
     assert run.returncode == 0, run.stderr[-3000:] + run.stdout
     report = json.loads(run.stdout)
     assert report["cases"] == CASES and {outcome.split()[1] for outcome in report["outcomes"]} >= {
