@@ -84,7 +84,7 @@ def main() -> int:
                     late = time.monotonic() - start > 60 * options.minutes
                     found[name] = "no time" if late else errors(name, folder, device, held, latents, references[held], context)
                     print(title, dtype, name, found[name], file=sys.stderr)
-                rows += judged({"model": title, "dtype": f"autocast {dtype}" if autocast else dtype}, found)
+                rows += compare_with_peers({"model": title, "dtype": f"autocast {dtype}" if autocast else dtype}, found)
     head = {**environment(device), "path": movq_ext.explain(torch.empty(0, device=device)), "seeds": options.seeds}
     head |= {"image": f"{size}x{size}, photographs 128x128", "TF32 in cuDNN": torch.backends.cudnn.allow_tf32 if gpu else "-"}
     worse = [f"{row['decoder']} ({row['model']}, {row['dtype']})" for row in rows if row[VERDICT] == "no"]
@@ -129,7 +129,7 @@ def errors(
         return (str(error).strip().splitlines() or [type(error).__name__])[0][:60]
 
 
-def judged(case: dict[str, str], found: dict[str, list[tuple[float, float]] | str]) -> list[dict[str, Any]]:
+def compare_with_peers(case: dict[str, str], found: dict[str, list[tuple[float, float]] | str]) -> list[dict[str, Any]]:
     """Return a row for every decoder. Ours is compared with the most accurate peer of its kind."""
     rows = []
     for name, result in found.items():

@@ -41,7 +41,7 @@ CASE = ("device", "mode", "dtype", "size", "batch")
 MEASURED = ("ms", "spread", "MB", "kept MB", "images/s", "of roofline")
 
 
-def step_of(mode: str, model: nn.Module, decode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def measured_function(mode: str, model: nn.Module, decode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Return the function to measure. It maps the latents to the image or, in training, to their gradient."""
     if mode == "decode":
         return decode
@@ -54,7 +54,7 @@ def step_of(mode: str, model: nn.Module, decode: Callable[[Tensor], Tensor]) -> 
     return train
 
 
-def serve(options: argparse.Namespace) -> None:
+def run_peer(options: argparse.Namespace) -> None:
     """Check one peer, then time it once for every line on stdin. Runs in a separate process, and answers in JSON lines."""
     device, dtype = torch.device(options.device[0]), getattr(torch, options.dtype)
     torch.set_grad_enabled(options.mode == "train")
@@ -63,12 +63,12 @@ def serve(options: argparse.Namespace) -> None:
     expected = None
     if options.size <= 512:
         model, decode = peer("published", options.folder, device, torch.float32)
-        expected = step_of(options.mode, model, decode)(z.to(device)).cpu()
+        expected = measured_function(options.mode, model, decode)(z.to(device)).cpu()
         del model, decode
     z = z.to(device, dtype)
     model, decode = peer(options.peer, options.folder, device, dtype)
     model.train(options.mode == "train")
-    step = step_of(options.mode, model, decode)
+    step = measured_function(options.mode, model, decode)
     loaded = tensor_megabytes(device)
     out = step(z)
     if expected is not None:
@@ -234,7 +234,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peer:
-        serve(options)
+        run_peer(options)
         return
     deadline = time.monotonic() + 60 * options.minutes
     rows: list[dict[str, Any]] = []

@@ -59,7 +59,7 @@ def fastest(rows: Rows) -> Rows:
     """Return ours in its default layout and every peer in its fastest, for each way of running it; the fastest first."""
     best: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
-        kind, how = words(row["decoder"])
+        kind, how = split_name(row["decoder"])
         if kind == "ours" and row["decoder"] != "ours":
             continue
         if (kind, how) not in best or row["ms"] < best[kind, how]["ms"]:
@@ -67,14 +67,14 @@ def fastest(rows: Rows) -> Rows:
     return sorted(best.values(), key=lambda row: float(row["ms"]))
 
 
-def words(decoder: str) -> tuple[str, str]:
+def split_name(decoder: str) -> tuple[str, str]:
     """Split a name of peers.py into the kind of decoder and the way it runs, without the layout."""
     kind, *how = decoder.split()
     return kind, " ".join(word for word in how if word != "nhwc")
 
 
 def label(decoder: str) -> str:
-    kind, how = words(decoder)
+    kind, how = split_name(decoder)
     return "movq_ext" if kind == "ours" else f"{kind}, {HOW.get(how, how)}"
 
 
@@ -151,7 +151,7 @@ def roofline(path: Path, results: dict[str, Any], cases: dict[tuple[Any, ...], R
         intensity = operations / sum(part["elements"] for part in work.values()) / item
         points = [(row, 1e-6 * batch * operations / row["ms"]) for row in rows]
         parts = profiled(work, item, profile) if profile and (size, batch) == (256, 1) else {}
-        roof(axis, rates, bandwidth)
+        draw_roofline(axis, rates, bandwidth)
         lowest = min(y for _, y in [*points, *parts.values()])
         axis.set_ylim(min(0.04 * max(rates.values()), 0.7 * lowest), 1.6 * max(rates.values()))
         for kind, (x, y) in parts.items():
@@ -161,7 +161,7 @@ def roofline(path: Path, results: dict[str, Any], cases: dict[tuple[Any, ...], R
         for row, y in points:
             ours = row["decoder"] == "ours"
             axis.plot(intensity, y, "o", color=OURS if ours else THEIRS, markersize=11 if ours else 7, zorder=3)
-        at = apart([y for _, y in points], 1.15)
+        at = spread_labels([y for _, y in points], 1.15)
         for (row, y), height in zip(points, at, strict=True):
             ours = row["decoder"] == "ours"
             text, beside = f"{label(row['decoder'])}  {y:.0f}", (2.4 * intensity, height)
@@ -174,7 +174,7 @@ def roofline(path: Path, results: dict[str, Any], cases: dict[tuple[Any, ...], R
     return True
 
 
-def roof(axis: Any, rates: dict[str, float], bandwidth: float) -> None:
+def draw_roofline(axis: Any, rates: dict[str, float], bandwidth: float) -> None:
     """Draw the measured limits of the device, in GFLOP/s and GB/s."""
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -198,7 +198,7 @@ def roof(axis: Any, rates: dict[str, float], bandwidth: float) -> None:
     axis.grid(which="major", color=BORDER, linewidth=0.6)
 
 
-def apart(heights: Sequence[float], ratio: float) -> list[float]:
+def spread_labels(heights: Sequence[float], ratio: float) -> list[float]:
     """Return heights of labels for points at falling heights, each label at least a ratio below the previous one."""
     places: list[float] = []
     for height in heights:

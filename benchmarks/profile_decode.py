@@ -66,7 +66,7 @@ def stage(layer: str | None) -> str:
     return OUTSIDE if layer is None else ".".join(layer.split(".")[: 2 if layer.startswith("up.") else 1])
 
 
-def around(layer: str | None, layers: dict[str, nn.Module]) -> list[nn.Module]:
+def layers_around(layer: str | None, layers: dict[str, nn.Module]) -> list[nn.Module]:
     """Return the layer with this dotted name and the layers around it, the innermost first."""
     parts = layer.split(".") if layer else []
     names = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
@@ -79,7 +79,9 @@ def chain(event: Any) -> Iterator[Any]:
         event = event.cpu_parent
 
 
-def where(events: Iterable[Any], layers: dict[str, nn.Module], gpu: bool) -> tuple[Counter[tuple[str, str]], Counter[str], float]:
+def time_by_stage(
+    events: Iterable[Any], layers: dict[str, nn.Module], gpu: bool
+) -> tuple[Counter[tuple[str, str]], Counter[str], float]:
     """Return microseconds by (stage, kind), by operator or kernel, and of kernels outside all operators."""
     times: Counter[tuple[str, str]] = Counter()
     operators: Counter[str] = Counter()
@@ -93,7 +95,7 @@ def where(events: Iterable[Any], layers: dict[str, nn.Module], gpu: bool) -> tup
         path = " ".join(above.name for above in reversed(list(chain(event))) if above.name not in layers)
         kernels = [(kernel.name, kernel.duration) for kernel in event.kernels if kernel.name not in layers]
         for name, time in kernels if gpu else [(event.name, event.self_cpu_time_total)]:
-            times[stage(layer), kind(f"{path} {name}", around(layer, layers))] += time
+            times[stage(layer), kind(f"{path} {name}", layers_around(layer, layers))] += time
             operators[name if name not in layers else "Python between operators"] += time
     return times, operators, whole - times.total() if gpu else 0.0
 
@@ -157,7 +159,7 @@ def measure(options: argparse.Namespace, decoder: nn.Module, decode: Callable[[]
     options.out.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(options.out / "profile.trace.json"))
     layers = {**dict(decoder.named_modules()), type(decoder).__name__: decoder}
-    times, operators, rest = where(profiler.events() or [], layers, gpu)
+    times, operators, rest = time_by_stage(profiler.events() or [], layers, gpu)
     if gpu:
         times[OUTSIDE, "other"] += max(rest, 0.0)
     total = times.total()

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from movq_ext import __version__, from_pretrained
 from movq_ext.demo import SMALL_MODEL_PATH, Quality
-from movq_ext.io.codes import codebook_id, decode_image, encode_image
+from movq_ext.io.codes import codebook_fingerprint, decode_image, encode_image
 from movq_ext.io.images import find_images, load_image
 
 
@@ -29,13 +29,13 @@ def main() -> None:
         original = load_image(file)
         codes = encode_image(model, original)
         used.update(codes.flatten().tolist())
-        quality = Quality.of(original, decode_image(model, codes, (original.height, original.width)))
+        quality = Quality.compare(original, decode_image(model, codes, (original.height, original.width)))
         rows.append((name.stem, f"{original.width}x{original.height}", quality.psnr, quality.ssim))
     tokens = sum(used.values())
     probabilities = torch.tensor(list(used.values()), dtype=torch.float64) / tokens
     perplexity = float(torch.exp(-(probabilities * probabilities.log()).sum()))
     report = [
-        f"# Quality of codebook {codebook_id(model)}, movq_ext {__version__}, torch {torch.__version__}",
+        f"# Quality of codebook {codebook_fingerprint(model)}, movq_ext {__version__}, torch {torch.__version__}",
         "",
         f"{len(rows)} photographs: **PSNR {fmean(row[2] for row in rows):.2f} dB, "
         f"SSIM {fmean(row[3] for row in rows):.4f}** (means).",

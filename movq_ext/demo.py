@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from .io.codes import CodeFile, codebook_id, decode_image, encode_image
+from .io.codes import CodeFile, codebook_fingerprint, decode_image, encode_image
 from .io.images import load_image, save_image
 from .model.autoencoder import MOVQ
 
@@ -39,7 +39,7 @@ class Quality:
     ssim: float
 
     @classmethod
-    def of(cls, original: Image.Image, decoded: Image.Image) -> Quality:
+    def compare(cls, original: Image.Image, decoded: Image.Image) -> Quality:
         """Compare two RGB images of one size."""
         a, b = np.asarray(original), np.asarray(decoded)
         psnr = math.inf if np.array_equal(a, b) else float(peak_signal_noise_ratio(a, b, data_range=255))
@@ -110,7 +110,7 @@ def round_trip(model: MOVQ, photo: Path, out: Path, size: int = DEFAULT_SIZE) ->
     codes = encode_image(model, original)
     _synchronize(model)
     encode_seconds = time.perf_counter() - start
-    file = CodeFile(codebook_id(model))
+    file = CodeFile(codebook_fingerprint(model))
     file.add(photo.name, codes, (original.height, original.width))
     file.save(code_path)
 
@@ -128,7 +128,7 @@ def round_trip(model: MOVQ, photo: Path, out: Path, size: int = DEFAULT_SIZE) ->
         bits_per_code=(model.quantize.n_e - 1).bit_length(),
         png_bytes=_png_bytes(original),
         code_file_bytes=code_path.stat().st_size,
-        quality=Quality.of(original, decoded),
+        quality=Quality.compare(original, decoded),
         encode_seconds=encode_seconds,
         decode_seconds=decode_seconds,
     )

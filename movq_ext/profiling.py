@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 NO_RANGE = contextlib.nullcontext()
 
 
-class ComputesOwnLayers:
+class FusedModule:
     """Marks a module that may compute its child layers without calling them."""
 
 
@@ -137,7 +137,7 @@ def _remove(modules: list[nn.Module]) -> None:
 
 def _bypassed(model: nn.Module) -> set[nn.Module]:
     """Return the layers that a block computes without calling them, unless they have hooks."""
-    blocks = [block for block in model.modules() if isinstance(block, ComputesOwnLayers)]
+    blocks = [block for block in model.modules() if isinstance(block, FusedModule)]
     leaves = (nn.Conv2d, nn.Linear, nn.Dropout, nn.GroupNorm)
     return {layer for block in blocks for layer in block.children() if type(layer) in leaves}
 

@@ -16,7 +16,7 @@ from models import SMALL_MOVQ
 from PIL import Image
 
 from movq_ext.cli import main
-from movq_ext.io.codes import CodeFile, codebook_id, decode_image
+from movq_ext.io.codes import CodeFile, codebook_fingerprint, decode_image
 
 CODES = SMALL_MOVQ["n_embed"]
 CELL = 2  # pixels per code along each side
@@ -79,7 +79,7 @@ def read_tar(path):
 
 def write_code_file(model, path, extra=()):
     """Write GRIDS as 0.jpg, 1.jpg, ... and extra (name, codes, size) triples."""
-    file = CodeFile(codebook_id(model))
+    file = CodeFile(codebook_fingerprint(model))
     for i, size in enumerate(SIZES):
         file.add(f"{i}.jpg", torch.from_numpy(GRIDS[i]), size)
     for name, codes, size in extra:

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from movq_ext import MOVQ
 from movq_ext.io import codes
-from movq_ext.io.codes import FORMAT, CodeFile, CodeFileError, codebook_id, decode_image, encode_image
+from movq_ext.io.codes import FORMAT, CodeFile, CodeFileError, codebook_fingerprint, decode_image, encode_image
 
 DDCONFIG = dict(
     ch=32, out_ch=3, ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=(), in_channels=3, resolution=32, z_channels=4
@@ -124,9 +124,9 @@ def test_a_mismatched_size_is_refused(model, grid, size):
 
 def test_codebook_id(model):
     other = MOVQ(DDCONFIG, 64, 4)
-    assert codebook_id(model) != codebook_id(other)
+    assert codebook_fingerprint(model) != codebook_fingerprint(other)
     other.load_state_dict(model.state_dict())
-    assert codebook_id(other.half()) == codebook_id(model)
+    assert codebook_fingerprint(other.half()) == codebook_fingerprint(model)
 
 
 # --- Untrusted files

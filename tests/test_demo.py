@@ -39,14 +39,14 @@ def uniform(height, width, value):
     (7, 7, math.inf),
 ])  # fmt: skip
 def test_psnr_of_uniform_images(first, second, psnr):
-    assert Quality.of(uniform(8, 8, first), uniform(8, 8, second)).psnr == pytest.approx(psnr, abs=1e-6)
+    assert Quality.compare(uniform(8, 8, first), uniform(8, 8, second)).psnr == pytest.approx(psnr, abs=1e-6)
 
 
 @pytest.mark.parametrize(("first", "second"), [(100, 120), (0, 255), (7, 7)])
 def test_ssim_of_uniform_images(first, second):
     """SSIM without variance reduces to its luminance term, (2ab + C) / (a^2 + b^2 + C) with C = (0.01 * 255)^2 = 6.5025."""
     expected = (2 * first * second + 6.5025) / (first**2 + second**2 + 6.5025)
-    assert Quality.of(uniform(9, 11, first), uniform(9, 11, second)).ssim == pytest.approx(expected, rel=1e-9)
+    assert Quality.compare(uniform(9, 11, first), uniform(9, 11, second)).ssim == pytest.approx(expected, rel=1e-9)
 
 
 def test_ssim_of_one_window():
@@ -58,7 +58,7 @@ def test_ssim_of_one_window():
         (variance_a, covariance), (_, variance_b) = np.cov(a, b)
         luminance = (2 * a.mean() * b.mean() + 6.5025) / (a.mean() ** 2 + b.mean() ** 2 + 6.5025)
         per_channel.append(luminance * (2 * covariance + 58.5225) / (variance_a + variance_b + 58.5225))
-    assert Quality.of(first, second).ssim == pytest.approx(np.mean(per_channel), abs=1e-9)
+    assert Quality.compare(first, second).ssim == pytest.approx(np.mean(per_channel), abs=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (2, 2), (9, 2), (3, 3), (4, 40), (5, 5), (6, 6), (7, 7)], ids=str)
@@ -69,8 +69,8 @@ def test_small_images(model, tmp_path, shape):
     assert result.size == result.photo_size == (shape[1], shape[0])
     assert result.grid == tuple(-(-side // 2) for side in shape)
     assert math.isfinite(result.quality.psnr) and math.isnan(result.quality.ssim) == (min(shape) < 3)
-    assert Quality.of(image(*shape), image(*shape)).psnr == math.inf
-    assert min(shape) < 3 or Quality.of(image(*shape), image(*shape)).ssim == 1
+    assert Quality.compare(image(*shape), image(*shape)).psnr == math.inf
+    assert min(shape) < 3 or Quality.compare(image(*shape), image(*shape)).ssim == 1
     assert Image.open(tmp_path / "out/decoded.png").size == result.size
 
 
@@ -114,7 +114,7 @@ def test_written_files(model, tmp_path):
     codes, decoded = file.codes["photo.png"], Image.open(tmp_path / "a/b/decoded.png")
     assert tuple(codes.shape) == result.grid == (10, 15) and result.distinct_codes == len(set(codes.flatten().tolist()))
     assert np.array_equal(decoded, decode_image(model, codes, (20, 30)))
-    assert result.quality == Quality.of(original, decoded)
+    assert result.quality == Quality.compare(original, decoded)
     assert result.code_file_bytes == (tmp_path / "a/b/codes.safetensors").stat().st_size
     assert result.png_bytes == (tmp_path / "photo.png").stat().st_size
     assert result.encode_seconds > 0 and result.decode_seconds > 0
@@ -146,7 +146,7 @@ def test_readme_image_is_the_output_of_the_demo(tmp_path):
     round_trip(from_pretrained(SMALL_MODEL_PATH), PHOTOS[DEFAULT_PHOTO], tmp_path)
     made, committed = Image.open(tmp_path / "side_by_side.png"), Image.open(DEMO_IMAGE)
     assert committed.size == made.size == (512 + 8 + 512, 512)
-    assert Quality.of(made, committed).psnr > 40, "run python docs/images/draw.py"
+    assert Quality.compare(made, committed).psnr > 40, "run python docs/images/draw.py"
     assert DEMO_IMAGE.stat().st_size < 700_000
 
 

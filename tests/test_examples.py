@@ -12,7 +12,7 @@ from PIL import Image
 
 from movq_ext import from_pretrained
 from movq_ext.demo import SMALL_MODEL_PATH
-from movq_ext.io.codes import CodeFile, codebook_id
+from movq_ext.io.codes import CodeFile, codebook_fingerprint
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 MAX_LINES = 50
@@ -30,7 +30,7 @@ def run_example(name, *arguments, folder):
 def code_file(tmp_path):
     """Return a code file of two images: one of whole cells in a folder, one that ends within a cell."""
     model = from_pretrained(SMALL_MODEL_PATH)
-    file = CodeFile(codebook_id(model))
+    file = CodeFile(codebook_fingerprint(model))
     file.add("a/whole.jpg", torch.randint(model.quantize.n_e, (2, 3)), (16, 24))
     file.add("cut.jpg", torch.randint(model.quantize.n_e, (1, 2)), (5, 9))
     file.save(tmp_path / "codes.safetensors")

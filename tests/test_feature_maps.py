@@ -103,7 +103,7 @@ def test_moments_are_those_of_all_written_rows(make_storage):
 def test_a_successor_reuses_the_storage_row_by_row(make_storage, channels):
     x = FeatureMap(3, 6, 4, make_storage(3 * 6 * 4))
     x.write(0, rows(0, 6))
-    successor = x.successor(channels)
+    successor = x.reuse_storage(channels)
     assert (successor.channels, successor.height, successor.width) == (channels, 6, 4) and successor.storage is x.storage
     for first, last in ((0, 1), (1, 4), (4, 6)):
         assert torch.equal(x.read(first, 6), rows(first, 6))  # not overwritten yet
@@ -115,7 +115,7 @@ def test_a_successor_reuses_the_storage_row_by_row(make_storage, channels):
 def test_a_successor_has_no_more_channels():
     x = FeatureMap(3, 6, 4, MemoryStorage(torch.zeros(3 * 6 * 4)))
     with pytest.raises(AssertionError):
-        x.successor(4)
+        x.reuse_storage(4)
 
 
 def test_the_halo_ends_at_the_maps_edges():
@@ -150,7 +150,7 @@ def test_no_limit_and_no_memory(files, budget, storage):
 def test_files_are_closed_on_release_and_on_exit(files):
     with pytest.raises(KeyError), MapStore(torch.float32, CPU, 0) as store:
         first, *_ = (store.allocate(3, 6, 4) for _ in range(3))
-        store.release(first.successor(2))
+        store.release(first.reuse_storage(2))
         assert [file.closed for file, _ in files] == [True, False, False]
         raise KeyError
     assert all(file.closed for file, _ in files)

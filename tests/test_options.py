@@ -11,10 +11,10 @@ from movq_ext.ops.options import NormOptions
 
 def test_the_options_of_a_layer_are_its_own():
     layer, f_bias = nn.GroupNorm(2, 6, eps=0.5), torch.zeros(6)
-    options = NormOptions.of_layer(layer, "silu", f_bias, bordered=True)
+    options = NormOptions.from_layer(layer, "silu", f_bias, bordered=True)
     assert options.weight is layer.weight and options.bias is layer.bias and options.f_bias is f_bias
     assert (options.groups, options.eps, options.activation, options.bordered) == (2, 0.5, "silu", True)
-    plain = NormOptions.of_layer(nn.GroupNorm(2, 6, affine=False))
+    plain = NormOptions.from_layer(nn.GroupNorm(2, 6, affine=False))
     assert dataclasses.astuple(plain) == (None, None, 2, 1e-5, None, None, False)
 
 

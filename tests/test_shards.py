@@ -40,7 +40,7 @@ def test_payload_bytes(model, tmp_path, kind):
     else:
         source = write_tar(tmp_path / "x.tar", [("0.npy", npy_bytes(GRIDS[0])), ("0.jpg", bytes(5000))])
         shard = WebDatasetShard(source, tmp_path / "out")
-    assert all(5000 <= sample.payload_bytes < 5500 for sample in shard.samples(Codebook.of(model)))
+    assert all(5000 <= sample.payload_bytes < 5500 for sample in shard.samples(Codebook.from_model(model)))
 
 
 def truncated(path):

@@ -42,7 +42,7 @@ def test_stored_rows_of_a_successor_are_not_copied(x):
         def copy_(self, *_):
             raise AssertionError("copied")
 
-    rows = x.successor(4).reserve(1, 3)
+    rows = x.reuse_storage(4).reserve(1, 3)
     StoredRows(x).write_rows(1, 3, rows.as_subclass(NotCopied))
     with pytest.raises(AssertionError, match="copied"):
         StoredRows(x).write_rows(0, 2, rows.as_subclass(NotCopied))

@@ -55,7 +55,7 @@ class BatchDecoder:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self.model = from_pretrained(settings.model, device=self.device, dtype=settings.dtype)
-        self.codebook = Codebook.of(self.model)
+        self.codebook = Codebook.from_model(self.model)
         self.threads = settings.threads or torch.get_num_threads()
         self.max_memory = settings.max_memory or int(MEMORY_SHARE * available_memory(self.device, self.threads))
         self.reduced_budgets: dict[Grid, int] = {}  # after running out of memory, by grid size

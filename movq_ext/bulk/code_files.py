@@ -47,7 +47,7 @@ class CodeFileShard(Shard):
 
     def samples(self, codebook: Codebook) -> Iterator[Sample]:
         file = CodeFile.load(self.source)
-        codebook.require(file.codebook, self.source)
+        codebook.check_fingerprint(file.codebook, self.source)
         for name, png_name in file.png_names().items():
             sample = Sample(name, payload=png_name)
             try:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..io.codes import codebook_id
+from ..io.codes import codebook_fingerprint
 from ..io.files import MAX_SHOWN_CHARACTERS, printable
 from ..model.autoencoder import MOVQ
 
@@ -34,11 +34,11 @@ class Codebook:
     cell: int
 
     @classmethod
-    def of(cls, model: MOVQ) -> Codebook:
+    def from_model(cls, model: MOVQ) -> Codebook:
         """Return the codebook of a model."""
-        return cls(codebook_id(model), model.quantize.re_embed, model.downsampling)
+        return cls(codebook_fingerprint(model), model.quantize.re_embed, model.downsampling)
 
-    def require(self, fingerprint: str, path: Path) -> None:
+    def check_fingerprint(self, fingerprint: str, path: Path) -> None:
         """Raise ValueError if the codes in path belong to another codebook."""
         if fingerprint != self.fingerprint:
             raise ValueError(f"{path} was made with codebook {fingerprint}, but the model has {self.fingerprint}")

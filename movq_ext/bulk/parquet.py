@@ -10,7 +10,7 @@ import numpy as np
 
 from ..io.files import MAX_SHOWN_CHARACTERS, atomic_write, printable, require_file, wrap_errors
 from .codebook import Codebook
-from .shards import Sample, Shard, ShardError, WriteImage, guarded
+from .shards import Sample, Shard, ShardError, WriteImage, reraise_as_shard_error
 
 CODEBOOK_KEY = b"movq_ext.codebook"  # optional file metadata: the fingerprint of the codebook
 KNOWN_COLUMNS = ("name", "height", "width")  # the columns, besides the codes, that are interpreted
@@ -37,9 +37,9 @@ class ParquetShard(Shard):
         with self._open() as file:
             metadata = file.schema_arrow.metadata or {}
             if CODEBOOK_KEY in metadata:
-                codebook.require(metadata[CODEBOOK_KEY].decode(errors="replace"), self.source)
+                codebook.check_fingerprint(metadata[CODEBOOK_KEY].decode(errors="replace"), self.source)
             index = 0
-            for batch in guarded(file.iter_batches(BATCH_ROWS), self.source):
+            for batch in reraise_as_shard_error(file.iter_batches(BATCH_ROWS), self.source):
                 columns = {name: batch[name] for name in ("codes", *KNOWN_COLUMNS) if name in batch.schema.names}
                 others = batch.drop_columns(["codes"])
                 row_bytes = others.nbytes // max(1, batch.num_rows)

@@ -122,7 +122,7 @@ class Shard(ABC):
         """
 
 
-def guarded(items: Iterable[T], path: Path) -> Iterator[T]:
+def reraise_as_shard_error(items: Iterable[T], path: Path) -> Iterator[T]:
     """Yield items that a library reads from path; raise ShardError for any exception of the library."""
     iterator = iter(items)
     while True:

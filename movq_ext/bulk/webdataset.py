@@ -14,7 +14,7 @@ import numpy as np
 from ..io.codes import name_problem
 from ..io.files import MAX_SHOWN_CHARACTERS, atomic_write, parse_json, printable, require_file, wrap_errors
 from .codebook import Codebook
-from .shards import Sample, Shard, ShardError, WriteImage, guarded
+from .shards import Sample, Shard, ShardError, WriteImage, reraise_as_shard_error
 
 MAX_SAMPLE_BYTES = 256 << 20
 TAR_END_BYTES = 1024  # a tar file ends with at least this many zeros
@@ -36,7 +36,7 @@ class WebDatasetShard(Shard):
         with tar:
             self._require_complete(tar)
             seen: set[str] = set()
-            for key, members in groupby(guarded(_read_files(tar), self.source), key=lambda member: member[0]):
+            for key, members in groupby(reraise_as_shard_error(_read_files(tar), self.source), key=lambda member: member[0]):
                 files = [(extension, contents) for _, extension, contents in members]
                 sample = Sample(key, payload=dict(files), payload_bytes=sum(len(contents) for _, contents in files))
                 try:

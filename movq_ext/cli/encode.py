@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from .. import MOVQ
 from ..bulk.codebook import Codebook
-from ..io.codes import CodeFile, codebook_id, encode_image
+from ..io.codes import CodeFile, codebook_fingerprint, encode_image
 from ..io.images import find_images, load_image
 from .common import add_model, load_model, print_error
 
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 def open_code_file(path: Path, model: MOVQ) -> CodeFile:
     """Load the file to add to, or create an empty one. Raises ValueError if its codes belong to another codebook."""
     if not path.exists():
-        return CodeFile(codebook_id(model))
+        return CodeFile(codebook_fingerprint(model))
     file = CodeFile.load(path)
-    Codebook.of(model).require(file.codebook, path)
+    Codebook.from_model(model).check_fingerprint(file.codebook, path)
     return file

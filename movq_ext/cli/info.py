@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import build_info, explain
-from ..io.codes import codebook_id
+from ..io.codes import codebook_fingerprint
 from .common import add_model, load_model
 
 SUMMARY = "Print versions, the build, the path that runs on the device, and the model's config, as JSON."
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
         "path": str(args.model),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "downsampling": model.downsampling,
-        "codebook": codebook_id(model),
+        "codebook": codebook_fingerprint(model),
         **model.config,
     }
     print(json.dumps(report, indent=2, default=str))

@@ -179,7 +179,7 @@ class BandMap(FeatureMap):
             self._exchange_edges()
             self.moments.all_reduce()
 
-    def successor(self, channels: int) -> BandMap:
+    def reuse_storage(self, channels: int) -> BandMap:
         return BandMap(channels, self.height, self.width, self.storage, self._band)
 
     def _exchange_edges(self) -> None:

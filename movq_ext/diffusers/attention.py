@@ -63,7 +63,7 @@ class Attention(Accelerated):
         if not (to_itself and plain_norm and can_attend):
             return original_class(self).forward(self, x, encoder_hidden_states, attention_mask, **kwargs)  # type: ignore[no-any-return]
         h = x if self.spatial_norm is None else self.spatial_norm(x, kwargs.get("temb"))
-        h = h if norm is None else fused_spatial_norm(h, None, None, NormOptions.of_layer(norm))
+        h = h if norm is None else fused_spatial_norm(h, None, None, NormOptions.from_layer(norm))
         q, k, v = (tokens.unsqueeze(1) for tokens in self.project(h.flatten(2).transpose(1, 2)))
         h = attention(q, k, v).squeeze(1)
         for layer in self.to_out:

@@ -25,7 +25,7 @@ class GroupNorm(Accelerated):
     def forward(self: Any, input: Tensor) -> Tensor:
         if not can_compute(self, input):
             return nn.GroupNorm.forward(self, input)
-        return fused_spatial_norm(input, None, None, NormOptions.of_layer(self))
+        return fused_spatial_norm(input, None, None, NormOptions.from_layer(self))
 
 
 class SpatialNorm(Accelerated):
@@ -52,7 +52,7 @@ class SpatialNorm(Accelerated):
         if getattr(self, "add_conv", False):
             zq = self.conv(F.interpolate(zq, size=f.shape[2:], mode="nearest"))
         ((y, b),) = modulate([self], zq)
-        return fused_spatial_norm(f, y, b, NormOptions.of_layer(self.norm_layer, activation, f_bias))
+        return fused_spatial_norm(f, y, b, NormOptions.from_layer(self.norm_layer, activation, f_bias))
 
 
 def group_norm_reason(name: str, norm: Any) -> str | None:
@@ -73,7 +73,7 @@ def apply_group_norm(
 ) -> Tensor:
     """``activation(norm(f + f_bias) * y + b)``; f_bias only if can_fuse_group_norm."""
     if can_fuse_group_norm(norm, activation):
-        return fused_spatial_norm(f, y, b, NormOptions.of_layer(norm, "silu", f_bias))
+        return fused_spatial_norm(f, y, b, NormOptions.from_layer(norm, "silu", f_bias))
     out = norm(f)
     return activation(out if y is None or b is None else out * y + b)  # type: ignore[no-any-return]
 

@@ -30,7 +30,7 @@ class CodeFileError(ValueError):
     """The file is damaged or not a code file."""
 
 
-def codebook_id(model: MOVQ) -> str:
+def codebook_fingerprint(model: MOVQ) -> str:
     """Return a fingerprint of the codebook. Code indices are valid only for the codebook that produced them."""
     # In half precision, so that the fingerprint does not depend on the dtype the model was loaded in.
     weight = model.quantize.embedding.weight.detach().cpu().half().contiguous()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .activation_checkpointing import ActivationCheckpointing
 from .checks import check_batch, check_latent, check_levels, check_positive
 from .fusion import run_fused, runs_inference
-from .layers import AttnBlock, Middle, ResnetBlock, Stage, Upsample, is_plain_network
+from .layers import AttnBlock, MiddleBlock, ResnetBlock, Stage, Upsample, is_plain_network
 from .modulation import Modulations
 from .norms import SpatialNorm, make_norm
 from .strips import STRIP_BYTES, decode_in_strips
@@ -97,7 +97,7 @@ class MOVQDecoder(ActivationCheckpointing):
 
         channels = ch * ch_mult[-1]
         self.conv_in = nn.Conv2d(z_channels, channels, kernel_size=3, padding=1)
-        self.mid = Middle(channels, dropout, mid_attn, **norm)
+        self.mid = MiddleBlock(channels, dropout, mid_attn, **norm)
 
         self.up = nn.ModuleList()  # up[level] is level's stage; the highest level (smallest map) runs first
         for level in reversed(range(self.num_resolutions)):

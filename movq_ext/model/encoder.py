@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .activation_checkpointing import ActivationCheckpointing
 from .checks import check_latent, check_levels, check_positive
-from .layers import AttnBlock, Downsample, Middle, ResnetBlock, Stage
+from .layers import AttnBlock, Downsample, MiddleBlock, ResnetBlock, Stage
 from .norms import make_norm
 
 
@@ -73,7 +73,7 @@ class Encoder(ActivationCheckpointing):
             if level < self.num_resolutions - 1:
                 stage.downsample = Downsample(channels, resamp_with_conv)
             self.down.append(stage)
-        self.mid = Middle(channels, dropout, mid_attn)
+        self.mid = MiddleBlock(channels, dropout, mid_attn)
         self.norm_out = make_norm(channels, None, False)
         self.conv_out = nn.Conv2d(channels, 2 * z_channels if double_z else z_channels, kernel_size=3, padding=1)
 

@@ -116,10 +116,10 @@ class FeatureMap:
         """Return how many rows of halo, 0 or 1, the map has above and below rows first to last - 1."""
         return int(first > 0), int(last < self.height)
 
-    def successor(self, channels: int) -> FeatureMap:
+    def reuse_storage(self, channels: int) -> FeatureMap:
         """Return a map of the same height and width, and at most as many channels, that reuses this map's storage row by row.
 
-        A row of this map stays readable until the successor reserves its row with the same index.
+        A row of this map stays readable until the new map reserves its row with the same index.
         """
         assert channels <= self.channels
         return FeatureMap(channels, self.height, self.width, self.storage)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.functional import spatial_attention
-from ..profiling import ComputesOwnLayers
+from ..profiling import FusedModule
 from .fusion import (
     add_residual,
     conv_deferring_bias,
@@ -27,7 +27,7 @@ from .modulation import Modulations
 from .norms import GroupNorm, SpatialNorm, is_plain_norm, make_norm
 
 
-class Upsample(nn.Module, ComputesOwnLayers):
+class Upsample(nn.Module, FusedModule):
     """Nearest 2x upsampling, then a 3x3 convolution, computed together as one transposed convolution.
 
     Args:
@@ -73,7 +73,7 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1))) if self.with_conv else F.avg_pool2d(x, 2)
 
 
-class ResnetBlock(nn.Module, ComputesOwnLayers):
+class ResnetBlock(nn.Module, FusedModule):
     """Residual block: ``shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1(x))) + temb_proj(silu(temb))))))``.
 
     Args:
@@ -157,7 +157,7 @@ class ResnetBlock(nn.Module, ComputesOwnLayers):
         return getattr(self, "conv_shortcut", getattr(self, "nin_shortcut", None))
 
 
-class AttnBlock(nn.Module, ComputesOwnLayers):
+class AttnBlock(nn.Module, FusedModule):
     """Self-attention block: ``x + proj_out(attention(q(n), k(n), v(n)))`` with ``n = norm(x)``.
 
     One head of size in_channels attends over all positions. q, k and v are three convolutions in the state dict and run as one.
@@ -221,7 +221,7 @@ class Stage(nn.Module):
         self.block, self.attn = nn.ModuleList(), nn.ModuleList()
 
 
-class Middle(nn.Module):
+class MiddleBlock(nn.Module):
     """The layers of the smallest map: two blocks, with attention between them if ``attends``."""
 
     def __init__(self, channels: int, dropout: float, attends: bool, zq_ch: int | None = None, add_conv: bool = False) -> None:
@@ -241,5 +241,5 @@ def _is_known_layer(module: nn.Module) -> bool:
         return is_plain_conv(module)
     if type(module) is nn.Dropout:
         return module.p == 0 or not module.training
-    containers = (nn.Module, nn.ModuleList, Stage, Middle)
+    containers = (nn.Module, nn.ModuleList, Stage, MiddleBlock)
     return type(module) in (*containers, nn.GroupNorm, GroupNorm, SpatialNorm, ResnetBlock, AttnBlock, Upsample)

@@ -46,7 +46,7 @@ class Modulations:
 
     def __init__(self, zq: Tensor | None, norms: Iterable[Any] = (), max_batch_bytes: int = MAX_BATCH_BYTES) -> None:
         self.zq = zq
-        batchable = [norm for norm in norms if norm.is_product() and not norm.add_conv]
+        batchable = [norm for norm in norms if norm.is_plain_modulation() and not norm.add_conv]
         batches = [] if zq is None else _batches(batchable, zq, max_batch_bytes)
         self._batch_of = {norm: batch for batch in batches for norm in batch}
         self._computed: dict[nn.Module, tuple[Tensor, Tensor]] = {}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops.functional import fused_spatial_norm
 from ..ops.options import NormOptions
-from ..profiling import ComputesOwnLayers
+from ..profiling import FusedModule
 from .checks import check_batch, check_groups, check_latent
 from .fusion import is_plain_conv1x1, is_plain_conv3x3, is_plain_group_norm, is_unmodified, runs_inference
 from .modulation import Modulations, can_convolve_cells, convolve_cells, modulate
@@ -26,16 +26,16 @@ class GroupNorm(nn.GroupNorm):
 
         Raises what `spatial_norm` raises.
         """
-        return fused_spatial_norm(f, None, None, NormOptions.of_layer(self, activation))
+        return fused_spatial_norm(f, None, None, NormOptions.from_layer(self, activation))
 
     def _forward_fused(
         self, f: Tensor, modulations: Modulations, activation: str | None = None, f_bias: Tensor | None = None
     ) -> Tensor:
         """Compute forward of ``f + f_bias[c]`` in inference, with the addition inside the norm."""
-        return fused_spatial_norm(f, None, None, NormOptions.of_layer(self, activation, f_bias))
+        return fused_spatial_norm(f, None, None, NormOptions.from_layer(self, activation, f_bias))
 
 
-class SpatialNorm(nn.Module, ComputesOwnLayers):
+class SpatialNorm(nn.Module, FusedModule):
     """Normalisation whose scale and offset depend on the quantised latent (MoVQ, arXiv:2209.09002, equation 4).
 
     ``out = norm_layer(f) * conv_y(zq) + conv_b(zq)``, with zq resized (nearest) to f's height and width.
@@ -94,7 +94,7 @@ class SpatialNorm(nn.Module, ComputesOwnLayers):
             zq = self._convolve_resized(zq, f)
         y, b = self.modulation(zq)
         if is_plain_group_norm(self.norm_layer):  # one operator for the lines below
-            return fused_spatial_norm(f, y, b, NormOptions.of_layer(self.norm_layer, activation))
+            return fused_spatial_norm(f, y, b, NormOptions.from_layer(self.norm_layer, activation))
         y, b = (F.interpolate(x, size=f.shape[2:], mode="nearest") for x in (y, b))
         out: Tensor = self.norm_layer(f) * y + b
         return F.silu(out) if activation == "silu" else out
@@ -117,7 +117,7 @@ class SpatialNorm(nn.Module, ComputesOwnLayers):
         else:
             y, b = modulations[self]
         group_norm = cast(nn.GroupNorm, self.norm_layer)
-        return fused_spatial_norm(f, y, b, NormOptions.of_layer(group_norm, activation, f_bias, bordered=by_cells))
+        return fused_spatial_norm(f, y, b, NormOptions.from_layer(group_norm, activation, f_bias, bordered=by_cells))
 
     def _convolve_resized(self, zq: Tensor, f: Tensor) -> Tensor:
         """Return ``conv(zq)`` at f's size: unlike conv_y and conv_b, a 3x3 convolution does not commute with the resize."""
@@ -130,9 +130,9 @@ class SpatialNorm(nn.Module, ComputesOwnLayers):
 
     def modulation(self, zq: Tensor) -> tuple[Tensor, Tensor]:
         """Return conv_y(zq) and conv_b(zq), ``(B, f_channels, h, w)`` each."""
-        return modulate([self], zq)[0] if self.is_product() else (self.conv_y(zq), self.conv_b(zq))
+        return modulate([self], zq)[0] if self.is_plain_modulation() else (self.conv_y(zq), self.conv_b(zq))
 
-    def is_product(self) -> bool:
+    def is_plain_modulation(self) -> bool:
         """True if conv_y and conv_b are plain 1x1 convolutions with biases, which one matrix product computes together."""
         return all(is_plain_conv1x1(layer) and layer.bias is not None for layer in (self.conv_y, self.conv_b))
 

@@ -32,7 +32,7 @@ class StoredRows:
 
     def write_rows(self, first: int, last: int, out: Tensor) -> None:
         rows = self.x.read(first, last)
-        if rows.data_ptr() != out.data_ptr():  # a successor shares the storage: its rows are there already
+        if rows.data_ptr() != out.data_ptr():  # a map that reuses the storage of x: its rows are there already
             out.copy_(rows)
 
 

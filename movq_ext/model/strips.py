@@ -165,7 +165,7 @@ class Strips:
     def _resnet_block(self, block: ResnetBlock, x: FeatureMap) -> FeatureMap:
         h = self.convolve(self._normalised(block.norm1, x, "silu"), block.conv1)
         in_place = block.out_channels <= block.in_channels and not hasattr(block, "conv_shortcut")
-        out = x.successor(block.out_channels) if in_place else self.store.allocate(block.out_channels, x.height, x.width)
+        out = x.reuse_storage(block.out_channels) if in_place else self.store.allocate(block.out_channels, x.height, x.width)
         self.convolve(self._normalised(block.norm2, h, "silu"), block.conv2, out, self._shortcut(block, x))
         self.store.release(h)
         if not in_place:
@@ -182,7 +182,7 @@ class Strips:
     def _attn_block(self, block: AttnBlock, x: FeatureMap) -> FeatureMap:
         normalised = self._normalised(block.norm, x, None)
         k, v = self.keys_and_values(block, x, normalised)
-        out = x.successor(x.channels)
+        out = x.reuse_storage(x.channels)
         for first, last in self.spans(x, ATTENTION_VALUES * x.channels):
             n = self._buffer.rows(x, last - first)
             normalised.write_rows(first, last, n)

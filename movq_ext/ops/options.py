@@ -32,7 +32,7 @@ class NormOptions:
     bordered: bool = False
 
     @classmethod
-    def of_layer(
+    def from_layer(
         cls, norm: nn.GroupNorm, activation: str | None = None, f_bias: Tensor | None = None, bordered: bool = False
     ) -> NormOptions:
         """Return the parameters of a group norm layer, with the steps to fuse."""

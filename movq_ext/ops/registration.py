@@ -1,6 +1,7 @@
-"""Implementations of the compiled operators beside the CUDA ones: for CPU tensors, and for tensors that are only shapes.
+"""Implementations of the compiled operators for CPU tensors and fake tensors.
 
-The CPU ones let a program that was exported with these operators run anywhere. Signatures are the schemas of csrc/bindings.cpp.
+The CPU implementations let a program that was exported with these operators run anywhere. Signatures are the schemas of
+csrc/bindings.cpp.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .options import NormOptions
 
 
 def register_implementations() -> None:
-    """Register them with PyTorch; the extension must be loaded."""
+    """Register the CPU and fake implementations with PyTorch. The extension must be loaded."""
     for name, cpu, fake in (
         ("spatial_norm_forward", spatial_norm_forward_cpu, spatial_norm_forward_fake),
         ("spatial_norm_backward", spatial_norm_backward_cpu, spatial_norm_backward_fake),
@@ -90,7 +91,7 @@ def _sum_cells(dmap: Tensor, f: Tensor, zq: Tensor) -> Tensor:
 
 
 def _in_layout_of(f: Tensor, x: Tensor) -> Tensor:
-    """Return x in the layout that the kernels use for f and the maps with it: f's own if that is dense NCHW or NHWC."""
+    """Return x in the kernels' layout: that of f if it is dense NCHW or NHWC, else NCHW."""
     if f.is_contiguous():
         return x.contiguous()
     return x.contiguous(memory_format=torch._prims_common.suggest_memory_format(f))

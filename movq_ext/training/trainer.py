@@ -23,7 +23,7 @@ from .photographs import Photographs
 logger = logging.getLogger(__name__)
 
 
-class Objective(nn.Module):
+class TrainingLoss(nn.Module):
     """The training loss as a module, so that DistributedDataParallel wraps every forward pass."""
 
     def __init__(self, model: MOVQ, codebook_weight: float) -> None:
@@ -86,7 +86,7 @@ class Trainer:
         self.step = 0
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
-        self.objective: nn.Module = Objective(self.model, config.codebook_weight)
+        self.objective: nn.Module = TrainingLoss(self.model, config.codebook_weight)
         if self.world_size > 1:  # the codebook has no gradient in the continuous phase, hence find_unused_parameters
             self.objective = nn.parallel.DistributedDataParallel(self.objective, find_unused_parameters=True)
 
