@@ -12,15 +12,16 @@ namespace movq {
 namespace attention {
 namespace {
 
-enum class With { q, k, v };  // the input whose gradient is computed
+enum class Input { q, k, v };
 
-template <class T, With with>
+// The gradient of the loss with respect to one input.
+template <class T, Input input>
 class Gradient {
   using Sizes = Tile<T>;
 
  public:
-  static constexpr int kProducts = with == With::v ? 1 : 2;
-  static constexpr bool kRowsAreKeys = with != With::q;
+  static constexpr int kProducts = input == Input::v ? 1 : 2;
+  static constexpr bool kRowsAreKeys = input != Input::q;
   static constexpr int kTileQueries = kRowsAreKeys ? kColumns : Sizes::kRows;
   struct Arguments {
     Destination<T> to;
@@ -37,7 +38,7 @@ class Gradient {
     const int64_t at = int64_t(segment_.image_head(plan_.counts)) * queries + query;
     // Beyond the last query, exp(s - inf) makes the weights 0.
     lse_.store(threadIdx.x, query < queries ? load(arguments_.lse + at) * kLog2e : INFINITY);
-    delta_.store(threadIdx.x, query < queries && with != With::v ? load(arguments_.delta + at) : 0);
+    delta_.store(threadIdx.x, query < queries && input != Input::v ? load(arguments_.delta + at) : 0);
   }
 
   MOVQ_DEVICE void weigh(const Stream<T>& stream, int tile, const Scores<T>& s, const Scores<T>& t) const {
@@ -57,7 +58,7 @@ class Gradient {
           for (int i = 0; i < 2; ++i) {
             const int query = kRowsAreKeys ? column + i : row;
             weight[i] = fast_exp2(s[m][n][2 * half + i] * scale - lse_.load(query));
-            if (with != With::v) weight[i] *= t[m][n][2 * half + i] - delta_.load(query);
+            if (input != Input::v) weight[i] *= t[m][n][2 * half + i] - delta_.load(query);
             if (column + i >= columns) weight[i] = 0;
           }
           stream.store_weights(synced, row, column, weight[0], weight[1]);
@@ -69,7 +70,7 @@ class Gradient {
   MOVQ_DEVICE void rescale(Synced, Sums<T>&) const {}
 
   MOVQ_DEVICE void write(Synced, const Sums<T>& sums) const {
-    const float factor = with == With::v ? 1 : plan_.scale;
+    const float factor = input == Input::v ? 1 : plan_.scale;
     arguments_.to.write(plan_, segment_, sums, [&](int, int, float sum) { return sum * factor; });
   }
 
@@ -106,9 +107,9 @@ struct Plans {
   Plan q, k, v;
 
   explicit Plans(const AttentionProblem& problem)
-      : q(make_plan<T, Gradient<T, With::q>>(problem, "attention dq")),
-        k(make_plan<T, Gradient<T, With::k>>(problem, "attention dk")),
-        v(make_plan<T, Gradient<T, With::v>>(problem, "attention dv")) {}
+      : q(make_plan<T, Gradient<T, Input::q>>(problem, "attention dq")),
+        k(make_plan<T, Gradient<T, Input::k>>(problem, "attention dk")),
+        v(make_plan<T, Gradient<T, Input::v>>(problem, "attention dv")) {}
   int64_t max_part_rows() const { return std::max({part_rows<T>(q), part_rows<T>(k), part_rows<T>(v)}); }
 };
 
@@ -130,26 +131,27 @@ size_t attention_backward_workspace(const AttentionProblem& problem) {
   return size;
 }
 
-void attention_backward(const AttentionProblem& problem, const AttentionBackward& a, cudaStream_t stream) {
+void attention_backward(const AttentionProblem& problem, const AttentionBackward& tensors, cudaStream_t stream) {
   using namespace attention;
   with_type(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const Plans<T> plans(problem);
-    auto* delta = static_cast<float*>(a.workspace);
+    auto* delta = static_cast<float*>(tensors.workspace);
     float* parts = delta + delta_floats(problem);
-    const Source<T> dout = source<T>(a.dout), q = source<T>(a.q), k = source<T>(a.k), v = source<T>(a.v), out = source<T>(a.out);
+    const Source<T> dout = source<T>(tensors.dout), q = source<T>(tensors.q), k = source<T>(tensors.k), v = source<T>(tensors.v),
+                    out = source<T>(tensors.out);
 
     const int64_t all_queries = problem.batch * problem.heads * problem.queries;
-    const Launch how = {grid_size("attention sum_dout_out", ceil_div<int64_t>(all_queries, kWarps)), kThreads};
-    launch(sum_dout_out<T>, "attention sum_dout_out", how, stream, dout, out, problem.queries, int(problem.heads),
+    const LaunchConfig config = {grid_size("attention sum_dout_out", ceil_div<int64_t>(all_queries, kWarps)), kThreads};
+    launch(sum_dout_out<T>, "attention sum_dout_out", config, stream, dout, out, problem.queries, int(problem.heads),
            int(problem.head_size), all_queries, delta);
     // One after the other, because they use the same workspace for parts.
-    run<T, Gradient<T, With::q>>(plans.q, {{q, dout}, {k, v}, k}, {destination<T>(a.dq, parts), a.lse, delta}, nullptr, nullptr,
-                                 "attention dq", stream);
-    run<T, Gradient<T, With::k>>(plans.k, {{k, v}, {q, dout}, q}, {destination<T>(a.dk, parts), a.lse, delta}, nullptr, nullptr,
-                                 "attention dk", stream);
-    run<T, Gradient<T, With::v>>(plans.v, {{k, {}}, {q, {}}, dout}, {destination<T>(a.dv, parts), a.lse, delta}, nullptr, nullptr,
-                                 "attention dv", stream);
+    run<T, Gradient<T, Input::q>>(plans.q, {{q, dout}, {k, v}, k}, {destination<T>(tensors.dq, parts), tensors.lse, delta},
+                                  nullptr, nullptr, "attention dq", stream);
+    run<T, Gradient<T, Input::k>>(plans.k, {{k, v}, {q, dout}, q}, {destination<T>(tensors.dk, parts), tensors.lse, delta},
+                                  nullptr, nullptr, "attention dk", stream);
+    run<T, Gradient<T, Input::v>>(plans.v, {{k, {}}, {q, {}}, dout}, {destination<T>(tensors.dv, parts), tensors.lse, delta},
+                                  nullptr, nullptr, "attention dv", stream);
   });
 }
 

@@ -26,7 +26,11 @@ class Softmax {
   };
 
   MOVQ_DEVICE Softmax(const Plan& plan, const Arguments& arguments, const Segment& segment)
-      : plan_(plan), arguments_(arguments), segment_(segment), of_warps_(0, 4 * kRows), of_rows_(of_warps_.end(), kRows) {
+      : plan_(plan),
+        arguments_(arguments),
+        segment_(segment),
+        warp_values_(0, 4 * kRows),
+        row_values_(warp_values_.end(), kRows) {
 #pragma unroll
     for (int m = 0; m < kScoreTiles; ++m) max_[m][0] = max_[m][1] = -INFINITY;
   }
@@ -48,7 +52,7 @@ class Softmax {
         }
       }
       peak = warp_all_reduce<4>(peak, Max());
-      if (leads_row()) of_warps_.store(warp_id() % 4 * kRows + row, peak);
+      if (leads_row()) warp_values_.store(warp_id() % 4 * kRows + row, peak);
     });
     const Synced synced = block_barrier();
     for_each_row([&](int m, int half, int row) {
@@ -59,7 +63,7 @@ class Softmax {
         max_[m][half] = peak;
         total_[m][half] *= shrink;
       }
-      if (warp_id() % 4 == 0 && leads_row()) of_rows_.store(row, shrink);
+      if (warp_id() % 4 == 0 && leads_row()) row_values_.store(row, shrink);
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         const float left = fast_exp2(s[m][n][2 * half] - max_[m][half]);
@@ -75,7 +79,7 @@ class Softmax {
     for (int m = 0; m < Sizes::kSumTiles; ++m) {
 #pragma unroll
       for (int e = 0; e < 4; e += 2) {
-        const float shrink = of_rows_.load(sum_row(m, e));
+        const float shrink = row_values_.load(sum_row(m, e));
         if (shrink == 1) continue;
 #pragma unroll
         for (int n = 0; n < kMaxStripes; ++n) {
@@ -89,8 +93,8 @@ class Softmax {
   MOVQ_DEVICE void write(Synced, const Sums<T>& sums) {
     for_each_row([&](int m, int half, int row) {
       const float total = warp_all_reduce<4>(total_[m][half], Sum());
-      if (leads_row()) of_warps_.store(warp_id() % 4 * kRows + row, total);
-      if (warp_id() % 4 == 0 && leads_row()) of_rows_.store(row, max_[m][half]);
+      if (leads_row()) warp_values_.store(warp_id() % 4 * kRows + row, total);
+      if (warp_id() % 4 == 0 && leads_row()) row_values_.store(row, max_[m][half]);
     });
     const Synced synced = block_barrier();
     float factor[Sizes::kSumTiles][2];
@@ -102,7 +106,7 @@ class Softmax {
         const float total = reduce_warps(synced, row, Sum());
         factor[m][half] = 1 / total;
         if (warp_id() == 0 && leads_row() && token < plan_.extents.rows) {
-          const float lse = (of_rows_.load(row) + log2f(total)) * kLn2;
+          const float lse = (row_values_.load(row) + log2f(total)) * kLn2;
           if (segment_.part < 0)
             store(arguments_.lse + int64_t(segment_.image_head(plan_.counts)) * plan_.extents.rows + token, lse);
           else store(arguments_.part_lse + int64_t(segment_.part) * kRows + row, lse);
@@ -128,17 +132,17 @@ class Softmax {
 
   template <class Op>
   MOVQ_DEVICE float reduce_warps(Synced, int row, Op op) const {
-    float result = of_warps_.load(row);
+    float result = warp_values_.load(row);
 #pragma unroll
-    for (int warp = 1; warp < 4; ++warp) result = op(result, of_warps_.load(warp * kRows + row));
+    for (int warp = 1; warp < 4; ++warp) result = op(result, warp_values_.load(warp * kRows + row));
     return result;
   }
 
   const Plan& plan_;
   const Arguments& arguments_;
   const Segment& segment_;
-  const Shared<float> of_warps_;  // one value per row from each of the four warps that share its columns
-  const Shared<float> of_rows_;
+  const Shared<float> warp_values_;   // one value per row from each of the four warps that share its columns
+  const Shared<float> row_values_;    // one value per row
   float max_[kScoreTiles][2];         // the row's maximum when it was last raised
   float total_[kScoreTiles][2] = {};  // the sum of this thread's weights
 };
@@ -160,16 +164,16 @@ size_t attention_forward_workspace(const AttentionProblem& problem) {
   return size;
 }
 
-void attention_forward(const AttentionProblem& problem, const AttentionForward& a, cudaStream_t stream) {
+void attention_forward(const AttentionProblem& problem, const AttentionForward& tensors, cudaStream_t stream) {
   using namespace attention;
   with_type(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const Plan plan = forward_plan<T>(problem);
-    auto* parts = static_cast<float*>(a.workspace);
+    auto* parts = static_cast<float*>(tensors.workspace);
     float* part_lse = parts + part_rows<T>(plan) * problem.head_size;
-    const Operands<T> operands = {{source<T>(a.q), {}}, {source<T>(a.k), {}}, source<T>(a.v)};
-    const typename Softmax<T>::Arguments arguments = {destination<T>(a.out, parts), a.lse, part_lse};
-    run<T, Softmax<T>>(plan, operands, arguments, part_lse, a.lse, "attention forward", stream);
+    const Operands<T> operands = {{source<T>(tensors.q), {}}, {source<T>(tensors.k), {}}, source<T>(tensors.v)};
+    const typename Softmax<T>::Arguments arguments = {destination<T>(tensors.out, parts), tensors.lse, part_lse};
+    run<T, Softmax<T>>(plan, operands, arguments, part_lse, tensors.lse, "attention forward", stream);
   });
 }
 

@@ -142,12 +142,12 @@ __global__ void __launch_bounds__(kThreads)
 template <class T, class Pass>
 void run(const Plan& plan, const Operands<T>& operands, const typename Pass::Arguments& arguments, const float* part_lse,
          float* lse, const char* name, cudaStream_t stream) {
-  const Launch how = {unsigned(plan.schedule.blocks), kThreads, size_t(plan.shared.total_bytes)};
-  launch(walk<T, Pass>, name, how, stream, plan, operands, arguments);
+  const LaunchConfig walk_config = {unsigned(plan.schedule.blocks), kThreads, size_t(plan.shared.total_bytes)};
+  launch(walk<T, Pass>, name, walk_config, stream, plan, operands, arguments);
   if (has_parts(plan)) {
     const int64_t blocks = int64_t(plan.counts.all_row_tiles) * (Tile<T>::kRows / kWarps);
-    const Launch how_combined = {grid_size("attention combine", blocks), kThreads};
-    launch(combine<T>, "attention combine", how_combined, stream, plan, arguments.to, part_lse, lse);
+    const LaunchConfig combine_config = {grid_size("attention combine", blocks), kThreads};
+    launch(combine<T>, "attention combine", combine_config, stream, plan, arguments.to, part_lse, lse);
   }
 }
 

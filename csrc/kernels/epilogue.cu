@@ -92,13 +92,14 @@ __global__ void __launch_bounds__(kThreads, 4) add(Run run, T* x, const void* bi
   }
 }
 
-bool can_use_wide_accesses(const EpilogueProblem& problem, const Epilogue& a) {
-  const bool aligned = is_aligned(a.x, 16) && is_aligned(a.residual, 16) && (!problem.channels_last || is_aligned(a.bias, 16));
+bool can_use_wide_accesses(const EpilogueProblem& problem, const Epilogue& tensors) {
+  const bool aligned =
+      is_aligned(tensors.x, 16) && is_aligned(tensors.residual, 16) && (!problem.channels_last || is_aligned(tensors.bias, 16));
   return aligned && (problem.channels_last ? problem.channels : problem.pixels) % (16 / bytes(problem.dtype)) == 0;
 }
 
 template <class T, int VecSize, bool ChannelsLast>
-void launch_add(const EpilogueProblem& problem, const Epilogue& a, cudaStream_t stream) {
+void launch_add(const EpilogueProblem& problem, const Epilogue& tensors, cudaStream_t stream) {
   Run run = {};
   run.accesses = problem.batch * problem.channels * problem.pixels / VecSize;
   const int64_t single_round_blocks = ceil_div<int64_t>(run.accesses, kThreads);
@@ -107,22 +108,22 @@ void launch_add(const EpilogueProblem& problem, const Epilogue& a, cudaStream_t 
   run.units = unsigned(ChannelsLast ? problem.channels / VecSize : problem.channels);
   run.float_bias = problem.bias_dtype == DType::float32;
   const unsigned blocks = grid_size("epilogue add", ceil_div<int64_t>(run.accesses, run.block_accesses));
-  launch(add<T, VecSize, ChannelsLast>, "epilogue add", {blocks, kThreads}, stream, run, static_cast<T*>(a.x), a.bias,
-         static_cast<const T*>(a.residual));
+  launch(add<T, VecSize, ChannelsLast>, "epilogue add", {blocks, kThreads}, stream, run, static_cast<T*>(tensors.x), tensors.bias,
+         static_cast<const T*>(tensors.residual));
 }
 
 }  // namespace
 }  // namespace epilogue
 
-void add_bias_residual(const EpilogueProblem& problem, const Epilogue& a, cudaStream_t stream) {
-  const bool wide = epilogue::can_use_wide_accesses(problem, a);
+void add_bias_residual(const EpilogueProblem& problem, const Epilogue& tensors, cudaStream_t stream) {
+  const bool wide = epilogue::can_use_wide_accesses(problem, tensors);
   with_type(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     constexpr int kWide = 16 / sizeof(T);
     auto launch_in_layout = [&](auto channels_last) {
       constexpr bool ChannelsLast = decltype(channels_last)::value;
-      wide ? epilogue::launch_add<T, kWide, ChannelsLast>(problem, a, stream)
-           : epilogue::launch_add<T, 1, ChannelsLast>(problem, a, stream);
+      wide ? epilogue::launch_add<T, kWide, ChannelsLast>(problem, tensors, stream)
+           : epilogue::launch_add<T, 1, ChannelsLast>(problem, tensors, stream);
     };
     problem.channels_last ? launch_in_layout(std::true_type()) : launch_in_layout(std::false_type());
   });

@@ -109,8 +109,9 @@ __global__ void __launch_bounds__(kThreads, 2) write_input_gradient(Geometry geo
   }
 }
 
-int backward_vec_size(const SpatialNormProblem& problem, const Geometry& geometry, const SpatialNormBackward& a) {
-  return choose_vec_size(problem, geometry, {a.dout, a.f, a.df, a.zq_y, a.zq_b, a.dzq_y, a.dzq_b});
+int backward_vec_size(const SpatialNormProblem& problem, const Geometry& geometry, const SpatialNormBackward& tensors) {
+  return choose_vec_size(problem, geometry,
+                         {tensors.dout, tensors.f, tensors.df, tensors.zq_y, tensors.zq_b, tensors.dzq_y, tensors.dzq_b});
 }
 
 // The first pass: which kernel sums P and Q, and the chunks it leaves per image and channel.
@@ -142,17 +143,17 @@ FirstPass plan_first_pass(const Geometry& geometry, int vec_size, bool channels_
 }  // namespace
 }  // namespace spatial_norm
 
-size_t spatial_norm_backward_workspace(const SpatialNormProblem& problem, const SpatialNormBackward& a) {
+size_t spatial_norm_backward_workspace(const SpatialNormProblem& problem, const SpatialNormBackward& tensors) {
   using namespace spatial_norm;
   const Geometry geometry = make_geometry(problem);
-  const FirstPass plan = plan_first_pass(geometry, backward_vec_size(problem, geometry, a), problem.channels_last);
+  const FirstPass plan = plan_first_pass(geometry, backward_vec_size(problem, geometry, tensors), problem.channels_last);
   return sizeof(Pair) * geometry.batch * (geometry.channels * (plan.chunks + 1) + geometry.groups);
 }
 
-void spatial_norm_backward(const SpatialNormProblem& problem, const SpatialNormBackward& a, cudaStream_t stream) {
+void spatial_norm_backward(const SpatialNormProblem& problem, const SpatialNormBackward& tensors, cudaStream_t stream) {
   using namespace spatial_norm;
   const Geometry geometry = make_geometry(problem);
-  const int vec_size = backward_vec_size(problem, geometry, a);
+  const int vec_size = backward_vec_size(problem, geometry, tensors);
   const FirstPass plan = plan_first_pass(geometry, vec_size, problem.channels_last);
   const Tiling tiling = make_tiling(geometry, vec_size, problem.channels_last);
   dispatch(problem, vec_size, [&](auto type, auto vec_size_constant, auto channels_last) {
@@ -160,18 +161,18 @@ void spatial_norm_backward(const SpatialNormProblem& problem, const SpatialNormB
     constexpr int VecSize = decltype(vec_size_constant)::value;
     constexpr bool ChannelsLast = decltype(channels_last)::value;
     BackwardArrays<T> arrays = {};
-    arrays.dout = static_cast<const T*>(a.dout);
-    arrays.f = static_cast<const T*>(a.f);
-    arrays.zq_y = static_cast<const T*>(a.zq_y);
-    arrays.zq_b = static_cast<const T*>(a.zq_b);
-    arrays.weight = a.weight;
-    arrays.bias = a.bias;
-    arrays.mean = a.mean;
-    arrays.rstd = a.rstd;
-    arrays.df = static_cast<T*>(a.df);
-    arrays.dzq_y = static_cast<T*>(a.dzq_y);
-    arrays.dzq_b = static_cast<T*>(a.dzq_b);
-    arrays.chunk_sums = static_cast<float*>(a.workspace);
+    arrays.dout = static_cast<const T*>(tensors.dout);
+    arrays.f = static_cast<const T*>(tensors.f);
+    arrays.zq_y = static_cast<const T*>(tensors.zq_y);
+    arrays.zq_b = static_cast<const T*>(tensors.zq_b);
+    arrays.weight = tensors.weight;
+    arrays.bias = tensors.bias;
+    arrays.mean = tensors.mean;
+    arrays.rstd = tensors.rstd;
+    arrays.df = static_cast<T*>(tensors.df);
+    arrays.dzq_y = static_cast<T*>(tensors.dzq_y);
+    arrays.dzq_b = static_cast<T*>(tensors.dzq_b);
+    arrays.chunk_sums = static_cast<float*>(tensors.workspace);
     arrays.channel_sums = arrays.chunk_sums + 2 * geometry.batch * plan.chunks * geometry.channels;
     arrays.group_sums = arrays.channel_sums + 2 * geometry.batch * geometry.channels;
 
@@ -179,19 +180,19 @@ void spatial_norm_backward(const SpatialNormProblem& problem, const SpatialNormB
       if (plan.use_bands) launch_band_sums<T, VecSize>(geometry, plan.bands, arrays, stream);
     }
     if (!plan.use_bands) launch_cell_sums<T, VecSize, ChannelsLast>(geometry, plan.cells, arrays, stream);
-    const Launch merge = {grid_size("spatial_norm merge_sums", geometry.batch * geometry.groups), kThreads,
-                          kThreads * sizeof(Pair)};
-    launch(merge_sums<T>, "spatial_norm merge_sums", merge, stream, geometry, int(plan.chunks),
+    const LaunchConfig merge_config = {grid_size("spatial_norm merge_sums", geometry.batch * geometry.groups), kThreads,
+                                       kThreads * sizeof(Pair)};
+    launch(merge_sums<T>, "spatial_norm merge_sums", merge_config, stream, geometry, int(plan.chunks),
            std::min(geometry.group_channels, kThreads), arrays);
-    if (a.dweight || a.dbias) {
-      const Launch channels = {unsigned(ceil_div(geometry.channels, kThreads)), kThreads};
-      launch(sum_parameter_gradients<T>, "spatial_norm sum_parameter_gradients", channels, stream, geometry, arrays.channel_sums,
-             a.dweight, a.dbias);
+    if (tensors.dweight || tensors.dbias) {
+      const LaunchConfig channel_config = {unsigned(ceil_div(geometry.channels, kThreads)), kThreads};
+      launch(sum_parameter_gradients<T>, "spatial_norm sum_parameter_gradients", channel_config, stream, geometry,
+             arrays.channel_sums, tensors.dweight, tensors.dbias);
     }
     const char* name = "spatial_norm write_input_gradient";
-    const Launch pixels = {grid_size(name, geometry.batch * tiling.channel_tiles * tiling.pixel_chunks),
-                           unsigned(tiling.threads())};
-    launch(write_input_gradient<T, VecSize, ChannelsLast>, name, pixels, stream, geometry, tiling, arrays);
+    const LaunchConfig pixel_config = {grid_size(name, geometry.batch * tiling.channel_tiles * tiling.pixel_chunks),
+                                       unsigned(tiling.threads())};
+    launch(write_input_gradient<T, VecSize, ChannelsLast>, name, pixel_config, stream, geometry, tiling, arrays);
   });
 }
 

@@ -152,9 +152,9 @@ __global__ void __launch_bounds__(kThreads, 2) sum_bands(Geometry geometry, Band
 template <class T, int VecSize>
 void launch_band_sums(const Geometry& geometry, const BandPlan& plan, const BackwardArrays<T>& arrays, cudaStream_t stream) {
   const char* name = "spatial_norm sum_bands";
-  const Launch how = {grid_size(name, geometry.batch * geometry.channels * plan.chunks * plan.tiles), unsigned(plan.threads()),
-                      plan.shared_bytes()};
-  launch(sum_bands<T, VecSize>, name, how, stream, geometry, plan, arrays);
+  const LaunchConfig config = {grid_size(name, geometry.batch * geometry.channels * plan.chunks * plan.tiles),
+                               unsigned(plan.threads()), plan.shared_bytes()};
+  launch(sum_bands<T, VecSize>, name, config, stream, geometry, plan, arrays);
 }
 
 }  // namespace spatial_norm

@@ -251,9 +251,9 @@ __global__ void __launch_bounds__(kThreads, 2) sum_stretches(Geometry geometry, 
 template <class T, int VecSize, bool ChannelsLast>
 void launch_cell_sums(const Geometry& geometry, const CellPlan& plan, const BackwardArrays<T>& arrays, cudaStream_t stream) {
   auto launch_as = [&](auto kernel, const char* name) {
-    const Launch how = {grid_size(name, geometry.batch * plan.channel_tiles * plan.chunks), unsigned(plan.threads()),
-                        cell_shared_bytes<VecSize, ChannelsLast>(plan)};
-    launch(kernel, name, how, stream, geometry, plan, arrays);
+    const LaunchConfig config = {grid_size(name, geometry.batch * plan.channel_tiles * plan.chunks), unsigned(plan.threads()),
+                                 cell_shared_bytes<VecSize, ChannelsLast>(plan)};
+    launch(kernel, name, config, stream, geometry, plan, arrays);
   };
   switch (plan.kernel) {
     case CellKernel::kCellPerThread:

@@ -91,8 +91,8 @@ __global__ void __launch_bounds__(kThreads, 3) modulate(Geometry geometry, Tilin
   }
 }
 
-int forward_vec_size(const SpatialNormProblem& problem, const Geometry& geometry, const SpatialNormForward& a) {
-  return choose_vec_size(problem, geometry, {a.f, a.out, a.zq_y, a.zq_b});
+int forward_vec_size(const SpatialNormProblem& problem, const Geometry& geometry, const SpatialNormForward& tensors) {
+  return choose_vec_size(problem, geometry, {tensors.f, tensors.out, tensors.zq_y, tensors.zq_b});
 }
 
 // The number of partial moments per image, over all groups.
@@ -106,62 +106,63 @@ int64_t partial_moments(const SpatialNormProblem& problem, const Geometry& geome
 }
 
 template <class T, int VecSize>
-void launch_statistics(const SpatialNormProblem& problem, const Geometry& geometry, const SpatialNormForward& a,
+void launch_statistics(const SpatialNormProblem& problem, const Geometry& geometry, const SpatialNormForward& tensors,
                        cudaStream_t stream) {
   const char* name = "spatial_norm statistics";
-  auto* f = static_cast<const T*>(a.f);
-  auto* partial = static_cast<float*>(a.workspace);
+  auto* f = static_cast<const T*>(tensors.f);
+  auto* partial = static_cast<float*>(tensors.workspace);
   if (problem.channels_last) {
     const InterleavedGroups plan = plan_interleaved_groups(geometry, VecSize);
-    const Launch how = {grid_size(name, geometry.batch * plan.tiles * plan.chunks), unsigned(plan.block_threads()),
-                        size_t(plan.shared_bytes(VecSize))};
-    launch(interleaved_statistics<T, VecSize>, name, how, stream, f, a.f_bias, plan, partial);
+    const LaunchConfig config = {grid_size(name, geometry.batch * plan.tiles * plan.chunks), unsigned(plan.block_threads()),
+                                 size_t(plan.shared_bytes(VecSize))};
+    launch(interleaved_statistics<T, VecSize>, name, config, stream, f, tensors.f_bias, plan, partial);
   } else {
-    const ContiguousGroups plan = plan_contiguous_groups(geometry, VecSize, a.f_bias);
-    const Launch how = {grid_size(name, geometry.batch * plan.groups * plan.chunks), unsigned(plan.block_threads()),
-                        size_t(plan.shared_bytes())};
-    launch(contiguous_statistics<T, VecSize>, name, how, stream, f, a.f_bias, plan, partial);
+    const ContiguousGroups plan = plan_contiguous_groups(geometry, VecSize, tensors.f_bias);
+    const LaunchConfig config = {grid_size(name, geometry.batch * plan.groups * plan.chunks), unsigned(plan.block_threads()),
+                                 size_t(plan.shared_bytes())};
+    launch(contiguous_statistics<T, VecSize>, name, config, stream, f, tensors.f_bias, plan, partial);
   }
 }
 
 }  // namespace
 }  // namespace spatial_norm
 
-size_t spatial_norm_forward_workspace(const SpatialNormProblem& problem, const SpatialNormForward& a) {
+size_t spatial_norm_forward_workspace(const SpatialNormProblem& problem, const SpatialNormForward& tensors) {
   using namespace spatial_norm;
   const Geometry geometry = make_geometry(problem);
-  const int vec_size = forward_vec_size(problem, geometry, a);
-  return 4 * sizeof(float) * geometry.batch * partial_moments(problem, geometry, vec_size, a.f_bias);
+  const int vec_size = forward_vec_size(problem, geometry, tensors);
+  return 4 * sizeof(float) * geometry.batch * partial_moments(problem, geometry, vec_size, tensors.f_bias);
 }
 
-void spatial_norm_forward(const SpatialNormProblem& problem, const SpatialNormForward& a, cudaStream_t stream) {
+void spatial_norm_forward(const SpatialNormProblem& problem, const SpatialNormForward& tensors, cudaStream_t stream) {
   using namespace spatial_norm;
   const Geometry geometry = make_geometry(problem);
-  const int vec_size = forward_vec_size(problem, geometry, a);
-  const int parts = int(partial_moments(problem, geometry, vec_size, a.f_bias) / geometry.groups);
+  const int vec_size = forward_vec_size(problem, geometry, tensors);
+  const int parts = int(partial_moments(problem, geometry, vec_size, tensors.f_bias) / geometry.groups);
   const Tiling tiling = make_tiling(geometry, vec_size, problem.channels_last);
   dispatch(problem, vec_size, [&](auto type, auto vec_size_constant, auto channels_last) {
     using T = typename decltype(type)::type;
     constexpr int VecSize = decltype(vec_size_constant)::value;
     constexpr bool ChannelsLast = decltype(channels_last)::value;
-    launch_statistics<T, VecSize>(problem, geometry, a, stream);
+    launch_statistics<T, VecSize>(problem, geometry, tensors, stream);
     const unsigned threads = std::min(kThreads, round_up(parts, kWarpSize));
-    const Launch merge = {grid_size("spatial_norm merge_statistics", geometry.batch * geometry.groups), threads,
-                          threads / kWarpSize * sizeof(Moments)};
-    launch(merge_statistics, "spatial_norm merge_statistics", merge, stream, static_cast<const float*>(a.workspace), parts,
-           problem.eps, a.mean, a.rstd);
-    const ForwardArrays<T> arrays = {static_cast<const T*>(a.f),
-                                     static_cast<const T*>(a.zq_y),
-                                     static_cast<const T*>(a.zq_b),
-                                     a.weight,
-                                     a.bias,
-                                     a.f_bias,
-                                     a.mean,
-                                     a.rstd,
-                                     static_cast<T*>(a.out)};
-    const Launch output = {grid_size("spatial_norm modulate", geometry.batch * tiling.channel_tiles * tiling.pixel_chunks),
-                           unsigned(tiling.threads())};
-    launch(modulate<T, VecSize, ChannelsLast>, "spatial_norm modulate", output, stream, geometry, tiling, arrays);
+    const LaunchConfig merge_config = {grid_size("spatial_norm merge_statistics", geometry.batch * geometry.groups), threads,
+                                       threads / kWarpSize * sizeof(Moments)};
+    launch(merge_statistics, "spatial_norm merge_statistics", merge_config, stream, static_cast<const float*>(tensors.workspace),
+           parts, problem.eps, tensors.mean, tensors.rstd);
+    const ForwardArrays<T> arrays = {static_cast<const T*>(tensors.f),
+                                     static_cast<const T*>(tensors.zq_y),
+                                     static_cast<const T*>(tensors.zq_b),
+                                     tensors.weight,
+                                     tensors.bias,
+                                     tensors.f_bias,
+                                     tensors.mean,
+                                     tensors.rstd,
+                                     static_cast<T*>(tensors.out)};
+    const LaunchConfig output_config = {
+        grid_size("spatial_norm modulate", geometry.batch * tiling.channel_tiles * tiling.pixel_chunks),
+        unsigned(tiling.threads())};
+    launch(modulate<T, VecSize, ChannelsLast>, "spatial_norm modulate", output_config, stream, geometry, tiling, arrays);
   });
 }
 

@@ -8,30 +8,30 @@
 
 namespace movq {
 
-MOVQ_DEVICE float to_float(float v) { return v; }
-MOVQ_DEVICE float to_float(__half v) { return __half2float(v); }
-MOVQ_DEVICE float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+MOVQ_DEVICE float to_float(float value) { return value; }
+MOVQ_DEVICE float to_float(__half value) { return __half2float(value); }
+MOVQ_DEVICE float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
 // Rounds to nearest, ties to even.
-template <class T> MOVQ_DEVICE T from_float(float v);
-template <> MOVQ_DEVICE float from_float<float>(float v) { return v; }
-template <> MOVQ_DEVICE __half from_float<__half>(float v) { return __float2half_rn(v); }
-template <> MOVQ_DEVICE __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+template <class T> MOVQ_DEVICE T from_float(float value);
+template <> MOVQ_DEVICE float from_float<float>(float value) { return value; }
+template <> MOVQ_DEVICE __half from_float<__half>(float value) { return __float2half_rn(value); }
+template <> MOVQ_DEVICE __nv_bfloat16 from_float<__nv_bfloat16>(float value) { return __float2bfloat16_rn(value); }
 
 template <class T, int N>
-MOVQ_DEVICE Vec<float, N> to_float(const Vec<T, N>& v) {
-  Vec<float, N> r;
+MOVQ_DEVICE Vec<float, N> to_float(const Vec<T, N>& values) {
+  Vec<float, N> results;
 #pragma unroll
-  for (int i = 0; i < N; ++i) r[i] = to_float(v[i]);
-  return r;
+  for (int i = 0; i < N; ++i) results[i] = to_float(values[i]);
+  return results;
 }
 
 template <class T, int N>
-MOVQ_DEVICE Vec<T, N> from_float(const Vec<float, N>& v) {
-  Vec<T, N> r;
+MOVQ_DEVICE Vec<T, N> from_float(const Vec<float, N>& values) {
+  Vec<T, N> results;
 #pragma unroll
-  for (int i = 0; i < N; ++i) r[i] = from_float<T>(v[i]);
-  return r;
+  for (int i = 0; i < N; ++i) results[i] = from_float<T>(values[i]);
+  return results;
 }
 
 // Two 16-bit values in one register, as mma takes them: the first in the low half.
@@ -40,24 +40,24 @@ template <> MOVQ_DEVICE uint32_t pack<__half>(float low, float high) {
   union {
     __half2 pair;
     uint32_t bits;
-  } u = {__floats2half2_rn(low, high)};
-  return u.bits;
+  } packed = {__floats2half2_rn(low, high)};
+  return packed.bits;
 }
 template <> MOVQ_DEVICE uint32_t pack<__nv_bfloat16>(float low, float high) {
   union {
     __nv_bfloat162 pair;
     uint32_t bits;
-  } u = {__floats2bfloat162_rn(low, high)};
-  return u.bits;
+  } packed = {__floats2bfloat162_rn(low, high)};
+  return packed.bits;
 }
 
 // The bits of the nearest tf32 (10 bits of mantissa), ties away from zero.
-MOVQ_DEVICE uint32_t to_tf32(float v) {
+MOVQ_DEVICE uint32_t to_tf32(float value) {
   uint32_t bits;
 #ifdef MOVQ_EMULATOR
-  bits = emu::to_tf32(v);
+  bits = emu::to_tf32(value);
 #else
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
 #endif
   return bits;
 }

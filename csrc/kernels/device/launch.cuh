@@ -8,7 +8,7 @@
 
 namespace movq {
 
-struct Launch {
+struct LaunchConfig {
   dim3 grid;
   dim3 block;
   size_t shared_bytes = 0;
@@ -25,8 +25,8 @@ inline unsigned grid_size(const char* kernel, int64_t blocks) {
 #ifdef MOVQ_EMULATOR
 
 template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), const char* name, const Launch& how, cudaStream_t, Args&&... args) {
-  emu::launch(name, {how.grid, how.block, how.shared_bytes}, [&] { kernel(args...); });
+void launch(void (*kernel)(Params...), const char* name, const LaunchConfig& config, cudaStream_t, Args&&... args) {
+  emu::launch(name, {config.grid, config.block, config.shared_bytes}, [&] { kernel(args...); });
 }
 
 template <class... Params>
@@ -53,14 +53,14 @@ void allow_shared_memory(void (*kernel)(Params...), const char* name, size_t byt
 }
 
 template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), const char* name, const Launch& how, cudaStream_t stream, Args&&... args) {
-  allow_shared_memory(kernel, name, how.shared_bytes);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = how.grid;
-  config.blockDim = how.block;
-  config.dynamicSmemBytes = how.shared_bytes;
-  config.stream = stream;
-  check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), name);
+void launch(void (*kernel)(Params...), const char* name, const LaunchConfig& config, cudaStream_t stream, Args&&... args) {
+  allow_shared_memory(kernel, name, config.shared_bytes);
+  cudaLaunchConfig_t cuda_config = {};
+  cuda_config.gridDim = config.grid;
+  cuda_config.blockDim = config.block;
+  cuda_config.dynamicSmemBytes = config.shared_bytes;
+  cuda_config.stream = stream;
+  check(cudaLaunchKernelEx(&cuda_config, kernel, static_cast<Params>(args)...), name);
 }
 
 inline int device_attribute(cudaDeviceAttr attribute, const char* name) {

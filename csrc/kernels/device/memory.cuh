@@ -19,59 +19,59 @@ template <> struct Word<8> { using type = uint2; };
 template <> struct Word<16> { using type = uint4; };
 
 template <Cache cache, class V>
-MOVQ_DEVICE V global_read(const void* p) {
+MOVQ_DEVICE V global_read(const void* from) {
 #ifdef MOVQ_EMULATOR
-  V v;
-  emu::global_read(p, &v, sizeof(V));
-  return v;
+  V value;
+  emu::global_read(from, &value, sizeof(V));
+  return value;
 #else
   using W = typename Word<sizeof(V)>::type;
   union {
     W word;
     V value;
-  } u;
-  auto* word = static_cast<const W*>(p);
-  u.word = cache == Cache::kStream ? __ldcs(word) : *word;
-  return u.value;
+  } bits;
+  auto* word = static_cast<const W*>(from);
+  bits.word = cache == Cache::kStream ? __ldcs(word) : *word;
+  return bits.value;
 #endif
 }
 
 template <class V>
-MOVQ_DEVICE void global_write(void* p, const V& v) {
+MOVQ_DEVICE void global_write(void* to, const V& value) {
 #ifdef MOVQ_EMULATOR
-  emu::global_write(p, &v, sizeof(V));
+  emu::global_write(to, &value, sizeof(V));
 #else
   using W = typename Word<sizeof(V)>::type;
   union {
     V value;
     W word;
-  } u;
-  u.value = v;
-  *static_cast<W*>(p) = u.word;
+  } bits;
+  bits.value = value;
+  *static_cast<W*>(to) = bits.word;
 #endif
 }
 
 }  // namespace detail
 
 template <class T>
-MOVQ_DEVICE T load(const T* p) {
-  return detail::global_read<Cache::kDefault, T>(p);
+MOVQ_DEVICE T load(const T* from) {
+  return detail::global_read<Cache::kDefault, T>(from);
 }
 
 template <class T>
-MOVQ_DEVICE void store(T* p, T v) {
-  detail::global_write(p, v);
+MOVQ_DEVICE void store(T* to, T value) {
+  detail::global_write(to, value);
 }
 
-// N elements in one access: sizeof(T) * N is at most 16 bytes, and `p` is aligned to that.
+// N elements in one access: sizeof(T) * N is at most 16 bytes, and the pointer is aligned to that.
 template <int N, Cache cache = Cache::kDefault, class T>
-MOVQ_DEVICE Vec<T, N> load_vec(const T* p) {
-  return detail::global_read<cache, Vec<T, N>>(p);
+MOVQ_DEVICE Vec<T, N> load_vec(const T* from) {
+  return detail::global_read<cache, Vec<T, N>>(from);
 }
 
 template <class T, int N>
-MOVQ_DEVICE void store_vec(T* p, const Vec<T, N>& v) {
-  detail::global_write(p, v);
+MOVQ_DEVICE void store_vec(T* to, const Vec<T, N>& values) {
+  detail::global_write(to, values);
 }
 
 }  // namespace movq

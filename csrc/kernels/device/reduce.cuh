@@ -29,40 +29,40 @@ struct Merge {
 
 // The value of the lane `offset` further on. Structs are shuffled word by word.
 template <class T>
-MOVQ_DEVICE T shuffle_down(T v, int offset) {
+MOVQ_DEVICE T shuffle_down(T value, int offset) {
   static_assert(sizeof(T) % 4 == 0, "expected whole words");
   union {
     T value;
     unsigned words[sizeof(T) / 4];
-  } u = {v};
+  } shuffled = {value};
 #pragma unroll
-  for (unsigned& word : u.words) word = __shfl_down_sync(kAllLanes, word, offset);
-  return u.value;
+  for (unsigned& word : shuffled.words) word = __shfl_down_sync(kAllLanes, word, offset);
+  return shuffled.value;
 }
 
 // Lane 0 gets the result, the other lanes partial results. All lanes of the warp must call.
 template <class T, class Op>
-MOVQ_DEVICE T warp_reduce(T v, Op op) {
+MOVQ_DEVICE T warp_reduce(T value, Op op) {
 #pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) v = op(v, shuffle_down(v, offset));
-  return v;
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) value = op(value, shuffle_down(value, offset));
+  return value;
 }
 
 // Every lane gets the result of its run of `Lanes` lanes, a power of two. Requires op(a, b) and op(b, a) to have the same bits,
 // as Sum and Max do and Merge does not.
 template <int Lanes, class Op>
-MOVQ_DEVICE float warp_all_reduce(float v, Op op) {
+MOVQ_DEVICE float warp_all_reduce(float value, Op op) {
 #pragma unroll
-  for (int offset = Lanes / 2; offset > 0; offset /= 2) v = op(v, __shfl_xor_sync(kAllLanes, v, offset));
-  return v;
+  for (int offset = Lanes / 2; offset > 0; offset /= 2) value = op(value, __shfl_xor_sync(kAllLanes, value, offset));
+  return value;
 }
 
 // Every thread gets the result. The block must consist of whole warps. `scratch` holds one T per warp and can be reused on
 // return.
 template <class T, class Op>
-MOVQ_DEVICE T block_reduce(T v, Op op, const Shared<T>& scratch) {
-  v = warp_reduce(v, op);
-  if (lane_id() == 0) scratch.store(warp_id(), v);
+MOVQ_DEVICE T block_reduce(T value, Op op, const Shared<T>& scratch) {
+  value = warp_reduce(value, op);
+  if (lane_id() == 0) scratch.store(warp_id(), value);
   __syncthreads();
   T total = scratch.load(0);
   const int warps = blockDim.x / kWarpSize;

@@ -18,23 +18,23 @@ class Shared {
 
   MOVQ_DEVICE T load(unsigned i) const {
 #ifdef MOVQ_EMULATOR
-    T v;
+    T value;
     const unsigned from = address(i, 1);
     for (unsigned k = 0; k < sizeof(T); k += alignof(T)) {  // a Vec is one access, a struct of floats is several
-      emu::shared_read(from + k, reinterpret_cast<char*>(&v) + k, alignof(T));
+      emu::shared_read(from + k, reinterpret_cast<char*>(&value) + k, alignof(T));
     }
-    return v;
+    return value;
 #else
     return *reinterpret_cast<const T*>(shared_memory + offset_ + i * sizeof(T));
 #endif
   }
 
-  MOVQ_DEVICE void store(unsigned i, T v) const { write(i, v); }
+  MOVQ_DEVICE void store(unsigned i, T value) const { write(i, value); }
 
   // Stores N elements in one access of up to 16 bytes; element i must be aligned to its size.
   template <int N>
-  MOVQ_DEVICE void store_vec(unsigned i, const Vec<T, N>& v) const {
-    write(i, v);
+  MOVQ_DEVICE void store_vec(unsigned i, const Vec<T, N>& values) const {
+    write(i, values);
   }
 
   // The byte offset of the end of this view, where the next view may start.
@@ -52,14 +52,14 @@ class Shared {
 
  private:
   template <class V>
-  MOVQ_DEVICE void write(unsigned i, const V& v) const {
+  MOVQ_DEVICE void write(unsigned i, const V& value) const {
 #ifdef MOVQ_EMULATOR
     const unsigned to = address(i, sizeof(V) / sizeof(T));
     for (unsigned k = 0; k < sizeof(V); k += alignof(V)) {
-      emu::shared_write(to + k, reinterpret_cast<const char*>(&v) + k, alignof(V));
+      emu::shared_write(to + k, reinterpret_cast<const char*>(&value) + k, alignof(V));
     }
 #else
-    *reinterpret_cast<V*>(shared_memory + offset_ + i * sizeof(T)) = v;
+    *reinterpret_cast<V*>(shared_memory + offset_ + i * sizeof(T)) = value;
 #endif
   }
 

@@ -28,9 +28,9 @@ inline void grid_sync() { emu::grid_sync(); }
 
 // Launches clusters of this many blocks, or a cooperative grid, whose blocks all run at the same time.
 template <class... Params, class... Args>
-void launch_together(void (*kernel)(Params...), const char* name, const Launch& how, unsigned cluster, bool cooperative,
+void launch_together(void (*kernel)(Params...), const char* name, const LaunchConfig& config, unsigned cluster, bool cooperative,
                      Args&&... args) {
-  emu::launch(name, {how.grid, how.block, how.shared_bytes, cluster, cooperative}, [&] { kernel(args...); });
+  emu::launch(name, {config.grid, config.block, config.shared_bytes, cluster, cooperative}, [&] { kernel(args...); });
 }
 
 // Copies of 4, 8 or 16 bytes; see cp_async_16.

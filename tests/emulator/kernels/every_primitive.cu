@@ -56,9 +56,9 @@ __global__ void floats(const float* in, float* out) {
 }
 
 void launch_all(const void* in, void* out, float* sums, cudaStream_t stream) {
-  const Launch how = {grid_size("halves", 1), 128, 128 * 16 + 64};
-  launch(halves<__half>, "halves", how, stream, static_cast<const __half*>(in), static_cast<__half*>(out), sums);
-  launch(halves<__nv_bfloat16>, "halves", how, stream, static_cast<const __nv_bfloat16*>(in), static_cast<__nv_bfloat16*>(out),
+  const LaunchConfig config = {grid_size("halves", 1), 128, 128 * 16 + 64};
+  launch(halves<__half>, "halves", config, stream, static_cast<const __half*>(in), static_cast<__half*>(out), sums);
+  launch(halves<__nv_bfloat16>, "halves", config, stream, static_cast<const __nv_bfloat16*>(in), static_cast<__nv_bfloat16*>(out),
          sums);
-  launch(floats, "floats", Launch{unsigned(resident_blocks(floats, "floats", 32, 0)), 32}, stream, sums, sums);
+  launch(floats, "floats", LaunchConfig{unsigned(resident_blocks(floats, "floats", 32, 0)), 32}, stream, sums, sums);
 }

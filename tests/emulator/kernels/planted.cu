@@ -20,7 +20,7 @@ __global__ void missing_barrier(const float* x, float* y, bool bug) {
   store(y + threadIdx.x, tile.load(blockDim.x - 1 - threadIdx.x));
 }
 EXPORT(missing_barrier, const float* x, float* y, int n, bool bug) {
-  launch(::missing_barrier, "missing_barrier", Launch{1, n, n * 4u}, nullptr, x, y, bug);
+  launch(::missing_barrier, "missing_barrier", LaunchConfig{1, n, n * 4u}, nullptr, x, y, bug);
 }
 
 // The second round overwrites values that other threads may still read.
@@ -34,7 +34,7 @@ __global__ void missing_second_barrier(const float* x, float* y, bool bug) {
   }
 }
 EXPORT(missing_second_barrier, const float* x, float* y, int n, bool bug) {
-  launch(::missing_second_barrier, "missing_second_barrier", Launch{1, n, n * 4u}, nullptr, x, y, bug);
+  launch(::missing_second_barrier, "missing_second_barrier", LaunchConfig{1, n, n * 4u}, nullptr, x, y, bug);
 }
 
 // Within a warp __syncwarp orders accesses; a shuffle does not.
@@ -46,7 +46,7 @@ __global__ void missing_syncwarp(const float* x, float* y, bool bug) {
   store(y + lane_id(), __shfl_xor_sync(kAllLanes, next, 1));
 }
 EXPORT(missing_syncwarp, const float* x, float* y, bool bug) {
-  launch(::missing_syncwarp, "missing_syncwarp", Launch{1, kWarpSize, 128}, nullptr, x, y, bug);
+  launch(::missing_syncwarp, "missing_syncwarp", LaunchConfig{1, kWarpSize, 128}, nullptr, x, y, bug);
 }
 
 // All threads write the same word.
@@ -56,35 +56,37 @@ __global__ void write_race(float* y, bool bug) {
   __syncthreads();
   store(y + threadIdx.x, word.load(0));
 }
-EXPORT(write_race, float* y, int n, bool bug) { launch(::write_race, "write_race", Launch{1, n, 4}, nullptr, y, bug); }
+EXPORT(write_race, float* y, int n, bool bug) { launch(::write_race, "write_race", LaunchConfig{1, n, 4}, nullptr, y, bug); }
 
 __global__ void global_bounds(const float* x, float* y, int n, bool bug) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (bug || i < n) store(y + i, load(x + (i < n ? i : 0)));
 }
 EXPORT(global_bounds, const float* x, float* y, int n, bool bug) {
-  launch(::global_bounds, "global_bounds", Launch{ceil_div(n, 64), 64}, nullptr, x, y, n, bug);
+  launch(::global_bounds, "global_bounds", LaunchConfig{ceil_div(n, 64), 64}, nullptr, x, y, n, bug);
 }
 
 __global__ void global_read_before(const float* x, float* y, bool bug) {
   store(y + threadIdx.x, load(x + int(threadIdx.x) - (bug ? 1 : 0)));
 }
 EXPORT(global_read_before, const float* x, float* y, int n, bool bug) {
-  launch(::global_read_before, "global_read_before", Launch{1, n}, nullptr, x, y, bug);
+  launch(::global_read_before, "global_read_before", LaunchConfig{1, n}, nullptr, x, y, bug);
 }
 
 __global__ void writes_const(const float* x, bool bug) {
   if (bug) store(const_cast<float*>(x), 0.f);
 }
-EXPORT(writes_const, const float* x, bool bug) { launch(::writes_const, "writes_const", Launch{1, 1}, nullptr, x, bug); }
+EXPORT(writes_const, const float* x, bool bug) { launch(::writes_const, "writes_const", LaunchConfig{1, 1}, nullptr, x, bug); }
 
 __global__ void raw_pointer(const float* x, float* y, bool bug) { store(y, bug ? *x : load(x)); }
 EXPORT(raw_pointer, const float* x, float* y, bool bug) {
-  launch(::raw_pointer, "raw_pointer", Launch{1, 1}, nullptr, x, y, bug);
+  launch(::raw_pointer, "raw_pointer", LaunchConfig{1, 1}, nullptr, x, y, bug);
 }
 
 __global__ void misaligned(const float* x, float* y, bool bug) { store(y, load_vec<4>(x + (bug ? 1 : 0))[0]); }
-EXPORT(misaligned, const float* x, float* y, bool bug) { launch(::misaligned, "misaligned", Launch{1, 1}, nullptr, x, y, bug); }
+EXPORT(misaligned, const float* x, float* y, bool bug) {
+  launch(::misaligned, "misaligned", LaunchConfig{1, 1}, nullptr, x, y, bug);
+}
 
 __global__ void misaligned_shared(float* y, bool bug) {
   const Shared<float> tile(0, 8);
@@ -93,7 +95,7 @@ __global__ void misaligned_shared(float* y, bool bug) {
   store(y, vector.load(0)[0]);
 }
 EXPORT(misaligned_shared, float* y, bool bug) {
-  launch(::misaligned_shared, "misaligned_shared", Launch{1, 1, 32}, nullptr, y, bug);
+  launch(::misaligned_shared, "misaligned_shared", LaunchConfig{1, 1, 32}, nullptr, y, bug);
 }
 
 // Reads past the view but inside the block's memory; shared_bounds goes past that too.
@@ -102,21 +104,23 @@ __global__ void shared_view(float* y, bool bug) {
   other.store(0, 1.f);
   store(y, bug ? mine.load(4) : other.load(0));
 }
-EXPORT(shared_view, float* y, bool bug) { launch(::shared_view, "shared_view", Launch{1, 1, 32}, nullptr, y, bug); }
+EXPORT(shared_view, float* y, bool bug) { launch(::shared_view, "shared_view", LaunchConfig{1, 1, 32}, nullptr, y, bug); }
 
 __global__ void shared_bounds(float* y, bool bug) {
   const Shared<float> tile(0, 8);
   tile.store(bug ? 4 : 3, 1.f);
   store(y, 1.f);
 }
-EXPORT(shared_bounds, float* y, bool bug) { launch(::shared_bounds, "shared_bounds", Launch{1, 1, 16}, nullptr, y, bug); }
+EXPORT(shared_bounds, float* y, bool bug) { launch(::shared_bounds, "shared_bounds", LaunchConfig{1, 1, 16}, nullptr, y, bug); }
 
 __global__ void unwritten_shared(float* y, bool bug) {
   const Shared<float> tile(0, 2);
   tile.store(0, 1.f);
   store(y, tile.load(bug ? 1 : 0));
 }
-EXPORT(unwritten_shared, float* y, bool bug) { launch(::unwritten_shared, "unwritten_shared", Launch{1, 1, 8}, nullptr, y, bug); }
+EXPORT(unwritten_shared, float* y, bool bug) {
+  launch(::unwritten_shared, "unwritten_shared", LaunchConfig{1, 1, 8}, nullptr, y, bug);
+}
 
 // bug 1: no wait. 2: a wait for one group too few. 3: reads another thread's copy after the wait, without a barrier.
 __global__ void async_copy(const float* x, float* y, int bug) {
@@ -135,7 +139,7 @@ __global__ void async_copy(const float* x, float* y, int bug) {
   store_vec(y + half + next, vectors.load((half + next) / 4));
 }
 EXPORT(async_copy, const float* x, float* y, int threads, int bug) {
-  launch(::async_copy, "async_copy", Launch{1, threads, threads * 32u}, nullptr, x, y, bug);
+  launch(::async_copy, "async_copy", LaunchConfig{1, threads, threads * 32u}, nullptr, x, y, bug);
 }
 
 // The copy of the next stage overwrites a stage that other threads still read.
@@ -153,7 +157,7 @@ __global__ void async_overwrite(const float* x, float* y, bool bug) {
   }
 }
 EXPORT(async_overwrite, const float* x, float* y, int threads, bool bug) {
-  launch(::async_overwrite, "async_overwrite", Launch{1, threads, threads * 16u}, nullptr, x, y, bug);
+  launch(::async_overwrite, "async_overwrite", LaunchConfig{1, threads, threads * 16u}, nullptr, x, y, bug);
 }
 
 // bug 1: half of the block does not wait. 2: the halves wait at two different barriers. 3: some threads return first. 4: as 2,
@@ -173,7 +177,7 @@ __global__ void divergent_barrier(float* y, int bug) {
   store(y + threadIdx.x, 1.f);
 }
 EXPORT(divergent_barrier, float* y, int n, int bug) {
-  launch(::divergent_barrier, "divergent_barrier", Launch{1, n}, nullptr, y, bug);
+  launch(::divergent_barrier, "divergent_barrier", LaunchConfig{1, n}, nullptr, y, bug);
 }
 
 // bug 1: lanes in the mask do not take part. 2: lanes of one mask are at different instructions.
@@ -183,7 +187,9 @@ __global__ void divergent_shuffle(float* y, int bug) {
   else if (bug == 2) v = __shfl_down_sync(kAllLanes, v, 1);
   store(y + threadIdx.x, v);
 }
-EXPORT(divergent_shuffle, float* y, int bug) { launch(::divergent_shuffle, "divergent_shuffle", Launch{1, 32}, nullptr, y, bug); }
+EXPORT(divergent_shuffle, float* y, int bug) {
+  launch(::divergent_shuffle, "divergent_shuffle", LaunchConfig{1, 32}, nullptr, y, bug);
+}
 
 // bug 1: reads before the cluster's barrier. 2: ends while other blocks may read its memory.
 __global__ void cluster_barriers(float* y, int bug) {
@@ -194,14 +200,14 @@ __global__ void cluster_barriers(float* y, int bug) {
   if (bug != 2) cluster_sync();
 }
 EXPORT(cluster_barriers, float* y, int blocks, int bug) {
-  launch_together(::cluster_barriers, "cluster_barriers", Launch{blocks, 1, 4}, 2, false, y, bug);
+  launch_together(::cluster_barriers, "cluster_barriers", LaunchConfig{blocks, 1, 4}, 2, false, y, bug);
 }
 
 // Each block changes what the previous one left in global memory, so the result depends on the order of the blocks.
 __global__ void order_of_blocks(float* y, bool bug) {
   if (bug) store(y, load(y) * 2 + blockIdx.x);
 }
-EXPORT(order_of_blocks, float* y, bool bug) { launch(::order_of_blocks, "order_of_blocks", Launch{8, 1}, nullptr, y, bug); }
+EXPORT(order_of_blocks, float* y, bool bug) { launch(::order_of_blocks, "order_of_blocks", LaunchConfig{8, 1}, nullptr, y, bug); }
 
 __global__ void local_array(const int* index, float* y) {
   float values[4] = {1, 2, 3, 4};
@@ -209,10 +215,10 @@ __global__ void local_array(const int* index, float* y) {
   asm volatile("" : "+r"(p));  // hides the array from the optimizer
   store(y, p[load(index)]);
 }
-EXPORT(local_array, const int* index, float* y) { launch(::local_array, "local_array", Launch{1, 1}, nullptr, index, y); }
+EXPORT(local_array, const int* index, float* y) { launch(::local_array, "local_array", LaunchConfig{1, 1}, nullptr, index, y); }
 
 __global__ void overflow(const int* x, int* y) { store(y, load(x) * 65536); }
-EXPORT(overflow, const int* x, int* y) { launch(::overflow, "overflow", Launch{1, 1}, nullptr, x, y); }
+EXPORT(overflow, const int* x, int* y) { launch(::overflow, "overflow", LaunchConfig{1, 1}, nullptr, x, y); }
 
 // One 16x16 by 16x8 product; the bug swaps a's lower rows and its right columns.
 __global__ void fragment(const __half* a, const __half* b, float* d, bool bug) {
@@ -232,16 +238,17 @@ __global__ void fragment(const __half* a, const __half* b, float* d, bool bug) {
   for (int i = 0; i < 4; ++i) store(d + (row + i / 2 * 8) * 8 + pair + i % 2, fd[i]);
 }
 EXPORT(fragment, const void* a, const void* b, float* d, bool bug) {
-  launch(::fragment, "fragment", Launch{1, 32}, nullptr, static_cast<const __half*>(a), static_cast<const __half*>(b), d, bug);
+  launch(::fragment, "fragment", LaunchConfig{1, 32}, nullptr, static_cast<const __half*>(a), static_cast<const __half*>(b), d,
+         bug);
 }
 
 __global__ void spin(float* y) {
   while (load(y) != 1.f) {
   }
 }
-EXPORT(spin, float* y) { launch(::spin, "spin", Launch{1, 1}, nullptr, y); }
+EXPORT(spin, float* y) { launch(::spin, "spin", LaunchConfig{1, 1}, nullptr, y); }
 
 __global__ void nothing() {}
 EXPORT(shape, int grid, int threads, int64_t shared_bytes, int cluster, bool cooperative) {
-  launch_together(nothing, "nothing", Launch{grid, threads, size_t(shared_bytes)}, cluster, cooperative);
+  launch_together(nothing, "nothing", LaunchConfig{grid, threads, size_t(shared_bytes)}, cluster, cooperative);
 }

@@ -23,16 +23,16 @@ __global__ void widen(const T* x, float* y, int n) {
   for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) store(y + i, to_float(load(x + i)));
 }
 EXPORT(to_half, const float* x, void* y, int n) {
-  launch(round_floats<__half>, "to_half", Launch{4, 256}, nullptr, x, static_cast<__half*>(y), n);
+  launch(round_floats<__half>, "to_half", LaunchConfig{4, 256}, nullptr, x, static_cast<__half*>(y), n);
 }
 EXPORT(to_bfloat, const float* x, void* y, int n) {
-  launch(round_floats<__nv_bfloat16>, "to_bfloat", Launch{4, 256}, nullptr, x, static_cast<__nv_bfloat16*>(y), n);
+  launch(round_floats<__nv_bfloat16>, "to_bfloat", LaunchConfig{4, 256}, nullptr, x, static_cast<__nv_bfloat16*>(y), n);
 }
 EXPORT(from_half, const void* x, float* y, int n) {
-  launch(widen<__half>, "from_half", Launch{4, 256}, nullptr, static_cast<const __half*>(x), y, n);
+  launch(widen<__half>, "from_half", LaunchConfig{4, 256}, nullptr, static_cast<const __half*>(x), y, n);
 }
 EXPORT(from_bfloat, const void* x, float* y, int n) {
-  launch(widen<__nv_bfloat16>, "from_bfloat", Launch{4, 256}, nullptr, static_cast<const __nv_bfloat16*>(x), y, n);
+  launch(widen<__nv_bfloat16>, "from_bfloat", LaunchConfig{4, 256}, nullptr, static_cast<const __nv_bfloat16*>(x), y, n);
 }
 
 // --- Warps
@@ -46,7 +46,7 @@ __global__ void shuffles(const float* x, float* y, int argument, int width) {
   store(y + 96 + lane_id(), __shfl_xor_sync(kAllLanes, v, argument, width));
 }
 EXPORT(shuffles, const float* x, float* y, int argument, int width) {
-  launch(::shuffles, "shuffles", Launch{1, 32}, nullptr, x, y, argument, width);
+  launch(::shuffles, "shuffles", LaunchConfig{1, 32}, nullptr, x, y, argument, width);
 }
 
 // Votes of the whole warp, of its even and its odd lanes separately, and of the block.
@@ -63,7 +63,7 @@ __global__ void votes(const int* x, unsigned* y) {
   store(mine + 6, unsigned(__syncthreads_and(p)));
   store(mine + 7, threadIdx.x);
 }
-EXPORT(votes, const int* x, unsigned* y, int threads) { launch(::votes, "votes", Launch{1, threads}, nullptr, x, y); }
+EXPORT(votes, const int* x, unsigned* y, int threads) { launch(::votes, "votes", LaunchConfig{1, threads}, nullptr, x, y); }
 
 // --- Reductions
 
@@ -81,7 +81,7 @@ __global__ void moments(const float* x, float* y, int n) {
   }
 }
 EXPORT(moments, const float* x, float* y, int n, int threads) {
-  launch(::moments, "moments", Launch{1, threads, threads / 32 * sizeof(Moments)}, nullptr, x, y, n);
+  launch(::moments, "moments", LaunchConfig{1, threads, threads / 32 * sizeof(Moments)}, nullptr, x, y, n);
 }
 
 // --- Tensor cores
@@ -106,7 +106,7 @@ __global__ void matmul(const T* a, const T* b, float* d) {
 }
 template <class T>
 void launch_matmul(const void* a, const void* b, float* d) {
-  launch(matmul<T>, "matmul", Launch{1, 32, 384 * 2}, nullptr, static_cast<const T*>(a), static_cast<const T*>(b), d);
+  launch(matmul<T>, "matmul", LaunchConfig{1, 32, 384 * 2}, nullptr, static_cast<const T*>(a), static_cast<const T*>(b), d);
 }
 EXPORT(matmul_half, const void* a, const void* b, float* d) { launch_matmul<__half>(a, b, d); }
 EXPORT(matmul_bfloat, const void* a, const void* b, float* d) { launch_matmul<__nv_bfloat16>(a, b, d); }
@@ -122,7 +122,7 @@ __global__ void matmul_tf32(const float* a, const float* b, float* d) {  // 16x8
   for (int i = 0; i < 4; ++i) store(d + (row + i / 2 * 8) * 8 + member * 2 + i % 2, fd[i]);
 }
 EXPORT(matmul_tf32, const float* a, const float* b, float* d) {
-  launch(::matmul_tf32, "matmul_tf32", Launch{1, 32}, nullptr, a, b, d);
+  launch(::matmul_tf32, "matmul_tf32", LaunchConfig{1, 32}, nullptr, a, b, d);
 }
 
 // Row r of matrix m is x[m][r]; y[lane][m] is the register that the lane receives.
@@ -138,7 +138,7 @@ __global__ void matrices(const __half* x, uint32_t* y) {
 }
 EXPORT(matrices, const void* x, unsigned* y, int count, bool transposed) {
   auto go = [&](auto kernel) {
-    launch(kernel, "matrices", Launch{1, 32, count * 128u}, nullptr, static_cast<const __half*>(x), y);
+    launch(kernel, "matrices", LaunchConfig{1, 32, count * 128u}, nullptr, static_cast<const __half*>(x), y);
   };
   if (count == 1) transposed ? go(matrices<true, 1>) : go(matrices<false, 1>);
   if (count == 2) transposed ? go(matrices<true, 2>) : go(matrices<false, 2>);
@@ -158,7 +158,7 @@ __global__ void copy_valid(const float* x, float* y, int n) {
   for (int k = 0; k < N; ++k) store(y + i + k, tile.load(i + k));  // the thread's own copy needs no barrier
 }
 EXPORT(copy_valid, const float* x, float* y, int n, int width) {
-  auto go = [&](auto kernel) { launch(kernel, "copy_valid", Launch{1, 64, 64u * width * 4}, nullptr, x, y, n); };
+  auto go = [&](auto kernel) { launch(kernel, "copy_valid", LaunchConfig{1, 64, 64u * width * 4}, nullptr, x, y, n); };
   if (width == 1) go(copy_valid<1>);
   if (width == 2) go(copy_valid<2>);
   if (width == 4) go(copy_valid<4>);
@@ -179,7 +179,7 @@ __global__ void cluster_sum(const float* x, float* y) {
   cluster_sync();
 }
 EXPORT(cluster_sum, const float* x, float* y, int blocks, int threads, int cluster) {
-  launch_together(::cluster_sum, "cluster_sum", Launch{blocks, threads, threads * 4u}, cluster, false, x, y);
+  launch_together(::cluster_sum, "cluster_sum", LaunchConfig{blocks, threads, threads * 4u}, cluster, false, x, y);
 }
 
 // Each block leaves a partial sum; after the barrier each adds up all of them.
@@ -193,7 +193,7 @@ __global__ void grid_sum(const float* x, float* parts, float* y) {
   if (threadIdx.x == 0) store(y + blockIdx.x, sum);
 }
 EXPORT(grid_sum, const float* x, float* parts, float* y, int blocks, int threads) {
-  launch_together(::grid_sum, "grid_sum", Launch{blocks, threads, 128}, 1, true, x, parts, y);
+  launch_together(::grid_sum, "grid_sum", LaunchConfig{blocks, threads, 128}, 1, true, x, parts, y);
 }
 
 // The last block to finish adds up the parts of all; its ticket tells it that it is the last.
@@ -211,7 +211,7 @@ __global__ void last_block(const float* x, float* parts, unsigned* ticket, float
   if (threadIdx.x == 0) store(y, sum);
 }
 EXPORT(last_block, const float* x, float* parts, unsigned* ticket, float* y, int blocks) {
-  launch(::last_block, "last_block", Launch{blocks, 64, 4}, nullptr, x, parts, ticket, y);
+  launch(::last_block, "last_block", LaunchConfig{blocks, 64, 4}, nullptr, x, parts, ticket, y);
 }
 
 // --- Indices and counters
@@ -222,7 +222,7 @@ __global__ void where_am_i(unsigned* y) {
   const unsigned i = block * (blockDim.x * blockDim.y * blockDim.z) + thread;
   store(y + i, i);
 }
-EXPORT(where_am_i, unsigned* y) { launch(::where_am_i, "where_am_i", Launch{dim3(2, 3, 4), dim3(5, 6, 7)}, nullptr, y); }
+EXPORT(where_am_i, unsigned* y) { launch(::where_am_i, "where_am_i", LaunchConfig{dim3(2, 3, 4), dim3(5, 6, 7)}, nullptr, y); }
 
 // Each lane reads one float, `stride` floats from the next, and passes it through shared memory with the same stride.
 __global__ void strided(const float* x, float* y, int stride) {
@@ -231,7 +231,7 @@ __global__ void strided(const float* x, float* y, int stride) {
   store(y + lane_id(), s.load(lane_id() * stride));
 }
 EXPORT(strided, const float* x, float* y, int stride) {
-  launch(::strided, "strided", Launch{1, 32, 128u * stride}, nullptr, x, y, stride);
+  launch(::strided, "strided", LaunchConfig{1, 32, 128u * stride}, nullptr, x, y, stride);
 }
 
 // Rows of 16 bytes, `pitch` bytes apart, stored by wide accesses and loaded by ldmatrix.
@@ -244,7 +244,7 @@ __global__ void pitched(const __half* x, uint32_t* y, int pitch) {
   store(y + lane_id(), r[0]);
 }
 EXPORT(pitched, const void* x, unsigned* y, int pitch) {
-  launch(::pitched, "pitched", Launch{1, 32, 8u * pitch}, nullptr, static_cast<const __half*>(x), y, pitch);
+  launch(::pitched, "pitched", LaunchConfig{1, 32, 8u * pitch}, nullptr, static_cast<const __half*>(x), y, pitch);
 }
 
 // Lanes loop different numbers of times, and their accesses must still be grouped into the right requests.
@@ -253,4 +253,4 @@ __global__ void ragged(const float* x, float* y, int n) {
   for (int i = lane_id(); i < n; i += 32) sum += load(x + i);
   store(y + lane_id(), sum);
 }
-EXPORT(ragged, const float* x, float* y, int n) { launch(::ragged, "ragged", Launch{1, 32}, nullptr, x, y, n); }
+EXPORT(ragged, const float* x, float* y, int n) { launch(::ragged, "ragged", LaunchConfig{1, 32}, nullptr, x, y, n); }
