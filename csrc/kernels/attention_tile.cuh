@@ -50,7 +50,7 @@ struct Tile {
   static constexpr int kSumTiles = kRows / 16;            // mma tiles down the sums of a warp, which has all rows
   static constexpr int kScoreTiles = kRows / 32;          // and down its scores: two warps share the rows, four the columns
   static constexpr int kDepth = 32 / sizeof(T);           // tokens of one product
-  static constexpr int kAccessElements = 16 / sizeof(T);  // of one copy
+  static constexpr int kAccessElements = 16 / sizeof(T);  // elements per 16-byte copy
   static constexpr int kWeightPitch = kColumns * sizeof(T) + kBankOffset;  // bytes
 };
 
@@ -74,8 +74,8 @@ struct Extents {
 };
 
 struct TileCounts {
-  int row_tiles, column_tiles;  // of one head
-  int all_row_tiles;            // of all heads and images
+  int row_tiles, column_tiles;  // tiles per head
+  int all_row_tiles;            // row tiles over all heads and images
 };
 
 // Units of work and the blocks that take them: `share` units each, and the first `remainder` blocks one more.
@@ -134,8 +134,8 @@ struct Operands {
 // What a block does of one row tile.
 struct Segment {
   int tile, image, head;     // tile counts the row tiles of all heads and images
-  int row_tile;              // of the head
-  int first_tile, end_tile;  // of columns
+  int row_tile;              // row tile within the head
+  int first_tile, end_tile;  // column tiles [first_tile, end_tile)
   int part;                  // the index of the partial result, or -1 if this block has the whole row tile
 
   // `unit` is the next of the block's units [first_unit, end_unit).

@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 2) sum_bands(Geometry geometry, Band
   const int column = left + inner * VecSize;
   const int64_t base = plane * geometry.pixels, zq_base = plane * geometry.zq_pixels;
 
-  Pair total = {};  // of Y P and Y Q over this thread's cells
+  Pair total = {};  // sums of Y P and Y Q over this thread's cells
   const int end_band = min((chunk + 1) * plan.chunk_bands, geometry.zq_height);
   for (int first_band = chunk * plan.chunk_bands; first_band < end_band; first_band += plan.threads_outer) {
     const int band = first_band + outer;

@@ -189,7 +189,7 @@ MOVQ_DEVICE void reduce_channels(const Geometry& geometry, const CellPlan& plan,
 template <class T, int VecSize>
 __global__ void __launch_bounds__(kThreads, 2) sum_cell_per_thread(Geometry geometry, CellPlan plan, BackwardArrays<T> arrays) {
   const CellThread<VecSize, true> thread(geometry, plan);
-  Pair totals[VecSize] = {};  // of Y P and Y Q over the thread's cells
+  Pair totals[VecSize] = {};  // sums of Y P and Y Q over the thread's cells
   if (!thread.idle) {
     PixelSum<T, VecSize, true> pixel_sum(geometry, arrays, thread.image, thread.channel);
     const int end_cell = min((thread.chunk + 1) * plan.chunk_cells, geometry.zq_pixels);
