@@ -41,11 +41,11 @@ void cp_async(const Shared<T>& to, unsigned i, const T* from, bool valid) {
 
 // Loads one, two or four matrices; see ldmatrix_x4. Only the first 8 * Count lanes name a row.
 template <bool Transposed, int Count, class T>
-void ldmatrix(uint32_t (&r)[Count], const Shared<T>& from, unsigned i) {
-  emu::ldmatrix(r, Count, Transposed, lane_id() < 8 * Count ? from.address(i, 8) : 0);
+void ldmatrix(uint32_t (&registers)[Count], const Shared<T>& from, unsigned i) {
+  emu::ldmatrix(registers, Count, Transposed, lane_id() < 8 * Count ? from.address(i, 8) : 0);
 }
 
 // Returns the value before the addition.
-inline unsigned atomic_add(unsigned* p, unsigned value) { return emu::global_atomic_add(p, value); }
+inline unsigned atomic_add(unsigned* counter, unsigned value) { return emu::global_atomic_add(counter, value); }
 
 }  // namespace movq

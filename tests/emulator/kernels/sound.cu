@@ -145,8 +145,9 @@ EXPORT(matrices, const void* x, unsigned* y, int count, bool transposed) {
   if (count == 4) transposed ? go(matrices<true, 4>) : go(matrices<false, 4>);
 }
 
-// --- cp.async of N floats, of which some pieces are not valid
+// --- Asynchronous copies
 
+// Each thread copies N floats. Copies that start at or beyond element n are not valid: they must write zeros and read nothing.
 template <int N>
 __global__ void copy_valid(const float* x, float* y, int n) {
   const Shared<float> tile(0, N * blockDim.x);

@@ -316,8 +316,8 @@ void launch(const char* kernel, const Shape& shape, const std::function<void()>&
 int multiprocessors() { return machine.multiprocessors; }
 int shared_memory_limit() { return static_cast<int>(machine.shared_limit); }
 
-// A multiprocessor has room for 2048 threads, 32 blocks, and the shared memory of the largest block. Each block takes 1 KB more
-// than it asks for.
+// The number of blocks that run at the same time on all multiprocessors. Each multiprocessor holds at most 2048 threads and 32
+// blocks. Its shared memory is the largest size that one block may request, plus 1 KB. CUDA reserves 1 KB of it for every block.
 int resident_blocks(int threads, size_t shared_bytes) {
   const size_t by_memory = (machine.shared_limit + 1024) / (shared_bytes + 1024);
   return machine.multiprocessors * static_cast<int>(std::min<size_t>({by_memory, size_t(2048 / threads), 32}));
