@@ -94,9 +94,10 @@ __global__ void __launch_bounds__(kThreads)
   const T* out_token = out.head(image, head) + token * out.token_stride;
   float sum = 0;
   for (int i = lane_id() * kAccess; i < head_size; i += kWarpSize * kAccess) {
-    const Vec<float, kAccess> a = to_float(load_vec<kAccess>(dout_token + i)), b = to_float(load_vec<kAccess>(out_token + i));
+    const Vec<float, kAccess> dout_values = to_float(load_vec<kAccess>(dout_token + i));
+    const Vec<float, kAccess> out_values = to_float(load_vec<kAccess>(out_token + i));
 #pragma unroll
-    for (int j = 0; j < kAccess; ++j) sum += a[j] * b[j];
+    for (int j = 0; j < kAccess; ++j) sum += dout_values[j] * out_values[j];
   }
   sum = warp_reduce(sum, Sum());
   if (lane_id() == 0) store(delta + query, sum);

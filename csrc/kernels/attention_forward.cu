@@ -120,13 +120,13 @@ class Softmax {
   // True for one of the four lanes that hold a row's scores.
   MOVQ_DEVICE static bool leads_row() { return lane_id() % 4 == 0; }
 
-  // Calls f(m, half, row) for this thread's rows of scores: an mma tile holds two, in elements 0, 1 and 2, 3.
-  template <class F>
-  MOVQ_DEVICE static void for_each_row(F&& f) {
+  // Calls function(m, half, row) for this thread's rows of scores: an mma tile holds two, in elements 0, 1 and 2, 3.
+  template <class Function>
+  MOVQ_DEVICE static void for_each_row(Function&& function) {
 #pragma unroll
     for (int m = 0; m < kScoreTiles; ++m) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) f(m, half, score_row<T>(m, 2 * half));
+      for (int half = 0; half < 2; ++half) function(m, half, score_row<T>(m, 2 * half));
     }
   }
 

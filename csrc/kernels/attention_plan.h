@@ -28,7 +28,7 @@ Chunks cut_chunks(int products, int head_size) {
 // Lays out shared memory and sets the value tokens of a chunk. As many row operands stay resident as leave room for three stages;
 // if none do, two stages are enough.
 template <class T>
-SharedLayout lay_out(Chunks& chunks, const char* name) {
+SharedLayout plan_shared_memory(Chunks& chunks, const char* name) {
   using Sizes = Tile<T>;
   SharedLayout shared = {};
   shared.row_pitch = chunks.score_chunks * kScoreChunk + kBankOffset;
@@ -71,7 +71,7 @@ Plan make_plan(const AttentionProblem& problem, const char* name) {
   }
   plan.counts.all_row_tiles = int(row_tiles);
   plan.chunks = cut_chunks<T>(Pass::kProducts, plan.extents.head_size);
-  plan.shared = lay_out<T>(plan.chunks, name);
+  plan.shared = plan_shared_memory<T>(plan.chunks, name);
   const int resident = resident_blocks(walk<T, Pass>, name, kThreads, plan.shared.total_bytes);
   if (resident < 1) throw std::runtime_error(std::string(name) + ": a block does not fit on the device");
   plan.schedule.blocks = int(std::min<int64_t>(units, resident));

@@ -15,8 +15,8 @@ struct Destination {
   float* parts;
 
   // Writes value(m, e, sum) for element e of mma tiles (m, n).
-  template <class F>
-  MOVQ_DEVICE void write(const Plan& plan, const Segment& segment, const Sums<T>& sums, F&& value) const {
+  template <class Function>
+  MOVQ_DEVICE void write(const Plan& plan, const Segment& segment, const Sums<T>& sums, Function&& value) const {
     const int head_size = plan.extents.head_size;
 #pragma unroll
     for (int m = 0; m < Tile<T>::kSumTiles; ++m) {

@@ -12,13 +12,13 @@ inline int bytes(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
 template <class T> struct Type { using type = T; };
 
-// Calls f(Type<T>) with the C++ type.
-template <class F>
-void with_type(DType dtype, F&& f) {
+// Calls function(Type<T>) with the C++ type.
+template <class Function>
+void with_type(DType dtype, Function&& function) {
   switch (dtype) {
-    case DType::float32: return f(Type<float>());
-    case DType::float16: return f(Type<__half>());
-    case DType::bfloat16: return f(Type<__nv_bfloat16>());
+    case DType::float32: return function(Type<float>());
+    case DType::float16: return function(Type<__half>());
+    case DType::bfloat16: return function(Type<__nv_bfloat16>());
   }
 }
 

@@ -24,9 +24,9 @@ constexpr int kThreads = 256;
 constexpr int64_t kTargetBlocks = 1024;  // about one wave of blocks on the largest GPUs
 constexpr int kMaxThreadAccesses = 16;
 
-// x as one run of accesses in memory, and the bias in units: VecSize channels in NHWC, where every access has another unit, and
-// one channel in NCHW, where a unit lasts for a whole map.
-struct Run {
+// How x is cut into blocks of adjacent accesses, and the bias into units. In NHWC a unit is VecSize channels, so adjacent
+// accesses have different units. In NCHW a unit is one channel, and lasts for a whole map.
+struct EpiloguePlan {
   int64_t accesses;
   int block_accesses;
   unsigned unit_accesses;  // adjacent accesses with the same unit
@@ -51,34 +51,34 @@ MOVQ_DEVICE Vec<float, N> load_bias(const void* bias, bool is_float, unsigned un
 }
 
 template <class T, int VecSize, bool ChannelsLast>
-__global__ void __launch_bounds__(kThreads, 4) add(Run run, T* x, const void* bias, const T* residual) {
-  constexpr int kAhead = 2;  // loads in flight, of x and of residual each
-  const int64_t first = int64_t(blockIdx.x) * run.block_accesses;
-  const int accesses = int(min(int64_t(run.block_accesses), run.accesses - first));
-  const unsigned first_unit = unsigned(first / run.unit_accesses % run.units), in_unit = unsigned(first % run.unit_accesses);
+__global__ void __launch_bounds__(kThreads, 4) add(EpiloguePlan plan, T* x, const void* bias, const T* residual) {
+  constexpr int kLoadsInFlight = 2;  // of x and of residual each
+  const int64_t first = int64_t(blockIdx.x) * plan.block_accesses;
+  const int accesses = int(min(int64_t(plan.block_accesses), plan.accesses - first));
+  const unsigned first_unit = unsigned(first / plan.unit_accesses % plan.units), in_unit = unsigned(first % plan.unit_accesses);
   // From here on offsets have 32 bits: with 64, nvcc 13.0 splits the wide stores.
   x += first * VecSize;
   residual += residual ? first * VecSize : 0;
 
   constexpr int kChannels = ChannelsLast ? VecSize : 1;
   Vec<float, kChannels> unit_bias = {};
-  unsigned loaded_unit = run.units;  // none
-  for (int access = threadIdx.x; access < accesses; access += kAhead * kThreads) {
-    Vec<T, VecSize> values[kAhead], residuals[kAhead] = {};
+  unsigned loaded_unit = plan.units;  // none
+  for (int access = threadIdx.x; access < accesses; access += kLoadsInFlight * kThreads) {
+    Vec<T, VecSize> values[kLoadsInFlight], residuals[kLoadsInFlight] = {};
 #pragma unroll
-    for (int ahead = 0; ahead < kAhead; ++ahead) {
+    for (int ahead = 0; ahead < kLoadsInFlight; ++ahead) {
       const int at = access + ahead * kThreads;
       if (at < accesses) values[ahead] = load_vec<VecSize>(x + at * VecSize);
       if (at < accesses && residual) residuals[ahead] = load_vec<VecSize, Cache::kStream>(residual + at * VecSize);
     }
 #pragma unroll
-    for (int ahead = 0; ahead < kAhead; ++ahead) {
+    for (int ahead = 0; ahead < kLoadsInFlight; ++ahead) {
       const int at = access + ahead * kThreads;
       if (at >= accesses) break;
       if (bias) {
-        const unsigned unit = (first_unit + (in_unit + at) / run.unit_accesses) % run.units;
+        const unsigned unit = (first_unit + (in_unit + at) / plan.unit_accesses) % plan.units;
         if (unit != loaded_unit) {
-          unit_bias = load_bias<T, kChannels>(bias, run.float_bias, unit);
+          unit_bias = load_bias<T, kChannels>(bias, plan.float_bias, unit);
           loaded_unit = unit;
         }
       }
@@ -100,16 +100,16 @@ bool can_use_wide_accesses(const EpilogueProblem& problem, const Epilogue& tenso
 
 template <class T, int VecSize, bool ChannelsLast>
 void launch_add(const EpilogueProblem& problem, const Epilogue& tensors, cudaStream_t stream) {
-  Run run = {};
-  run.accesses = problem.batch * problem.channels * problem.pixels / VecSize;
-  const int64_t single_round_blocks = ceil_div<int64_t>(run.accesses, kThreads);
-  run.block_accesses = kThreads * int(std::clamp<int64_t>(single_round_blocks / kTargetBlocks, 1, kMaxThreadAccesses));
-  run.unit_accesses = ChannelsLast ? 1 : unsigned(problem.pixels / VecSize);
-  run.units = unsigned(ChannelsLast ? problem.channels / VecSize : problem.channels);
-  run.float_bias = problem.bias_dtype == DType::float32;
-  const unsigned blocks = grid_size("epilogue add", ceil_div<int64_t>(run.accesses, run.block_accesses));
-  launch(add<T, VecSize, ChannelsLast>, "epilogue add", {blocks, kThreads}, stream, run, static_cast<T*>(tensors.x), tensors.bias,
-         static_cast<const T*>(tensors.residual));
+  EpiloguePlan plan = {};
+  plan.accesses = problem.batch * problem.channels * problem.pixels / VecSize;
+  const int64_t single_round_blocks = ceil_div<int64_t>(plan.accesses, kThreads);
+  plan.block_accesses = kThreads * int(std::clamp<int64_t>(single_round_blocks / kTargetBlocks, 1, kMaxThreadAccesses));
+  plan.unit_accesses = ChannelsLast ? 1 : unsigned(problem.pixels / VecSize);
+  plan.units = unsigned(ChannelsLast ? problem.channels / VecSize : problem.channels);
+  plan.float_bias = problem.bias_dtype == DType::float32;
+  const unsigned blocks = grid_size("epilogue add", ceil_div<int64_t>(plan.accesses, plan.block_accesses));
+  launch(add<T, VecSize, ChannelsLast>, "epilogue add", {blocks, kThreads}, stream, plan, static_cast<T*>(tensors.x),
+         tensors.bias, static_cast<const T*>(tensors.residual));
 }
 
 }  // namespace

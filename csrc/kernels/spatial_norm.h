@@ -1,7 +1,7 @@
 // SpatialNorm on the GPU, without torch: out = act(GroupNorm(f) * up(zq_y) + up(zq_b)), and its gradients.
 //
 // `up` is torch's nearest resize from zq's resolution to f's: source = min(int(floor(position * (float)(in / out))), in - 1).
-// Without zq (zq_height == 0) this is GroupNorm, with SiLU if asked for. f, out, df, dout and the four zq tensors have the same
+// Without zq (zq_height == 0) this is GroupNorm, with SiLU if requested. f, out, df, dout and the four zq tensors have the same
 // dtype and the same layout (contiguous NCHW, or contiguous NHWC with channels_last). Statistics are float32.
 //
 // Only forward supports two things. f_bias is the bias of the convolution that produced f. A bordered zq stands for a resized map

@@ -29,30 +29,30 @@ __global__ void __launch_bounds__(kThreads)
   const int first_channel = blockIdx.x % geometry.groups * geometry.group_channels;
   const int threads_outer = blockDim.x / threads_inner;
   const int inner = threadIdx.x % threads_inner, outer = threadIdx.x / threads_inner;
-  const Shared<Pair> shared(0, blockDim.x);
-  Pair group_sum = {};
+  const Shared<GradientSums> shared(0, blockDim.x);
+  GradientSums group_sum = {};
   for (int first = 0; first < geometry.group_channels; first += threads_inner) {
     const int channel = first + inner;
-    Pair sum = {};
+    GradientSums sum = {};
     if (channel < geometry.group_channels && outer < threads_outer) {
       for (int64_t chunk = outer; chunk < chunks; chunk += threads_outer) {
-        sum = sum + load_pair(arrays.chunk_sums, (image * chunks + chunk) * geometry.channels + first_channel + channel);
+        sum = sum + load_sums(arrays.chunk_sums, (image * chunks + chunk) * geometry.channels + first_channel + channel);
       }
     }
     shared.store(threadIdx.x, sum);
     __syncthreads();
     if (outer == 0 && channel < geometry.group_channels) {
       for (int other = 1; other < threads_outer; ++other) sum = sum + shared.load(other * threads_inner + inner);
-      store_pair(arrays.channel_sums, image * geometry.channels + first_channel + channel, sum);
+      store_sums(arrays.channel_sums, image * geometry.channels + first_channel + channel, sum);
       const float weight = load_parameter<T>(arrays.weight, first_channel + channel, geometry.float_params, 1);
-      group_sum = group_sum + Pair{weight * sum.p, weight * sum.q};
+      group_sum = group_sum + GradientSums{weight * sum.p, weight * sum.q};
     }
     __syncthreads();
   }
-  group_sum = block_reduce(group_sum, Sum(), Shared<Pair>(0, blockDim.x / kWarpSize));
+  group_sum = block_reduce(group_sum, Sum(), Shared<GradientSums>(0, blockDim.x / kWarpSize));
   if (threadIdx.x == 0) {
     const float values = float(geometry.group_channels) * float(geometry.pixels);
-    store_pair(arrays.group_sums, blockIdx.x, {group_sum.p / values, group_sum.q / values});
+    store_sums(arrays.group_sums, blockIdx.x, {group_sum.p / values, group_sum.q / values});
   }
 }
 
@@ -61,9 +61,9 @@ __global__ void __launch_bounds__(kThreads)
     sum_parameter_gradients(Geometry geometry, const float* channel_sums, void* dweight, void* dbias) {
   const int channel = blockIdx.x * blockDim.x + threadIdx.x;
   if (channel >= geometry.channels) return;
-  Pair sum = {};
+  GradientSums sum = {};
   for (int64_t image = 0; image < geometry.batch; ++image)
-    sum = sum + load_pair(channel_sums, image * geometry.channels + channel);
+    sum = sum + load_sums(channel_sums, image * geometry.channels + channel);
   auto write = [&](void* to, float value) {
     if (!to) return;
     if (geometry.float_params) store(static_cast<float*>(to) + channel, value);
@@ -81,13 +81,13 @@ __global__ void __launch_bounds__(kThreads, 2) write_input_gradient(Geometry geo
   if (thread.idle) return;
   Normalization normalize[Thread::kChannels];
   Affine affine[Thread::kChannels];
-  Pair group_sums[Thread::kChannels];
+  GradientSums group_sums[Thread::kChannels];
 #pragma unroll
   for (int i = 0; i < Thread::kChannels; ++i) {
     const int channel = thread.channel + i;
     normalize[i].load_from(geometry, arrays, thread.image, channel);
     affine[i].load_from(geometry, arrays, channel);
-    group_sums[i] = load_pair(arrays.group_sums, thread.image * geometry.groups + channel / geometry.group_channels);
+    group_sums[i] = load_sums(arrays.group_sums, thread.image * geometry.groups + channel / geometry.group_channels);
   }
   const int64_t base = element_offset<ChannelsLast>(geometry, thread.image, thread.channel, 0, geometry.pixels);
   const int64_t pixel_stride = ChannelsLast ? geometry.channels : 1;
@@ -99,11 +99,12 @@ __global__ void __launch_bounds__(kThreads, 2) write_input_gradient(Geometry geo
                                               geometry.silu, y, b);
 #pragma unroll
     for (int i = 0; i < VecSize; ++i) {
-      const int c = ChannelsLast ? i : 0;
-      const float n = normalize[c](to_float(f[i]));
-      const Affine modulated = affine[c].modulated(y[i], b[i]);
+      const int thread_channel = ChannelsLast ? i : 0;
+      const float n = normalize[thread_channel](to_float(f[i]));
+      const Affine modulated = affine[thread_channel].modulated(y[i], b[i]);
       const float h = activation_gradient(geometry.silu, to_float(dout[i]), n, modulated);
-      df[i] = normalize[c].rstd * (modulated.slope * h - group_sums[c].p - n * group_sums[c].q);
+      df[i] = normalize[thread_channel].rstd *
+              (modulated.slope * h - group_sums[thread_channel].p - n * group_sums[thread_channel].q);
     }
     store_vec(arrays.df + at, from_float<T>(df));
   }
@@ -147,7 +148,7 @@ size_t spatial_norm_backward_workspace(const SpatialNormProblem& problem, const 
   using namespace spatial_norm;
   const Geometry geometry = make_geometry(problem);
   const FirstPass plan = plan_first_pass(geometry, backward_vec_size(problem, geometry, tensors), problem.channels_last);
-  return sizeof(Pair) * geometry.batch * (geometry.channels * (plan.chunks + 1) + geometry.groups);
+  return sizeof(GradientSums) * geometry.batch * (geometry.channels * (plan.chunks + 1) + geometry.groups);
 }
 
 void spatial_norm_backward(const SpatialNormProblem& problem, const SpatialNormBackward& tensors, cudaStream_t stream) {
@@ -181,7 +182,7 @@ void spatial_norm_backward(const SpatialNormProblem& problem, const SpatialNormB
     }
     if (!plan.use_bands) launch_cell_sums<T, VecSize, ChannelsLast>(geometry, plan.cells, arrays, stream);
     const LaunchConfig merge_config = {grid_size("spatial_norm merge_sums", geometry.batch * geometry.groups), kThreads,
-                                       kThreads * sizeof(Pair)};
+                                       kThreads * sizeof(GradientSums)};
     launch(merge_sums<T>, "spatial_norm merge_sums", merge_config, stream, geometry, int(plan.chunks),
            std::min(geometry.group_channels, kThreads), arrays);
     if (tensors.dweight || tensors.dbias) {

@@ -7,13 +7,13 @@ namespace movq {
 namespace spatial_norm {
 
 // P and Q of the formulas, or sums made from them. Aligned, so that it is one access to shared memory.
-struct alignas(8) Pair { float p, q; };
-MOVQ_DEVICE Pair operator+(const Pair& a, const Pair& b) { return {a.p + b.p, a.q + b.q}; }
+struct alignas(8) GradientSums { float p, q; };
+MOVQ_DEVICE GradientSums operator+(const GradientSums& a, const GradientSums& b) { return {a.p + b.p, a.q + b.q}; }
 
-MOVQ_DEVICE void store_pair(float* to, int64_t index, const Pair& pair) {
-  store_vec(to + 2 * index, Vec<float, 2>{{pair.p, pair.q}});
+MOVQ_DEVICE void store_sums(float* to, int64_t index, const GradientSums& sums) {
+  store_vec(to + 2 * index, Vec<float, 2>{{sums.p, sums.q}});
 }
-MOVQ_DEVICE Pair load_pair(const float* from, int64_t index) {
+MOVQ_DEVICE GradientSums load_sums(const float* from, int64_t index) {
   const auto values = load_vec<2>(from + 2 * index);
   return {values[0], values[1]};
 }
@@ -24,9 +24,9 @@ struct BackwardArrays {
   const void *weight, *bias;
   const float *mean, *rstd;
   T *df, *dzq_y, *dzq_b;
-  float* chunk_sums;    // [batch][chunk][channel] pairs: sums of Y P and Y Q
-  float* channel_sums;  // [batch][channel] pairs: the same over all chunks
-  float* group_sums;    // [batch][group] pairs: s1 and s2
+  float* chunk_sums;    // [batch][chunk][channel][2]: the sums of Y P and Y Q
+  float* channel_sums;  // [batch][channel][2]: the same over all chunks
+  float* group_sums;    // [batch][group][2]: s1 and s2
 };
 
 // n = (f - mean) * rstd, for one channel of one image.
@@ -63,7 +63,7 @@ MOVQ_DEVICE float activation_gradient(bool silu, float dout, float n, const Affi
 // P and Y Q. `at` is the offset of the first channel in zq. Loads Y, weight and bias again rather than keep them in registers.
 template <class T, int Channels>
 MOVQ_DEVICE void write_cell_gradients(const Geometry& geometry, const BackwardArrays<T>& arrays, int channel, int64_t at,
-                                      Pair (&sums)[Channels]) {
+                                      GradientSums (&sums)[Channels]) {
   const Vec<float, Channels> y = to_float(load_vec<Channels>(arrays.zq_y + at));
   Vec<float, Channels> dy, db;
 #pragma unroll

@@ -19,7 +19,7 @@ struct BandPlan {
   int band_floats;                   // floats of shared memory per band: the columns of threads_inner threads
   MOVQ_HOST_DEVICE int threads() const { return round_up(threads_inner * threads_outer, kWarpSize); }
   size_t shared_bytes() const {
-    return std::max<size_t>(2 * sizeof(float) * threads_outer * band_floats, threads() / kWarpSize * sizeof(Pair));
+    return std::max<size_t>(2 * sizeof(float) * threads_outer * band_floats, threads() / kWarpSize * sizeof(GradientSums));
   }
 };
 
@@ -60,7 +60,7 @@ MOVQ_DEVICE void store_column_sums(const Shared<float>& shared, int first, const
 
 template <class T, int VecSize>
 __global__ void __launch_bounds__(kThreads, 2) sum_bands(Geometry geometry, BandPlan plan, BackwardArrays<T> arrays) {
-  constexpr int kAhead = 2;  // loads of f and of dout in flight
+  constexpr int kLoadsInFlight = 2;  // of f and of dout each
   const int64_t block = blockIdx.x;
   const int tile = block % plan.tiles, chunk = block / plan.tiles % plan.chunks;
   const int64_t plane = block / plan.tiles / plan.chunks, image = plane / geometry.channels;
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, 2) sum_bands(Geometry geometry, Band
   const int inner = threadIdx.x % plan.threads_inner, outer = threadIdx.x / plan.threads_inner;
   const Shared<float> column_p(0, plan.threads_outer * plan.band_floats);
   const Shared<float> column_q(column_p.end(), plan.threads_outer * plan.band_floats);
-  const Shared<Pair> scratch(0, blockDim.x / kWarpSize);  // overlaps column_p, after its last use
+  const Shared<GradientSums> scratch(0, blockDim.x / kWarpSize);  // overlaps column_p, after its last use
 
   Normalization normalize;
   normalize.load_from(geometry, arrays, image, channel);
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 2) sum_bands(Geometry geometry, Band
   const int column = left + inner * VecSize;
   const int64_t base = plane * geometry.pixels, zq_base = plane * geometry.zq_pixels;
 
-  Pair total = {};  // sums of Y P and Y Q over this thread's cells
+  GradientSums total = {};  // sums of Y P and Y Q over this thread's cells
   const int end_band = min((chunk + 1) * plan.chunk_bands, geometry.zq_height);
   for (int first_band = chunk * plan.chunk_bands; first_band < end_band; first_band += plan.threads_outer) {
     const int band = first_band + outer;
@@ -95,17 +95,17 @@ __global__ void __launch_bounds__(kThreads, 2) sum_bands(Geometry geometry, Band
       Affine modulated[VecSize];
 #pragma unroll
       for (int i = 0; i < VecSize; ++i) modulated[i] = affine.modulated(y[i], b[i]);
-      for (int row = top; row < bottom; row += kAhead) {
-        Vec<T, VecSize> f[kAhead], dout[kAhead];
+      for (int row = top; row < bottom; row += kLoadsInFlight) {
+        Vec<T, VecSize> f[kLoadsInFlight], dout[kLoadsInFlight];
 #pragma unroll
-        for (int ahead = 0; ahead < kAhead; ++ahead) {
+        for (int ahead = 0; ahead < kLoadsInFlight; ++ahead) {
           if (row + ahead >= bottom) break;
           const int64_t from = base + int64_t(row + ahead) * geometry.width + column;
           f[ahead] = load_vec<VecSize>(arrays.f + from);
           dout[ahead] = load_vec<VecSize>(arrays.dout + from);
         }
 #pragma unroll
-        for (int ahead = 0; ahead < kAhead; ++ahead) {
+        for (int ahead = 0; ahead < kLoadsInFlight; ++ahead) {
           if (row + ahead >= bottom) break;
 #pragma unroll
           for (int i = 0; i < VecSize; ++i) {
@@ -127,13 +127,13 @@ __global__ void __launch_bounds__(kThreads, 2) sum_bands(Geometry geometry, Band
       const int cell_left = first_position(cell, geometry.columns);
       const int width = first_position(cell + 1, geometry.columns) - cell_left;
       const int first = in_block * plan.band_floats + cell_left - left;
-      Pair sums[1] = {};
+      GradientSums sums[1] = {};
       // The cells of a warp start in the same bank as often as the largest power of two in their width: stagger their columns.
       int at = lane_id() * min(width & -width, kWarpSize) / kWarpSize;
 #pragma unroll 4
       for (int k = 0; k < width; ++k) {
         const int slot = column_slot<VecSize>(first + at);
-        sums[0] = sums[0] + Pair{column_p.load(slot), column_q.load(slot)};
+        sums[0] = sums[0] + GradientSums{column_p.load(slot), column_q.load(slot)};
         at = at + 1 < width ? at + 1 : 0;
       }
       const int64_t cell_row = first_band + in_block;
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, 2) sum_bands(Geometry geometry, Band
   total = block_reduce(total, Sum(), scratch);
   if (threadIdx.x == 0) {
     const int64_t chunks = int64_t(plan.chunks) * plan.tiles, part = chunk * int64_t(plan.tiles) + tile;
-    store_pair(arrays.chunk_sums, (image * chunks + part) * geometry.channels + channel, total);
+    store_sums(arrays.chunk_sums, (image * chunks + part) * geometry.channels + channel, total);
   }
 }
 

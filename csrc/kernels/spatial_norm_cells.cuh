@@ -1,7 +1,7 @@
 // Backward's sums of P and Q cell by cell. Three kernels, by the size of a cell:
 //   sum_cell_per_thread  a thread adds up a whole cell for VecSize channels (NHWC, cells of up to 64 pixels);
 //   sum_cell_per_block   a block adds up one cell;
-//   sum_stretches        without zq: a block adds up a stretch of pixels, as if it were a cell with Y = 1 and B = 0.
+//   sum_pixel_ranges     without zq: a block adds up a range of pixels, as if it were a cell with Y = 1 and B = 0.
 // Each writes the cells' gradients, if there are cells, and leaves the sums of Y P and Y Q per chunk and channel.
 #pragma once
 
@@ -10,7 +10,7 @@
 namespace movq {
 namespace spatial_norm {
 
-enum class CellKernel { kCellPerThread, kCellPerBlock, kStretches };
+enum class CellKernel { kCellPerThread, kCellPerBlock, kPixelRanges };
 
 // Blocks are numbered by channel tile (fastest), chunk and image.
 struct CellPlan {
@@ -18,7 +18,7 @@ struct CellPlan {
   int threads_inner, threads_outer;  // channels x pixels (or cells) in NHWC, pixels x 1 in NCHW
   int channel_tiles, chunks;
   int chunk_cells;   // kCellPerThread: cells per block
-  int chunk_pixels;  // kStretches: pixels per block
+  int chunk_pixels;  // kPixelRanges: pixels per block
   MOVQ_HOST_DEVICE int threads() const { return round_up(threads_inner * threads_outer, kWarpSize); }
 };
 
@@ -30,7 +30,7 @@ inline CellPlan plan_cells(const Geometry& geometry, int vec_size, bool channels
   plan.channel_tiles = channels_last ? ceil_div(channel_accesses, plan.threads_inner) : geometry.channels;
   auto rounds_for = [&](int64_t steps) { return rounds_per_block(steps * plan.channel_tiles * geometry.batch, 16); };
   if (!geometry.zq_pixels) {
-    plan.kernel = CellKernel::kStretches;
+    plan.kernel = CellKernel::kPixelRanges;
     const int step_pixels = channels_last ? plan.threads_outer : plan.threads_inner * vec_size;
     const int64_t rounds = rounds_for(ceil_div(geometry.pixels, step_pixels));
     plan.chunk_pixels = int(std::min<int64_t>(rounds * step_pixels, round_up(geometry.pixels, vec_size)));
@@ -113,19 +113,19 @@ struct PixelSum {
   }
 
   // Adds the accesses first, first + step, ... of the rectangle, counted row by row.
-  MOVQ_DEVICE void add(const Rectangle& pixels, int first, int step, Pair (&sums)[kChannels]) const {
-    constexpr int kAhead = kChannels == 8 ? 1 : 2;  // 8 channels leave no registers for more loads in flight
+  MOVQ_DEVICE void add(const Rectangle& pixels, int first, int step, GradientSums (&sums)[kChannels]) const {
+    constexpr int kLoadsInFlight = kChannels == 8 ? 1 : 2;  // of f and of dout each; 8 channels leave no registers for more
     constexpr int kAccessPixels = ChannelsLast ? 1 : VecSize;
     const int64_t base = element_offset<ChannelsLast>(geometry, image, channel, 0, geometry.pixels);
     const int64_t pixel_stride = ChannelsLast ? geometry.channels : 1;
     // In NCHW accesses start at multiples of VecSize, so the first and last of a row may reach into the neighbours.
     const int left_access = pixels.left / kAccessPixels, width = ceil_div(pixels.right, kAccessPixels) - left_access;
     const int accesses = pixels.right > pixels.left ? (pixels.bottom - pixels.top) * width : 0;
-    for (int access = first; access < accesses; access += kAhead * step) {
-      Vec<T, VecSize> f[kAhead], dout[kAhead];
-      int columns[kAhead];
+    for (int access = first; access < accesses; access += kLoadsInFlight * step) {
+      Vec<T, VecSize> f[kLoadsInFlight], dout[kLoadsInFlight];
+      int columns[kLoadsInFlight];
 #pragma unroll
-      for (int ahead = 0; ahead < kAhead; ++ahead) {
+      for (int ahead = 0; ahead < kLoadsInFlight; ++ahead) {
         const int here = access + ahead * step;
         if (here >= accesses) break;
         const int row = here / width;
@@ -135,23 +135,25 @@ struct PixelSum {
         dout[ahead] = load_vec<VecSize>(arrays.dout + from);
       }
 #pragma unroll
-      for (int ahead = 0; ahead < kAhead; ++ahead) {
+      for (int ahead = 0; ahead < kLoadsInFlight; ++ahead) {
         if (access + ahead * step >= accesses) break;
 #pragma unroll
         for (int i = 0; i < VecSize; ++i) {
-          const int c = ChannelsLast ? i : 0;
-          const float n = normalize[c](to_float(f[ahead][i]));
-          const float h = activation_gradient(geometry.silu, to_float(dout[ahead][i]), n, affine[c]);
+          const int thread_channel = ChannelsLast ? i : 0;
+          const float n = normalize[thread_channel](to_float(f[ahead][i]));
+          const float h = activation_gradient(geometry.silu, to_float(dout[ahead][i]), n, affine[thread_channel]);
           const int column = columns[ahead] + i;
-          if (ChannelsLast || (column >= pixels.left && column < pixels.right)) sums[c] = sums[c] + Pair{h, h * n};
+          if (ChannelsLast || (column >= pixels.left && column < pixels.right)) {
+            sums[thread_channel] = sums[thread_channel] + GradientSums{h, h * n};
+          }
         }
       }
     }
   }
 };
 
-// Pairs of shared memory from one of a thread's channels to the next. 16 pairs span all banks, so VecSize adjacent channels start
-// in different ones.
+// The distance in shared memory between one of a thread's channels and the next, in GradientSums. 16 of them span all banks, so
+// VecSize adjacent channels start in different ones.
 template <int VecSize>
 MOVQ_HOST_DEVICE int channel_pitch(int threads) {
   return threads + kWarpSize / 2 / VecSize;
@@ -159,29 +161,29 @@ MOVQ_HOST_DEVICE int channel_pitch(int threads) {
 
 template <int VecSize, bool ChannelsLast>
 size_t cell_shared_bytes(const CellPlan& plan) {
-  return sizeof(Pair) * (ChannelsLast ? VecSize * channel_pitch<VecSize>(plan.threads()) : plan.threads() / kWarpSize);
+  return sizeof(GradientSums) * (ChannelsLast ? VecSize * channel_pitch<VecSize>(plan.threads()) : plan.threads() / kWarpSize);
 }
 
 // Adds up the sums that the block's threads hold, and calls write(channel, sum) once for every channel of the block.
-template <int VecSize, bool ChannelsLast, class F>
+template <int VecSize, bool ChannelsLast, class Function>
 MOVQ_DEVICE void reduce_channels(const Geometry& geometry, const CellPlan& plan, const CellThread<VecSize, ChannelsLast>& thread,
-                                 const Pair (&sums)[CellThread<VecSize, ChannelsLast>::kChannels], F&& write) {
+                                 const GradientSums (&sums)[CellThread<VecSize, ChannelsLast>::kChannels], Function&& write) {
   if constexpr (ChannelsLast) {
     const int pitch = channel_pitch<VecSize>(blockDim.x);
-    const Shared<Pair> shared(0, VecSize * pitch);
+    const Shared<GradientSums> shared(0, VecSize * pitch);
 #pragma unroll
     for (int i = 0; i < VecSize; ++i) shared.store(i * pitch + threadIdx.x, sums[i]);
     __syncthreads();
     const int channels = min(plan.threads_inner * VecSize, geometry.channels - thread.block_channel);
     for (int i = threadIdx.x; i < channels; i += blockDim.x) {
-      Pair sum = {};
+      GradientSums sum = {};
       for (int outer = 0; outer < plan.threads_outer; ++outer) {
         sum = sum + shared.load(i % VecSize * pitch + outer * plan.threads_inner + i / VecSize);
       }
       write(thread.block_channel + i, sum);
     }
   } else {
-    const Pair sum = block_reduce(sums[0], Sum(), Shared<Pair>(0, blockDim.x / kWarpSize));
+    const GradientSums sum = block_reduce(sums[0], Sum(), Shared<GradientSums>(0, blockDim.x / kWarpSize));
     if (threadIdx.x == 0) write(thread.channel, sum);
   }
 }
@@ -189,22 +191,22 @@ MOVQ_DEVICE void reduce_channels(const Geometry& geometry, const CellPlan& plan,
 template <class T, int VecSize>
 __global__ void __launch_bounds__(kThreads, 2) sum_cell_per_thread(Geometry geometry, CellPlan plan, BackwardArrays<T> arrays) {
   const CellThread<VecSize, true> thread(geometry, plan);
-  Pair totals[VecSize] = {};  // sums of Y P and Y Q over the thread's cells
+  GradientSums totals[VecSize] = {};  // sums of Y P and Y Q over the thread's cells
   if (!thread.idle) {
     PixelSum<T, VecSize, true> pixel_sum(geometry, arrays, thread.image, thread.channel);
     const int end_cell = min((thread.chunk + 1) * plan.chunk_cells, geometry.zq_pixels);
     for (int cell = thread.chunk * plan.chunk_cells + thread.outer; cell < end_cell; cell += plan.threads_outer) {
       const int64_t at = element_offset<true>(geometry, thread.image, thread.channel, cell, geometry.zq_pixels);
       pixel_sum.load_modulated_affine(at);
-      Pair sums[VecSize] = {};
+      GradientSums sums[VecSize] = {};
       pixel_sum.add(pixels_of_cell(geometry, cell), 0, 1, sums);
       write_cell_gradients(geometry, arrays, thread.channel, at, sums);
 #pragma unroll
       for (int i = 0; i < VecSize; ++i) totals[i] = totals[i] + sums[i];
     }
   }
-  reduce_channels(geometry, plan, thread, totals, [&](int channel, const Pair& sum) {
-    store_pair(arrays.chunk_sums, (thread.image * plan.chunks + thread.chunk) * geometry.channels + channel, sum);
+  reduce_channels(geometry, plan, thread, totals, [&](int channel, const GradientSums& sum) {
+    store_sums(arrays.chunk_sums, (thread.image * plan.chunks + thread.chunk) * geometry.channels + channel, sum);
   });
 }
 
@@ -215,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, 2) sum_cell_per_block(Geometry geome
   auto offset_in_zq = [&](int channel) {
     return element_offset<ChannelsLast>(geometry, thread.image, channel, cell, geometry.zq_pixels);
   };
-  Pair sums[thread.kChannels] = {};
+  GradientSums sums[thread.kChannels] = {};
   if (!thread.idle) {
     PixelSum<T, VecSize, ChannelsLast> pixel_sum(geometry, arrays, thread.image, thread.channel);
     pixel_sum.load_modulated_affine(offset_in_zq(thread.channel));
@@ -223,17 +225,17 @@ __global__ void __launch_bounds__(kThreads, 2) sum_cell_per_block(Geometry geome
     const int step = ChannelsLast ? plan.threads_outer : plan.threads_inner;
     pixel_sum.add(pixels_of_cell(geometry, cell), first, step, sums);
   }
-  reduce_channels(geometry, plan, thread, sums, [&](int channel, const Pair& sum) {
-    Pair pair[1] = {sum};
-    write_cell_gradients(geometry, arrays, channel, offset_in_zq(channel), pair);
-    store_pair(arrays.chunk_sums, (thread.image * plan.chunks + cell) * geometry.channels + channel, pair[0]);
+  reduce_channels(geometry, plan, thread, sums, [&](int channel, const GradientSums& sum) {
+    GradientSums cell_sums[1] = {sum};
+    write_cell_gradients(geometry, arrays, channel, offset_in_zq(channel), cell_sums);
+    store_sums(arrays.chunk_sums, (thread.image * plan.chunks + cell) * geometry.channels + channel, cell_sums[0]);
   });
 }
 
 template <class T, int VecSize, bool ChannelsLast>
-__global__ void __launch_bounds__(kThreads, 2) sum_stretches(Geometry geometry, CellPlan plan, BackwardArrays<T> arrays) {
+__global__ void __launch_bounds__(kThreads, 2) sum_pixel_ranges(Geometry geometry, CellPlan plan, BackwardArrays<T> arrays) {
   const CellThread<VecSize, ChannelsLast> thread(geometry, plan);
-  Pair sums[thread.kChannels] = {};
+  GradientSums sums[thread.kChannels] = {};
   if (!thread.idle) {
     PixelSum<T, VecSize, ChannelsLast> pixel_sum(geometry, arrays, thread.image, thread.channel);
     pixel_sum.load_affine();
@@ -243,8 +245,8 @@ __global__ void __launch_bounds__(kThreads, 2) sum_stretches(Geometry geometry, 
     const int step = ChannelsLast ? plan.threads_outer : plan.threads_inner;
     pixel_sum.add({0, 1, left, right}, first, step, sums);
   }
-  reduce_channels(geometry, plan, thread, sums, [&](int channel, const Pair& sum) {
-    store_pair(arrays.chunk_sums, (thread.image * plan.chunks + thread.chunk) * geometry.channels + channel, sum);
+  reduce_channels(geometry, plan, thread, sums, [&](int channel, const GradientSums& sum) {
+    store_sums(arrays.chunk_sums, (thread.image * plan.chunks + thread.chunk) * geometry.channels + channel, sum);
   });
 }
 
@@ -262,7 +264,7 @@ void launch_cell_sums(const Geometry& geometry, const CellPlan& plan, const Back
     case CellKernel::kCellPerBlock:
       launch_as(sum_cell_per_block<T, VecSize, ChannelsLast>, "spatial_norm sum_cell_per_block");
       break;
-    case CellKernel::kStretches: launch_as(sum_stretches<T, VecSize, ChannelsLast>, "spatial_norm sum_stretches"); break;
+    case CellKernel::kPixelRanges: launch_as(sum_pixel_ranges<T, VecSize, ChannelsLast>, "spatial_norm sum_pixel_ranges"); break;
   }
 }
 

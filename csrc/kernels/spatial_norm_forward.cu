@@ -49,7 +49,7 @@ struct ForwardArrays {
 template <class T, int VecSize, bool ChannelsLast>
 __global__ void __launch_bounds__(kThreads, 3) modulate(Geometry geometry, Tiling tiling, ForwardArrays<T> arrays) {
   using Thread = ThreadTile<VecSize, ChannelsLast>;
-  constexpr int kAhead = 2;                                                    // loads in flight
+  constexpr int kLoadsInFlight = 2;
   const Thread thread(geometry, tiling, gridDim.x - 1 - int64_t(blockIdx.x));  // backwards, see the head of this file
   if (thread.idle) return;
 
@@ -66,23 +66,24 @@ __global__ void __launch_bounds__(kThreads, 3) modulate(Geometry geometry, Tilin
   const int64_t pixel_stride = ChannelsLast ? geometry.channels : 1;
   const T* f = arrays.f + first;
   T* out = arrays.out + first;
-  for (int pixel = thread.pixel; pixel < thread.end_pixel; pixel += kAhead * thread.pixel_step) {
-    Vec<T, VecSize> values[kAhead];
+  for (int pixel = thread.pixel; pixel < thread.end_pixel; pixel += kLoadsInFlight * thread.pixel_step) {
+    Vec<T, VecSize> values[kLoadsInFlight];
 #pragma unroll
-    for (int ahead = 0; ahead < kAhead; ++ahead) {
+    for (int ahead = 0; ahead < kLoadsInFlight; ++ahead) {
       const int at = pixel + ahead * thread.pixel_step;
       if (at < thread.end_pixel) values[ahead] = load_vec<VecSize, Cache::kStream>(f + at * pixel_stride);
     }
 #pragma unroll
-    for (int ahead = 0; ahead < kAhead; ++ahead) {
+    for (int ahead = 0; ahead < kLoadsInFlight; ++ahead) {
       const int at = pixel + ahead * thread.pixel_step;
       if (at >= thread.end_pixel) break;
       Vec<float, VecSize> y, b, results;
       load_modulation<T, VecSize, ChannelsLast>(geometry, arrays.zq_y, arrays.zq_b, thread.image, thread.channel, at, true, y, b);
 #pragma unroll
       for (int i = 0; i < VecSize; ++i) {
-        const int channel = ChannelsLast ? i : 0;
-        const float normalized = (to_float(values[ahead][i]) - centre[channel]) * scale[channel] + shift[channel];
+        const int thread_channel = ChannelsLast ? i : 0;
+        const float normalized =
+            (to_float(values[ahead][i]) - centre[thread_channel]) * scale[thread_channel] + shift[thread_channel];
         const float modulated = normalized * y[i] + b[i];
         results[i] = geometry.silu ? silu(modulated) : modulated;
       }

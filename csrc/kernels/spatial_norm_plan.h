@@ -99,13 +99,13 @@ inline Tiling make_tiling(const Geometry& geometry, int vec_size, bool channels_
   return tiling;
 }
 
-// Calls f(Type<T>, integral_constant<int, VecSize>, bool_constant<ChannelsLast>).
-template <class F>
-void dispatch(const SpatialNormProblem& problem, int vec_size, F&& f) {
+// Calls function(Type<T>, integral_constant<int, VecSize>, bool_constant<ChannelsLast>).
+template <class Function>
+void dispatch(const SpatialNormProblem& problem, int vec_size, Function&& function) {
   with_type(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     auto with_vec_size = [&](auto constant) {
-      problem.channels_last ? f(type, constant, std::true_type()) : f(type, constant, std::false_type());
+      problem.channels_last ? function(type, constant, std::true_type()) : function(type, constant, std::false_type());
     };
     if (vec_size == 1) with_vec_size(std::integral_constant<int, 1>());
     else with_vec_size(std::integral_constant<int, 16 / sizeof(T)>());

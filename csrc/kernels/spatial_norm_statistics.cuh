@@ -91,15 +91,15 @@ struct RunningMoments {
   // Adds the accesses at first, first + step, ... below end.
   template <class T>
   MOVQ_DEVICE void add(const T* f, int64_t first, int64_t end, int64_t step) {
-    constexpr int kAhead = 4;  // loads in flight
-    for (int64_t at = first; at < end; at += kAhead * step) {
-      Vec<T, VecSize> values[kAhead];
+    constexpr int kLoadsInFlight = 4;
+    for (int64_t at = first; at < end; at += kLoadsInFlight * step) {
+      Vec<T, VecSize> values[kLoadsInFlight];
 #pragma unroll
-      for (int ahead = 0; ahead < kAhead; ++ahead) {
+      for (int ahead = 0; ahead < kLoadsInFlight; ++ahead) {
         if (at + ahead * step < end) values[ahead] = load_vec<VecSize>(f + at + ahead * step);
       }
 #pragma unroll
-      for (int ahead = 0; ahead < kAhead; ++ahead) {
+      for (int ahead = 0; ahead < kLoadsInFlight; ++ahead) {
         if (at + ahead * step >= end) break;
         count += 1;
         const float weight = __fdividef(1.0f, count);

@@ -10,9 +10,9 @@ MOVQ_DEVICE float fast_exp2(float x) {
 #ifdef MOVQ_EMULATOR
   return exp2f(x);
 #else
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
 #endif
 }
 

@@ -12,42 +12,42 @@ enum class Cache { kDefault, kStream };
 namespace detail {
 
 // The machine word of this many bytes.
-template <int Bytes> struct Word;
-template <> struct Word<2> { using type = unsigned short; };
-template <> struct Word<4> { using type = unsigned; };
-template <> struct Word<8> { using type = uint2; };
-template <> struct Word<16> { using type = uint4; };
+template <int Bytes> struct WordOf;
+template <> struct WordOf<2> { using type = unsigned short; };
+template <> struct WordOf<4> { using type = unsigned; };
+template <> struct WordOf<8> { using type = uint2; };
+template <> struct WordOf<16> { using type = uint4; };
 
-template <Cache cache, class V>
-MOVQ_DEVICE V global_read(const void* from) {
+template <Cache cache, class Value>
+MOVQ_DEVICE Value global_read(const void* from) {
 #ifdef MOVQ_EMULATOR
-  V value;
-  emu::global_read(from, &value, sizeof(V));
+  Value value;
+  emu::global_read(from, &value, sizeof(Value));
   return value;
 #else
-  using W = typename Word<sizeof(V)>::type;
+  using Word = typename WordOf<sizeof(Value)>::type;
   union {
-    W word;
-    V value;
+    Word word;
+    Value value;
   } bits;
-  auto* word = static_cast<const W*>(from);
+  auto* word = static_cast<const Word*>(from);
   bits.word = cache == Cache::kStream ? __ldcs(word) : *word;
   return bits.value;
 #endif
 }
 
-template <class V>
-MOVQ_DEVICE void global_write(void* to, const V& value) {
+template <class Value>
+MOVQ_DEVICE void global_write(void* to, const Value& value) {
 #ifdef MOVQ_EMULATOR
-  emu::global_write(to, &value, sizeof(V));
+  emu::global_write(to, &value, sizeof(Value));
 #else
-  using W = typename Word<sizeof(V)>::type;
+  using Word = typename WordOf<sizeof(Value)>::type;
   union {
-    V value;
-    W word;
+    Value value;
+    Word word;
   } bits;
   bits.value = value;
-  *static_cast<W*>(to) = bits.word;
+  *static_cast<Word*>(to) = bits.word;
 #endif
 }
 

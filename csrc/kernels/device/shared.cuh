@@ -51,15 +51,15 @@ class Shared {
   }
 
  private:
-  template <class V>
-  MOVQ_DEVICE void write(unsigned i, const V& value) const {
+  template <class Value>
+  MOVQ_DEVICE void write(unsigned i, const Value& value) const {
 #ifdef MOVQ_EMULATOR
-    const unsigned to = address(i, sizeof(V) / sizeof(T));
-    for (unsigned k = 0; k < sizeof(V); k += alignof(V)) {
-      emu::shared_write(to + k, reinterpret_cast<const char*>(&value) + k, alignof(V));
+    const unsigned to = address(i, sizeof(Value) / sizeof(T));
+    for (unsigned k = 0; k < sizeof(Value); k += alignof(Value)) {
+      emu::shared_write(to + k, reinterpret_cast<const char*>(&value) + k, alignof(Value));
     }
 #else
-    *reinterpret_cast<V*>(shared_memory + offset_ + i * sizeof(T)) = value;
+    *reinterpret_cast<Value*>(shared_memory + offset_ + i * sizeof(T)) = value;
 #endif
   }
 
