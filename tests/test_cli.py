@@ -132,11 +132,13 @@ def test_encoding_saves_at_intervals(model, photographs, tmp_path, monkeypatch):
     assert saved == [1, 2, 3, 3]  # after each image, and at the end
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_dtypes(model, photographs, tmp_path, dtype):
+@pytest.mark.parametrize("encoded", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("decoded", ["float32", "bfloat16", "float16"])
+def test_dtypes(model, photographs, tmp_path, encoded, decoded):
+    """Codes depend on the weights in the file, whatever dtype they are cast to."""
     codes = tmp_path / "codes.safetensors"
-    assert encode(model, photographs, codes, "--dtype", dtype) == 0
-    assert decode(model, codes, tmp_path / "out", "--dtype", dtype) == 0
+    assert encode(model, photographs, codes, "--dtype", encoded) == 0
+    assert decode(model, codes, tmp_path / "out", "--dtype", decoded) == 0
     assert len(list((tmp_path / "out").rglob("*.png"))) == 3
 
 

@@ -1,4 +1,6 @@
+import hashlib
 import json
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from movq_ext import MOVQ
+from movq_ext import MOVQ, from_pretrained, save_pretrained
 from movq_ext.io import codes
 from movq_ext.io.codes import FORMAT, CodeFile, CodeFileError, codebook_fingerprint, decode_image, encode_image
 
@@ -127,6 +129,40 @@ def test_codebook_id(model):
     assert codebook_fingerprint(model) != codebook_fingerprint(other)
     other.load_state_dict(model.state_dict())
     assert codebook_fingerprint(other.half()) == codebook_fingerprint(model)
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("stored", DTYPES)
+def test_casts_keep_the_codebook_id(model, tmp_path, stored):
+    """Whether `from_pretrained` casts, `to` does, or both. The id is that of the file in half precision."""
+    save_pretrained(model, tmp_path, dtype=stored)
+    expected = codebook_fingerprint(from_pretrained(tmp_path, dtype=stored))
+    half = model.quantize.embedding.weight.detach().to(stored).half()
+    assert expected == hashlib.sha256(half.numpy().tobytes()).hexdigest()[:16]
+    for loaded in DTYPES:
+        cast = from_pretrained(tmp_path, dtype=loaded)
+        assert codebook_fingerprint(cast) == expected
+        for dtype in (*DTYPES, torch.float64):
+            assert codebook_fingerprint(deepcopy(cast).to(dtype)) == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("change", ["in place", "load_state_dict", "another layer"])
+def test_a_changed_codebook_has_another_id(model, tmp_path, dtype, change):
+    save_pretrained(model, tmp_path)
+    changed = from_pretrained(tmp_path, dtype=dtype)
+    replaced = changed.quantize.embedding.weight.detach() * (1 + 2**-7)  # the smallest step of bfloat16
+    if change == "in place":
+        changed.quantize.embedding.weight.data[3] = replaced[3]
+    elif change == "load_state_dict":
+        changed.load_state_dict({**changed.state_dict(), "quantize.embedding.weight": replaced})
+    else:
+        changed.quantize.embedding = torch.nn.Embedding.from_pretrained(replaced)
+    assert codebook_fingerprint(changed) != codebook_fingerprint(from_pretrained(tmp_path))
+    save_pretrained(changed, tmp_path / "changed")
+    assert codebook_fingerprint(from_pretrained(tmp_path / "changed", dtype=dtype)) == codebook_fingerprint(changed)
 
 
 # --- Untrusted files

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..model.autoencoder import MOVQ
 from .files import MAX_SHOWN_CHARACTERS, atomic_write, parse_json, printable, require_file, wrap_errors
 from .images import pad_to_multiple, to_image, to_tensor
+from .tensor_files import FLOAT_DTYPES
 
 FORMAT = "movq_ext.codes.1"
 MAX_NAME_CHARACTERS = 4096  # no operating system has longer paths
@@ -31,10 +32,21 @@ class CodeFileError(ValueError):
 
 
 def codebook_fingerprint(model: MOVQ) -> str:
-    """Return a fingerprint of the codebook. Code indices are valid only for the codebook that produced them."""
-    # In half precision, so that the fingerprint does not depend on the dtype the model was loaded in.
-    weight = model.quantize.embedding.weight.detach().cpu().half().contiguous()
-    return hashlib.sha256(weight.numpy().tobytes()).hexdigest()[:16]
+    """Return a fingerprint of the codebook. Code indices are valid only for the codebook that produced them.
+
+    Casting the model does not change it: a codebook read by `from_pretrained` is identified by the values in the file, until
+    training or `load_state_dict` changes it.
+    """
+    weight, stored = model.quantize.embedding.weight.detach().cpu(), model.quantize.stored_codebook
+    if stored is not None and _is_cast_of(weight, stored):
+        weight = stored
+    # In half precision, so that the float32 and float16 files of one model have the same fingerprint.
+    return hashlib.sha256(weight.float().half().contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def _is_cast_of(weight: Tensor, stored: Tensor) -> bool:
+    """Return True if weight is stored, cast to weight's dtype directly or through another."""
+    return any(torch.equal(stored.to(dtype).to(weight.dtype), weight) for dtype in FLOAT_DTYPES)
 
 
 @dataclass

@@ -90,6 +90,7 @@ def from_pretrained(
         _check_config_size(keywords, len(state))
         model = MOVQ(**keywords)
     _check_entries(model.state_dict(), state, path)
+    model.quantize.stored_codebook = state["quantize.embedding.weight"].clone()  # a view would keep the whole file mapped
     state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
     model.load_state_dict(state, assign=True)
     return model.eval()

@@ -47,6 +47,7 @@ class VectorQuantizer(nn.Module):
     """
 
     used: Tensor  # with remap only
+    stored_codebook: Tensor | None = None  # the codebook as from_pretrained read it, before any cast; identifies it
 
     def __init__(
         self,
