@@ -202,6 +202,30 @@ def test_demo_reports_sizes(tmp_path, capsys):
     assert f"codes.safetensors ({code_file:.1f} kB, 32 bits per code)" in printed
 
 
+def test_demo_says_what_it_timed(model, tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    assert call("demo", tmp_path / "out", "--photo", tmp_path / "photo.png", "--model", model, "--device", "cpu") == 0
+    assert re.search(r"time        encode \S+ s, decode \S+ s \(one photograph, after a warm-up; ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("command", ["demo", "train"])
+def test_threads(model, photographs, tmp_path, command, monkeypatch):
+    """The number is set before any work, which would start as many threads as there are cores."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    (tmp_path / "model.json").write_text(json.dumps(SMALL_MOVQ))
+    options = {
+        "demo": (tmp_path / "out", "--photo", tmp_path / "photo.png", "--model", model),
+        "encode": (tmp_path / "photo.png", "--model", model, "-o", tmp_path / "codes.safetensors"),
+        "train": (photographs, "-o", tmp_path / "out", "--config", tmp_path / "model.json", *"--steps 1 --crop 8".split()),
+    }
+    counts = []
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    assert call(command, *options[command], "--device", "cpu") == 0 and counts == []
+    assert call(command, *options[command], "--device", "cpu", "--threads", 3) == 0 and counts == [3]
+    with pytest.raises(SystemExit):
+        call(command, *options[command], "--threads", 0)
+
+
 def test_demo_claims_unseen_photographs_only_for_the_shipped_model(model, tmp_path, capsys):
     own_photo = tmp_path / "photo.png"
     Image.open(PHOTOS["chelsea"]).save(own_photo)

@@ -37,6 +37,17 @@ def load_model(args: argparse.Namespace) -> MOVQ:
     return from_pretrained(args.model, device=args.device, dtype=DTYPES[args.dtype])
 
 
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """Add ``--threads``, which `set_threads` reads."""
+    parser.add_argument("--threads", type=thread_count, help="CPU threads (default: all cores)")
+
+
+def set_threads(args: argparse.Namespace) -> None:
+    """Compute on as many CPU threads as ``--threads`` asks for."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+
+
 def print_error(message: str) -> None:
     """Print an error to stderr, above the progress bar if there is one."""
     tqdm.write(f"error: {printable(message)}", file=sys.stderr)

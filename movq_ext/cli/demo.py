@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from .. import explain
 from ..demo import DEFAULT_PHOTO, DEFAULT_SIZE, PHOTOS, SMALL_MODEL_PATH, round_trip
-from .common import add_model, load_model, positive
+from .common import add_model, add_threads, load_model, positive, set_threads
 
 SUMMARY = "Encode and decode one photograph, and report its size and quality."
 
@@ -19,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=positive, default=DEFAULT_SIZE, metavar="PIXELS",
                         help="scale a larger photograph down until its longer side has this many pixels "
                         "(default: %(default)s)")  # fmt: skip
+    add_threads(parser)
     add_model(parser)
 
 
@@ -26,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     photo = PHOTOS.get(args.photo, Path(args.photo))
     if not photo.exists():
         raise FileNotFoundError(f"expected --photo to be a file or one of {', '.join(PHOTOS)}, got {args.photo}")
+    set_threads(args)
     model = load_model(args)
     result = round_trip(model, photo, args.out, args.size)
     width, height = result.size
@@ -41,8 +45,9 @@ def run(args: argparse.Namespace) -> int:
         "size": f"{result.code_bits / 8e3:.1f} kB of codes ({result.bits_per_pixel:.3f} bit/pixel); "
         f"the photograph as PNG: {result.png_bytes / 1e3:.1f} kB",
         "quality": f"PSNR {result.quality.psnr:.2f} dB, SSIM {result.quality.ssim:.4f}",
-        "time": f"encode {result.encode_seconds:.3f} s, decode {result.decode_seconds:.3f} s",
-        "device": f"{args.device}, {args.dtype}",
+        "time": f"encode {result.encode_seconds:.3f} s, decode {result.decode_seconds:.3f} s "
+        "(one photograph, after a warm-up; no loading and no file access)",
+        "device": f"{args.device}, {args.dtype}" + (f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""),
         "path": explain(model.quant_conv.weight),
         "written": f"{args.out}: codes.safetensors ({result.code_file_bytes / 1e3:.1f} kB, 32 bits per code), "
         "decoded.png, side_by_side.png",

@@ -14,7 +14,7 @@ from .. import MOVQ
 from ..io.files import read_json, require_file, wrap_errors
 from ..io.tensor_files import CheckpointError
 from ..training import SMALL_MODEL_CONFIG, Trainer, TrainingConfig
-from .common import add_device
+from .common import add_device, add_threads, set_threads
 
 SUMMARY = "Train a model. Run the same command again to resume from the last checkpoint."
 
@@ -35,10 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         else:
             parser.add_argument(flag, type=type(field.default), default=field.default, metavar="N",
                                 help=f"{help_text} (default: %(default)s)")  # fmt: skip
+    add_threads(parser)
     add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    set_threads(args)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if "RANK" in os.environ:  # started by torchrun
         on_gpu = args.device.startswith("cuda")
