@@ -61,3 +61,15 @@ def test_every_bias_is_added_once(norm, out_channels, monkeypatch):
     ((_, bias, _),) = [call.args for call in added.call_args_list]
     shortcut = 0 if block.conv_shortcut is None else block.conv_shortcut.bias
     assert torch.equal(bias, block.conv2.bias + shortcut)
+
+
+@torch.no_grad()
+def test_the_shortcut_keeps_its_bias_where_conv2_keeps_its_own(monkeypatch):
+    block = randomised(ResnetBlock2D(in_channels=32, out_channels=64, temb_channels=None))
+    accelerate(block)
+    block.conv2.register_forward_hook(lambda layer, inputs, out: None)
+    monkeypatch.setattr(fusion, "runs_kernels", lambda x: True)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        block(torch.randn(2, 32, 6, 4), None)
+    biases = [event.input_shapes[2] for event in profile.events() if event.name == "aten::conv2d"]
+    assert biases == [[], [64], [64]]  # conv1, conv2, conv_shortcut

@@ -259,6 +259,26 @@ def test_hooked_layers_keep_their_biases(fused, change):
     assert len(seen) == (change != "time embedding")
 
 
+def test_the_shortcut_keeps_its_bias_where_conv2_keeps_its_own(fused):
+    block = randomize(ResnetBlock(in_channels=32, out_channels=64, zq_ch=4).double())
+    block.conv2.register_forward_hook(lambda layer, inputs, out: None)
+    with torch.no_grad(), torch.profiler.profile(record_shapes=True) as profile:
+        block(draw(2, 32, 4, 6), zq=draw(2, 4, 2, 3))
+    biases = [event.input_shapes[2] for event in profile.events() if event.name == "aten::conv2d"]
+    assert biases == [[], [64], [64]] and fused.sums == []  # conv1, conv2, nin_shortcut
+
+
+@pytest.mark.parametrize("add_conv", [False, True])
+@pytest.mark.parametrize("layer", ["norm1", "conv1", "norm2", "conv2"])
+def test_a_hook_in_a_frozen_block_may_add_what_requires_a_gradient(layer, add_conv):
+    block = randomize(ResnetBlock(in_channels=32, zq_ch=4, add_conv=add_conv).double())
+    x, zq, offset = draw(2, 32, 16, 16), draw(2, 4, 4, 4), torch.zeros(16, 16, dtype=torch.float64, requires_grad=True)
+    getattr(block, layer).register_forward_hook(lambda layer, inputs, out: out + offset)
+    (wanted,) = torch.autograd.grad(block(x, zq=zq).square().sum(), offset)
+    block.requires_grad_(False)
+    assert_close(torch.autograd.grad(block(x, zq=zq).square().sum(), offset)[0], wanted)
+
+
 def test_biases_under_autocast(fused):
     block = randomize(ResnetBlock(in_channels=32, out_channels=64, zq_ch=4))
     x, zq = draw(2, 32, 4, 6).float(), draw(2, 4, 2, 3).float()

@@ -93,6 +93,6 @@ def _add_shortcut(block: Any, h: Tensor, bias: Tensor | None, x: Tensor) -> Tens
     """``(conv_shortcut(x) + h + bias[c]) / output_scale_factor``, for the h and the deferred bias of conv2."""
     if block.conv_shortcut is not None:
         x = x.contiguous() if block.training else x  # as diffusers does, for DDP
-        x, bias = conv_deferring_bias(block.conv_shortcut, x, bias)
+        x, bias = (block.conv_shortcut(x), None) if bias is None else conv_deferring_bias(block.conv_shortcut, x, bias)
     out = add_residual(h, bias, x, block.conv2)
     return out if block.output_scale_factor == 1 else out / block.output_scale_factor

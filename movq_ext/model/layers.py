@@ -145,7 +145,7 @@ class ResnetBlock(nn.Module, FusedModule):
         h = run_fused(self.norm2, h, modulations, "silu", f_bias=bias)
         h, bias = conv_deferring_bias(self.conv2, self.dropout(h))
         if (shortcut := self._shortcut_layer()) is not None:
-            x, bias = conv_deferring_bias(shortcut, x, bias)
+            x, bias = (shortcut(x), None) if bias is None else conv_deferring_bias(shortcut, x, bias)
         return add_residual(h, bias, x, self.conv2)
 
     def _shortcut(self, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.functional import fused_spatial_norm
+from ..ops.native import is_inference
 from ..ops.options import NormOptions
 from ..profiling import FusedModule
 from .checks import check_batch, check_groups, check_latent
@@ -109,7 +110,8 @@ class SpatialNorm(nn.Module, FusedModule):
         """
         zq = cast(Tensor, modulations.zq)
         self._check(f, zq)
-        by_cells = self.add_conv and is_plain_conv3x3(self.conv) and can_convolve_cells(zq, f.shape[2:])
+        # A hook or an adapter before this norm may have made f require a gradient, which the operator with cells does not record.
+        by_cells = self.add_conv and is_inference(f) and is_plain_conv3x3(self.conv) and can_convolve_cells(zq, f.shape[2:])
         if by_cells:
             y, b = self.modulation(convolve_cells(self.conv, zq))
         elif self.add_conv:
