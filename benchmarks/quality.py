@@ -14,7 +14,8 @@ from tqdm import tqdm
 from movq_ext import __version__, from_pretrained
 from movq_ext.demo import SMALL_MODEL_PATH, Quality
 from movq_ext.io.codes import codebook_fingerprint, decode_image, encode_image
-from movq_ext.io.images import find_images, load_image
+from movq_ext.io.image_files import find_images
+from movq_ext.io.images import load_image
 
 
 def main() -> None:
@@ -25,12 +26,12 @@ def main() -> None:
     args = parser.parse_args()
     model = from_pretrained(args.model)
     rows, used = [], Counter()
-    for file, name in tqdm(list(find_images([args.folder]))):
+    for file, _ in tqdm(find_images([args.folder]).files):
         original = load_image(file)
         codes = encode_image(model, original)
         used.update(codes.flatten().tolist())
         quality = Quality.compare(original, decode_image(model, codes, (original.height, original.width)))
-        rows.append((name.stem, f"{original.width}x{original.height}", quality.psnr, quality.ssim))
+        rows.append((file.stem, f"{original.width}x{original.height}", quality.psnr, quality.ssim))
     tokens = sum(used.values())
     probabilities = torch.tensor(list(used.values()), dtype=torch.float64) / tokens
     perplexity = float(torch.exp(-(probabilities * probabilities.log()).sum()))

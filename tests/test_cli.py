@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from image_folders import deny_reading, write_image
 from models import SMALL_MOVQ
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -64,15 +65,15 @@ def test_encode_and_decode_a_folder(model, photographs, tmp_path, capsys):
     assert capsys.readouterr().out == "encoded 3, already there 0, failed 0\n"
     assert decode(model, codes, out) == 0
     for name, (height, width) in SIZES.items():
-        assert Image.open((out / name).with_suffix(".png")).size == (width, height)
+        assert Image.open((out / "photographs" / name).with_suffix(".png")).size == (width, height)
     before = {path: path.stat().st_mtime_ns for path in [codes, *out.rglob("*.png")]}
     capsys.readouterr()
     assert encode(model, photographs, codes) == 0 and decode(model, codes, out) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[:2] == ["encoded 0, already there 3, failed 0", "decoded 0, already there 3, failed 0"]
     assert before == {path: path.stat().st_mtime_ns for path in before}
-    (out / "c.png").unlink()
-    assert decode(model, codes, out) == 0 and (out / "c.png").exists()
+    (out / "photographs/c.png").unlink()
+    assert decode(model, codes, out) == 0 and (out / "photographs/c.png").exists()
 
 
 def test_one_bad_file_does_not_stop_the_rest(model, photographs, tmp_path, capsys):
@@ -83,17 +84,64 @@ def test_one_bad_file_does_not_stop_the_rest(model, photographs, tmp_path, capsy
     assert captured.out == "encoded 3, already there 0, failed 1\n"
     assert re.search(r"\rerror: .*/aa.png: ", captured.err) and "Traceback" not in captured.err
     file = CodeFile.load(codes)
-    file.codes["a.png"][0, 0] = 64  # outside the codebook
+    file.codes["photographs/a.png"][0, 0] = 64  # outside the codebook
     file.save(codes)
     assert decode(model, codes, tmp_path / "out") == 1
     captured = capsys.readouterr()
     assert captured.out.startswith("decoded 2, already there 0, failed 1\n")
-    assert f"error: {codes}: a.png: codes must be in [0, 64), got values from" in captured.err
+    assert f"error: {codes}: photographs/a.png: codes must be in [0, 64), got values from" in captured.err
 
 
-def test_two_images_with_the_same_name(model, photographs, tmp_path, capsys):
-    assert encode(model, [photographs, photographs / "a.png"], tmp_path / "codes.safetensors") == 1
-    assert "another image in this call has the same name" in capsys.readouterr().err
+def test_two_images_with_the_same_name(model, tmp_path, capsys):
+    """Both are named in the error, and nothing is encoded. One file given twice is encoded once."""
+    for seed, folder in enumerate(["a/train", "b/train"]):
+        write_image(tmp_path / folder / "0001.png", seed)
+    codes, (first, second) = tmp_path / "codes.safetensors", [tmp_path / "a/train", tmp_path / "b/train"]
+    assert encode(model, [first, second], codes) == 2
+    assert f"{first}/0001.png and {second}/0001.png would both be named train/0001.png" in capsys.readouterr().err
+    assert encode(model, [tmp_path], codes) == 0
+    assert len(CodeFile.load(codes).codes) == 2
+    assert encode(model, [first, first / "0001.png"], codes) == 0
+    assert "encoded 1, already there 0, failed 0" in capsys.readouterr().out
+
+
+def test_images_of_the_same_name_in_several_calls(model, tmp_path, capsys):
+    """Their folders' names tell them apart. Where these are equal too, the files' contents do."""
+    codes, moved = tmp_path / "codes.safetensors", tmp_path / "moved"
+    for seed, folder in enumerate(["train", "val", "other/val"]):
+        write_image(tmp_path / folder / "0001.png", seed)
+    for folder, status, printed in [
+        ("train", 0, "encoded 1, already there 0, failed 0\n"),
+        ("val", 0, "encoded 1, already there 0, failed 0\n"),
+        ("other/val", 1, "encoded 0, already there 0, failed 1\n"),
+        ("val", 0, "encoded 0, already there 1, failed 0\n"),
+    ]:
+        assert encode(model, tmp_path / folder, codes) == status
+        captured = capsys.readouterr()
+        assert captured.out == printed
+        assert ("other/val/0001.png: another image named val/0001.png is already there" in captured.err) == bool(status)
+    assert sorted(CodeFile.load(codes).codes) == ["train/0001.png", "val/0001.png"]
+    moved.mkdir()
+    (tmp_path / "train").rename(moved / "train")
+    assert encode(model, moved / "train", codes) == 0
+    assert capsys.readouterr().out == "encoded 0, already there 1, failed 0\n"
+
+
+def test_what_was_not_encoded_is_reported(model, photographs, tmp_path, monkeypatch, capsys):
+    """Other files are counted; an unreadable folder, a broken link and an empty folder are failures."""
+    (photographs / "notes.txt").touch()
+    (photographs / "new.HEIC").touch()
+    assert encode(model, photographs, tmp_path / "codes.safetensors") == 0
+    assert capsys.readouterr().out == "encoded 3, already there 0, failed 0\npassed over 2: .heic 1, .txt 1\n"
+    (photographs / "gone.png").symlink_to("nowhere.png")
+    deny_reading(monkeypatch, "deep")
+    assert encode(model, photographs, tmp_path / "again.safetensors") == 1
+    captured = capsys.readouterr()
+    assert captured.out == "encoded 2, already there 0, failed 2\npassed over 2: .heic 1, .txt 1\n"
+    assert re.search("Permission denied: .*deep", captured.err) and re.search("no such file: .*gone.png", captured.err)
+    (tmp_path / "empty").mkdir()
+    assert encode(model, [photographs, tmp_path / "empty"], tmp_path / "more.safetensors") == 2
+    assert re.search("found no images in .*empty", capsys.readouterr().err)
 
 
 def test_codes_of_another_codebook(model, photographs, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from image_folders import deny_reading
 from shard_files import file_names, read_rejects, run_decode, write_parquet
 
 from movq_ext.bulk.find import find_shards
@@ -34,27 +35,26 @@ def test_find_shards(tmp_path):
         find_shards([tmp_path / "in/a.parquet"], tmp_path / "in")
 
 
-def test_hidden_folders_and_links(model_folder, tmp_path):
-    """Hidden folders and links to folders are skipped; a dangling link is reported."""
+def test_hidden_folders_and_links(model_folder, tmp_path, caplog):
+    """Hidden folders are skipped, links to folders are followed once, and a dangling link is reported."""
     for name in ("split=train/a", "_delta_log/b", ".cache/deep/c"):
         write_parquet(tmp_path / f"in/{name}.parquet")
     (tmp_path / "in/dangling.parquet").symlink_to(tmp_path / "nowhere")
     (tmp_path / "in/circle").symlink_to(tmp_path / "in")
+    write_parquet(tmp_path / "elsewhere/d.parquet")
+    (tmp_path / "in/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in/README.md").touch()
     assert run_decode(model_folder, tmp_path / "in", "-o", tmp_path / "out") == 1
-    assert file_names(tmp_path / "out") == ["dangling.parquet.rejects.jsonl", "split=train/a.parquet"]
+    assert file_names(tmp_path / "out") == ["dangling.parquet.rejects.jsonl", "linked/d.parquet", "split=train/a.parquet"]
     assert "no such file" in read_rejects(tmp_path / "out/dangling.parquet.rejects.jsonl")[0]["reason"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}/in: passed over 4: hidden 2, .md 1, links to folders already searched 1"
+    ]
 
 
 def test_an_unreadable_folder(tmp_path, monkeypatch):
     write_parquet(tmp_path / "in/a.parquet")
     (tmp_path / "in/closed").mkdir()
-    real = os.scandir
-
-    def scandir(path):
-        if str(path).endswith("closed"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path)
-
-    monkeypatch.setattr(os, "scandir", scandir)
+    deny_reading(monkeypatch, "closed")
     with pytest.raises(PermissionError, match="closed"):
         find_shards([tmp_path / "in"], tmp_path / "out")

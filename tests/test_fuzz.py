@@ -77,7 +77,7 @@ def test_a_name_that_is_not_utf8_does_not_stop_the_rest(model, tmp_path, capsys)
     assert main(["encode", str(folder), "-o", str(out), "--model", str(model), "--device", "cpu"]) == 1
     captured = capsys.readouterr()
     assert captured.out == "encoded 2, already there 0, failed 1\n" and "b\\udcff.png" in captured.err
-    assert list(CodeFile.load(out).codes) == ["a.png", "c.png"]
+    assert list(CodeFile.load(out).codes) == ["images/a.png", "images/c.png"]
 
 
 def test_the_command_line_reports_bad_files(model, tmp_path, capsys, monkeypatch):

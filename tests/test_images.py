@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from movq_ext.io.images import ImageError, find_images, load_image, pad_to_multiple, save_image, to_image, to_tensor
+from movq_ext.io.images import ImageError, load_image, pad_to_multiple, save_image, to_image, to_tensor
 
 
 def pixels(height=5, width=7, seed=0):
@@ -65,16 +65,6 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(OSError, match=r"cannot read .*bomb.png"):
         load_image(tmp_path / "bomb.png")
-
-
-def test_find_images(tmp_path):
-    for name in ("b.PNG", "a.jpg", "deep/er/c.webp", "notes.txt", "odd"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    found = [name.as_posix() for _, name in find_images([tmp_path, tmp_path / "odd"])]
-    assert found == ["a.jpg", "b.PNG", "deep/er/c.webp", "odd"]
-    with pytest.raises(FileNotFoundError, match=r"no such file or folder: .*missing"):
-        list(find_images([tmp_path / "missing"]))
 
 
 @pytest.mark.parametrize(("size", "padded"), [((1, 1), (8, 8)), ((8, 16), (8, 16)), ((9, 7), (16, 8))])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..io.files import require_file
+from ..io.folders import describe_passed_over, search_folder
 from .code_files import CodeFileShard
 from .parquet import ParquetShard
 from .shards import Shard
 from .webdataset import WebDatasetShard
+
+logger = logging.getLogger(__name__)
 
 SHARD_FORMATS: dict[str, type[Shard]] = {shard.suffix: shard for shard in (ParquetShard, WebDatasetShard, CodeFileShard)}
 
@@ -23,8 +26,8 @@ def make_shard(source: Path, target: Path) -> Shard:
 def find_shards(inputs: Iterable[Path], out: Path) -> list[Shard]:
     """Return the shards among files and folders.
 
-    Folders are searched recursively, except for links to folders and names that start with ``.`` or ``_``. The output mirrors
-    the folder. A code file that is given by its path is decoded straight to ``out``.
+    Folders are searched as `search_folder` does; names that start with ``.`` or ``_`` are passed over. The output mirrors the
+    folder. A code file that is given by its path is decoded straight to ``out``.
 
     Args:
         inputs: files and folders.
@@ -61,22 +64,15 @@ def _search_folder(folder: Path, out: Path) -> Iterator[tuple[Path, Path]]:
     """Yield (source, target) of every shard in a folder."""
     if out.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"output {out} is inside input {folder}: the next run would read the images as codes")
-    files = sorted(file for file in _visible_files(folder) if file.suffix.lower() in SHARD_FORMATS)
-    if not files:
+    search = search_folder(folder, SHARD_FORMATS, hidden=(".", "_"))
+    if search.unreadable:
+        raise search.unreadable[0]
+    if not search.files:
         raise ValueError(f"{folder} has no shards ({', '.join(SHARD_FORMATS)})")
-    for file in files:
+    if set(search.passed_over) - {"hidden"}:
+        logger.warning("%s: %s", folder, describe_passed_over(search.passed_over))
+    for file in search.files:
         yield file, out / SHARD_FORMATS[file.suffix.lower()].target_of(file.relative_to(folder))
-
-
-def _visible_files(folder: Path) -> Iterator[Path]:
-    """Yield the visible files in a folder, recursively. Raises OSError if a folder cannot be read."""
-
-    def raise_error(error: OSError) -> None:
-        raise error
-
-    for parent, folders, files in os.walk(folder, onerror=raise_error):
-        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
-        yield from (Path(parent, name) for name in files if not name.startswith((".", "_")))
 
 
 def _require_separate_folders(shards: dict[Path, Shard]) -> None:

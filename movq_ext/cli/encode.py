@@ -12,7 +12,10 @@ from tqdm import tqdm
 from .. import MOVQ
 from ..bulk.codebook import Codebook
 from ..io.codes import CodeFile, codebook_fingerprint, encode_image
-from ..io.images import find_images, load_image
+from ..io.files import content_hash
+from ..io.folders import describe_passed_over
+from ..io.image_files import find_images
+from ..io.images import load_image
 from .common import add_model, load_model, print_error
 
 SUMMARY = "Encode images to a file of codes. Images that the file already holds are skipped."
@@ -20,7 +23,9 @@ SAVE_INTERVAL_SECONDS = 60.0  # an interruption loses at most this much work
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", type=Path, help="image files, and folders to search recursively")
+    parser.add_argument("images", nargs="+", type=Path, 
+                        help="image files, and folders to search recursively; an image is named by its path from its folder on, "
+                        "such as photos/a.png")  # fmt: skip
     parser.add_argument("-o", "--out", type=Path, default=Path("codes.safetensors"), help="file to write (default: %(default)s)")
     add_model(parser)
 
@@ -28,21 +33,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     model = load_model(args)
     file = open_code_file(args.out, model)
-    encoded = skipped = failed = 0
-    names: set[str] = set()
+    found = find_images(args.images)
+    for unreadable in found.unreadable:
+        print_error(str(unreadable))
+    encoded, skipped, failed = 0, 0, len(found.unreadable)
     saved_at = time.monotonic()
     try:
-        for path, relative in tqdm(list(find_images(args.images)), unit="image", file=sys.stderr):
-            name = relative.as_posix()
+        for path, name in tqdm(found.files, unit="image", file=sys.stderr):
             try:
-                if name in names:
-                    raise ValueError("another image in this call has the same name")
-                names.add(name)
-                if name in file.codes:
+                source_hash = content_hash(path)
+                if file.holds(name, source_hash):
                     skipped += 1
                     continue
                 image = load_image(path)
-                file.add(name, encode_image(model, image), (image.height, image.width))
+                file.add(name, encode_image(model, image), (image.height, image.width), source_hash)
                 encoded += 1
             except Exception as error:  # one bad image must not stop the rest
                 failed += 1
@@ -54,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
         if encoded or not args.out.exists():
             file.save(args.out)
     print(f"encoded {encoded}, already there {skipped}, failed {failed}")
+    if found.passed_over:
+        print(describe_passed_over(found.passed_over))
     return 1 if failed else 0
 
 

@@ -1,7 +1,7 @@
 """Code files: written by ``movq-ext encode``, read by ``movq-ext decode``.
 
 A code file is a safetensors file with one int32 tensor ``(h, w)`` of code indices per image, stored under the image's name. Its
-metadata identifies the codebook and holds each image's size before padding.
+metadata identifies the codebook and holds each image's size before padding and the hash of the file that it was encoded from.
 """
 
 from __future__ import annotations
@@ -51,24 +51,42 @@ def _is_cast_of(weight: Tensor, stored: Tensor) -> bool:
 
 @dataclass
 class CodeFile:
-    """The codes of many images. Maps each name to its indices ``(h, w)`` int32 and to its (height, width) in pixels."""
+    """The codes of many images.
+
+    Maps each name to its indices ``(h, w)`` int32, to its (height, width) in pixels and, if known, to the `content_hash` of the
+    file that it was encoded from.
+    """
 
     codebook: str
     codes: dict[str, Tensor] = field(default_factory=dict)
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
 
-    def add(self, name: str, codes: Tensor, size: tuple[int, int]) -> None:
+    def add(self, name: str, codes: Tensor, size: tuple[int, int], source_hash: str = "") -> None:
         """Add an image. Raises ValueError for an invalid name."""
         if (problem := name_problem(name)) is not None:
             raise ValueError(problem)
         self.codes[name] = codes.to(torch.int32).cpu().contiguous()
         self.sizes[name] = size
+        if source_hash:
+            self.hashes[name] = source_hash
+
+    def holds(self, name: str, source_hash: str) -> bool:
+        """Return True if the file holds an image. Raises ValueError if it holds another one of the same name."""
+        if self.hashes.get(name, source_hash) != source_hash:
+            raise ValueError(f"another image named {name} is already there: rename one, or encode to another output")
+        return name in self.codes
 
     def save(self, path: str | Path) -> None:
         """Write the file atomically. Creates its folder."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"format": FORMAT, "codebook": self.codebook, "sizes": json.dumps(self.sizes)}
+        metadata = {
+            "format": FORMAT,
+            "codebook": self.codebook,
+            "sizes": json.dumps(self.sizes),
+            "hashes": json.dumps(self.hashes),
+        }
         with atomic_write(path) as partial:
             save_file(self.codes, partial, metadata=metadata)
 
@@ -88,7 +106,9 @@ class CodeFile:
         with wrap_errors(CodeFileError, f"{path} is damaged"):
             max_characters = sum(12 * len(name) + 64 for name in codes) + 2  # JSON escapes a character in at most 12
             entries = parse_json(metadata["sizes"], max_characters).items()
-            result = cls(metadata["codebook"], codes, {name: (height, width) for name, (height, width) in entries})
+            sizes = {name: (height, width) for name, (height, width) in entries}
+            hashes = dict(parse_json(metadata.get("hashes", "{}"), max_characters))  # older versions stored none
+            result = cls(metadata["codebook"], codes, sizes, hashes)
         result._check(path)
         return result
 

@@ -65,6 +65,13 @@ def require_file(path: str | Path) -> None:
         pass
 
 
+def content_hash(path: str | Path) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 of a file's bytes. Raises like require_file."""
+    require_file(path)
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
 @contextmanager
 def wrap_errors(error_class: type[Exception], message: str) -> Iterator[None]:
     """Turn every exception of the block into an ``error_class`` with ``message`` and the reason.

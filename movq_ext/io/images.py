@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,28 +12,12 @@ from torch import Tensor
 
 from .files import atomic_write, require_file, wrap_errors
 
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # a subset of Pillow's: its EPS reader runs Ghostscript
+SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 
 
 class ImageError(OSError):
     """The file is damaged, truncated or not an image in a supported format."""
-
-
-def find_images(paths: Iterable[str | Path]) -> Iterator[tuple[Path, Path]]:
-    """Yield (file, name relative to its argument) for every image, sorted. Folders are searched recursively.
-
-    A path to a file is yielded whatever its suffix. Raises FileNotFoundError if a path does not exist.
-    """
-    for path in map(Path, paths):
-        if path.is_dir():
-            for file in sorted(path.rglob("*")):
-                if file.suffix.lower() in SUFFIXES and file.is_file():
-                    yield file, file.relative_to(path)
-        elif path.exists():
-            yield path, Path(path.name)
-        else:
-            raise FileNotFoundError(f"no such file or folder: {path}")
 
 
 def load_image(path: str | Path) -> Image.Image:

@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..io.images import find_images, load_image, to_tensor
+from ..io.folders import describe_passed_over
+from ..io.image_files import find_images
+from ..io.images import load_image, to_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +28,12 @@ class Photographs:
     """
 
     def __init__(self, folder: str | Path, crop: int) -> None:
-        self.files = [file for file, _ in find_images([folder])]
-        if not self.files:
-            raise ValueError(f"found no images in {folder}")
+        found = find_images([folder])
+        for unreadable in found.unreadable:
+            logger.warning("training without what cannot be read: %s", unreadable)
+        if found.passed_over:
+            logger.info("%s", describe_passed_over(found.passed_over))
+        self.files = [file.path for file in found.files]
         self.crop = crop
         self._cache: dict[Path, Image.Image] = {}
         self._cached_bytes = 0

@@ -1,0 +1,77 @@
+"""Search folders for files, and count what was passed over."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .files import printable
+
+MAX_SHOWN_SUFFIXES = 10
+MAX_SUFFIX_CHARACTERS = 40
+
+
+@dataclass
+class FolderSearch:
+    """What a search found.
+
+    Args:
+        files: files with a wanted suffix, sorted. One may be a broken link or a pipe: reading it raises an error.
+        unreadable: the errors of folders that could not be read and of links that could not be followed.
+        passed_over: number of other files and folders by reason, such as a suffix.
+    """
+
+    files: list[Path] = field(default_factory=list)
+    unreadable: list[OSError] = field(default_factory=list)
+    passed_over: Counter[str] = field(default_factory=Counter)
+
+
+def search_folder(folder: Path, suffixes: Collection[str], hidden: tuple[str, ...] = (".",)) -> FolderSearch:
+    """Search a folder recursively for files with one of the suffixes (lower case).
+
+    Links are followed, and each folder is searched once, by a path without links if it has one. Names that start with one of
+    ``hidden`` are passed over.
+    """
+    found = FolderSearch()
+    folders, links = [folder], list[Path]()
+    searched: set[tuple[int, int]] = set()
+    while folders or links:
+        current = folders.pop() if folders else links.pop(0)
+        try:
+            status = current.stat()
+            identity = (status.st_dev, status.st_ino)
+            if identity in searched:  # also a link to a parent, which would lead round in circles
+                found.passed_over["links to folders already searched"] += 1
+                continue
+            searched.add(identity)
+            with os.scandir(current) as entries:
+                children = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            found.unreadable.append(error)
+            continue
+        for entry in children:
+            path = Path(entry.path)
+            if entry.name.startswith(hidden):
+                found.passed_over["hidden"] += 1
+            elif os.path.isdir(path):
+                (links if entry.is_symlink() else folders).append(path)
+            elif path.suffix.lower() in suffixes:
+                found.files.append(path)
+            elif entry.is_symlink() and not os.path.exists(path):  # perhaps to a folder of files
+                found.unreadable.append(FileNotFoundError(f"cannot follow link: {path}"))
+            else:
+                found.passed_over[path.suffix.lower() or "no suffix"] += 1
+    found.files.sort()
+    return found
+
+
+def describe_passed_over(passed_over: Counter[str]) -> str:
+    """Return a line such as ``passed over 3: .txt 2, hidden 1``."""
+    most_common = passed_over.most_common(MAX_SHOWN_SUFFIXES)
+    shown = [f"{printable(reason, MAX_SUFFIX_CHARACTERS)} {count}" for reason, count in most_common]
+    if len(passed_over) > MAX_SHOWN_SUFFIXES:
+        shown.append("...")
+    return f"passed over {passed_over.total()}: {', '.join(shown)}"

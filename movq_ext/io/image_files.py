@@ -1,0 +1,79 @@
+"""Find image files and name them."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from .folders import FolderSearch, describe_passed_over, search_folder
+from .images import SUFFIXES
+
+
+class ImageFile(NamedTuple):
+    """An image file and its name, such as ``photos/deep/a.png``: the path from its folder on."""
+
+    path: Path
+    name: str
+
+
+@dataclass
+class ImageFiles:
+    """What `find_images` found.
+
+    Args:
+        files: the image files, in the order of the arguments and sorted within a folder.
+        unreadable: the errors of folders that could not be read and of links that could not be followed.
+        passed_over: number of other files and folders by reason; see `describe_passed_over`.
+    """
+
+    files: list[ImageFile] = field(default_factory=list)
+    unreadable: list[OSError] = field(default_factory=list)
+    passed_over: Counter[str] = field(default_factory=Counter)
+
+
+def find_images(paths: Iterable[str | Path]) -> ImageFiles:
+    """Find the images among files and folders, and name each by its path from its folder on.
+
+    ``data/photos`` and ``data/photos/deep/a.png`` given as arguments name it ``photos/deep/a.png`` and ``deep/a.png``. Folders
+    are searched as `search_folder` does. A path to a file is taken whatever its suffix.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        OSError: a folder cannot be read and has no other images.
+        ValueError: a folder has no images, or two files would have the same name.
+    """
+    found = ImageFiles()
+    by_name: dict[str, Path] = {}
+    for path in map(Path, paths):
+        folder = Path(os.path.abspath(path))  # "." has no name; resolve() would replace a link's name with its target's
+        if path.is_dir():
+            search = _search_for_images(path)
+            found.unreadable += search.unreadable
+            found.passed_over += search.passed_over
+            files = [(file, folder.name / PurePosixPath(file.relative_to(path))) for file in search.files]
+        elif path.exists():
+            files = [(path, PurePosixPath(folder.parent.name, path.name))]
+        else:
+            raise FileNotFoundError(f"no such file or folder: {path}")
+        for file, name in files:
+            other = by_name.setdefault(str(name), file)
+            if other is file:
+                found.files.append(ImageFile(file, str(name)))
+            elif os.path.realpath(other) != os.path.realpath(file):
+                problem = f"{other} and {file} would both be named {name}"
+                raise ValueError(f"{problem}: pass a folder that contains both, or encode each to its own output")
+    return found
+
+
+def _search_for_images(folder: Path) -> FolderSearch:
+    search = search_folder(folder, SUFFIXES)
+    if search.files:
+        return search
+    if search.unreadable:
+        raise search.unreadable[0]
+    suffix = f" ({describe_passed_over(search.passed_over)})" if search.passed_over else ""
+    raise ValueError(f"found no images in {folder}{suffix}")
