@@ -48,6 +48,23 @@ def test_first_of_equally_near_codes_wins():
     assert nearest_code(torch.zeros(3, 2), torch.ones(5, 2)).tolist() == [0, 0, 0]
 
 
+def test_autocast_does_not_change_the_search():
+    vectors, codebook = torch.randn(500, 4), torch.randn(300, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(nearest_code(vectors, codebook), brute_force(vectors, codebook))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_vectors_that_are_not_finite_have_no_nearest_code(value):
+    vectors, codebook = torch.randn(6, 4), torch.randn(5, 4)
+    expected = nearest_code(vectors, codebook)
+    vectors[[1, 4], [0, 3]] = value
+    expected[[1, 4]] = -1
+    assert torch.equal(nearest_code(vectors, codebook), expected)
+    codebook[2, 1] = torch.nan
+    assert (nearest_code(torch.randn(6, 4), codebook) == -1).all()
+
+
 def test_search_of_16384_codes_at_128x128_stays_under_1_gib():
     script = """
         import resource, torch
@@ -138,6 +155,22 @@ def test_codebook_entry_refuses(indices, error, message):
 def test_forward_refuses(z):
     with pytest.raises(ValueError, match=r"z must have shape \(batch, 4, height, width\), got"):
         make_quantizer()(z)
+
+
+@pytest.mark.parametrize("remap", [None, USED])
+def test_latents_that_are_not_finite(remap):
+    quantizer, z = make_quantizer(remap=remap).eval(), torch.randn(2, 4, 3, 5)
+    z[1, 2, 0, 4] = torch.nan
+    with pytest.raises(ValueError, match="z must be finite, got NaN or infinity: 1 of 30 vectors have no nearest code"):
+        quantizer(z)
+    z_q, loss, (_, _, indices) = quantizer.train()(z)  # a training step is not interrupted
+    assert indices.flatten()[19] == -1 and (indices < 0).sum() == 1
+    assert loss.isnan() and z_q[1, :, 0, 4].isnan().any() and not z_q[0].isnan().any()
+    with torch.no_grad(), pytest.raises(ValueError, match="z must be finite"):
+        quantizer(z)
+    quantizer.embedding.weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match="the codebook must be finite, got NaN or infinity: 30 of 30 vectors"):
+        quantizer.eval()(torch.randn(2, 4, 3, 5))
 
 
 def test_search_is_a_registered_operator():

@@ -133,12 +133,36 @@ def test_an_unsuitable_checkpoint_is_refused(photo_folder, tmp_path):
         run.resume()
 
 
-def test_a_non_finite_loss_stops_the_run(photo_folder, tmp_path):
+def test_latents_that_are_not_finite_stop_the_run(photo_folder, tmp_path):
     run = trainer(photo_folder, tmp_path)
     run.save()
     with torch.no_grad():
         run.model.quant_conv.bias.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 0; the last checkpoint is intact"):
+    message = "the encoder's latents are not finite: the loss is nan .* at step 0; the last checkpoint is intact"
+    with pytest.raises(FloatingPointError, match=message):
         run.train_step()
+    run.resume()
+    assert run.train_step()[0].isfinite()
+
+
+def test_latents_for_the_codebook_must_be_finite(photo_folder, tmp_path):
+    run = trainer(photo_folder, tmp_path, continuous_steps=0)
+    before = run.model.quantize.embedding.weight.detach().clone()
+    with torch.no_grad():
+        run.model.quant_conv.bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"the encoder computed NaN or infinity in torch\.float32"):
+        run.train_step()
+    assert torch.equal(run.model.quantize.embedding.weight, before)
+
+
+def test_gradients_that_are_not_finite_do_not_change_the_weights(photo_folder, tmp_path):
+    run = trainer(photo_folder, tmp_path)
+    run.save()
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    hook = run.model.quant_conv.weight.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
+    with pytest.raises(FloatingPointError, match=r"^the loss is \d.* and the gradient norm (inf|nan) at step 0"):
+        run.train_step()
+    assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
+    hook.remove()
     run.resume()
     assert run.train_step()[0].isfinite()

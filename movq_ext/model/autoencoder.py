@@ -7,6 +7,7 @@ from os import PathLike
 from typing import Any, cast
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from .checks import check_latent
@@ -14,12 +15,14 @@ from .decoder import MOVQDecoder
 from .encoder import Encoder
 from .quantize import VectorQuantizer
 from .tiled import decode_tiled
+from .value_checks import can_read_values, is_finite, runs_training_step
 
 
 class MOVQ(nn.Module):
     """MoVQ autoencoder (Zheng et al., arXiv:2209.09002), with the module names of the released checkpoints.
 
-    Methods raise ValueError or TypeError naming the argument, as those of the parts do.
+    Methods raise ValueError or TypeError naming the argument, as those of the parts do. `encode` and `encode_code` raise
+    FloatingPointError if the encoder overflows.
 
     Args:
         ddconfig: keyword arguments of MOVQDecoder and Encoder, as in the released configs.
@@ -69,11 +72,29 @@ class MOVQ(nn.Module):
         self.decoder.gradient_checkpointing_disable()
 
     def encode(self, x: Tensor) -> Tensor:
-        """Encode images ``(B, in_channels, H, W)`` in [-1, 1] to latents ``(B, embed_dim, h, w)`` before quantisation."""
-        return cast(Tensor, self.quant_conv(self.encoder(x)))
+        """Encode images ``(B, in_channels, H, W)`` in [-1, 1] to latents ``(B, embed_dim, h, w)`` before quantisation.
 
+        NaN and infinity in the latents are an error, except where the check would make a training step wait for the GPU (training
+        mode, gradients enabled), and in compiled, exported and captured programs.
+
+        Raises ValueError (rank, channels, device, too small, not finite) or TypeError (dtype) naming the argument, and
+        FloatingPointError if the latents of a finite x are not finite.
+        """
+        h = cast(Tensor, self.quant_conv(self.encoder(x)))
+        if not runs_training_step(self) and can_read_values(h) and not is_finite(h):
+            if not is_finite(x):
+                raise ValueError("x must be finite, got NaN or infinity")
+            advice = ": float16 overflows beyond 65504, use bfloat16 or float32" if h.dtype == torch.float16 else ""
+            raise FloatingPointError(f"the encoder computed NaN or infinity in {h.dtype}{advice}")
+        return h
+
+    @torch.no_grad()
     def encode_code(self, x: Tensor) -> Tensor:
-        """Encode images ``(B, in_channels, H, W)`` in [-1, 1] to code indices ``(B, h, w)`` int64."""
+        """Encode images ``(B, in_channels, H, W)`` in [-1, 1] to code indices ``(B, h, w)`` int64, without gradients.
+
+        Raises what `encode` raises. A compiled, exported or captured program does not: where a latent is not finite, its code is
+        -1, which `decode_code` refuses.
+        """
         h = self.encode(x)
         return cast(Tensor, self.quantize(h)[2][2]).view(h.shape[0], *h.shape[2:])
 

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .value_checks import can_read_values, is_finite, runs_training_step
+
 MAX_DISTANCE_BYTES = 64 << 20  # limit for the distances that the nearest-code search holds at once
 
 
@@ -15,7 +17,8 @@ MAX_DISTANCE_BYTES = 64 << 20  # limit for the distances that the nearest-code s
 def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
     """Return the index of the codebook row nearest to each vector: ``(n, d), (codes, d) -> (n,)`` int64.
 
-    Distances are Euclidean, in float32 or better, computed in chunks of at most 64 MiB. The first of equally near codes wins.
+    Distances are Euclidean, in float32 or better, computed in chunks of at most 64 MiB. The first of equally near codes wins. The
+    index is -1 where the smallest distance is NaN or infinite.
     """
     precision = torch.promote_types(torch.promote_types(vectors.dtype, codebook.dtype), torch.float32)
     codebook = codebook.detach().to(precision)
@@ -24,7 +27,10 @@ def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
     rows = max(1, MAX_DISTANCE_BYTES // (codebook.shape[0] * codebook.element_size()))
     for start in range(0, vectors.shape[0], rows):
         chunk = vectors[start : start + rows].detach().to(precision)
-        indices[start : start + rows] = torch.addmm(half_norms, chunk, codebook.t(), alpha=-1).argmin(1)
+        with torch.autocast(vectors.device.type, enabled=False):
+            distances = torch.addmm(half_norms, chunk, codebook.t(), alpha=-1)
+        nearest = distances.argmin(1, keepdim=True)  # NaN counts as the smallest
+        indices[start : start + rows] = torch.where(distances.gather(1, nearest).isfinite(), nearest, -1).flatten()
     return indices
 
 
@@ -78,13 +84,17 @@ class VectorQuantizer(nn.Module):
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
         """Quantise z ``(B, e_dim, h, w)``.
 
+        A vector with NaN or infinity has no nearest code: its index is -1, and z_q and loss are NaN. This is an error, except
+        where the check would make a training step wait for the GPU (training mode, gradients enabled), and in compiled, exported
+        and captured programs.
+
         Returns:
             ``(z_q, loss, (perplexity, min_encodings, indices))``. z_q has z's shape and passes its gradient to z unchanged. loss
             is a scalar. perplexity and min_encodings are None, placeholders of the released code. indices are ``(B * h * w,)``
             int64 unless remap or sane_index_shape changes their shape.
 
         Raises:
-            ValueError: z does not have the shape ``(B, e_dim, h, w)``.
+            ValueError: z does not have the shape ``(B, e_dim, h, w)``, or z or the codebook is not finite.
         """
         if z.dim() != 4 or z.shape[1] != self.e_dim:
             raise ValueError(f"z must have shape (batch, {self.e_dim}, height, width), got {tuple(z.shape)}")
@@ -92,7 +102,9 @@ class VectorQuantizer(nn.Module):
         vectors = z.permute(0, 2, 3, 1)
         flat = vectors.reshape(-1, self.e_dim)
         indices = nearest_code(flat.detach(), self.embedding.weight.detach())
-        quantized = self.embedding(indices).view(vectors.shape)
+        if not runs_training_step(self) and can_read_values(indices):
+            self._check_found(indices, z)
+        quantized = self.embedding(indices.clamp(min=0)).view(vectors.shape)
         commitment_loss = (quantized.detach() - vectors).square().mean()
         codebook_loss = (quantized - vectors.detach()).square().mean()
         if self.legacy:
@@ -108,8 +120,18 @@ class VectorQuantizer(nn.Module):
             indices = indices.view(batch, height, width)
         return z_q.permute(0, 3, 1, 2), loss, (None, None, indices)
 
+    def _check_found(self, indices: Tensor, z: Tensor) -> None:
+        """Raise ValueError if a vector of z has no nearest code."""
+        if missing := int((indices < 0).sum()):
+            name = "the codebook" if is_finite(z) else "z"
+            unmatched = f"{missing} of {len(indices)} vectors have no nearest code"
+            raise ValueError(f"{name} must be finite, got NaN or infinity: {unmatched}")
+
     def remap_to_used(self, indices: Tensor) -> Tensor:
-        """Return the positions in ``used`` of codes, int64 of any shape. Codes that are not in it become unknown_index."""
+        """Return the positions in ``used`` of codes, int64 of any shape.
+
+        Codes that are not in it become unknown_index; -1, which stands for no code, stays.
+        """
         order = self.used.argsort()
         position = torch.searchsorted(self.used[order], indices).clamp(max=len(order) - 1)
         remapped = order[position]
@@ -118,7 +140,7 @@ class VectorQuantizer(nn.Module):
             unknown = torch.randint(0, len(self.used), indices.shape, device=indices.device)
         else:
             unknown = torch.full_like(indices, int(self.unknown_index))
-        return torch.where(known, remapped, unknown)
+        return torch.where(known, remapped, torch.where(indices < 0, indices, unknown))
 
     def unmap_to_all(self, indices: Tensor) -> Tensor:
         """Return the codes at positions of ``used``, int64 of any shape. Positions past its end give its first code."""
@@ -133,7 +155,7 @@ class VectorQuantizer(nn.Module):
         """
         if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
             raise TypeError(f"indices must be integers, got {indices.dtype}")
-        if indices.numel() and not indices.is_meta and not torch.compiler.is_compiling():
+        if indices.numel() and can_read_values(indices):
             low, high = (int(bound) for bound in indices.aminmax())
             if low < 0 or high >= self.re_embed:
                 raise ValueError(f"indices must be in [0, {self.re_embed}), got values from {low} to {high}")

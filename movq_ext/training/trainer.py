@@ -114,7 +114,8 @@ class Trainer:
     def train_step(self) -> tuple[Tensor, Tensor]:
         """Take one optimiser step. Return (loss, mean squared error) of this process's batch, two scalars.
 
-        Raises FloatingPointError if the loss is not finite, and ValueError if every image in the folder is unreadable.
+        Raises FloatingPointError, in every process and before the weights change, if the latents, the loss or the gradients of
+        one process are not finite, and ValueError if every image in the folder is unreadable.
         """
         config, quantized = self.config, self.step >= self.config.continuous_steps
         if self.step == config.continuous_steps:
@@ -124,10 +125,13 @@ class Trainer:
         x = self.photographs.batch(config.batch_size, self._seed_step(self.step)).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.amp):
             loss, mse, latents, indices = self.objective(x, quantized)
-        if not bool(loss.isfinite()):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}; the last checkpoint is intact")
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if not bool((loss + gradient_norm).isfinite()):  # once per step, since it waits for the GPU; before the weights change
+            cause = "" if bool(latents.isfinite().all()) else "the encoder's latents are not finite: "
+            self.optimizer.zero_grad()  # so that a step after `resume` starts clean
+            values = f"the loss is {loss.item()} and the gradient norm {gradient_norm.item()}"
+            raise FloatingPointError(f"{cause}{values} at step {self.step}; the last checkpoint is intact")
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
