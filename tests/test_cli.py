@@ -172,14 +172,6 @@ def test_interrupted_encoding_saves_finished_images(model, photographs, tmp_path
     assert "encoded 1, already there 2, failed 0\n" in capsys.readouterr().out
 
 
-def test_encoding_saves_at_intervals(model, photographs, tmp_path, monkeypatch):
-    saved = []
-    monkeypatch.setattr("movq_ext.cli.encode.SAVE_INTERVAL_SECONDS", 0)
-    monkeypatch.setattr(CodeFile, "save", lambda self, path: saved.append(len(self.codes)))
-    assert encode(model, photographs, tmp_path / "codes.safetensors") == 0
-    assert saved == [1, 2, 3, 3]  # after each image, and at the end
-
-
 @pytest.mark.parametrize("encoded", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("decoded", ["float32", "bfloat16", "float16"])
 def test_dtypes(model, photographs, tmp_path, encoded, decoded):

@@ -20,6 +20,7 @@ from shard_files import (
 )
 
 from movq_ext.bulk import parquet, run
+from movq_ext.bulk.codebook import CODEBOOK_KEY
 from movq_ext.io.codes import codebook_fingerprint
 
 
@@ -101,7 +102,7 @@ def test_1d_codes_without_a_size(model_folder, tmp_path):
 
 def test_codebook_in_the_metadata(model, model_folder, tmp_path):
     source = write_parquet(tmp_path / "x.parquet", **size_columns())
-    metadata = {parquet.CODEBOOK_KEY: codebook_fingerprint(model).encode()}
+    metadata = {CODEBOOK_KEY.encode(): codebook_fingerprint(model).encode()}
     pq.write_table(pq.read_table(source).replace_schema_metadata(metadata), source)
     assert run_decode(model_folder, source, "-o", tmp_path / "out") == 0
     assert pq.read_schema(tmp_path / "out/x.parquet").metadata == metadata

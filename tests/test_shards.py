@@ -17,9 +17,9 @@ from shard_files import (
     write_tar,
 )
 
-from movq_ext.bulk.codebook import Codebook
+from movq_ext.bulk.codebook import CODEBOOK_KEY, Codebook
 from movq_ext.bulk.find import find_shards
-from movq_ext.bulk.parquet import CODEBOOK_KEY, ParquetShard
+from movq_ext.bulk.parquet import ParquetShard
 from movq_ext.bulk.webdataset import WebDatasetShard
 
 
@@ -49,7 +49,7 @@ def truncated(path):
 
 def of_another_codebook(path):
     table = pq.read_table(path)
-    pq.write_table(table.replace_schema_metadata({CODEBOOK_KEY: b"0123"}), path)
+    pq.write_table(table.replace_schema_metadata({CODEBOOK_KEY: "0123"}), path)
 
 
 def without_codes(path):

@@ -15,6 +15,7 @@ from ..io.codes import codebook_fingerprint
 from ..io.files import MAX_SHOWN_CHARACTERS, printable
 from ..model.autoencoder import MOVQ
 
+CODEBOOK_KEY = "movq_ext.codebook"  # of the fingerprint in a shard's metadata
 MAX_SIDE_PIXELS = 1 << 20
 MAX_IMAGE_PIXELS = 1 << 28  # a small file can claim a huge image
 
@@ -38,10 +39,11 @@ class Codebook:
         """Return the codebook of a model."""
         return cls(codebook_fingerprint(model), model.quantize.re_embed, model.downsampling)
 
-    def check_fingerprint(self, fingerprint: str, path: Path) -> None:
-        """Raise ValueError if the codes in path belong to another codebook."""
+    def check_fingerprint(self, fingerprint: Any, source: Path | str) -> None:
+        """Raise ValueError if the codes in source, a file or sample, belong to another codebook."""
         if fingerprint != self.fingerprint:
-            raise ValueError(f"{path} was made with codebook {fingerprint}, but the model has {self.fingerprint}")
+            found = printable(str(fingerprint), MAX_SHOWN_CHARACTERS)
+            raise ValueError(f"{source} was made with codebook {found}, but the model has {self.fingerprint}")
 
     def to_grid(self, codes: Any, size: tuple[Any, Any] = (None, None)) -> tuple[Tensor, tuple[int, int]]:
         """Check codes from a file.

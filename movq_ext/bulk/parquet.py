@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..io.files import MAX_SHOWN_CHARACTERS, atomic_write, printable, require_file, wrap_errors
-from .codebook import Codebook
+from .codebook import CODEBOOK_KEY, Codebook
 from .shards import Sample, Shard, ShardError, WriteImage, reraise_as_shard_error
 
-CODEBOOK_KEY = b"movq_ext.codebook"  # optional file metadata: the fingerprint of the codebook
 KNOWN_COLUMNS = ("name", "height", "width")  # the columns, besides the codes, that are interpreted
 BATCH_ROWS = 256  # rows per read, and at most per row group written
 ROW_GROUP_BYTES = 32 << 20  # a row group is written once its images reach this size
@@ -31,13 +30,13 @@ class ParquetShard(Shard):
             return None
 
     def count_images(self) -> int:
-        return int(_import_pyarrow()[1].read_metadata(self.target).num_rows)
+        return int(import_pyarrow()[1].read_metadata(self.target).num_rows)
 
     def samples(self, codebook: Codebook) -> Iterator[Sample]:
         with self._open() as file:
-            metadata = file.schema_arrow.metadata or {}
-            if CODEBOOK_KEY in metadata:
-                codebook.check_fingerprint(metadata[CODEBOOK_KEY].decode(errors="replace"), self.source)
+            fingerprint = (file.schema_arrow.metadata or {}).get(CODEBOOK_KEY.encode())
+            if fingerprint is not None:
+                codebook.check_fingerprint(fingerprint.decode(errors="replace"), self.source)
             index = 0
             for batch in reraise_as_shard_error(file.iter_batches(BATCH_ROWS), self.source):
                 columns = {name: batch[name] for name in ("codes", *KNOWN_COLUMNS) if name in batch.schema.names}
@@ -51,7 +50,7 @@ class ParquetShard(Shard):
 
     @contextmanager
     def open_writer(self) -> Iterator[WriteImage]:
-        pa, pq = _import_pyarrow()
+        pa, pq = import_pyarrow()
         with self._open() as file:
             schema = file.schema_arrow
         schema = schema.remove(schema.get_field_index("codes"))
@@ -79,7 +78,7 @@ class ParquetShard(Shard):
 
     @contextmanager
     def _open(self) -> Iterator[Any]:
-        _, pq = _import_pyarrow()
+        _, pq = import_pyarrow()
         require_file(self.source)
         with wrap_errors(ShardError, f"{self.source} is damaged or not a Parquet file"):
             file = pq.ParquetFile(self.source)
@@ -106,7 +105,7 @@ def _parse_row(columns: dict[str, Any], row: int, sample: Sample, codebook: Code
 
 def _to_array(scalar: Any) -> np.ndarray | None:
     """Convert a Parquet list of integers, list of rows or tensor to an array, and null to None."""
-    pa, _ = _import_pyarrow()
+    pa, _ = import_pyarrow()
     if not scalar.is_valid:
         return None
     if hasattr(scalar, "to_numpy"):  # an Arrow tensor
@@ -123,7 +122,7 @@ def _to_array(scalar: Any) -> np.ndarray | None:
     return np.array([np.asarray(row) for row in rows]) if nested else np.asarray(values)
 
 
-def _import_pyarrow() -> tuple[Any, Any]:
+def import_pyarrow() -> tuple[Any, Any]:
     """Import (pyarrow, pyarrow.parquet)."""
     try:
         import pyarrow

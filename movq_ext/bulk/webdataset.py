@@ -13,7 +13,7 @@ import numpy as np
 
 from ..io.codes import name_problem
 from ..io.files import MAX_SHOWN_CHARACTERS, atomic_write, parse_json, printable, require_file, wrap_errors
-from .codebook import Codebook
+from .codebook import CODEBOOK_KEY, Codebook
 from .shards import Sample, Shard, ShardError, WriteImage, reraise_as_shard_error
 
 MAX_SAMPLE_BYTES = 256 << 20
@@ -122,5 +122,7 @@ def _parse(sample: Sample, codebook: Codebook) -> None:
         with wrap_errors(ShardError, "the .json cannot be read"):
             metadata = parse_json(sample.payload["json"].decode())
         if isinstance(metadata, dict):
+            if CODEBOOK_KEY in metadata:
+                codebook.check_fingerprint(metadata[CODEBOOK_KEY], sample.name)
             size = metadata.get("height"), metadata.get("width")
     sample.codes, sample.size = codebook.to_grid(codes, size)

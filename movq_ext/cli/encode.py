@@ -4,69 +4,80 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 from tqdm import tqdm
 
-from .. import MOVQ
+from ..bulk.code_output import DEFAULT_SHARD_SIZE, CodeOutput, ShardFolder, SingleFile
 from ..bulk.codebook import Codebook
-from ..io.codes import CodeFile, codebook_fingerprint, encode_image
+from ..io.codes import encode_image
 from ..io.files import content_hash
 from ..io.folders import describe_passed_over
 from ..io.image_files import find_images
 from ..io.images import load_image
-from .common import add_model, load_model, print_error
+from .common import add_model, load_model, positive, print_error
 
-SUMMARY = "Encode images to a file of codes. Images that the file already holds are skipped."
-SAVE_INTERVAL_SECONDS = 60.0  # an interruption loses at most this much work
+SUMMARY = "Encode images to codes: to one file, or to a folder of shards. Images that are already there are skipped."
+FORMATS = {"safetensors": ".safetensors", "webdataset": ".tar", "parquet": ".parquet"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", type=Path, 
+    parser.add_argument("images", nargs="+", type=Path,
                         help="image files, and folders to search recursively; an image is named by its path from its folder on, "
                         "such as photos/a.png")  # fmt: skip
-    parser.add_argument("-o", "--out", type=Path, default=Path("codes.safetensors"), help="file to write (default: %(default)s)")
+    parser.add_argument("-o", "--out", type=Path, default=Path("codes.safetensors"),
+                        help="a .safetensors file or, for many images, a folder of shards (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--format", choices=FORMATS,
+                        help="of the shards; webdataset is .tar (default: safetensors)")  # fmt: skip
+    parser.add_argument("--shard-size", type=positive, metavar="IMAGES",
+                        help=f"maximum number of images of a shard (default: {DEFAULT_SHARD_SIZE})")  # fmt: skip
     add_model(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    model = load_model(args)
-    file = open_code_file(args.out, model)
+    writes_file = is_single_file(args)
     found = find_images(args.images)
     for unreadable in found.unreadable:
         print_error(str(unreadable))
+    model = load_model(args)
     encoded, skipped, failed = 0, 0, len(found.unreadable)
-    saved_at = time.monotonic()
-    try:
+    with open_output(args, writes_file, Codebook.from_model(model)) as output:
+        output.require_room(file.name for file in found.files)
         for path, name in tqdm(found.files, unit="image", file=sys.stderr):
             try:
                 source_hash = content_hash(path)
-                if file.holds(name, source_hash):
+                if output.holds(name, source_hash):
                     skipped += 1
                     continue
                 image = load_image(path)
-                file.add(name, encode_image(model, image), (image.height, image.width), source_hash)
-                encoded += 1
+                codes = encode_image(model, image)
             except Exception as error:  # one bad image must not stop the rest
                 failed += 1
                 print_error(f"{path}: {error}")
-            if time.monotonic() - saved_at > SAVE_INTERVAL_SECONDS:
-                file.save(args.out)
-                saved_at = time.monotonic()
-    finally:
-        if encoded or not args.out.exists():
-            file.save(args.out)
+                continue
+            output.add(name, codes, (image.height, image.width), source_hash)
+            encoded += 1
     print(f"encoded {encoded}, already there {skipped}, failed {failed}")
     if found.passed_over:
         print(describe_passed_over(found.passed_over))
     return 1 if failed else 0
 
 
-def open_code_file(path: Path, model: MOVQ) -> CodeFile:
-    """Load the file to add to, or create an empty one. Raises ValueError if its codes belong to another codebook."""
-    if not path.exists():
-        return CodeFile(codebook_fingerprint(model))
-    file = CodeFile.load(path)
-    Codebook.from_model(model).check_fingerprint(file.codebook, path)
-    return file
+def is_single_file(args: argparse.Namespace) -> bool:
+    """Return True if the output is one code file. Raises ValueError if the options contradict that."""
+    if args.out.is_dir():
+        return False
+    if args.out.suffix in (".tar", ".parquet"):
+        raise ValueError(f"expected -o to be a folder or a .safetensors file, got {args.out}: pass a folder and --format")
+    if not args.out.is_file() and args.out.suffix != ".safetensors":
+        return False
+    if args.shard_size or args.format not in (None, "safetensors"):
+        raise ValueError(f"--shard-size and --format are for shards: expected -o to be a folder, got {args.out}")
+    return True
+
+
+def open_output(args: argparse.Namespace, writes_file: bool, codebook: Codebook) -> CodeOutput:
+    """Open the file or folder that the options name."""
+    if writes_file:
+        return SingleFile(args.out, codebook)
+    return ShardFolder(args.out, codebook, FORMATS[args.format or "safetensors"], args.shard_size or DEFAULT_SHARD_SIZE)

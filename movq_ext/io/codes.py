@@ -9,8 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from PIL import Image
@@ -25,6 +28,7 @@ from .tensor_files import FLOAT_DTYPES
 
 FORMAT = "movq_ext.codes.1"
 MAX_NAME_CHARACTERS = 4096  # no operating system has longer paths
+MAX_HEADER_BYTES = 100_000_000  # safetensors reads no file with a larger header
 
 
 class CodeFileError(ValueError):
@@ -49,6 +53,26 @@ def _is_cast_of(weight: Tensor, stored: Tensor) -> bool:
     return any(torch.equal(stored.to(dtype).to(weight.dtype), weight) for dtype in FLOAT_DTYPES)
 
 
+@contextmanager
+def _open(path: str | Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """Yield the safetensors file and its metadata."""
+    require_file(path)
+    with wrap_errors(CodeFileError, f"{path} is damaged or not a code file"), safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            found = printable(repr(metadata.get("format")), MAX_SHOWN_CHARACTERS)
+            raise CodeFileError(f"{path}: expected a code file of format {FORMAT!r}, got format {found}")
+        yield file, metadata
+
+
+def _max_json_characters(names: Iterable[str]) -> int:
+    return sum(12 * len(name) + 64 for name in names) + 2  # JSON escapes a character in at most 12
+
+
+def _parse_hashes(metadata: dict[str, str], max_characters: int) -> dict[str, str]:
+    return dict(parse_json(metadata.get("hashes", "{}"), max_characters))  # older versions stored none
+
+
 @dataclass
 class CodeFile:
     """The codes of many images.
@@ -61,21 +85,26 @@ class CodeFile:
     codes: dict[str, Tensor] = field(default_factory=dict)
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
+    header_bytes: int = field(init=False, compare=False)  # at most
+
+    def __post_init__(self) -> None:
+        self.header_bytes = 256 + sum(map(max_header_bytes, self.codes))
+
+    def has_room(self, names: Iterable[str]) -> bool:
+        """Return True if images of these names fit in the header."""
+        return self.header_bytes + sum(map(max_header_bytes, names)) <= MAX_HEADER_BYTES
 
     def add(self, name: str, codes: Tensor, size: tuple[int, int], source_hash: str = "") -> None:
-        """Add an image. Raises ValueError for an invalid name."""
+        """Add an image. Raises ValueError for an invalid name, or if the file is full."""
         if (problem := name_problem(name)) is not None:
             raise ValueError(problem)
+        if not self.has_room([name]):
+            raise ValueError(f"expected at most {len(self.codes)} images of such names in a code file, got one more")
+        self.header_bytes += max_header_bytes(name)
         self.codes[name] = codes.to(torch.int32).cpu().contiguous()
         self.sizes[name] = size
         if source_hash:
             self.hashes[name] = source_hash
-
-    def holds(self, name: str, source_hash: str) -> bool:
-        """Return True if the file holds an image. Raises ValueError if it holds another one of the same name."""
-        if self.hashes.get(name, source_hash) != source_hash:
-            raise ValueError(f"another image named {name} is already there: rename one, or encode to another output")
-        return name in self.codes
 
     def save(self, path: str | Path) -> None:
         """Write the file atomically. Creates its folder."""
@@ -87,7 +116,7 @@ class CodeFile:
             "sizes": json.dumps(self.sizes),
             "hashes": json.dumps(self.hashes),
         }
-        with atomic_write(path) as partial:
+        with wrap_errors(OSError, f"cannot write {path}"), atomic_write(path) as partial:
             save_file(self.codes, partial, metadata=metadata)
 
     @classmethod
@@ -96,19 +125,13 @@ class CodeFile:
 
         Raises OSError if it cannot be read, and CodeFileError if it is damaged or not a code file.
         """
-        require_file(path)
-        with wrap_errors(CodeFileError, f"{path} is damaged or not a code file"), safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                found = printable(repr(metadata.get("format")), MAX_SHOWN_CHARACTERS)
-                raise CodeFileError(f"{path}: expected a code file of format {FORMAT!r}, got format {found}")
+        with _open(path) as (file, metadata):
             codes = {name: file.get_tensor(name) for name in file.keys()}
         with wrap_errors(CodeFileError, f"{path} is damaged"):
-            max_characters = sum(12 * len(name) + 64 for name in codes) + 2  # JSON escapes a character in at most 12
+            max_characters = _max_json_characters(codes)
             entries = parse_json(metadata["sizes"], max_characters).items()
             sizes = {name: (height, width) for name, (height, width) in entries}
-            hashes = dict(parse_json(metadata.get("hashes", "{}"), max_characters))  # older versions stored none
-            result = cls(metadata["codebook"], codes, sizes, hashes)
+            result = cls(metadata["codebook"], codes, sizes, _parse_hashes(metadata, max_characters))
         result._check(path)
         return result
 
@@ -133,6 +156,23 @@ class CodeFile:
         replaced = {name: str(PurePosixPath(name).with_suffix(".png")) for name in self.codes}
         uses = Counter(png for name in replaced for png in {replaced[name], f"{name}.png"})
         return {name: png if uses[png] == 1 else f"{name}.png" for name, png in replaced.items()}
+
+
+def read_hashes(path: str | Path) -> tuple[str, dict[str, str]]:
+    """Return the codebook of a code file, and the hash of every image or "". Reads the header only.
+
+    Raises OSError if the file cannot be read, and CodeFileError if it is damaged or not a code file.
+    """
+    with _open(path) as (file, metadata), wrap_errors(CodeFileError, f"{path} is damaged"):
+        names = list(file.keys())
+        hashes = _parse_hashes(metadata, _max_json_characters(names))
+        return metadata["codebook"], {name: hashes.get(name, "") for name in names}
+
+
+def max_header_bytes(name: str) -> int:
+    """Return how many bytes an image takes in a code file's header at most: its tensor, its size and its hash."""
+    in_json = json.dumps(name)
+    return 176 + len(in_json) + 2 * len(json.dumps(in_json))  # the metadata are JSON in a JSON string
 
 
 def name_problem(name: str) -> str | None:

@@ -1,0 +1,125 @@
+"""Write codes in the formats that decode reads, and read which images such a file holds."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from ..io.codes import CodeFile, read_hashes
+from ..io.files import atomic_write, parse_json, require_file, wrap_errors
+from .codebook import CODEBOOK_KEY, Codebook
+from .parquet import import_pyarrow
+from .shards import ShardError
+from .webdataset import WebDatasetShard
+
+HASH_KEY = "source_hash"  # in Parquet and JSON: the content_hash of the file that an image was encoded from
+ROW_GROUP_ROWS = 1024
+
+
+def save_codes(file: CodeFile, path: Path) -> None:
+    """Write codes atomically, in the format of the path's suffix. A file with an unknown suffix becomes a code file."""
+    WRITERS.get(path.suffix, CodeFile.save)(file, path)
+
+
+def read_image_hashes(path: Path, codebook: Codebook) -> dict[str, str]:
+    """Return the hash of every image that encode stored in a file, by name. The hash is "" if the file does not have it.
+
+    Raises OSError if the file cannot be read, and ValueError if it is damaged or was made with another codebook.
+    """
+    require_file(path)
+    return _READERS[path.suffix.lower()](path, codebook)
+
+
+def _read_code_file(path: Path, codebook: Codebook) -> dict[str, str]:
+    fingerprint, hashes = read_hashes(path)
+    codebook.check_fingerprint(fingerprint, path)
+    return hashes
+
+
+def _save_tar(file: CodeFile, path: Path) -> None:
+    keys: set[str] = set()
+    with atomic_write(path) as partial, tarfile.open(partial, "w") as tar:
+        for name, codes in file.codes.items():
+            keys.add(key := _sample_key(name, keys))
+            height, width = file.sizes[name]
+            metadata = {"name": name, "height": height, "width": width, HASH_KEY: file.hashes.get(name, "")}
+            npy = io.BytesIO()
+            np.save(npy, codes.numpy())
+            contents = {"npy": npy.getvalue(), "json": json.dumps({**metadata, CODEBOOK_KEY: file.codebook}).encode()}
+            for extension, data in contents.items():
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def _sample_key(name: str, keys: set[str]) -> str:
+    """Return a key that is not in keys: the image's name without its suffix. A key must have no dot after its last slash."""
+    path = PurePosixPath(name)
+    key = str(path.with_name(path.stem.replace(".", "_")))
+    if key in keys:  # a.jpg and a.png
+        key = str(path.with_name(path.name.replace(".", "_")))
+    while key in keys:
+        key += "_"
+    return key
+
+
+def _read_tar(path: Path, codebook: Codebook) -> dict[str, str]:
+    hashes = {}
+    for sample in WebDatasetShard(path, path).samples(codebook):
+        if "json" in sample.payload:
+            with wrap_errors(ShardError, f"{path}: the .json of {sample.name} cannot be read"):
+                metadata = parse_json(sample.payload["json"].decode())
+            if isinstance(metadata, dict) and CODEBOOK_KEY in metadata:
+                codebook.check_fingerprint(metadata[CODEBOOK_KEY], path)
+                hashes[str(metadata.get("name"))] = str(metadata.get(HASH_KEY, ""))
+    return hashes
+
+
+def _save_parquet(file: CodeFile, path: Path) -> None:
+    pa, pq = import_pyarrow()
+    grids = [codes.numpy() for codes in file.codes.values()]
+    values = pa.array(np.concatenate([grid.ravel() for grid in grids]))
+    rows = pa.ListArray.from_arrays(_offsets([grid.shape[1] for grid in grids for _ in grid]), values)
+    columns = {
+        "name": pa.array(file.codes, pa.string()),
+        "height": pa.array([file.sizes[name][0] for name in file.codes], pa.int32()),
+        "width": pa.array([file.sizes[name][1] for name in file.codes], pa.int32()),
+        HASH_KEY: pa.array([file.hashes.get(name, "") for name in file.codes], pa.string()),
+        "codes": pa.ListArray.from_arrays(_offsets([len(grid) for grid in grids]), rows),
+    }
+    with atomic_write(path) as partial:
+        pq.write_table(pa.table(columns, metadata={CODEBOOK_KEY: file.codebook}), partial, row_group_size=ROW_GROUP_ROWS)
+
+
+def _offsets(lengths: list[int]) -> np.ndarray:
+    """Return where each list starts, and where the last one ends."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+
+
+def _read_parquet(path: Path, codebook: Codebook) -> dict[str, str]:
+    _, pq = import_pyarrow()
+    with wrap_errors(ShardError, f"{path} is damaged or not a Parquet file"):
+        fingerprint = (pq.read_schema(path).metadata or {}).get(CODEBOOK_KEY.encode())
+        if fingerprint is None:  # not from encode
+            return {}
+        table = pq.read_table(path, columns=["name", HASH_KEY])
+        hashes = dict(zip(table["name"].to_pylist(), table[HASH_KEY].to_pylist(), strict=True))
+    codebook.check_fingerprint(fingerprint.decode(errors="replace"), path)
+    return hashes
+
+
+WRITERS: dict[str, Callable[[CodeFile, Path], None]] = {
+    ".safetensors": CodeFile.save,
+    ".tar": _save_tar,
+    ".parquet": _save_parquet,
+}
+_READERS: dict[str, Callable[[Path, Codebook], dict[str, str]]] = {
+    ".safetensors": _read_code_file,
+    ".tar": _read_tar,
+    ".parquet": _read_parquet,
+}
