@@ -1,8 +1,8 @@
-"""Decode shards of codes (Parquet, WebDataset or safetensors) and say how each went.
+"""Decode shards of codes (Parquet, WebDataset, NumPy or safetensors) and say how each went.
 
     python examples/bulk_decode.py shards/ decoded/ --model path/to/weights
 
-A shard's images appear when all of them are done. Run it again after an interruption: finished shards are skipped.
+Run it again after an interruption: finished images are skipped.
 `movq-ext decode` does the same from the command line, and spreads the shards over a cluster with Ray Data.
 """
 

@@ -1,7 +1,5 @@
 import logging
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import numpy as np
 import pyarrow as pa
@@ -12,15 +10,14 @@ from shard_files import CODES, png_pixels, random_codes, read_rejects, run_decod
 
 from movq_ext import from_pretrained, save_pretrained
 from movq_ext.bulk.batches import BatchDecoder, Settings
-from movq_ext.bulk.shards import Sample, SampleError
+from movq_ext.bulk.shards import Sample
 from movq_ext.io.codes import decode_image
 
 
-@contextmanager
-def decode_samples_of(decoder, progress=None):
-    """Yield decoder.decode_samples with a thread pool; progress collects what it reports."""
-    with ThreadPoolExecutor(2) as pool:
-        yield lambda samples: decoder.decode_samples(samples, pool, ([] if progress is None else progress).append)
+def decode_in_order(decoder, samples):
+    """Return the images of samples, or None, in the samples' order."""
+    images = {sample.name: image for sample, image in decoder.decode_samples(samples)}
+    return [images[sample.name] for sample in samples]
 
 
 def samples_of(sizes):
@@ -44,14 +41,12 @@ def test_batches(decoder, model, monkeypatch):
     sizes = [(8, 8), (7, 7), (4, 4), (8, 7), (8, 8), (8, 8), (3, 3)]
     samples = samples_of(sizes)
     samples.insert(1, Sample("bad", problem="no codes"))
-    with decode_samples_of(decoder, progress := []) as decode_samples:
-        found = decode_samples(samples)
-    assert sum(progress) == len(samples)
+    found = decode_in_order(decoder, samples)
+    assert len(found) == len(samples)
     assert batches == [(3, 4, 4), (2, 4, 4), (2, 2, 2)]
-    assert isinstance(found[1], SampleError) and str(found.pop(1)) == "no codes"
-    del samples[1]
-    for sample, png in zip(samples, found, strict=True):
-        got, single = (np.asarray(image, float) for image in (png_pixels(png), decode_image(model, sample.codes, sample.size)))
+    assert found.pop(1) is None and samples.pop(1).problem == "no codes"
+    for sample, image in zip(samples, found, strict=True):
+        got, single = (np.asarray(image, float) for image in (image, decode_image(model, sample.codes, sample.size)))
         assert np.abs(got - single).max() <= 1
 
 
@@ -77,15 +72,15 @@ def test_out_of_memory(decoder, monkeypatch, caplog):
 
     monkeypatch.setattr(decoder, "decode", decode)
     monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
-    with decode_samples_of(decoder) as decode_samples, caplog.at_level(logging.WARNING):
-        assert all(isinstance(png, bytes) for png in decode_samples(samples_of([(8, 8)] * 5)))
+    with caplog.at_level(logging.WARNING):
+        assert all(decode_in_order(decoder, samples_of([(8, 8)] * 5)))
         assert tried == [5, 2, 2, 1] and "out of memory decoding 5 images of 4 x 4 codes" in caplog.text
-        decode_samples(samples_of([(8, 8)] * 4))
+        decode_in_order(decoder, samples_of([(8, 8)] * 4))
         assert tried[4:] == [2, 2]
         room = 0
-        found = decode_samples(samples_of([(8, 8), (6, 6), (6, 6)]))
-    assert "max_memory must be at least" in str(found[0])
-    assert all(isinstance(png, bytes) for png in found[1:]) and tried[-1] == 2
+        found = decode_in_order(decoder, samples := samples_of([(8, 8), (6, 6), (6, 6)]))
+    assert found[0] is None and "max_memory must be at least" in samples[0].problem
+    assert all(found[1:]) and tried[-1] == 2
 
 
 def test_out_of_memory_on_a_cpu(decoder, monkeypatch):
@@ -102,9 +97,9 @@ def test_out_of_memory_on_a_cpu(decoder, monkeypatch):
         return real(codes)
 
     monkeypatch.setattr(decoder, "decode", decode)
-    with decode_samples_of(decoder) as decode_samples:
-        found = decode_samples(samples_of([(8, 8), (16, 16), (8, 8)]))
-    assert [isinstance(png, bytes) for png in found] == [True, False, True] and "max_memory must be at least" in str(found[1])
+    found = decode_in_order(decoder, samples := samples_of([(8, 8), (16, 16), (8, 8)]))
+    assert [image is not None for image in found] == [True, False, True]
+    assert "max_memory must be at least" in samples[1].problem
     assert len(budgets) > 2 and budgets == sorted(budgets, reverse=True)
 
 
@@ -151,7 +146,6 @@ def test_batches_on_a_gpu(model_folder, model, dtype):
     decoder = BatchDecoder(Settings(model_folder, "cuda", dtype))
     assert decoder.batch_size((4, 4)) > 100
     samples = samples_of([(8, 8)] * 7)
-    with decode_samples_of(decoder) as decode_samples:
-        for sample, png in zip(samples, decode_samples(samples), strict=True):
-            single = np.asarray(decode_image(model, sample.codes, sample.size), float)
-            assert np.abs(png_pixels(png) - single).max() <= (1 if dtype == torch.float32 else 8)
+    for sample, image in zip(samples, decode_in_order(decoder, samples), strict=True):
+        single = np.asarray(decode_image(model, sample.codes, sample.size), float)
+        assert np.abs(np.asarray(image) - single).max() <= (1 if dtype == torch.float32 else 8)

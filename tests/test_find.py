@@ -22,7 +22,7 @@ def test_find_shards(tmp_path):
     os.mkfifo(tmp_path / "pipe.tar")
     for inputs, out, error, message in [
         ([tmp_path / "missing"], "out", FileNotFoundError, "no such file: .*missing"),
-        ([tmp_path / "empty"], "out", ValueError, r"empty has no shards \(.parquet, .tar, .safetensors\)"),
+        ([tmp_path / "empty"], "out", ValueError, r"empty has no shards \(.parquet, .tar, .tar.gz, .tgz, .npz, .safetensors\)"),
         ([tmp_path / "pipe.tar"], "out", OSError, "expected a regular file, got a folder, pipe or device"),
         ([tmp_path / "in"], "in", ValueError, "output .* is inside input"),
         ([tmp_path / "in"], "in/deep/er", ValueError, "output .* is inside input"),

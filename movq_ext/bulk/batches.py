@@ -1,14 +1,15 @@
-"""Decode samples to PNGs in batches that fit in memory."""
+"""Decode samples in batches that fit in memory."""
 
 from __future__ import annotations
 
-import io
+import hashlib
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import torch
 from PIL import Image
@@ -24,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 MEMORY_SHARE = 0.8  # of the available memory, for decodes
 Grid = tuple[int, int]  # (rows, columns) of codes
-OnProgress = Callable[[int], object]  # called with the number of samples that were just completed
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Settings:
 
 
 class BatchDecoder:
-    """Decodes samples to PNGs. A batch has grids of one size; on a CPU it is a single grid."""
+    """Decodes samples. A batch has grids of one size; on a CPU it is a single grid."""
 
     def __init__(self, settings: Settings) -> None:
         self.device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -61,25 +61,28 @@ class BatchDecoder:
         self.reduced_budgets: dict[Grid, int] = {}  # after running out of memory, by grid size
         self._bytes_per_pixel = peak_values_per_pixel(self.model.decoder) * self.model.quant_conv.weight.element_size()
 
-    def decode_samples(
-        self, samples: Sequence[Sample], pool: ThreadPoolExecutor, on_progress: OnProgress
-    ) -> list[bytes | SampleError]:
-        """Return each sample's PNG, or the error that prevented it. PNGs are encoded in the pool."""
-        results: dict[int, Future[bytes] | SampleError] = {}
-        codes_by_grid: dict[Grid, dict[int, Tensor]] = defaultdict(dict)  # codes by sample index
-        for i, sample in enumerate(samples):
+    @cached_property
+    def weights_digest(self) -> bytes:
+        """A hash of the weights in the model's dtype."""
+        digest = hashlib.sha256()
+        for weight in self.model.state_dict().values():
+            digest.update(weight.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.digest()
+
+    def decode_samples(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Image.Image | None]]:
+        """Yield each sample with its image as soon as its batch is decoded, or with None if it now has a problem.
+
+        The order is that of the batches.
+        """
+        samples_by_grid: dict[Grid, list[Sample]] = defaultdict(list)
+        for sample in samples:
             if sample.codes is None:
-                results[i] = SampleError(sample.problem)
-                on_progress(1)
+                yield sample, None
             else:
-                rows, columns = sample.codes.shape
-                codes_by_grid[rows, columns][i] = sample.codes
-        for grid, codes in codes_by_grid.items():
-            for i, image in self._decode_grid(grid, codes):
-                results[i] = image if isinstance(image, SampleError) else _start_png(image, samples[i].size, pool)
-                on_progress(1)
-        in_order = (results[i] for i in range(len(samples)))
-        return [result.result() if isinstance(result, Future) else result for result in in_order]
+                samples_by_grid[sample.codes.shape[0], sample.codes.shape[1]].append(sample)
+        for grid, group in samples_by_grid.items():
+            for sample, image in self._decode_grid(grid, group):
+                yield sample, _crop(image, sample)
 
     @torch.inference_mode()
     def decode(self, codes: Tensor) -> Tensor:
@@ -101,12 +104,12 @@ class BatchDecoder:
         """Return the approximate peak of feature maps, in bytes, for one grid of this size."""
         return self._bytes_per_pixel * grid[0] * grid[1] * self.codebook.cell**2
 
-    def _decode_grid(self, grid: Grid, codes: dict[int, Tensor]) -> Iterator[tuple[int, Tensor | SampleError]]:
-        """Decode codes of one grid size in batches; retry a batch with a smaller budget when it runs out of memory."""
-        waiting = list(codes)
+    def _decode_grid(self, grid: Grid, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Tensor | SampleError]]:
+        """Decode samples of one grid size in batches; retry a batch with a smaller budget when it runs out of memory."""
+        waiting = list(samples)
         while waiting:
             batch = waiting[: self.batch_size(grid)]
-            images = self._try_decode(torch.stack([codes[i] for i in batch]))
+            images = self._try_decode(torch.stack([cast(Tensor, sample.codes) for sample in batch]))
             if images is None:
                 self._reduce_budget(grid, len(batch))
                 continue
@@ -134,16 +137,13 @@ class BatchDecoder:
         logger.warning("out of memory decoding %d images of %d x %d codes at once: retrying with half the budget", images, *grid)
 
 
-def _start_png(image: Tensor, size: tuple[int, int], pool: ThreadPoolExecutor) -> Future[bytes] | SampleError:
-    """Crop an image to size and start encoding it. Return an error if its values are not finite."""
-    height, width = size
+def _crop(image: Tensor | SampleError, sample: Sample) -> Image.Image | None:
+    """Crop an image to the sample's size. Return None if there is none or its values are not finite; the sample says why."""
+    height, width = sample.size
     try:
-        return pool.submit(_encode_png, to_image(image[:, :height, :width]))
+        if isinstance(image, SampleError):
+            raise image
+        return to_image(image[:, :height, :width])
     except ValueError as error:
-        return SampleError(str(error))
-
-
-def _encode_png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format="PNG")
-    return file.getvalue()
+        sample.problem = str(error)
+        return None

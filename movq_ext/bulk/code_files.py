@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 from safetensors import safe_open
 
 from ..io.codes import CodeFile
-from ..io.files import atomic_write, require_file, wrap_errors
+from ..io.files import require_file, wrap_errors
 from .codebook import Codebook
-from .shards import Sample, SampleError, Shard, WriteImage
+from .image_folder import ImageFolderShard
+from .shards import Sample
 
 
-class CodeFileShard(Shard):
-    """A code file, decoded to a folder of PNGs. An earlier run may have written some of them, so `is_done` is always False."""
+class CodeFileShard(ImageFolderShard):
+    """A code file, decoded to a folder of PNGs."""
 
-    suffix = ".safetensors"
-
-    @classmethod
-    def target_of(cls, relative: Path) -> Path:
-        return relative.with_suffix("")
-
-    @property
-    def rejects_path(self) -> Path:
-        return self.target / f"{self.source.name}.rejects.jsonl"
+    suffixes = (".safetensors",)
 
     def count_samples(self) -> int | None:
         try:
@@ -35,15 +25,6 @@ class CodeFileShard(Shard):
                 return len(file.keys())
         except (OSError, ValueError):  # samples() reports it
             return None
-
-    def is_done(self) -> bool:
-        return False
-
-    def image_path(self, sample: Sample) -> Path:
-        return self.target / str(sample.payload)
-
-    def has_image(self, sample: Sample) -> bool:
-        return os.path.exists(self.image_path(sample))  # Path.exists() raises OSError for a name that is too long
 
     def samples(self, codebook: Codebook) -> Iterator[Sample]:
         file = CodeFile.load(self.source)
@@ -55,14 +36,3 @@ class CodeFileShard(Shard):
             except ValueError as error:
                 sample.problem = str(error)
             yield sample
-
-    @contextmanager
-    def open_writer(self) -> Iterator[WriteImage]:
-        def write(sample: Sample, png: bytes) -> None:
-            path = self.image_path(sample)
-            with wrap_errors(SampleError, "the PNG cannot be written"):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_write(path) as partial:
-                    partial.write_bytes(png)
-
-        yield write

@@ -9,29 +9,37 @@ from pathlib import Path
 from ..io.files import require_file
 from ..io.folders import describe_passed_over, search_folder
 from .code_files import CodeFileShard
+from .image_folder import ImageFolderShard
+from .npz import NpzShard
 from .parquet import ParquetShard
-from .shards import Shard
+from .shards import FieldNames, Shard
 from .webdataset import WebDatasetShard
 
 logger = logging.getLogger(__name__)
 
-SHARD_FORMATS: dict[str, type[Shard]] = {shard.suffix: shard for shard in (ParquetShard, WebDatasetShard, CodeFileShard)}
+FORMATS: tuple[type[Shard], ...] = (ParquetShard, WebDatasetShard, NpzShard, CodeFileShard)
 
 
-def make_shard(source: Path, target: Path) -> Shard:
+def format_of(path: Path) -> type[Shard] | None:
+    """Return the format of a file's suffix, or None if it is unknown."""
+    return next((shard for shard in FORMATS if path.name.lower().endswith(shard.suffixes)), None)
+
+
+def make_shard(source: Path, target: Path, names: FieldNames | None = None) -> Shard:
     """Create the shard of a source, in the format of its suffix. A file with an unknown suffix is taken for a code file."""
-    return SHARD_FORMATS.get(source.suffix.lower(), CodeFileShard)(source, target)
+    return (format_of(source) or CodeFileShard)(source, target, names)
 
 
-def find_shards(inputs: Iterable[Path], out: Path) -> list[Shard]:
+def find_shards(inputs: Iterable[Path], out: Path, names: FieldNames | None = None) -> list[Shard]:
     """Return the shards among files and folders.
 
     Folders are searched as `search_folder` does; names that start with ``.`` or ``_`` are passed over. The output mirrors the
-    folder. A code file that is given by its path is decoded straight to ``out``.
+    folder. A code file or ``.npz`` that is given by its path is decoded straight to ``out``.
 
     Args:
         inputs: files and folders.
         out: output folder.
+        names: what the shards call the codes, and what the output calls the images.
 
     Returns:
         The shards, in the order of inputs and sorted within a folder.
@@ -49,7 +57,7 @@ def find_shards(inputs: Iterable[Path], out: Path) -> list[Shard]:
             if target in shards:
                 both = f"{shards[target].source} and {source}"
                 raise ValueError(f"{both} would both be written to {target}: pass their folder, or decode each to its own output")
-            shards[target] = make_shard(source, target)
+            shards[target] = make_shard(source, target, names)
     _require_separate_folders(shards)
     return list(shards.values())
 
@@ -57,27 +65,30 @@ def find_shards(inputs: Iterable[Path], out: Path) -> list[Shard]:
 def _locate_file(path: Path, out: Path) -> tuple[Path, Path]:
     """Return (source, target) of a file that was given by its path."""
     require_file(path)
-    return path, out if isinstance(make_shard(path, out), CodeFileShard) else out / path.name
+    shard_format = format_of(path) or CodeFileShard
+    return path, out if issubclass(shard_format, ImageFolderShard) else out / shard_format.target_of(Path(path.name))
 
 
 def _search_folder(folder: Path, out: Path) -> Iterator[tuple[Path, Path]]:
     """Yield (source, target) of every shard in a folder."""
     if out.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"output {out} is inside input {folder}: the next run would read the images as codes")
-    search = search_folder(folder, SHARD_FORMATS, hidden=(".", "_"))
+    suffixes = [suffix for shard_format in FORMATS for suffix in shard_format.suffixes]
+    search = search_folder(folder, suffixes, hidden=(".", "_"))
     if search.unreadable:
         raise search.unreadable[0]
     if not search.files:
-        raise ValueError(f"{folder} has no shards ({', '.join(SHARD_FORMATS)})")
+        raise ValueError(f"{folder} has no shards ({', '.join(suffixes)})")
     if set(search.passed_over) - {"hidden"}:
         logger.warning("%s: %s", folder, describe_passed_over(search.passed_over))
     for file in search.files:
-        yield file, out / SHARD_FORMATS[file.suffix.lower()].target_of(file.relative_to(folder))
+        shard_format = format_of(file) or CodeFileShard
+        yield file, out / shard_format.target_of(file.relative_to(folder))
 
 
 def _require_separate_folders(shards: dict[Path, Shard]) -> None:
-    """Raise ValueError if a code file's folder of images is inside another's: two images could have the same path."""
-    folders = {target: shard.source for target, shard in shards.items() if isinstance(shard, CodeFileShard)}
+    """Raise ValueError if a shard's folder of images is inside another's: two images could have the same path."""
+    folders = {target: shard.source for target, shard in shards.items() if isinstance(shard, ImageFolderShard)}
     for target, source in folders.items():
         if (outer := next((parent for parent in target.parents if parent in folders), None)) is not None:
             problem = f"{source} would be written to {target}, among the images of {folders[outer]}"

@@ -10,17 +10,18 @@ import numpy as np
 
 from ..io.files import MAX_SHOWN_CHARACTERS, atomic_write, printable, require_file, wrap_errors
 from .codebook import CODEBOOK_KEY, Codebook
-from .shards import Sample, Shard, ShardError, WriteImage, reraise_as_shard_error
+from .image_log import SingleFileShard
+from .shards import FinishedImages, Sample, ShardError, WriteImage, reraise_as_shard_error
 
 KNOWN_COLUMNS = ("name", "height", "width")  # the columns, besides the codes, that are interpreted
 BATCH_ROWS = 256  # rows per read, and at most per row group written
 ROW_GROUP_BYTES = 32 << 20  # a row group is written once its images reach this size
 
 
-class ParquetShard(Shard):
+class ParquetShard(SingleFileShard):
     """A Parquet file of rows with codes, decoded to a Parquet file of rows with images."""
 
-    suffix = ".parquet"
+    suffixes = (".parquet",)
 
     def count_samples(self) -> int | None:
         try:
@@ -39,22 +40,23 @@ class ParquetShard(Shard):
                 codebook.check_fingerprint(fingerprint.decode(errors="replace"), self.source)
             index = 0
             for batch in reraise_as_shard_error(file.iter_batches(BATCH_ROWS), self.source):
-                columns = {name: batch[name] for name in ("codes", *KNOWN_COLUMNS) if name in batch.schema.names}
-                others = batch.drop_columns(["codes"])
+                codes = batch[self.names.column]
+                others = batch.drop_columns([self.names.column])
+                columns = {name: others[name] for name in KNOWN_COLUMNS if name in others.schema.names}
                 row_bytes = others.nbytes // max(1, batch.num_rows)
                 for row in range(batch.num_rows):
                     sample = Sample(f"row {index}", payload=others.slice(row, 1), payload_bytes=row_bytes)
-                    _parse_row(columns, row, sample, codebook)
+                    _parse_row(codes, columns, row, sample, codebook)
                     yield sample
                     index += 1
 
     @contextmanager
-    def open_writer(self) -> Iterator[WriteImage]:
+    def open_writer(self, images: FinishedImages) -> Iterator[WriteImage]:
         pa, pq = import_pyarrow()
         with self._open() as file:
             schema = file.schema_arrow
-        schema = schema.remove(schema.get_field_index("codes"))
-        image_field = pa.field("image", pa.binary())
+        schema = schema.remove(schema.get_field_index(self.names.column))
+        image_field = pa.field(self.names.image_column, pa.binary())
         others: list[Any] = []  # the other columns of the buffered images
         pngs: list[bytes] = []
 
@@ -64,15 +66,15 @@ class ParquetShard(Shard):
             others.clear()
             pngs.clear()
 
-        def write(sample: Sample, png: bytes) -> None:
+        def copy_image(sample: Sample) -> None:
             others.append(sample.payload)
-            pngs.append(png)
+            pngs.append(images.read(sample))
             if len(pngs) >= BATCH_ROWS or sum(map(len, pngs)) >= ROW_GROUP_BYTES:
                 flush()
 
         self.target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.target) as partial, pq.ParquetWriter(partial, schema.append(image_field)) as writer:
-            yield write
+            yield copy_image
             if pngs:
                 flush()
 
@@ -84,21 +86,23 @@ class ParquetShard(Shard):
             file = pq.ParquetFile(self.source)
         with file:
             columns = file.schema_arrow.names
-            if "codes" not in columns or "image" in columns or len(set(columns)) != len(columns):
-                expected = "must have a column 'codes', no column 'image' and no repeated column"
-                raise ShardError(f"{self.source} {expected}, got {printable(str(columns), MAX_SHOWN_CHARACTERS)}")
+            codes, image = self.names.column, self.names.image_column
+            if codes not in columns or image in {*columns} - {codes} or len(set(columns)) != len(columns):
+                expected = f"must have a column {codes!r}, no column {image!r} and no repeated column"
+                found = printable(str(columns), MAX_SHOWN_CHARACTERS)
+                raise ShardError(f"{self.source} {expected}, got {found}: choose other names with --column and --image-column")
             yield file
 
 
-def _parse_row(columns: dict[str, Any], row: int, sample: Sample, codebook: Codebook) -> None:
+def _parse_row(codes: Any, columns: dict[str, Any], row: int, sample: Sample, codebook: Codebook) -> None:
     """Fill in the sample's name, codes and size, or its problem."""
     try:
         with wrap_errors(ShardError, "the row cannot be read"):
-            values = {name: columns[name][row].as_py() for name in KNOWN_COLUMNS if name in columns}
+            values = {name: column[row].as_py() for name, column in columns.items()}
             if values.get("name") is not None:
                 sample.name = str(values["name"])
-            codes = _to_array(columns["codes"][row])
-        sample.codes, sample.size = codebook.to_grid(codes, (values.get("height"), values.get("width")))
+            array = _to_array(codes[row])
+        sample.codes, sample.size = codebook.to_grid(array, (values.get("height"), values.get("width")))
     except ValueError as error:
         sample.problem = str(error)
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ..io.weights import from_pretrained
-from .batches import BatchDecoder, OnProgress, Settings
+from .batches import BatchDecoder, Settings
 from .find import make_shard
-from .run import Report, decode_shard
-from .shards import Shard
+from .run import OnProgress, Report, decode_shard
+from .shards import FieldNames, Shard
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +46,15 @@ class Worker:
         self.decoder, self.attempts = BatchDecoder(settings), attempts
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        """Decode the one shard of a batch with columns ``source`` and ``target``. Return its report as JSON."""
+        """Decode the one shard of a batch with columns ``source``, ``target`` and ``names``. Return its report as JSON."""
         import ray
 
         source, target = str(batch["source"][0]), str(batch["target"][0])
         if ray.get(self.attempts.increment.remote(source)) > MAX_ATTEMPTS:
             report = Report(source, error=f"{source}: the workers that decoded it died {MAX_ATTEMPTS} times")
         else:
-            report = self.decode(make_shard(Path(source), Path(target)))
+            names = FieldNames(**json.loads(str(batch["names"][0])))
+            report = self.decode(make_shard(Path(source), Path(target), names))
         return {"report": [json.dumps(asdict(report))]}
 
     def decode(self, shard: Shard) -> Report:
@@ -130,7 +131,10 @@ def _run_on_cluster(ray: Any, shards: Sequence[Shard], settings: Settings, on_pr
     device = "cuda" if plan.with_gpu else "cpu"
     # Paths are made absolute: workers have another working directory.
     settings = replace(settings, model=settings.model.resolve(), device=device, threads=plan.cores)
-    rows = [{"source": str(shard.source.resolve()), "target": str(shard.target.resolve())} for shard in shards]
+    rows = [
+        {"source": str(shard.source.resolve()), "target": str(shard.target.resolve()), "names": json.dumps(asdict(shard.names))}
+        for shard in shards
+    ]
     reports = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Worker,
         fn_constructor_args=[settings, attempts],

@@ -1,26 +1,37 @@
 """Decode shards in a way that survives interruption: a restarted run decodes only what is missing.
 
-All outputs are written atomically. A shard's images appear together when all are decoded; those of a code file appear one by
-one. Samples that cannot be decoded are listed in ``SHARD.rejects.jsonl``, one JSON object per line with ``source``, ``name`` and
-``reason``. The list is written before the images appear.
+Every image is written as soon as it is decoded, and an interrupt waits for the images that are being encoded. An output file
+appears when it is complete; until then, its images are in a hidden log beside it. Samples that cannot be decoded are listed in
+``SHARD.rejects.jsonl``, one JSON object per line with ``source``, ``name`` and ``reason``. The list is written before the output
+file appears.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import SpooledTemporaryFile
+
+from PIL import Image
 
 from ..io.files import atomic_write, printable, remove_partial_files
-from .batches import BatchDecoder, OnProgress, Settings
-from .shards import Sample, SampleError, Shard, WriteImage
+from .batches import BatchDecoder, Settings
+from .image_folder import ImageFolderShard
+from .shards import FinishedImages, Sample, SampleError, Shard
 
+OnProgress = Callable[[int], object]  # called with the number of samples just completed, from any thread but one at a time
 CHUNK_BYTES = 192 << 20  # a chunk ends once its pixels and payloads reach this size
 MAX_CHUNK_SAMPLES = 1024
 MAX_REASONS = 10  # in a report
+MAX_REJECTS_BYTES = 1 << 20  # in memory
 
 
 @dataclass
@@ -46,13 +57,36 @@ class Report:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True)
-class Reject:
-    """A sample that could not be decoded, or a whole shard if it has no name."""
+class Rejects:
+    """The samples of a shard that cannot be decoded, counted in its report. A list too long for memory is on disk."""
 
-    source: str
-    name: str | None
-    reason: str
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._lines = SpooledTemporaryFile(MAX_REJECTS_BYTES, mode="w+", encoding="utf-8")
+
+    def __enter__(self) -> Rejects:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lines.close()
+
+    def add(self, name: str | None, reason: str) -> None:
+        """Add a sample, or the whole shard if it has no name."""
+        reason = printable(reason)
+        self._lines.write(f"{json.dumps({'source': self._report.source, 'name': name, 'reason': reason})}\n")
+        self._report.rejected += name is not None
+        if name is not None and len(self._report.reasons) < MAX_REASONS:
+            self._report.reasons.append(f"{name}: {reason}")
+
+    def write(self, path: Path) -> None:
+        """Write the file of rejects, or delete an earlier run's if there are none."""
+        if not self._lines.tell():
+            path.unlink(missing_ok=True)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lines.seek(0)
+        with atomic_write(path) as partial, open(partial, "w", encoding="utf-8") as file:
+            shutil.copyfileobj(self._lines, file)
 
 
 def decode_shard(shard: Shard, decoder: BatchDecoder, on_progress: OnProgress = lambda samples: None) -> Report:
@@ -65,14 +99,18 @@ def decode_shard(shard: Shard, decoder: BatchDecoder, on_progress: OnProgress = 
             return report
         _decode_missing(shard, decoder, report, on_progress)
     except (OSError, ValueError) as error:
-        report.decoded = 0
+        if not isinstance(shard, ImageFolderShard):
+            report.decoded = 0  # the images are in the log, for the next run
+        report.rejected, report.reasons = 0, []
         if shard.is_done():  # another run finished it and removed our partial file as stale
             _count_existing(shard, report)
+            remove_partial_files([shard.target])
             return report
         reason = printable(str(error) if report.source in str(error) else f"{report.source}: {error}")
         report.error = reason
-        with suppress(OSError):
-            _write_rejects(shard, [Reject(report.source, None, reason)])
+        with suppress(OSError), Rejects(report) as rejects:
+            rejects.add(None, reason)
+            rejects.write(shard.rejects_path)
     report.seconds = time.monotonic() - start
     return report
 
@@ -86,35 +124,48 @@ def run_in_process(shards: Iterable[Shard], settings: Settings, on_progress: OnP
 
 def _decode_missing(shard: Shard, decoder: BatchDecoder, report: Report, on_progress: OnProgress) -> None:
     """Write the missing images and the rejects, and count them in the report."""
-    rejects: list[Reject] = []
-    paths = {shard.rejects_path}
-    with ThreadPoolExecutor(decoder.threads) as pool, shard.open_writer() as write:
+    paths = {shard.rejects_path, shard.target}
+    with (
+        Rejects(report) as rejects,
+        shard.open_images(decoder.weights_digest) as images,
+        shard.open_writer(images) as copy_image,
+    ):
         for chunk in _chunks(shard.samples(decoder.codebook)):
-            paths |= {shard.image_path(sample) for sample in chunk}
-            missing = [sample for sample in chunk if not shard.has_image(sample)]
+            missing = [sample for sample in chunk if sample.problem or sample not in images]
+            paths |= {shard.image_path(sample) for sample in missing if not sample.problem}
             report.present += len(chunk) - len(missing)
             on_progress(len(chunk) - len(missing))
-            for sample, png in zip(missing, decoder.decode_samples(missing, pool, on_progress), strict=True):
-                problem = _try_write(write, sample, png)
-                if problem is None:
-                    report.decoded += 1
-                else:
-                    rejects.append(Reject(report.source, sample.name, printable(problem)))
-        _write_rejects(shard, rejects)  # before the images appear: a reader that sees them can see what is missing
-    report.rejected = len(rejects)
-    report.reasons = [f"{reject.name}: {reject.reason}" for reject in rejects[:MAX_REASONS]]
+            _decode_chunk(missing, decoder, images, on_progress)
+            for sample in missing:
+                if sample.problem:
+                    rejects.add(sample.name, sample.problem)
+            report.decoded += sum(not sample.problem for sample in missing)
+            for sample in chunk:
+                if not sample.problem:
+                    copy_image(sample)
+        rejects.write(shard.rejects_path)  # before the images appear: a reader that sees them can see what is missing
     remove_partial_files(paths)
 
 
-def _try_write(write: WriteImage, sample: Sample, png: bytes | SampleError) -> str | None:
-    """Write an image. Return None, or the reason why it was not decoded or written."""
-    if isinstance(png, SampleError):
-        return str(png)
-    try:
-        write(sample, png)
-    except SampleError as error:
-        return str(error)
-    return None
+def _decode_chunk(samples: list[Sample], decoder: BatchDecoder, images: FinishedImages, on_progress: OnProgress) -> None:
+    """Decode samples and add their images, or set their problem. Decoded images are added even if this is interrupted."""
+    lock = threading.Lock()
+
+    def add(sample: Sample, image: Image.Image | None) -> None:
+        if image is not None:
+            file = io.BytesIO()
+            image.save(file, format="PNG")
+            try:
+                images.add(sample, file.getvalue())
+            except SampleError as error:
+                sample.problem = str(error)
+        with lock:
+            on_progress(1)
+
+    with ThreadPoolExecutor(decoder.threads) as pool:  # on exit, waits for the images that are being encoded
+        added = [pool.submit(add, sample, image) for sample, image in decoder.decode_samples(samples)]
+    for future in added:
+        future.result()  # raises the error if an image could not be added
 
 
 def _count_existing(shard: Shard, report: Report) -> None:
@@ -133,14 +184,3 @@ def _chunks(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
             chunk, size = [], 0
     if chunk:
         yield chunk
-
-
-def _write_rejects(shard: Shard, rejects: list[Reject]) -> None:
-    """Write the file of rejects, or delete an earlier run's if there are none."""
-    path = shard.rejects_path
-    if not rejects:
-        path.unlink(missing_ok=True)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as partial:
-        partial.write_text("".join(f"{json.dumps(asdict(reject))}\n" for reject in rejects))

@@ -15,8 +15,8 @@ from ..bulk import ray_engine
 from ..bulk.batches import Settings
 from ..bulk.find import find_shards
 from ..bulk.run import Report, run_in_process
-from ..bulk.shards import Shard
-from .common import DTYPES, add_model, memory_size, print_error, thread_count
+from ..bulk.shards import FieldNames, Shard
+from .common import DTYPES, add_model, exit_on_sigterm, memory_size, print_error, thread_count
 
 SUMMARY = "Decode codes to images, shard by shard. Images that already exist are skipped."
 MAX_COUNTED_SHARDS = 1000  # opened at the start to count their images for the progress bar
@@ -24,8 +24,17 @@ MAX_COUNTED_SHARDS = 1000  # opened at the start to count their images for the p
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("codes", nargs="+", type=Path,
-                        help="files of codes from encode, Parquet files, WebDatasets (.tar), and folders of them")  # fmt: skip
+                        help="files of codes from encode, Parquet files, WebDatasets (.tar, .tar.gz, .tgz), .npz files, and "
+                        "folders of them")  # fmt: skip
     parser.add_argument("-o", "--out", type=Path, default=Path("decoded"), help="folder to write to (default: %(default)s)")
+    parser.add_argument("--column", default=FieldNames.column, metavar="NAME",
+                        help="column of the codes in Parquet files, or array in .npz files (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--key", default=FieldNames.key, metavar="SUFFIX",
+                        help="suffix of the codes in WebDatasets, such as codes.npy (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--image-column", default=FieldNames.image_column, metavar="NAME",
+                        help="column to write the images to in Parquet files (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--image-key", default=FieldNames.image_key, metavar="SUFFIX",
+                        help="suffix of the images in WebDatasets, such as decoded.png (default: %(default)s)")  # fmt: skip
     parser.add_argument("--engine", choices=["auto", "ray", "process"], default="auto",
                         help="decode with Ray Data or in this process; auto uses Ray Data if it is installed and there are "
                         "several shards (default: %(default)s)")  # fmt: skip
@@ -38,14 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    shards = find_shards(args.codes, args.out)
+    names = FieldNames(args.column, args.key.lstrip("."), args.image_column, args.image_key.lstrip("."))
+    shards = find_shards(args.codes, args.out, names)
     args.out.mkdir(parents=True, exist_ok=True)
     done = {shard for shard in shards if shard.is_done()}
     pending = [shard for shard in shards if shard not in done]
     settings = Settings(args.model, args.device, DTYPES[args.dtype], args.max_memory, args.threads)
     use_ray = args.engine == "ray" or (args.engine == "auto" and len(pending) > 1 and find_spec("ray") is not None)
     start = time.monotonic()
-    reports = decode_shards(pending, settings, use_ray) if pending else []
+    with exit_on_sigterm():
+        reports = decode_shards(pending, settings, use_ray) if pending else []
     seconds = time.monotonic() - start
 
     decoded = sum(report.decoded for report in reports)

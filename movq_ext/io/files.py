@@ -14,6 +14,8 @@ from typing import Any
 MAX_JSON_CHARACTERS = 1 << 20  # of a config; published ones have about a thousand
 MAX_REASON_CHARACTERS = 300  # of another library's message, in an error
 MAX_SHOWN_CHARACTERS = 200  # of a value from a file, in an error
+MAX_EXPANSION = 100  # of compressed files: integers and text shrink less, but DEFLATE can expand 1032-fold
+MIN_EXPANDED_BYTES = 64 << 20  # allowed whatever the compressed size
 MAX_NAME_BYTES = 200  # file systems allow 255, and a partial file's name is up to 50 longer than the final one
 
 
@@ -24,7 +26,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     Readers see the old file or the complete new one, also after a crash of the machine.
     """
     path = Path(path)
-    partial = path.with_name(f".{_partial_stem(path.name)}.{os.getpid()}.{threading.get_ident()}.partial")
+    partial = partial_path(path, f"{os.getpid()}.{threading.get_ident()}")
     try:
         partial.touch()
         mode = partial.stat().st_mode  # reading the umask itself would change it for all threads
@@ -37,15 +39,24 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def remove_partial_files(paths: Iterable[Path]) -> None:
-    """Delete the partial files that killed processes left beside these paths. No process may be writing to the paths."""
+def partial_path(path: Path, label: str) -> Path:
+    """Return the path of a partial file beside path. The label has one dot."""
+    return path.with_name(f".{_partial_stem(path.name)}.{label}.partial")
+
+
+def find_partial_files(paths: Iterable[Path]) -> Iterator[Path]:
+    """Yield the partial files beside these paths."""
     stems: dict[Path, set[str]] = {}
     for path in paths:
         stems.setdefault(path.parent, set()).add(_partial_stem(path.name))
     for folder, known in stems.items():
-        for partial in folder.glob(".*.partial"):
-            if partial.name[1:].rsplit(".", 3)[0] in known:
-                partial.unlink(missing_ok=True)
+        yield from (partial for partial in folder.glob(".*.partial") if partial.name[1:].rsplit(".", 3)[0] in known)
+
+
+def remove_partial_files(paths: Iterable[Path]) -> None:
+    """Delete the partial files that killed processes left beside these paths. No process may be writing to the paths."""
+    for partial in find_partial_files(paths):
+        partial.unlink(missing_ok=True)
 
 
 def _partial_stem(name: str) -> str:
@@ -70,6 +81,11 @@ def content_hash(path: str | Path) -> str:
     require_file(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def max_expanded_bytes(compressed_bytes: int) -> int:
+    """Return how many bytes a compressed file of this size may expand to."""
+    return max(MIN_EXPANDED_BYTES, MAX_EXPANSION * compressed_bytes)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def search_folder(folder: Path, suffixes: Collection[str], hidden: tuple[str, ..
     Links are followed, and each folder is searched once, by a path without links if it has one. Names that start with one of
     ``hidden`` are passed over.
     """
-    found = FolderSearch()
+    found, wanted = FolderSearch(), tuple(suffixes)
     folders, links = [folder], list[Path]()
     searched: set[tuple[int, int]] = set()
     while folders or links:
@@ -58,7 +58,7 @@ def search_folder(folder: Path, suffixes: Collection[str], hidden: tuple[str, ..
                 found.passed_over["hidden"] += 1
             elif os.path.isdir(path):
                 (links if entry.is_symlink() else folders).append(path)
-            elif path.suffix.lower() in suffixes:
+            elif entry.name.lower().endswith(wanted):
                 found.files.append(path)
             elif entry.is_symlink() and not os.path.exists(path):  # perhaps to a folder of files
                 found.unreadable.append(FileNotFoundError(f"cannot follow link: {path}"))
