@@ -133,3 +133,27 @@ def test_without_pyarrow(model_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     assert run_decode(model_folder, write_parquet(tmp_path / "x.parquet"), "-o", tmp_path / "out") == 2
     assert "Parquet files need pyarrow: pip install 'movq_ext[parquet]'" in capsys.readouterr().err
+
+
+def test_codes_under_another_name_beside_an_image(model, model_folder, tmp_path):
+    """The image that is already there is kept; without --image-column the shard is refused."""
+    table = pa.table({"image": [b"original"] * 6, "tokens": [grid.tolist() for grid in GRIDS], "codes": ["text"] * 6})
+    source = tmp_path / "x.parquet"
+    pq.write_table(table, source)
+    out, names = tmp_path / "out", ("--column", "tokens")
+    assert run_decode(model_folder, source, "-o", out, *names) == 2
+    reason = read_rejects(out / "x.parquet.rejects.jsonl")[0]["reason"]
+    assert "must have a column 'tokens', no column 'image'" in reason and "with --column and --image-column" in reason
+    assert run_decode(model_folder, source, "-o", out, *names, "--image-column", "decoded") == 0
+    found = pq.read_table(out / "x.parquet")
+    assert found.column_names == ["image", "codes", "decoded"]
+    assert found.drop_columns(["decoded"]).equals(table.drop_columns(["tokens"]))
+    for i, png in enumerate(found["decoded"].to_pylist()):
+        height, width = SIZES[i]  # the shard has no sizes, so its images cover the whole grid
+        assert np.abs(png_pixels(png)[:height, :width].astype(int) - expected_pixels(model, i)).max() == 0
+
+
+def test_the_images_may_take_the_name_of_the_codes(model_folder, tmp_path):
+    source = write_parquet(tmp_path / "x.parquet")
+    assert run_decode(model_folder, source, "-o", tmp_path / "out", "--image-column", "codes") == 0
+    assert pq.read_table(tmp_path / "out/x.parquet").column_names == ["codes"]

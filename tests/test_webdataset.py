@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from shard_files import (
 )
 
 from movq_ext.bulk import webdataset
+from movq_ext.io import files
 
 
 def test_samples_and_their_other_files(model, model_folder, tmp_path):
@@ -135,3 +137,98 @@ def test_files_of_a_sample_must_be_adjacent(model_folder, tmp_path):
     assert list(read_tar(tmp_path / "out/x.tar")) == ["2.png"]
     reasons = [reject["reason"] for reject in read_rejects(tmp_path / "out/x.tar.rejects.jsonl")]
     assert ["must be adjacent" in reason for reason in reasons] == [False, False, True, True]
+
+
+def test_codes_under_another_name_beside_an_image(model, model_folder, tmp_path, capsys):
+    """The image that is already there is kept, and a mix of samples with and without one is refused rather than overwritten."""
+    files = [("0.png", b"original"), ("0.vq.npy", npy_bytes(GRIDS[0])), ("1.vq.npy", npy_bytes(GRIDS[2])), ("1.npy", b"other")]
+    source = write_tar(tmp_path / "x.tar", files)
+    assert run_decode(model_folder, source, "-o", tmp_path / "out", "--key", ".vq.npy", "--image-key", "decoded.png") == 0
+    found = read_tar(tmp_path / "out/x.tar")
+    assert list(found) == ["0.png", "0.decoded.png", "1.npy", "1.decoded.png"]
+    assert found["0.png"] == b"original" and found["1.npy"] == b"other"
+    for name, i in (("0", 0), ("1", 2)):
+        assert np.array_equal(png_pixels(found[f"{name}.decoded.png"]), expected_pixels(model, i))
+    assert run_decode(model_folder, source, "-o", tmp_path / "out", "--key", "vq.npy", "--image-key", "decoded.png") == 0
+    assert "decoded 0, already there 0" in capsys.readouterr().out  # the whole shard is skipped
+    assert run_decode(model_folder, source, "-o", tmp_path / "clash", "--key", "vq.npy") == 1
+    assert list(read_tar(tmp_path / "clash/x.tar")) == ["1.npy", "1.png"]
+    (reject,) = read_rejects(tmp_path / "clash/x.tar.rejects.jsonl")
+    assert reject["name"] == "0" and "a sample must have a .vq.npy and no .png" in reject["reason"]
+    assert "choose other suffixes with --key and --image-key" in reject["reason"]
+
+
+@pytest.mark.parametrize("name", ["x.tar.gz", "x.tgz", "x.TAR.GZ"])
+def test_compressed_tar(model, model_folder, tmp_path, name):
+    archive = write_tar(tmp_path / "plain.tar", [(f"{i}.npy", npy_bytes(GRIDS[i])) for i in (0, 2, 4)]).read_bytes()
+    source = tmp_path / "in" / name
+    source.parent.mkdir()
+    source.write_bytes(gzip.compress(archive[:3000]) + gzip.compress(archive[3000:]))  # as pigz and concatenation write it
+    assert run_decode(model_folder, tmp_path / "in", "-o", tmp_path / "out") == 0
+    assert file_names(tmp_path / "out") == ["x.tar"]
+    found = read_tar(tmp_path / "out/x.tar")
+    assert list(found) == ["0.png", "2.png", "4.png"]
+    assert all(np.array_equal(png_pixels(found[f"{i}.png"]), expected_pixels(model, i)) for i in (0, 2, 4))
+
+
+def cut_off(archive):
+    return gzip.compress(archive)[:-30]
+
+
+def flipped(archive):
+    damaged = bytearray(gzip.compress(archive))
+    damaged[-8] ^= 255  # of the checksum
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (cut_off, "damaged or not a gzip file: EOFError"),
+        (flipped, "damaged or not a gzip file: BadGzipFile: CRC check failed"),
+        (lambda archive: archive, "damaged or not a gzip file: BadGzipFile: Not a gzipped file"),
+        (lambda archive: gzip.compress(b"text" * 1000), "damaged or not a gzip-compressed tar file"),
+        (lambda archive: gzip.compress(archive[:4096]), "no end-of-archive marker after 4 members"),
+        (lambda archive: gzip.compress(archive * 2), "no end-of-archive marker after 4 members"),
+        (lambda archive: gzip.compress(negative_size(archive)), "damaged"),
+    ],
+)
+def test_damaged_compressed_tar(model_folder, tmp_path, damage, reason):
+    archive = write_tar(tmp_path / "x.tar", [(f"{i}.npy", npy_bytes(GRIDS[0])) for i in range(4)]).read_bytes()
+    (tmp_path / "x.tar.gz").write_bytes(damage(archive))
+    assert run_decode(model_folder, tmp_path / "x.tar.gz", "-o", tmp_path / "out") == 2
+    (reject,) = read_rejects(tmp_path / "out/x.tar.rejects.jsonl")
+    assert reason in reject["reason"] and file_names(tmp_path / "out") == ["x.tar.rejects.jsonl"]
+
+
+def long_header(size):
+    """Return an archive whose extended header claims and has this size."""
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, size
+    return header.tobuf(tarfile.GNU_FORMAT) + bytes(size)
+
+
+def many_members(size):
+    return (tarfile.TarInfo("a/b.txt").tobuf() * (size // 512))[:size] + bytes(1024)
+
+
+@pytest.mark.parametrize("content, small", [(bytes, 16 << 20), (long_header, 16 << 20), (many_members, 4 << 20)])
+def test_gzip_bombs(model_folder, tmp_path, monkeypatch, content, small):
+    """Memory does not follow what the file expands to."""
+    monkeypatch.setattr(files, "MIN_EXPANDED_BYTES", 40 << 20)
+    monkeypatch.setattr(webdataset, "MAX_SAMPLE_BYTES", 1 << 20)
+    for size in (small, 64 << 20):
+        source = tmp_path / f"{size}.tar.gz"
+        source.write_bytes(gzip.compress(content(size)))
+        assert source.stat().st_size < size // 150
+        tracemalloc.start()
+        try:
+            status = run_decode(model_folder, source, "-o", tmp_path / "out")
+            assert tracemalloc.get_traced_memory()[1] < 14 << 20
+        finally:
+            tracemalloc.stop()
+        rejects = tmp_path / f"out/{size}.tar.rejects.jsonl"
+        if size == 64 << 20:
+            assert status == 2 and "expected at most 41943040 bytes after decompression" in rejects.read_text()
+        elif content is long_header:
+            assert status == 2 and "expected a header of at most 1048576 bytes, got 16777216" in rejects.read_text()
