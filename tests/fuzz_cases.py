@@ -14,7 +14,7 @@ import zlib
 import numpy as np
 import torch
 from fuzz_mutations import JUNK, NUMBERS, Code, change_numbers, crafted_pickle, damage, damage_json, nested
-from PIL import Image
+from PIL import Image, ImageCms
 from safetensors.torch import save_file
 
 from movq_ext import MOVQ, CheckpointError, from_pretrained, save_pretrained
@@ -28,8 +28,8 @@ DIFFUSERS = {
     "up_block_types": ["UpDecoderBlock2D"], "in_channels": 3, "out_channels": 3, "latent_channels": 4, "num_vq_embeddings": 8,
     "layers_per_block": 0, "norm_num_groups": 32, "vq_embed_dim": 4,
 }  # fmt: skip
-IMAGES = [("png", "RGB"), ("png", "P"), ("png", "I;16"), ("jpg", "RGB"), ("jpg", "CMYK"), ("gif", "P"), ("bmp", "RGB"),
-          ("bmp", "P"), ("ppm", "RGB"), ("tif", "RGB"), ("tif", "F"), ("webp", "RGB")]  # fmt: skip
+IMAGES = [("png", "RGB"), ("png", "P"), ("png", "RGBA"), ("png", "I;16"), ("jpg", "RGB"), ("jpg", "CMYK"), ("gif", "P"),
+          ("bmp", "RGB"), ("bmp", "P"), ("ppm", "RGB"), ("tif", "RGB"), ("tif", "F"), ("webp", "RGB")]  # fmt: skip
 NAMES = ["a", "a.jpg", "a.png", "b/a", "../a", "/a", "a/..", ".", "a/.", "", "\0", "x" * 9999, "\x1b[2J", "é", "con", "a\\b",
          " ", "/"]  # fmt: skip
 
@@ -80,6 +80,9 @@ class Cases:
             image = Image.fromarray(np.arange(99, dtype=np.uint16).reshape(9, 11)) if mode == "I;16" else pixels.convert(mode)
             image.save(folder / f"{mode.replace(';', '')}.{suffix}", **options)
         pixels.save(folder / "packed.tif", compression="tiff_lzw")
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+        for suffix in ("png", "jpg", "tif"):
+            pixels.save(folder / f"profile.{suffix}", icc_profile=profile)
         for path in folder.rglob("*.safetensors"):
             sort_header(path)
         return {file.relative_to(folder).as_posix(): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}

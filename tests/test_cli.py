@@ -13,7 +13,7 @@ from models import SMALL_MOVQ
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from movq_ext import MOVQ, __version__, save_pretrained
+from movq_ext import MOVQ, __version__, from_pretrained, save_pretrained
 from movq_ext.cli import COMMANDS, main, parser
 from movq_ext.demo import PHOTOS, SMALL_MODEL_PATH
 from movq_ext.io.codes import CodeFile, encode_image
@@ -127,6 +127,22 @@ def test_images_of_the_same_name_in_several_calls(model, tmp_path, capsys):
     assert capsys.readouterr().out == "encoded 0, already there 1, failed 0\n"
 
 
+def test_background_and_frames(model, tmp_path, capsys):
+    """The codes are those of the image on its background, and the frames that are left out are counted."""
+    Image.new("RGBA", (4, 4), (0, 255, 0, 0)).save(tmp_path / "a.png")
+    for options, background in [((), "white"), (("--background", "#102030"), "#102030")]:
+        codes = tmp_path / f"{background}.safetensors"
+        assert encode(model, tmp_path / "a.png", codes, *options) == 0
+        expected = encode_image(from_pretrained(model), Image.new("RGB", (4, 4), background))
+        (found,) = CodeFile.load(codes).codes.values()
+        assert torch.equal(found, expected.int())
+    capsys.readouterr()
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "green", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert encode(model, tmp_path / "a.gif", tmp_path / "codes.safetensors") == 0
+    assert capsys.readouterr().out == "encoded 1, already there 0, failed 0\npassed over 2: frames or pages after the first 2\n"
+
+
 def test_what_was_not_encoded_is_reported(model, photographs, tmp_path, monkeypatch, capsys):
     """Other files are counted; an unreadable folder, a broken link and an empty folder are failures."""
     (photographs / "notes.txt").touch()
@@ -200,6 +216,7 @@ def test_wrong_calls(model, tmp_path, capsys):
         (("info", "--dtype", "int8"), "argument --dtype: invalid choice: 'int8'"),
         (("demo", "out", "--size", "0"), "argument --size: expected a positive integer, got '0'"),
         (("export", "--size", "64:"), "argument --size: expected N or MIN:MAX, got '64:'"),
+        (("encode", "a", "--background", "b"), "argument --background: expected a colour such as white or #ff8800, got 'b'"),
         (("banana",), "invalid choice: 'banana'"),
     ]:
         with pytest.raises(SystemExit) as stop:

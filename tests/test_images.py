@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from movq_ext.io.images import ImageError, load_image, pad_to_multiple, save_image, to_image, to_tensor
+from movq_ext.io.images import ImageError, count_later_frames, load_image, pad_to_multiple, save_image, to_image, to_tensor
 
 
 def pixels(height=5, width=7, seed=0):
@@ -41,12 +41,32 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     assert np.asarray(load_image(tmp_path / "deep.png"))[0, :, 0].tolist() == [0, 128, 255]
 
 
-def test_orientation_is_applied(tmp_path):
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
+def test_orientation_is_applied_once(tmp_path, suffix):
     image = Image.fromarray(pixels())
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by 90 degrees
-    image.save(tmp_path / "turned.png", exif=exif)
-    assert load_image(tmp_path / "turned.png").size == (5, 7)
+    options = {"lossless": True} if suffix == "webp" else {}
+    image.save(tmp_path / f"turned.{suffix}", exif=exif, **options)
+    loaded = load_image(tmp_path / f"turned.{suffix}")
+    assert loaded.size == (5, 7)
+    if suffix != "jpg":
+        assert np.array_equal(np.asarray(loaded), np.rot90(pixels(), -1))
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "tif", "webp"])
+def test_the_first_frame_is_read_and_the_others_are_counted(tmp_path, suffix):
+    first, *others = (Image.new("RGB", (4, 4), colour) for colour in ("white", "red", "black"))
+    first.save(tmp_path / f"a.{suffix}", save_all=True, append_images=others)
+    assert np.asarray(load_image(tmp_path / f"a.{suffix}")).min() == 255
+    assert count_later_frames(tmp_path / f"a.{suffix}") == 2
+    first.save(tmp_path / f"b.{suffix}")
+    assert count_later_frames(tmp_path / f"b.{suffix}") == 0
+
+
+def test_a_photograph_with_a_depth_map_has_one_frame(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[Image.new("RGB", (2, 2))])
+    assert load_image(tmp_path / "a.jpg").size == (4, 4) and count_later_frames(tmp_path / "a.jpg") == 0
 
 
 @pytest.mark.parametrize("kept", [0, 1, 20, 0.5, 0.9])

@@ -1,5 +1,8 @@
+import logging
+
 import pytest
 import torch
+from image_folders import deny_reading
 from spies import record_calls
 
 from movq_ext.training import Photographs, photographs
@@ -34,6 +37,18 @@ def test_unreadable_images_are_skipped(photo_folder, tmp_path, caplog):
     caplog.clear()
     assert photos.batch(9, generator()).isfinite().all()
     assert sum("skipping an unreadable image" in record.message for record in caplog.records) == 1
+
+
+def test_what_the_folder_holds_besides_readable_images_is_logged(photo_folder, tmp_path, monkeypatch, caplog):
+    (tmp_path / "photos").symlink_to(photo_folder)
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "notes.txt").touch()
+    deny_reading(monkeypatch, "closed")
+    with caplog.at_level(logging.INFO):
+        assert len(Photographs(tmp_path, 8).files) == 3
+    warning, info = caplog.records
+    assert warning.levelname == "WARNING" and f"Permission denied: '{tmp_path}/closed'" in warning.getMessage()
+    assert info.levelname == "INFO" and info.getMessage() == f"{tmp_path}: passed over 1: .txt 1"
 
 
 def test_a_folder_without_images_is_refused(tmp_path):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from PIL import ImageColor
 from tqdm import tqdm
 
 from .. import MOVQ, from_pretrained
@@ -94,6 +95,15 @@ def positive(text: str) -> int:
     if not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
     return int(text)
+
+
+def colour(text: str) -> str:
+    """Check that Pillow knows a colour."""
+    try:
+        ImageColor.getrgb(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a colour such as white or #ff8800, got {text!r}") from error
+    return text
 
 
 def size_range(text: str) -> tuple[int, int]:

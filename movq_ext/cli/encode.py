@@ -14,8 +14,8 @@ from ..io.codes import encode_image
 from ..io.files import content_hash
 from ..io.folders import describe_passed_over
 from ..io.image_files import find_images
-from ..io.images import load_image
-from .common import add_model, load_model, positive, print_error
+from ..io.images import count_later_frames, load_image
+from .common import add_model, colour, load_model, positive, print_error
 
 SUMMARY = "Encode images to codes: to one file, or to a folder of shards. Images that are already there are skipped."
 FORMATS = {"safetensors": ".safetensors", "webdataset": ".tar", "parquet": ".parquet"}
@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="of the shards; webdataset is .tar (default: safetensors)")  # fmt: skip
     parser.add_argument("--shard-size", type=positive, metavar="IMAGES",
                         help=f"maximum number of images of a shard (default: {DEFAULT_SHARD_SIZE})")  # fmt: skip
+    parser.add_argument("--background", type=colour, default="white", metavar="COLOUR",
+                        help="colour behind transparent pixels (default: %(default)s)")  # fmt: skip
     add_model(parser)
 
 
@@ -49,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
                 if output.holds(name, source_hash):
                     skipped += 1
                     continue
-                image = load_image(path)
+                image, later = load_image(path, args.background), count_later_frames(path)
                 codes = encode_image(model, image)
             except Exception as error:  # one bad image must not stop the rest
                 failed += 1
@@ -57,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
                 continue
             output.add(name, codes, (image.height, image.width), source_hash)
             encoded += 1
+            if later:
+                found.passed_over["frames or pages after the first"] += later
     print(f"encoded {encoded}, already there {skipped}, failed {failed}")
     if found.passed_over:
         print(describe_passed_over(found.passed_over))

@@ -53,14 +53,14 @@ def search_folder(folder: Path, suffixes: Collection[str], hidden: tuple[str, ..
             found.unreadable.append(error)
             continue
         for entry in children:
-            path = Path(entry.path)
+            path, is_link = Path(entry.path), entry.is_symlink()
             if entry.name.startswith(hidden):
                 found.passed_over["hidden"] += 1
-            elif os.path.isdir(path):
-                (links if entry.is_symlink() else folders).append(path)
+            elif os.path.isdir(path) if is_link else entry.is_dir():
+                (links if is_link else folders).append(path)
             elif entry.name.lower().endswith(wanted):
                 found.files.append(path)
-            elif entry.is_symlink() and not os.path.exists(path):  # perhaps to a folder of files
+            elif is_link and not os.path.exists(path):  # perhaps to a folder of files
                 found.unreadable.append(FileNotFoundError(f"cannot follow link: {path}"))
             else:
                 found.passed_over[path.suffix.lower() or "no suffix"] += 1

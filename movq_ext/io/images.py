@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .files import atomic_write, require_file, wrap_errors
+from .rgb import to_rgb
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # a subset of Pillow's: its EPS reader runs Ghostscript
 SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
@@ -20,18 +21,27 @@ class ImageError(OSError):
     """The file is damaged, truncated or not an image in a supported format."""
 
 
-def load_image(path: str | Path) -> Image.Image:
-    """Load an image as RGB, with its EXIF orientation applied.
+def load_image(path: str | Path, background: str = "white") -> Image.Image:
+    """Load an image as RGB, with its EXIF orientation and colour profile applied.
 
-    Raises ImageError if the file is damaged, is not in one of FORMATS or has more than twice ``PIL.Image.MAX_IMAGE_PIXELS``,
-    and OSError if the file cannot be read.
+    Transparent pixels are composited on the background colour. Of an animation or a file with several pages, the first is read.
+
+    Raises ImageError if the file is damaged, is not in one of FORMATS, has more than twice ``PIL.Image.MAX_IMAGE_PIXELS`` or
+    values of unknown range (see `to_rgb`), and OSError if the file cannot be read.
     """
     require_file(path)
     with wrap_errors(ImageError, f"cannot read {path}"), Image.open(path, formats=FORMATS) as image:
         ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):  # convert() would clip 16 bits to 8 rather than scale them
-            return Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
-        return image.convert("RGB")
+        return to_rgb(image, background)
+
+
+def count_later_frames(path: str | Path) -> int:
+    """Return the number of frames or pages after the one that `load_image` reads. Raises like load_image."""
+    require_file(path)
+    with wrap_errors(ImageError, f"cannot read {path}"), Image.open(path, formats=FORMATS) as image:
+        if image.format == "MPO":  # a photograph and, say, its depth map
+            return 0
+        return getattr(image, "n_frames", 1) - 1
 
 
 def to_tensor(image: Image.Image) -> Tensor:

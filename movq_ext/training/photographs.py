@@ -30,9 +30,9 @@ class Photographs:
     def __init__(self, folder: str | Path, crop: int) -> None:
         found = find_images([folder])
         for unreadable in found.unreadable:
-            logger.warning("training without what cannot be read: %s", unreadable)
+            logger.warning("skipping an unreadable folder or link: %s", unreadable)
         if found.passed_over:
-            logger.info("%s", describe_passed_over(found.passed_over))
+            logger.info("%s: %s", folder, describe_passed_over(found.passed_over))
         self.files = [file.path for file in found.files]
         self.crop = crop
         self._cache: dict[Path, Image.Image] = {}
