@@ -34,7 +34,7 @@ def main() -> None:
     trainer = Trainer(model, args.photos, args.out, config, device)
     if trainer.checkpoint.exists():
         trainer.resume()
-    trainer.run(save_every=500)
+    trainer.run()
     print(f"trained to step {trainer.step}; load it with movq_ext.from_pretrained({str(args.out / 'model')!r})")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,15 +15,15 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from .assets import PHOTOS, SMALL_MODEL_PATH
 from .io.codes import CodeFile, codebook_fingerprint, decode_image, encode_image
 from .io.images import load_image, save_image
 from .model.autoencoder import MOVQ
 
+__all__ = ["DEFAULT_PHOTO", "DEFAULT_SIZE", "PHOTOS", "SMALL_MODEL_PATH", "Quality", "RoundTrip", "round_trip", "side_by_side"]
+
 T = TypeVar("T")
 
-ASSETS = Path(str(resources.files(__package__) / "assets"))
-SMALL_MODEL_PATH = ASSETS / "small"  # the shipped weights, readable by from_pretrained
-PHOTOS = {path.stem: path for path in sorted((ASSETS / "photos").glob("*.png"))}  # the shipped model was trained on none of them
 DEFAULT_PHOTO = "astronaut"
 DEFAULT_SIZE = 512
 SSIM_WINDOW = 7  # pixels

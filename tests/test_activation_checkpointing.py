@@ -1,6 +1,7 @@
 """Checkpointed layers: the same gradients, less memory, one more forward pass."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -123,7 +124,7 @@ def test_training_steps_are_the_same(photo_folder, tmp_path):
     weights = []
     for checkpoint in (False, True):
         torch.manual_seed(0)
-        run = Trainer(MOVQ(**MODEL), photo_folder, tmp_path, CONFIG, CPU, checkpoint_activations=checkpoint)
+        run = Trainer(MOVQ(**MODEL), photo_folder, tmp_path, replace(CONFIG, checkpoint_activations=checkpoint), CPU)
         assert run.model.decoder.gradient_checkpointing == checkpoint
         for _ in range(6):  # quantisation starts after four
             run.train_step()

@@ -204,7 +204,7 @@ def test_wrong_calls(model, tmp_path, capsys):
         (("encode", tmp_path / "missing", "--model", model, "-o", tmp_path / "c"), "error: no such file or folder: .*missing"),
         (("info", "--model", tmp_path / "missing"), "error: no such file or folder: .*missing"),
         (("train", tmp_path, "-o", tmp_path / "t"), "error: found no images in "),
-        (("train", tmp_path, "--steps", 0), "error: steps must be positive, got 0"),
+        (("train", tmp_path, "--steps", 0), "error: --steps must be positive, got 0"),
         (("demo", tmp_path, "--photo", "cat"), "error: expected --photo to be a file or one of astronaut, .*, got cat"),
     ]:
         assert call(*arguments) == 2
@@ -265,7 +265,7 @@ def test_demo_says_what_it_timed(model, tmp_path, capsys):
     assert re.search(r"time        encode \S+ s, decode \S+ s \(one photograph, after a warm-up; ", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("command", ["demo", "train"])
+@pytest.mark.parametrize("command", ["demo", "encode", "train"])
 def test_threads(model, photographs, tmp_path, command, monkeypatch):
     """The number is set before any work, which would start as many threads as there are cores."""
     Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
@@ -341,8 +341,9 @@ def test_help_of_training_options(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(TrainingConfig):
         flag = "--" + field.name.replace("_", "-")
-        value = "" if isinstance(field.default, bool) else " N"
-        default = "" if isinstance(field.default, bool) else f" (default: {field.default})"
+        metavar = field.metadata["metavar"]
+        value = {bool: "", tuple: f" {metavar} [{metavar} ...]"}.get(type(field.default), f" {metavar}")
+        default = f" (default: {field.default})" if type(field.default) in (int, float) else ""
         assert f"{flag}{value} {field.metadata['help']}{default}" in text
 
 

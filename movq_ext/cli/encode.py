@@ -15,7 +15,7 @@ from ..io.files import content_hash
 from ..io.folders import describe_passed_over
 from ..io.image_files import find_images
 from ..io.images import count_later_frames, load_image
-from .common import add_model, colour, load_model, positive, print_error
+from .common import add_model, add_threads, colour, load_model, positive, print_error, set_threads
 
 SUMMARY = "Encode images to codes: to one file, or to a folder of shards. Images that are already there are skipped."
 FORMATS = {"safetensors": ".safetensors", "webdataset": ".tar", "parquet": ".parquet"}
@@ -33,10 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"maximum number of images of a shard (default: {DEFAULT_SHARD_SIZE})")  # fmt: skip
     parser.add_argument("--background", type=colour, default="white", metavar="COLOUR",
                         help="colour behind transparent pixels (default: %(default)s)")  # fmt: skip
+    add_threads(parser)
     add_model(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    set_threads(args)
     writes_file = is_single_file(args)
     found = find_images(args.images)
     for unreadable in found.unreadable:
