@@ -13,7 +13,7 @@ import zlib
 
 import numpy as np
 import torch
-from fuzz_mutations import JUNK, NUMBERS, Code, change_numbers, crafted_pickle, damage, damage_json, nested
+from fuzz_mutations import JUNK, NUMBERS, Code, ForeignCall, change_numbers, crafted_pickle, damage, damage_json, nested
 from PIL import Image, ImageCms
 from safetensors.torch import save_file
 
@@ -179,7 +179,10 @@ class Cases:
                 for name, tensor in self.state.items()
             }
         path = folder / "movq.ckpt"
-        wrapped = self.random.choice([state, {"state_dict": state}, {"model." + name: x for name, x in state.items()}])
+        wrapped = self.random.choice([
+            state, {"state_dict": state}, {"model." + name: x for name, x in state.items()},
+            {"model": state, "callback": ForeignCall(self.trace)},
+        ])  # fmt: skip
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.save(wrapped, path)

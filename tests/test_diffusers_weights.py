@@ -43,10 +43,24 @@ def test_invalid_configs(tmp_path, state, text, message):
 
 @pytest.mark.parametrize(("new", "message"), [
     ({"decoder.up_blocks." + "9" * 5000 + ".x": torch.zeros(1)}, "1 unexpected"),
-    ({"encoder.mid_block.resnets.0.conv1.bias": torch.zeros(32)}, "under both the old and the new names"),
+    ({"encoder.mid_block.resnets.0.conv1.bias": torch.zeros(32)}, "two entries for encoder.mid.block_1.conv1.bias"),
 ])  # fmt: skip
 def test_invalid_names(tmp_path, state, new, message):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     save_file({**state, **new}, tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(CheckpointError, match=message):
         from_pretrained(tmp_path)
+
+
+def test_another_class_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "_class_name": "AutoencoderKL"}))
+    save_file({"decoder.conv_in.weight": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"expected _class_name 'VQModel', got 'AutoencoderKL'; movq_ext.accelerate takes"):
+        from_pretrained(tmp_path)
+
+
+def test_a_folder_without_a_codebook(tmp_path, state):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    without = {name: tensor for name, tensor in state.items() if not name.startswith("quantize.")}
+    save_file(without, tmp_path / "diffusion_pytorch_model.safetensors")
+    assert from_pretrained(tmp_path).config["n_embed"] == 0

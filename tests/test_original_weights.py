@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from checkpoints import CODES, make_movq, same_weights
@@ -17,6 +19,20 @@ WRAPPINGS = {
     },
     "prefixed discriminator": lambda state: {**{f"movq.{n}": t for n, t in state.items()}, "movq.loss.logvar": torch.zeros(1)},
 }
+WRAPPINGS |= {
+    key: lambda state, key=key: {key: state, "optimizer": {"state": {}, "scale": torch.zeros(1)}, "epoch": 3, "args": {"lr": 0.1}}
+    for key in ("model", "module", "model_state_dict", "net", "generator", "params", "weights", "vae")
+}
+WRAPPINGS |= {
+    "nested twice": lambda state: {"checkpoint": {"model": state}, "discriminator": {"conv.weight": torch.zeros(1)}},
+    "losses": lambda state: {
+        **{f"model.{name}": tensor for name, tensor in state.items()},
+        "lpips.net.weight": torch.zeros(1),
+        "discriminator.main.0.weight": torch.zeros(1),
+        "perceptual_loss.weight": torch.zeros(1),
+    },
+    "colorize": lambda state: {**state, "colorize": torch.zeros(3, 1, 1, 1)},
+}
 CONFIGS = {
     "basic": {},
     "no attention": dict(attn_resolutions=[], mid_attn=False),
@@ -34,8 +50,10 @@ def test_original_checkpoints(tmp_path, wrapping, suffix):
     state, path = WRAPPINGS[wrapping](make_movq().state_dict()), tmp_path / f"movq.{suffix}"
     if suffix == "ckpt":
         torch.save(state, path)
-    else:
-        save_file(state.get("state_dict", state), path)
+    else:  # holds one dictionary
+        while wrapped := next((value for value in state.values() if isinstance(value, dict)), None):
+            state = wrapped
+        save_file(state, path)
     assert same_weights(from_pretrained(path), make_movq())
 
 
@@ -55,13 +73,13 @@ def test_the_config_is_inferred_from_the_shapes(tmp_path, name):
     [
         {},
         {"weight": torch.zeros(1)},
-        {"a.quantize.embedding.weight": torch.zeros(2, 2), "b.quantize.embedding.weight": torch.zeros(2, 2)},
+        {"a.decoder.norm_out.conv_y.weight": torch.zeros(2, 2), "b.decoder.norm_out.conv_y.weight": torch.zeros(2, 2)},
     ],
     ids=["empty", "other", "two"],
 )
 def test_other_models_are_refused(tmp_path, state):
     torch.save(state, tmp_path / "other.pt")
-    message = r"is not a MoVQ checkpoint: expected one entry ...quantize.embedding.weight, got [02]"
+    message = r"is not a MoVQ checkpoint: expected one entry ...decoder.norm_out.conv_y.weight, got (0$|2: a., b.)"
     with pytest.raises(CheckpointError, match=message):
         from_pretrained(tmp_path / "other.pt")
 
@@ -82,4 +100,96 @@ def test_a_missing_or_malformed_entry_is_refused(tmp_path, name, entry):
     state.pop(name)
     torch.save(state if entry is None else {**state, name: entry}, tmp_path / "movq.pt")
     with pytest.raises(CheckpointError, match="is not a MoVQ checkpoint: missing or malformed entry: "):
+        from_pretrained(tmp_path / "movq.pt")
+
+
+def dotless(state, prefix="", **more):
+    """Entries as LitEma stores them: in buffers, whose names cannot contain dots."""
+    return {prefix + name.replace(".", ""): tensor for name, tensor in {**state, **more}.items()}
+
+
+def movqgan_averages(state):
+    """The averages in MoVQGAN's training checkpoints, which have one LitEma for each part."""
+    averages = {}
+    for part in {name.split(".")[0] for name in state}:
+        entries = {name.removeprefix(f"{part}."): tensor for name, tensor in state.items() if name.startswith(f"{part}.")}
+        averages |= dotless(entries, f"ema_{part}.", decay=torch.tensor(0.99), num_updates=torch.tensor(-1))
+    return averages
+
+
+def renamed(state, prefix):
+    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+
+WITH_AVERAGES = {
+    "MoVQGAN": lambda state, ema: {"state_dict": {**state, **movqgan_averages(ema), "loss.logvar": torch.zeros(1)}},
+    "LitEma": lambda state, ema: {"state_dict": {**state, **dotless(ema, "model_ema.", decay=torch.tensor(0.99))}},
+    "LitEma of model.": lambda state, ema: {**renamed(state, "model."), **dotless(ema, "model_ema.")},
+    "copied parts": lambda state, ema: {**state, **renamed(ema, "ema_")},
+    "copied model": lambda state, ema: {**renamed(state, "model."), **renamed(ema, "ema_model.")},
+    "copied below": lambda state, ema: {**state, **renamed(ema, "ema.")},
+    "two dictionaries": lambda state, ema: {"model": state, "ema": ema},
+    "two names": lambda state, ema: {"params": state, "params_ema": ema},
+    "a dictionary below": lambda state, ema: {"state_dict": state, "ema": {"decay": 0.99, "module": renamed(ema, "module.")}},
+}
+
+
+@pytest.mark.parametrize("name", WITH_AVERAGES)
+def test_averages_are_loaded_on_request(tmp_path, name):
+    model, ema = make_movq(0), make_movq(1)
+    torch.save(WITH_AVERAGES[name](dict(model.state_dict()), dict(ema.state_dict())), tmp_path / "last.ckpt")
+    assert same_weights(from_pretrained(tmp_path / "last.ckpt"), model)
+    assert same_weights(from_pretrained(tmp_path / "last.ckpt", weights="ema"), ema)
+
+
+def test_missing_averages_are_named(tmp_path):
+    state = dict(make_movq().state_dict())
+    torch.save(state, tmp_path / "movq.pt")
+    with pytest.raises(CheckpointError, match=r"expected EMA weights for all entries, got none for decoder.conv_in.bias, "):
+        from_pretrained(tmp_path / "movq.pt", weights="ema")
+    averages = movqgan_averages(state)
+    del averages["ema_quantize.embeddingweight"]
+    torch.save({**state, **averages}, tmp_path / "movq.pt")
+    with pytest.raises(CheckpointError, match=r"got none for quantize.embedding.weight$"):
+        from_pretrained(tmp_path / "movq.pt", weights="ema")
+    torch.save({"ema": state}, tmp_path / "movq.pt")
+    with pytest.raises(CheckpointError, match="contains EMA weights only: pass weights='ema'"):
+        from_pretrained(tmp_path / "movq.pt")
+
+
+@torch.inference_mode()
+def test_kandinsky_3_has_no_codebook(tmp_path):
+    """Its checkpoint has no quantiser, and the encoder's norms are SpatialNorm layers without modulation."""
+    model = make_movq(n_embed=1, embed_dim=4)
+    norm = re.compile(r"^(encoder\..*norm\w*)\.(weight|bias)$")
+    state = {norm.sub(r"\1.norm_layer.\2", name): tensor for name, tensor in model.state_dict().items()}
+    assert {"encoder.norm_out.norm_layer.weight", "encoder.mid.attn_1.norm.norm_layer.bias"} <= state.keys()
+    del state["quantize.embedding.weight"]
+    torch.save(state, tmp_path / "movq.pt")
+    loaded = from_pretrained(tmp_path / "movq.pt")
+    assert loaded.config["n_embed"] == 0
+    image = torch.randn(1, 3, 24, 16)
+    assert torch.equal(loaded.encode(image), model.encode(image))
+    assert torch.equal(loaded.decode(loaded.encode(image)), model.decode(model.encode(image)))
+    for use in (lambda: loaded.encode_code(image), lambda: loaded.decode_code(CODES), lambda: loaded(image)):
+        with pytest.raises(ValueError, match=r"the model has no codebook \(n_embed is 0\): use encode and decode"):
+            use()
+
+
+@pytest.mark.parametrize(("names", "message"), [
+    (["decoder.conv_in.weight", "quant_conv.weight"], "is an autoencoder without SpatialNorm, such as AutoencoderKL or VQGAN"),
+    (["first_stage_model.decoder.conv_in.weight", "model.diffusion_model.x"], "is an autoencoder without SpatialNorm"),
+    (["decoder.conv_in.conv.weight", "decoder.up_blocks.0.x"], "is a video autoencoder, such as Kandinsky 5's"),
+    (["decoder.conv_in.conv.weight", "decoder.norm_out.conv_y.conv.weight"], "is the video autoencoder of CogVideoX"),
+])  # fmt: skip
+def test_other_autoencoders_are_named(tmp_path, names, message):
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "vae.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        from_pretrained(tmp_path / "vae.safetensors")
+
+
+def test_layers_over_time_are_named(tmp_path):
+    state = {**make_movq().state_dict(), "decoder.mid.block_1.temporal_projection1.weight": torch.zeros(1)}
+    torch.save(state, tmp_path / "movq.pt")
+    with pytest.raises(CheckpointError, match=r"is Kandinsky Video's decoder, with layers over time: decoder.mid.block_1.temp"):
         from_pretrained(tmp_path / "movq.pt")

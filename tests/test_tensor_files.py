@@ -5,7 +5,8 @@ import zipfile
 
 import pytest
 import torch
-from checkpoints import make_movq
+from checkpoints import make_movq, same_weights
+from safetensors.torch import save_file
 
 from movq_ext import CheckpointError, from_pretrained, save_pretrained
 from movq_ext.io.tensor_files import format_names
@@ -93,3 +94,25 @@ def test_a_header_that_claims_terabytes_is_refused(tmp_path):
 def test_format_names():
     assert format_names(["b", "a\x1b"]) == "a\\x1b, b"
     assert format_names(map(str, range(10))) == "0, 1, 2, 3, 4, 5, 6, 7 and 2 more"
+
+
+@pytest.mark.parametrize("name", ["movq", "movq.bin", "movq.ckpt", "movq.safetensors", "da39a3ee5e6b"])
+@pytest.mark.parametrize("as_safetensors", [True, False])
+def test_the_bytes_tell_the_format(tmp_path, name, as_safetensors):
+    (save_file if as_safetensors else torch.save)(dict(make_movq().state_dict()), tmp_path / name)
+    assert same_weights(from_pretrained(tmp_path / name), make_movq())
+
+
+@pytest.mark.parametrize(("start", "message"), [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 271115680\n", "is a Git LFS pointer .*git lfs pull"),
+    (b"<!DOCTYPE html>\n<html lang=en>", "is an HTML page"), (b"\n  <HTML><body>", "is an HTML page"),
+    (b"<?xml version='1.0'?><Error>AccessDenied</Error>", "is an XML document"),
+    (b'{"error":"Repository not found"}', "is a JSON document"), (b'{"err": {"code": 404}}', "is a JSON document"),
+    (b"\x1f\x8b\x08", "is a gzip archive"), (b"GGUF\3\0\0\0", "is a GGUF file"), (b"\x89HDF\r\n", "is an HDF5 file"),
+    (b"\x93NUMPY\1\0", "is a NumPy array"), (b"", "is damaged: the file is empty"),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["movq.safetensors", "movq.ckpt", "movq"])
+def test_files_that_are_no_weights_are_named(tmp_path, name, start, message):
+    (tmp_path / name).write_bytes(start)
+    with pytest.raises(CheckpointError, match=rf"/{name} {message}"):
+        from_pretrained(tmp_path / name)

@@ -50,6 +50,64 @@ def test_a_config_can_be_given(tmp_path):
         from_pretrained(tmp_path / "movq.pt", config={"ddconfig": DDCONFIG})
 
 
+class Wrapper(torch.nn.Module):
+    """Holds a model like DistributedDataParallel does."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("wrap", [
+    torch.compile, torch.nn.DataParallel, Wrapper, torch.optim.swa_utils.AveragedModel,
+    lambda model: Wrapper(torch.compile(model)),
+    lambda model: (setattr(model, "decoder", torch.compile(model.decoder)), model)[1],
+], ids=["compiled", "DataParallel", "module", "averaged", "compiled in a module", "compiled decoder"])  # fmt: skip
+def test_a_wrapped_model_is_saved_as_itself(tmp_path, wrap):
+    save_pretrained(wrap(make_movq()), tmp_path)
+    assert same_weights(from_pretrained(tmp_path), make_movq())
+    torch.save({"model": wrap(make_movq()).state_dict()}, tmp_path / "movq.pt")
+    assert same_weights(from_pretrained(tmp_path / "movq.pt"), make_movq())
+
+
+def test_a_file_saved_with_the_names_of_a_compiled_model(tmp_path):
+    state = {f"_orig_mod.{name}": tensor for name, tensor in make_movq().state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors", metadata={weights.CONFIG_KEY: json.dumps(make_movq().config)})
+    assert same_weights(from_pretrained(tmp_path), make_movq())
+    state["decoder.conv_in.bias"] = torch.zeros(64)
+    save_file(state, tmp_path / "model.safetensors", metadata={weights.CONFIG_KEY: json.dumps(make_movq().config)})
+    with pytest.raises(CheckpointError, match=r"two entries for decoder.conv_in.bias; one is "):
+        from_pretrained(tmp_path)
+
+
+def test_only_a_model_with_plain_weights_is_saved(tmp_path):
+    with pytest.raises(TypeError, match="model must be a MOVQ, got Linear"):
+        save_pretrained(torch.nn.Linear(1, 1), tmp_path / "other")
+    model = make_movq()
+    model.decoder.conv_in.bias = torch.nn.Parameter(torch.zeros(64, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match=r"dense floating-point tensors, got others: decoder.conv_in.bias"):
+        save_pretrained(model, tmp_path / "int8")
+    assert list(tmp_path.iterdir()) == []
+
+
+@torch.inference_mode()
+def test_a_model_without_a_codebook_is_saved(tmp_path):
+    model = make_movq(n_embed=0)
+    save_pretrained(model, tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert same_weights(loaded, model) and loaded.config["n_embed"] == 0
+    latents = loaded.encode(torch.zeros(1, 3, 8, 8))
+    torch.testing.assert_close(loaded.decode(latents), model.decode(latents))
+
+
+def test_unknown_weights_are_refused(tmp_path):
+    save_pretrained(make_movq(), tmp_path)
+    with pytest.raises(ValueError, match="weights must be 'model' or 'ema', got 'average'"):
+        from_pretrained(tmp_path, weights="average")
+    with pytest.raises(CheckpointError, match="has no EMA weights besides the model's"):
+        from_pretrained(tmp_path, weights="ema")
+
+
 @pytest.mark.parametrize("with_config", [True, False])
 @pytest.mark.parametrize(("damage", "message"), [
     (lambda state: state.pop("decoder.conv_in.bias"), "1 missing: decoder.conv_in.bias$"),
@@ -77,8 +135,10 @@ def test_missing_files(tmp_path):
     with pytest.raises(CheckpointError, match=r"expected model.safetensors .* or config.json"):
         from_pretrained(tmp_path)
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="expected a file from save_pretrained, got one without"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors is not a MoVQ checkpoint: expected one entry ...decoder"):
         from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no such file or folder: kandinsky/movq; .* huggingface_hub.snapshot_download"):
+        from_pretrained("kandinsky/movq")
 
 
 @pytest.mark.parametrize("config", ["{", "{}", "[]", '{"ddconfig": {}, "n_embed": 1, "embed_dim": 1}', '{"unknown": 1}'])
@@ -99,7 +159,8 @@ def config(**changes):
     (json.dumps(config(num_res_blocks=10**9)), "levels of 1000000000 blocks"),
     (json.dumps(config(ch_mult=[1] * 10**5)), "100000 levels of"),
     (json.dumps(config(ch=32 * 10**18)), "invalid MOVQ config: RuntimeError|OverflowError|TypeError"),
-    (json.dumps({**config(), "n_embed": 0}), "invalid MOVQ config: ZeroDivisionError"),
+    (json.dumps({**config(), "n_embed": 0}), r"quantize.embedding.weight \(expected \(0, 5\), got \(16, 5\)\)"),
+    (json.dumps({**config(), "n_embed": -1}), "invalid MOVQ config: RuntimeError"),
     (json.dumps({**config(), "remap": "/dev/zero"}), "expected a config with the keys ddconfig"),
     (json.dumps({**config(), "ddconfig": []}), "invalid MOVQ config: AttributeError"),
 ])  # fmt: skip

@@ -1,8 +1,9 @@
-"""Folders of a diffusers ``VQModel``: published names for its entries, and a config for MOVQ."""
+"""Convert a diffusers ``VQModel``: published names for its entries, and a config for MOVQ."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ from torch import Tensor
 
 from ..model.norms import NORM_GROUPS
 from .files import read_json, require_file, wrap_errors
-from .original_weights import NOMINAL_RESOLUTION
-from .tensor_files import CheckpointError, format_names, read_tensors
+from .original_weights import NOMINAL_RESOLUTION, rename
+from .tensor_files import CheckpointError, format_names
 
-WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+UP_BLOCK = re.compile(r"decoder\.up_blocks\.(\d{1,4})\.")
 RENAMED = (
     (".mid_block.attentions.0.", ".mid.attn_1."),
     (".resnets.", ".block."),
@@ -27,27 +28,27 @@ RENAMED_IN_ATTENTION = {"to_q": "q", "query": "q", "to_k": "k", "key": "k", "to_
                         "proj_attn": "proj_out", "group_norm": "norm", "spatial_norm": "norm"}  # fmt: skip
 
 
-def read_diffusers_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return (entries under the published names, keyword arguments of MOVQ).
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the keyword arguments of MOVQ for the ``config.json`` of a diffusers ``VQModel``.
 
-    Raises OSError if a file is missing or cannot be read, and CheckpointError if the folder does not hold a ``VQModel`` with
-    ``norm_type="spatial"``.
+    Raises OSError if the file cannot be read, and CheckpointError unless it is a ``VQModel`` with ``norm_type="spatial"``.
     """
-    path = folder / "config.json"
-    if not path.exists():
-        raise CheckpointError(f"{folder}: expected model.safetensors (from save_pretrained) or config.json (from diffusers)")
     require_file(path)
     with wrap_errors(CheckpointError, f"{path} is damaged or not a config of a diffusers VQModel"):
-        keywords = _convert_config(read_json(path), path)
-    weights = next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), None)
-    if weights is None:
-        raise FileNotFoundError(f"no such file: {folder / WEIGHT_FILES[0]} (or .bin)")
-    state, _ = read_tensors(weights)
-    levels = len(keywords["ddconfig"]["ch_mult"])
-    published = {_published_name(name, levels): _as_convolution(name, tensor) for name, tensor in state.items()}
-    if len(published) < len(state):
-        raise CheckpointError(f"{weights} has entries under both the old and the new names of diffusers")
-    return published, keywords
+        return _convert_config(read_json(path), path)
+
+
+def published_entries(state: Mapping[str, Tensor], levels: int | None, path: Path) -> dict[str, Tensor]:
+    """Return diffusers' entries under the published names. Entries that have them already stay as they are.
+
+    levels is the number of resolutions, counted from the names if None.
+
+    Raises CheckpointError if an entry is there under both names.
+    """
+    if levels is None:
+        levels = len({match[1] for name in state if (match := UP_BLOCK.match(name))})
+    convolutions = {name: _as_convolution(name, tensor) for name, tensor in state.items()}
+    return rename(convolutions, lambda name: _published_name(name, levels), path)
 
 
 def _convert_config(config: Any, path: Path) -> dict[str, Any]:
@@ -58,7 +59,8 @@ def _convert_config(config: Any, path: Path) -> dict[str, Any]:
         ("act_fn", "silu", "silu"),
     ):
         if config.get(key, default) != expected:
-            raise CheckpointError(f"{path}: expected {key} {expected!r}, got {config.get(key, default)!r}")
+            advice = "; movq_ext.accelerate takes other models of diffusers" if key == "_class_name" else ""
+            raise CheckpointError(f"{path}: expected {key} {expected!r}, got {config.get(key, default)!r}{advice}")
     widths = config["block_out_channels"]
     attention = _levels_with_attention(config["down_block_types"], "DownEncoderBlock2D", path)
     decoder_attention = _levels_with_attention(config["up_block_types"], "UpDecoderBlock2D", path)[::-1]
@@ -92,7 +94,7 @@ def _levels_with_attention(blocks: list[str], plain: str, path: Path) -> list[bo
 
 def _published_name(name: str, levels: int) -> str:
     """Convert a name: with 4 levels, ``decoder.up_blocks.0.resnets.1.conv1.weight`` is ``decoder.up.3.block.1.conv1.weight``."""
-    if up := re.match(r"decoder\.up_blocks\.(\d{1,4})\.", name):
+    if up := UP_BLOCK.match(name):
         # diffusers numbers the decoder's levels in execution order, the published model from the highest resolution.
         name = f"decoder.up.{levels - 1 - int(up[1])}.{name[up.end() :]}"
     name = re.sub(r"^encoder\.down_blocks\.", "encoder.down.", name)

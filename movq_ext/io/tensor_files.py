@@ -1,9 +1,7 @@
-"""Read named tensors from untrusted checkpoint files. Memory follows a file's real size, not its header's claims."""
+"""Recognise the formats of weight files, and read safetensors. Memory follows a file's real size, not its header's claims."""
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,59 +9,55 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from .files import MAX_REASON_CHARACTERS, MAX_SHOWN_CHARACTERS, printable, require_file, wrap_errors
+from .files import MAX_SHOWN_CHARACTERS, printable
 
 MAX_SHOWN_NAMES = 8  # in an error message
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+OTHER_FORMATS = {  # by their first bytes, in lower case
+    b"version https://git-lfs": "a Git LFS pointer instead of the weights: fetch them with `git lfs pull`",
+    b"<!doctype html": "an HTML page instead of weights: download the file itself, not the page about it",
+    b"<html": "an HTML page instead of weights: download the file itself, not the page about it",
+    b"<?xml": "an XML document instead of weights, often the error message of a failed download",
+    b"{": "a JSON document instead of weights",
+    b"gguf": "a GGUF file: expected safetensors or torch.save",
+    b"\x89hdf": "an HDF5 file: expected safetensors or torch.save",
+    b"\x93numpy": "a NumPy array: expected safetensors or torch.save",
+    b"\x1f\x8b": "a gzip archive: unpack it first",
+    b"7z\xbc\xaf": "a 7z archive: unpack it first",
+    b"rar!": "a RAR archive: unpack it first",
+}
 
 
 class CheckpointError(ValueError):
     """The file is damaged, truncated or not a checkpoint of a MoVQ model."""
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return (tensors by name, metadata) of a safetensors or torch.save file. Only safetensors files have metadata.
+def is_safetensors(path: Path) -> bool:
+    """Return True for safetensors and False for ``torch.save``, by the file's first bytes rather than its name.
 
-    Raises OSError if the file cannot be read, and CheckpointError if it is damaged or contains anything but tensors.
+    Raises OSError if the file cannot be read, and CheckpointError if it is empty or has another format.
     """
-    require_file(path)
-    with wrap_errors(CheckpointError, f"{path} is damaged or not a checkpoint"):
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-        return _read_torch_file(path), {}
-
-
-def _read_torch_file(path: Path) -> dict[str, Tensor]:
-    _check_archive_size(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = printable(str(error), MAX_REASON_CHARACTERS)
-        message = f"{path} is damaged or contains objects other than tensors, which could run code"
-        raise CheckpointError(f"{message}: {reason}") from error
-    if isinstance(state, dict):
-        state = state.get("state_dict", state)
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise CheckpointError(f"{path}: expected a dictionary of named tensors, got {type(state).__name__}")
-    others = [name for name, tensor in state.items() if not isinstance(tensor, Tensor)]
-    if others:
-        raise CheckpointError(f"{path}: expected only tensors, got other entries: {format_names(others)}")
-    tensor_bytes = sum(tensor.nbytes for tensor in state.values() if is_plain_float(tensor))
-    _check_claimed_bytes(path, tensor_bytes)  # a tensor with a stride of 0 can have any size
-    return state
-
-
-def _check_archive_size(path: Path) -> None:
-    """Refuse a compressed archive before reading it: torch.save never compresses, and a zip bomb would fill the memory."""
+    size = path.stat().st_size
     with open(path, "rb") as file:
-        if file.read(4) != b"PK\3\4":  # the format before torch 1.6
-            return
-        with zipfile.ZipFile(file) as archive:
-            _check_claimed_bytes(path, sum(entry.file_size for entry in archive.infolist()))
+        head = file.read(64)
+    if not head:
+        raise CheckpointError(f"{path} is damaged: the file is empty")
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size:  # the header's length, then the header in JSON
+        return True
+    for magic, description in OTHER_FORMATS.items():
+        if head.lstrip().lower().startswith(magic):
+            raise CheckpointError(f"{path} is {description}")
+    return path.suffix == ".safetensors" and not head.startswith((b"PK\3\4", b"\x80"))
 
 
-def _check_claimed_bytes(path: Path, claimed: int) -> None:
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return (tensors by name, metadata)."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+
+
+def check_claimed_bytes(path: Path, claimed: int) -> None:
+    """Raise CheckpointError if a file claims to hold more bytes than it has."""
     if claimed > path.stat().st_size:
         raise CheckpointError(f"{path} is damaged: a file of {path.stat().st_size} bytes claims to hold {claimed}")
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..model.autoencoder import MOVQ
-from .diffusers_weights import read_diffusers_folder
-from .files import atomic_write, parse_json, wrap_errors
-from .original_weights import infer_config, strip_prefix
-from .tensor_files import CheckpointError, format_names, is_plain_float, read_tensors
+from .diffusers_weights import published_entries, read_config
+from .files import atomic_write, parse_json, require_file, wrap_errors
+from .original_weights import CODEBOOK, Dictionaries, Weights, infer_config, rename, select_model, strip_wrappers, with_codebook
+from .tensor_files import CheckpointError, format_names, is_plain_float, is_safetensors, read_safetensors
+from .torch_files import read_torch_file
+from .weight_folders import find_weights
 
 CONFIG_KEY = "movq_ext.config"  # in the metadata of model.safetensors
 CONFIG_KEYS = ("ddconfig", "n_embed", "embed_dim", "beta", "sane_index_shape", "legacy")  # without remap, a path to read
@@ -28,21 +30,37 @@ def save_pretrained(model: MOVQ, folder: str | Path, dtype: torch.dtype | None =
     Both writes are atomic. ``model.safetensors`` alone is loaded, so an interrupted save never mixes two models.
 
     Args:
-        model: a model on any device; not modified.
+        model: a model on any device; not modified. It, or parts of it, may be wrapped by ``torch.compile`` or data parallelism.
         folder: output folder; created if missing.
         dtype: dtype of the saved weights; the model's own if None.
 
     Raises:
+        TypeError: model is not a MOVQ, or has weights that are not dense floating-point tensors (quantised ones, say).
         OSError: folder is not writable.
     """
+    model = _unwrap(model)
+    config = json.dumps(model.config, indent=2)
+    tensors = {strip_wrappers(name): tensor.detach().to("cpu", dtype) for name, tensor in model.state_dict().items()}
+    others = [name for name, tensor in tensors.items() if not is_plain_float(tensor)]
+    if others:
+        raise TypeError(f"model must have dense floating-point tensors, got others: {format_names(others)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = json.dumps(model.config, indent=2)
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with atomic_write(folder / "model.safetensors") as partial:
         save_file(tensors, partial, metadata={CONFIG_KEY: config})
     with atomic_write(folder / "config.json") as partial:
         partial.write_text(config + "\n")
+
+
+def _unwrap(model: nn.Module) -> MOVQ:
+    """Return the MOVQ in a compiled or data-parallel module."""
+    inner: Any = model
+    while not isinstance(inner, MOVQ):
+        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if inner is None:
+            raise TypeError(f"model must be a MOVQ, got {type(model).__name__}")
+    return inner
 
 
 def from_pretrained(
@@ -51,6 +69,9 @@ def from_pretrained(
     config: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    weights: Weights = "model",
 ) -> MOVQ:
     """Load a model in eval mode.
 
@@ -59,55 +80,74 @@ def from_pretrained(
     Args:
         path: one of
 
-            - a folder or ``.safetensors`` file written by `save_pretrained`;
-            - a diffusers ``VQModel`` folder with ``norm_type="spatial"`` (Kandinsky 2.1 and 2.2);
-            - an original checkpoint of Kandinsky 2.x or CogVideo (``.ckpt``, ``.pt``, ``.pth``, ``.safetensors``), with any
-              prefix before its entries' names. Pickles are read with ``weights_only=True``.
+            - a folder or file written by `save_pretrained`;
+            - a diffusers ``VQModel`` with ``norm_type="spatial"`` (Kandinsky 2.1, 2.2 and 3): its folder, its weight file alone,
+              or the folder of a pipeline, whose ``movq/`` or ``vae/`` is loaded;
+            - an original or training checkpoint of Kandinsky 2.x, Kandinsky 3 or CogVideo, whatever prefix and dictionaries its
+              entries are in. Pickles are read with ``weights_only=True``. Objects of other classes in them are not created.
+
+            The format is recognised by the file's first bytes, not by its name.
         config: keyword arguments of `MOVQ` for an original checkpoint; inferred from the entries' shapes if None.
         device: device of the parameters.
         dtype: dtype of the parameters, whatever the file's.
+        subfolder: folder below path that holds the model.
+        variant: part of the weight file's name, as in diffusers: ``"fp16"`` loads
+            ``diffusion_pytorch_model.fp16.safetensors``.
+        weights: ``"model"``, or ``"ema"`` for the exponential moving averages in a training checkpoint.
 
     Returns:
-        The model, with its parameters on device and in dtype.
+        The model, with its parameters on device and in dtype. Without a codebook in the file (Kandinsky 3), it has
+        ``n_embed=0``: it encodes to latents and decodes them.
 
     Raises:
-        ValueError: config is given, but path has its own.
-        FileNotFoundError: path does not exist.
+        ValueError: config is given, but path has its own; subfolder or variant is given for a file; unknown weights.
+        FileNotFoundError: path, subfolder or the weight file does not exist.
         OSError: a file is unreadable or not a regular file.
-        CheckpointError: a file is damaged, is not a MoVQ model, contains anything but tensors, or has missing, unexpected or
-            unsuitable entries (which the message names).
+        CheckpointError: a file is damaged, is not a MoVQ model, contains objects that only their code could read, or has missing,
+            unexpected or unsuitable entries. The message names the entries, the objects or the file's format.
     """
+    if weights not in get_args(Weights):
+        raise ValueError(f"weights must be 'model' or 'ema', got {weights!r}")
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no such file or folder: {path}")
-    state, stored = _read(path)
+    file, config_file = find_weights(path, subfolder, variant)
+    state, stored = _read(file, config_file, weights)
     if stored is not None and config is not None:
         raise ValueError(f"config is only for original checkpoints, and {path} has its own")
     keywords = config if stored is None else stored
     if keywords is None:
-        keywords = infer_config(state, path)
-    with wrap_errors(CheckpointError, f"{path}: invalid MOVQ config"), torch.device("meta"):
+        keywords = infer_config(state, file)
+    with wrap_errors(CheckpointError, f"{file}: invalid MOVQ config"), torch.device("meta"):
         _check_config_size(keywords, len(state))
         model = MOVQ(**keywords)
-    _check_entries(model.state_dict(), state, path)
-    model.quantize.stored_codebook = state["quantize.embedding.weight"].clone()  # a view would keep the whole file mapped
+    _check_entries(model.state_dict(), state, file)
+    model.quantize.stored_codebook = state[CODEBOOK].clone()  # a view would keep the whole file mapped
     state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Return (entries under the published names, the config that path holds or None)."""
-    if path.is_dir() and not (path / "model.safetensors").exists():
-        return read_diffusers_folder(path)
-    file = path / "model.safetensors" if path.is_dir() else path
-    state, metadata = read_tensors(file)
+def _read(file: Path, config_file: Path | None, weights: Weights) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Return (entries under the published names, the config that the file or its folder holds or None)."""
+    require_file(file)
+    config = None if config_file is None else read_config(config_file)
+    metadata: dict[str, str] = {}
+    with wrap_errors(CheckpointError, f"{file} is damaged or not a checkpoint"):
+        if is_safetensors(file):
+            tensors, metadata = read_safetensors(file)
+            dictionaries: Dictionaries = {(): tensors}
+        else:
+            dictionaries = read_torch_file(file)
     if CONFIG_KEY in metadata:
+        if weights != "model":
+            raise CheckpointError(f"{file} has no EMA weights besides the model's: leave out weights={weights!r}")
         with wrap_errors(CheckpointError, f"{file} is damaged"):
-            return state, _parse_config(metadata[CONFIG_KEY])
-    if path.is_dir():
-        raise CheckpointError(f"{file}: expected a file from save_pretrained, got one without {CONFIG_KEY!r} in its metadata")
-    return strip_prefix(state, path), None
+            return rename(tensors, strip_wrappers, file), _parse_config(metadata[CONFIG_KEY])
+    state = select_model(dictionaries, file, weights)
+    levels = None if config is None else len(config["ddconfig"]["ch_mult"])
+    state = with_codebook(published_entries(state, levels, file))
+    if config is not None and CODEBOOK in state and state[CODEBOOK].numel() == 0:
+        config["n_embed"] = 0
+    return state, config
 
 
 def _parse_config(text: str) -> dict[str, Any]:

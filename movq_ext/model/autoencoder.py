@@ -26,7 +26,7 @@ class MOVQ(nn.Module):
 
     Args:
         ddconfig: keyword arguments of MOVQDecoder and Encoder, as in the released configs.
-        n_embed: number of codes.
+        n_embed: number of codes; 0 for a model without a codebook (Kandinsky 3), which encodes to latents and decodes them.
         embed_dim: channels of a code, and therefore of the decoder's zq.
         beta, remap, sane_index_shape, legacy: see `VectorQuantizer`.
 

@@ -43,7 +43,7 @@ class VectorQuantizer(nn.Module):
     """Nearest-code quantiser with straight-through gradients (VQ-VAE, arXiv:1711.00937; VQGAN's ``VectorQuantizer2``).
 
     Args:
-        n_e: number of codes.
+        n_e: number of codes. A model with 0 has no codebook: it decodes latents, and raises ValueError for codes.
         e_dim: channels of a code.
         beta: weight of the commitment term.
         remap: path of a ``.npy`` file, or an integer array, that lists the codes in use. Indices are then positions in it.
@@ -70,7 +70,7 @@ class VectorQuantizer(nn.Module):
         self.legacy = legacy
         self.sane_index_shape = sane_index_shape
         self.embedding = nn.Embedding(n_e, e_dim)
-        nn.init.uniform_(self.embedding.weight, -1.0 / n_e, 1.0 / n_e)
+        nn.init.uniform_(self.embedding.weight, -1.0 / max(n_e, 1), 1.0 / max(n_e, 1))
         self.remap = remap
         self.re_embed = n_e
         if remap is not None:
@@ -94,8 +94,9 @@ class VectorQuantizer(nn.Module):
             int64 unless remap or sane_index_shape changes their shape.
 
         Raises:
-            ValueError: z does not have the shape ``(B, e_dim, h, w)``, or z or the codebook is not finite.
+            ValueError: z does not have the shape ``(B, e_dim, h, w)``, z or the codebook is not finite, or there is no codebook.
         """
+        self._require_codebook()
         if z.dim() != 4 or z.shape[1] != self.e_dim:
             raise ValueError(f"z must have shape (batch, {self.e_dim}, height, width), got {tuple(z.shape)}")
         batch, _, height, width = z.shape
@@ -153,6 +154,7 @@ class VectorQuantizer(nn.Module):
 
         Raises ValueError for an index outside the codebook and TypeError for indices that are not integers.
         """
+        self._require_codebook()
         if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
             raise TypeError(f"indices must be integers, got {indices.dtype}")
         if indices.numel() and can_read_values(indices):
@@ -163,3 +165,7 @@ class VectorQuantizer(nn.Module):
             indices = self.unmap_to_all(indices)
         codes: Tensor = self.embedding(indices)
         return codes if shape is None else codes.view(shape).permute(0, 3, 1, 2).contiguous()
+
+    def _require_codebook(self) -> None:
+        if self.n_e == 0:
+            raise ValueError("the model has no codebook (n_embed is 0): use encode and decode, whose latents are not quantised")

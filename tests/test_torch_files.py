@@ -1,0 +1,197 @@
+"""Checkpoints of other programs, with objects that torch.load(weights_only=True) refuses."""
+
+import argparse
+import builtins
+import collections
+import functools
+import importlib
+import os
+import pathlib
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
+import zipfile
+
+import pytest
+import torch
+from checkpoints import CODES, make_movq, same_weights
+
+from movq_ext import CheckpointError, from_pretrained
+from movq_ext.io.torch_files import MAX_FOREIGN_NAMES, Placeholder, read_torch_file
+
+
+class Callback:
+    def __init__(self):
+        self.best = pathlib.Path("best.ckpt")
+
+
+class Call:
+    """Pickles to a call of a function when it is loaded."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+LIGHTNING = {
+    "epoch": 3,
+    "pytorch-lightning_version": "2.5.0",
+    "callbacks": {"ModelCheckpoint": Callback(), "best_model_score": torch.tensor(0.5)},
+    "hyper_parameters": {
+        "out": pathlib.Path("out"),
+        "arguments": argparse.Namespace(rate=0.1),
+        "counts": collections.defaultdict(int, a=1),
+        "function": functools.partial(print, "hello"),
+    },
+    "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": []}],
+}
+
+
+@pytest.mark.parametrize("entry", LIGHTNING)
+def test_a_lightning_checkpoint_gives_its_weights(tmp_path, entry):
+    torch.save({"state_dict": make_movq().state_dict(), entry: LIGHTNING[entry]}, tmp_path / "last.ckpt")
+    assert same_weights(from_pretrained(tmp_path / "last.ckpt"), make_movq())
+
+
+def test_a_saved_module_gives_its_weights(tmp_path):
+    model = make_movq()
+    model.quantize.register_buffer("scratch", torch.zeros(3), persistent=False)
+    torch.save(model, tmp_path / "model.pt")
+    torch.save({"model": model, "step": 7}, tmp_path / "wrapped.pt")
+    for name in ("model.pt", "wrapped.pt"):
+        loaded = from_pretrained(tmp_path / name)
+        assert same_weights(loaded, model) and loaded is not model
+        assert torch.equal(loaded.decode_code(CODES), model.decode_code(CODES))
+
+
+def test_the_error_names_the_objects(tmp_path):
+    state = make_movq().state_dict()
+    torch.save({"state_dict": state, "path": pathlib.Path("x")}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"objects other than tensors.*: pathlib.(_local.)?PosixPath\. If you") as raised:
+        from_pretrained(tmp_path / "old.ckpt")
+    assert "\\x1b" not in str(raised.value) and "add_safe_globals" not in str(raised.value)
+    torch.save({"state_dict": state, "a": Call(os.getcwd), "b": Callback()}, tmp_path / "new.ckpt")
+    with pytest.raises(
+        CheckpointError,
+        match=r"could run code: pathlib.(_local.)?PosixPath, posix.getcwd, test_torch_files.Callback\. If you trust",
+    ):
+        from_pretrained(tmp_path / "new.ckpt")
+    torch.save(Callback(), tmp_path / "object.pt")
+    with pytest.raises(CheckpointError, match=r"expected a dictionary of named tensors, got test_torch_files.Callback"):
+        from_pretrained(tmp_path / "object.pt")
+
+
+EVENTS = []  # of the audit hook, while a test collects them
+WATCHED = ("exec", "compile", "open", "os.", "shutil.", "subprocess.", "socket.", "ctypes.", "import")
+
+
+COLLECTING = threading.Event()
+
+
+@functools.cache
+def install_audit_hook():
+    """Collect audited events while COLLECTING is set. A hook cannot be removed."""
+
+    def hook(event, arguments):
+        if COLLECTING.is_set() and event.startswith(WATCHED):
+            EVENTS.append((event, arguments))
+
+    sys.addaudithook(hook)
+
+
+def test_no_code_of_a_foreign_object_runs(tmp_path, monkeypatch):
+    """Each object would leave a trace if its class were imported, created, called or given its state."""
+    trace = tmp_path / "trace"
+    (tmp_path / "trap.py").write_text(
+        f"open({str(trace)!r}, 'w')\n"
+        "class Trap:\n"
+        "    def __new__(cls, *a): open(PATH, 'w'); return super().__new__(cls)\n"
+        "    def __setstate__(self, state): open(PATH, 'w')\n"
+        "    def __getattr__(self, name): open(PATH, 'w'); raise AttributeError(name)\n".replace("PATH", repr(str(trace)))
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    trap = importlib.import_module("trap")
+    instance = object.__new__(trap.Trap)
+    write = f"open({str(trace)!r}, 'w')"
+    objects = [
+        instance, trap.Trap, Call(trap.Trap, 1), Call(eval, write), Call(exec, write), Call(builtins.open, str(trace), "w"),
+        Call(subprocess.Popen, ["touch", str(trace)]), Call(functools.partial, eval, write), Call(map, eval, [write]),
+        Call(importlib.import_module, "trap"), Call(shutil.copy, __file__, str(trace)), Call(getattr, trap.Trap, "x"),
+        Call(pickle.loads, pickle.dumps(Call(eval, write))), Call(torch.load, str(tmp_path / "0.ckpt")),
+        Call(torch.hub.load, str(tmp_path), "trap"),
+        {instance: instance}, (instance, [instance]),
+    ]  # fmt: skip
+    state = make_movq().state_dict()
+    torch.save({"state_dict": state, "bytes": b"\xff"}, tmp_path / "intact.ckpt")
+    for i, value in enumerate(objects):
+        torch.save({"state_dict": state, "extra": value}, tmp_path / f"{i}.ckpt")
+    trace.unlink()  # importing and saving left it
+    sys.modules.pop("trap")
+    install_audit_hook()
+    read_torch_file(tmp_path / "intact.ckpt")  # imports what every read needs
+    for i in range(len(objects)):
+        EVENTS.clear()
+        COLLECTING.set()
+        try:
+            found = read_torch_file(tmp_path / f"{i}.ckpt")
+        finally:
+            COLLECTING.clear()
+        assert found.keys() == {("state_dict",)}
+        others = [event for event in EVENTS if event[0] != "open" or str(event[1][0]) != str(tmp_path / f"{i}.ckpt")]
+        assert not others, (objects[i], others)
+    assert not trace.exists() and "trap" not in sys.modules
+
+
+def test_a_placeholder_only_stores_the_state():
+    placeholder = Placeholder(1, 2)
+    placeholder.__setstate__({"__class__": int, "x": 1})
+    assert type(placeholder) is Placeholder and placeholder.__dict__ == {"state": {"__class__": int, "x": 1}}
+
+
+def test_no_name_stays_allowed(tmp_path):
+    """torch keeps one list of allowed names for the process. Threads share it, and torch.load afterwards must refuse again."""
+    before = set(torch.serialization.get_safe_globals())
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": make_movq().state_dict(), **LIGHTNING}, path)
+    threads = [threading.Thread(target=lambda: loaded.append(read_torch_file(path))) for _ in range(8)]
+    loaded = []
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(loaded) == 8
+    assert set(torch.serialization.get_safe_globals()) == before
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+
+
+def test_limits(tmp_path, monkeypatch):
+    classes = [type(f"C{i}", (), {}) for i in range(MAX_FOREIGN_NAMES + 1)]
+    for each in classes:
+        monkeypatch.setattr(sys.modules[__name__], each.__name__, each, raising=False)
+    torch.save({"state_dict": make_movq().state_dict(), "classes": classes}, tmp_path / "many.ckpt")
+    with pytest.raises(CheckpointError, match=r"could run code: .*C0, .* and 249 more"):
+        from_pretrained(tmp_path / "many.ckpt")
+    model = torch.nn.Linear(1, 1)
+    model.child = torch.nn.Sequential(model)  # a cycle
+    torch.save({"model": model}, tmp_path / "cycle.pt")
+    assert read_torch_file(tmp_path / "cycle.pt")[("model",)].keys() == {"weight", "bias"}
+    nested = {"x": torch.zeros(1)}
+    nested["self"] = nested
+    torch.save(nested, tmp_path / "nested.pt")
+    assert list(read_torch_file(tmp_path / "nested.pt")) == [()]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_zip_archives_of_other_programs_are_named(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "scripted.pt")
+    with pytest.raises(CheckpointError, match=r"scripted.pt is a TorchScript archive"):
+        from_pretrained(tmp_path / "scripted.pt")
+    with zipfile.ZipFile(tmp_path / "weights.zip", "w") as archive:
+        archive.writestr("movq/config.json", "{}")
+    with pytest.raises(CheckpointError, match=r"weights.zip is a zip archive that torch.save did not write"):
+        from_pretrained(tmp_path / "weights.zip")
