@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .files import MAX_SHOWN_CHARACTERS, printable
-from .tensor_files import CheckpointError, check_claimed_bytes, format_names, is_plain_float
+from .tensor_files import CheckpointError, check_tensors, format_names
 
 Weights = Literal["model", "ema"]
 Dictionaries = Mapping[tuple[str, ...], Mapping[str, Any]]  # by the keys that lead to them in the file
@@ -65,8 +65,7 @@ def select_model(dictionaries: Dictionaries, path: Path, weights: Weights = "mod
         raise CheckpointError(f"{path} contains EMA weights only: pass weights='ema'")
     else:
         _raise_not_one_model(dictionaries, models, path)
-    _check_tensors(state, path)
-    return rename(state, _published_norm, path)
+    return rename(check_tensors(state, path), _published_norm, path)
 
 
 def rename(entries: Mapping[str, Any], new_name: Callable[[str], str], path: Path) -> dict[str, Any]:
@@ -111,14 +110,6 @@ def _dotless_averages(entries: Mapping[str, Any], prefix: str, model: Mapping[st
     if missing:
         raise CheckpointError(f"{path}: expected EMA weights for all entries, got none for {format_names(missing)}")
     return averages
-
-
-def _check_tensors(entries: Mapping[str, Any], path: Path) -> None:
-    others = [name for name, entry in entries.items() if not isinstance(entry, Tensor)]
-    if others:
-        raise CheckpointError(f"{path}: expected only tensors, got other entries: {format_names(others)}")
-    # A tensor with a stride of 0 can have any size.
-    check_claimed_bytes(path, sum(entry.nbytes for entry in entries.values() if is_plain_float(entry)))
 
 
 def _raise_not_one_model(dictionaries: Dictionaries, models: list[tuple[tuple[str, ...], str]], path: Path) -> NoReturn:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -60,6 +61,16 @@ def check_claimed_bytes(path: Path, claimed: int) -> None:
     """Raise CheckpointError if a file claims to hold more bytes than it has."""
     if claimed > path.stat().st_size:
         raise CheckpointError(f"{path} is damaged: a file of {path.stat().st_size} bytes claims to hold {claimed}")
+
+
+def check_tensors(entries: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """Return the entries. Raises CheckpointError if some are not tensors, or are larger than the file."""
+    others = [name for name, entry in entries.items() if not isinstance(entry, Tensor)]
+    if others:
+        raise CheckpointError(f"{path}: expected only tensors, got other entries: {format_names(others)}")
+    # A tensor with a stride of 0 can have any size.
+    check_claimed_bytes(path, sum(entry.nbytes for entry in entries.values() if is_plain_float(entry)))
+    return dict(entries)
 
 
 def is_plain_float(tensor: Tensor) -> bool:

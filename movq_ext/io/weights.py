@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..model.autoencoder import MOVQ
+from .checkpoint_files import read_dictionaries
 from .diffusers_weights import published_entries, read_config
 from .files import atomic_write, parse_json, require_file, wrap_errors
-from .original_weights import CODEBOOK, Dictionaries, Weights, infer_config, rename, select_model, strip_wrappers, with_codebook
-from .tensor_files import CheckpointError, format_names, is_plain_float, is_safetensors, read_safetensors
-from .torch_files import read_torch_file
+from .original_weights import CODEBOOK, Weights, infer_config, rename, select_model, strip_wrappers, with_codebook
+from .tensor_files import CheckpointError, format_names, is_plain_float
 from .weight_folders import find_weights
 
 CONFIG_KEY = "movq_ext.config"  # in the metadata of model.safetensors
@@ -130,18 +130,12 @@ def _read(file: Path, config_file: Path | None, weights: Weights) -> tuple[dict[
     """Return (entries under the published names, the config that the file or its folder holds or None)."""
     require_file(file)
     config = None if config_file is None else read_config(config_file)
-    metadata: dict[str, str] = {}
-    with wrap_errors(CheckpointError, f"{file} is damaged or not a checkpoint"):
-        if is_safetensors(file):
-            tensors, metadata = read_safetensors(file)
-            dictionaries: Dictionaries = {(): tensors}
-        else:
-            dictionaries = read_torch_file(file)
+    dictionaries, metadata = read_dictionaries(file)
     if CONFIG_KEY in metadata:
         if weights != "model":
             raise CheckpointError(f"{file} has no EMA weights besides the model's: leave out weights={weights!r}")
         with wrap_errors(CheckpointError, f"{file} is damaged"):
-            return rename(tensors, strip_wrappers, file), _parse_config(metadata[CONFIG_KEY])
+            return rename(dictionaries[()], strip_wrappers, file), _parse_config(metadata[CONFIG_KEY])
     state = select_model(dictionaries, file, weights)
     levels = None if config is None else len(config["ddconfig"]["ch_mult"])
     state = with_codebook(published_entries(state, levels, file))

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..io.tensor_files import CheckpointError, format_names, read_tensors
+from ..io.checkpoint_files import read_tensors
+from ..io.tensor_files import CheckpointError, format_names
 
 WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # of VGG16's convolutions, by resolution
 MIN_SIZE = 1 << (len(WIDTHS) - 1)  # pixels
@@ -94,7 +95,7 @@ def _read(files: Sequence[str | Path]) -> tuple[dict[str, Tensor], dict[str, Ten
     features: dict[str, Tensor] = {}
     linear: dict[str, Tensor] = {}
     for file in files:
-        for name, tensor in read_tensors(Path(file))[0].items():
+        for name, tensor in read_tensors(Path(file)).items():
             if match := FEATURE_NAME.search(name):
                 features[f"{match[1]}.{match[2]}"] = tensor
             elif match := LINEAR_NAME.search(name):

@@ -1,0 +1,37 @@
+"""Read checkpoints of either format, safetensors or ``torch.save``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .files import require_file, wrap_errors
+from .tensor_files import CheckpointError, check_tensors, is_safetensors, read_safetensors
+from .torch_files import read_torch_file
+
+
+def read_dictionaries(path: Path) -> tuple[dict[tuple[str, ...], dict[str, Any]], dict[str, str]]:
+    """Return (every dictionary of tensors by the keys that lead to it, metadata). Only safetensors files have metadata.
+
+    Raises OSError if the file cannot be read, and CheckpointError if it is damaged or has another format.
+    """
+    require_file(path)
+    with wrap_errors(CheckpointError, f"{path} is damaged or not a checkpoint"):
+        if is_safetensors(path):
+            tensors, metadata = read_safetensors(path)
+            return {(): tensors}, metadata
+        return read_torch_file(path), {}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the entries of the file's only dictionary of tensors, or of its ``state_dict``.
+
+    Raises like `read_dictionaries`, and CheckpointError if there is no such dictionary or not all its entries are tensors.
+    """
+    dictionaries, _ = read_dictionaries(path)
+    keys = ("state_dict",) if ("state_dict",) in dictionaries else next(iter(dictionaries), ())
+    if keys not in dictionaries or (len(dictionaries) > 1 and keys not in ((), ("state_dict",))):
+        raise CheckpointError(f"{path}: expected one dictionary of tensors or a state_dict, got {len(dictionaries)}")
+    return check_tensors(dictionaries[keys], path)
