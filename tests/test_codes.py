@@ -1,16 +1,29 @@
 import hashlib
 import json
 from copy import deepcopy
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
 from movq_ext import MOVQ, from_pretrained, save_pretrained
 from movq_ext.io import codes
-from movq_ext.io.codes import FORMAT, CodeFile, CodeFileError, codebook_fingerprint, decode_image, encode_image
+from movq_ext.io.codes import (
+    FORMAT,
+    CodeFile,
+    CodeFileError,
+    codebook_fingerprint,
+    decode_image,
+    encode_image,
+    name_problem,
+    read_hashes,
+)
 
 DDCONFIG = dict(
     ch=32, out_ch=3, ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=(), in_channels=3, resolution=32, z_channels=4
@@ -36,6 +49,42 @@ def test_save_and_load(tmp_path):
     assert (loaded.codebook, loaded.sizes) == ("book", two_images().sizes)
     assert all(torch.equal(loaded.codes[name], tensor) for name, tensor in two_images().codes.items())
     assert loaded.codes["a.jpg"].dtype == torch.int32
+
+
+def test_images_may_share_memory(tmp_path):
+    """The same tensor twice, and views of a batch."""
+    file, batch = CodeFile("book"), torch.arange(8, dtype=torch.int32).view(2, 2, 2)
+    for name, grid in {"a": batch[0], "b": batch[0], "c": batch[1].t()}.items():
+        file.add(name, grid, (2, 2))
+    file.save(tmp_path / "x.safetensors")
+    assert CodeFile.load(tmp_path / "x.safetensors").codes["c"].tolist() == [[4, 6], [5, 7]]
+
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\\/"), min_size=1, max_size=60).filter(
+    lambda name: name_problem(name) is None
+)
+
+
+@given(st.sets(NAMES, min_size=1, max_size=20))
+def test_the_header_is_as_large_as_promised(names):
+    file = CodeFile("book")
+    for name in names:
+        file.add(name, torch.zeros(1, 1), (10**9, 10**9), "0123456789abcdef")
+    with TemporaryDirectory() as folder:
+        file.save(f"{folder}/x.safetensors")
+        header = int.from_bytes(Path(folder, "x.safetensors").read_bytes()[:8], "little")
+        assert header <= file.header_bytes < 3 * header
+        assert read_hashes(f"{folder}/x.safetensors") == ("book", file.hashes)
+
+
+def test_a_full_file_can_be_saved(tmp_path):
+    """About a thousand names of 4000 characters fill the header."""
+    file, name = CodeFile("book"), "\u00fc" * 4000
+    with pytest.raises(ValueError, match=r"expected at most \d+ images of such names in a code file, got one more"):
+        for i in range(2000):
+            file.add(f"{i}{name}", torch.zeros(1, 1), (1, 1))
+    file.save(tmp_path / "x.safetensors")
+    assert len(CodeFile.load(tmp_path / "x.safetensors").codes) == len(file.codes) > 900
 
 
 def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):

@@ -85,13 +85,15 @@ def test_the_command_line_reports_bad_files(model, tmp_path, capsys, monkeypatch
     (tmp_path / "deep.json").write_text("[" * 10**5)
     (tmp_path / "deep.safetensors").write_bytes(struct.pack("<Q", 2**40))
     os.mkfifo(tmp_path / "pipe")
+    Image.new("RGB", (9, 9)).save(tmp_path / "image.png")
     for arguments, message in [
         (("train", tmp_path, "--config", tmp_path / "deep.json"), "expected .* to hold MOVQ's arguments .*: RecursionError"),
         (("decode", tmp_path / "deep.safetensors", "--model", model), "is damaged"),
         (("decode", tmp_path / "pipe", "--model", model), "expected a regular file"),
         (("info", "--model", tmp_path / "deep.safetensors"), "is damaged"),
         (("info", "--model", tmp_path / "pipe"), "expected a regular file"),
-        (("encode", tmp_path, "-o", tmp_path, "--model", model), "expected a regular file"),
+        (("encode", tmp_path, "-o", tmp_path / "pipe", "--model", model), "expected a regular file"),
+        (("encode", tmp_path, "-o", tmp_path, "--model", model), "is damaged"),
     ]:
         assert main([*map(str, arguments), "--device", "cpu"]) == 2
         error = capsys.readouterr().err

@@ -75,7 +75,7 @@ def is_single_file(args: argparse.Namespace) -> bool:
         return False
     if args.out.suffix in (".tar", ".parquet"):
         raise ValueError(f"expected -o to be a folder or a .safetensors file, got {args.out}: pass a folder and --format")
-    if not args.out.is_file() and args.out.suffix != ".safetensors":
+    if not args.out.exists() and args.out.suffix != ".safetensors":
         return False
     if args.shard_size or args.format not in (None, "safetensors"):
         raise ValueError(f"--shard-size and --format are for shards: expected -o to be a folder, got {args.out}")

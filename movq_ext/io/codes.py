@@ -101,7 +101,7 @@ class CodeFile:
         if not self.has_room([name]):
             raise ValueError(f"expected at most {len(self.codes)} images of such names in a code file, got one more")
         self.header_bytes += max_header_bytes(name)
-        self.codes[name] = codes.to(torch.int32).cpu().contiguous()
+        self.codes[name] = codes.to("cpu", torch.int32, copy=True).contiguous()  # safetensors saves no two tensors in one memory
         self.sizes[name] = size
         if source_hash:
             self.hashes[name] = source_hash
