@@ -194,17 +194,24 @@ def test_gradient_checkpointing():
     assert_same(gradients[1], gradients[0])
 
 
-@pytest.mark.parametrize("make", [vq, kl])
+@pytest.mark.parametrize(("make", "operator"), [(vq, "baddbmm"), (kl, "conv_transpose2d")])  # of spatial norms, of upsampling
 @torch.no_grad()
-def test_compile(make):
+def test_compile(make, operator):
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module.code)
+        return module.forward
+
     model = make(block_out_channels=(32,), **levels(False)) if make is vq else make()
     expected, z = decode(model, latents(model)), latents(model)
     accelerate(model)
     torch.compiler.reset()
-    compiled = torch.compile(lambda z: decode(model, z), fullgraph=True, backend="eager")
+    compiled = torch.compile(lambda z: decode(model, z), fullgraph=True, backend=backend)
     assert_same([compiled(z)], [expected])
     restore(model)
     assert_same([compiled(z)], [expected])
+    assert [operator in graph for graph in graphs] == [True, False]
 
 
 # Classes and state of the model

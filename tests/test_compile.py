@@ -43,6 +43,29 @@ def test_compiling_breaks_no_graph():
     assert report.graph_count == 1 and report.graph_break_count == 0, report.break_reasons
 
 
+def layers_of(graph):
+    """Count the calls of convolutions and of batched products in a graph of torch.compile or torch.export."""
+    names = [str(getattr(node.target, "__name__", "")).partition(".")[0] for node in graph.nodes]
+    return {name: names.count(name) for name in ("conv2d", "conv_transpose2d", "baddbmm")}
+
+
+def test_compiled_and_exported_programs_fold_and_join_layers():
+    """As in an eager call: upsampling is folded, q, k and v are one convolution, conv_y and conv_b one product."""
+    torch._dynamo.reset()
+    decoder, graphs = make_decoder(num_res_blocks=0), []
+
+    def backend(module, example):
+        graphs.append(module.graph)
+        return module.forward
+
+    torch.compile(decoder, fullgraph=True, backend=backend)(*latents())
+    graphs.append(torch.export.export(decoder, tuple(latents())).graph)
+    # The decoder has four ResNet blocks and two attention blocks.
+    convolutions = 2 + 4 * 2 + 1 + 2 * 2  # conv_in, conv_out; conv1 and conv2 of blocks, one shortcut; q, k, v and proj_out
+    norms = 4 * 2 + 2 + 1
+    assert [layers_of(graph) for graph in graphs] == 2 * [{"conv2d": convolutions, "conv_transpose2d": 1, "baddbmm": norms}]
+
+
 @pytest.fixture
 def fake_cuda(monkeypatch):
     """Fake GPU tensors, without data, for a machine without a GPU; the kernels count as compiled for it."""
