@@ -1,6 +1,7 @@
 """The documents: their Python runs, their links resolve, their code fits the page, and their figures are up to date."""
 
 import codeop
+import importlib.util
 import re
 import runpy
 from pathlib import Path
@@ -43,13 +44,18 @@ def blocks(text):
 def run_blocks(text, name):
     """Run the Python blocks in order, in one namespace.
 
-    Blocks marked `not run: reason` are left out, as are those marked `needs the emulator` if there is none.
+    Blocks marked `not run: reason` are left out, as are those marked `needs the emulator` or `needs PACKAGE` without it.
     """
     namespace = {}
     for line, mark, code in blocks(text):
-        if mark and (mark.startswith("not run: ") or (mark == "needs the emulator" and not emulator.available())):
+        if mark and (mark.startswith("not run: ") or (mark.startswith("needs ") and not is_available(mark[len("needs ") :]))):
             continue
         exec(compile("\n" * (line - 1) + code, name, "exec"), namespace)
+
+
+def is_available(requirement):
+    """True if a document's block can run that needs the emulator, or a package."""
+    return emulator.available() if requirement == "the emulator" else importlib.util.find_spec(requirement) is not None
 
 
 def paste(code):

@@ -28,7 +28,7 @@ def modulate(norms: Sequence[Any], zq: Tensor) -> list[tuple[Tensor, Tensor]]:
     layers = [layer for norm in norms for layer in (norm.conv_y, norm.conv_b)]
     weight, bias = torch.stack([layer.weight.flatten(1) for layer in layers]), torch.stack([layer.bias for layer in layers])
     cells = zq.permute(0, 2, 3, 1).reshape(1, -1, zq.shape[1]).expand(len(layers), -1, -1)
-    products = torch.baddbmm(bias.unsqueeze(1), cells, weight.mT)
+    products = torch.baddbmm(bias.unsqueeze(1), cells, weight.transpose(1, 2))
     maps = products.unflatten(1, (zq.shape[0], *zq.shape[2:])).permute(0, 1, 4, 2, 3).unbind()
     return list(zip(maps[::2], maps[1::2], strict=True))
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..ops.native import traces_plain_operators
 from .value_checks import can_read_values, is_finite, runs_training_step
 
 MAX_DISTANCE_BYTES = 64 << 20  # limit for the distances that the nearest-code search holds at once
@@ -20,18 +21,24 @@ def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
     Distances are Euclidean, in float32 or better, computed in chunks of at most 64 MiB. The first of equally near codes wins. The
     index is -1 where the smallest distance is NaN or infinite.
     """
-    precision = torch.promote_types(torch.promote_types(vectors.dtype, codebook.dtype), torch.float32)
-    codebook = codebook.detach().to(precision)
-    half_norms = codebook.square().sum(1) / 2  # argmin |v - e|^2 = argmin |e|^2 / 2 - v @ e
-    indices = vectors.new_empty(vectors.shape[0], dtype=torch.long)
+    codebook = codebook.to(_precision(vectors, codebook))
     rows = max(1, MAX_DISTANCE_BYTES // (codebook.shape[0] * codebook.element_size()))
-    for start in range(0, vectors.shape[0], rows):
-        chunk = vectors[start : start + rows].detach().to(precision)
-        with torch.autocast(vectors.device.type, enabled=False):
-            distances = torch.addmm(half_norms, chunk, codebook.t(), alpha=-1)
-        nearest = distances.argmin(1, keepdim=True)  # NaN counts as the smallest
-        indices[start : start + rows] = torch.where(distances.gather(1, nearest).isfinite(), nearest, -1).flatten()
-    return indices
+    return torch.cat([nearest_code_unchunked(chunk, codebook) for chunk in vectors.split(rows)])
+
+
+def nearest_code_unchunked(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """Return what `nearest_code` returns, from PyTorch's own operators, with all distances in memory at once."""
+    precision = _precision(vectors, codebook)
+    vectors, codebook = vectors.to(precision), codebook.to(precision)
+    half_norms = codebook.square().sum(1) / 2  # argmin |v - e|^2 = argmin |e|^2 / 2 - v @ e
+    with torch.autocast(vectors.device.type, enabled=False):
+        distances = torch.addmm(half_norms, vectors, codebook.t(), alpha=-1)
+    nearest = distances.argmin(1, keepdim=True)  # NaN counts as the smallest
+    return torch.where(distances.gather(1, nearest).isfinite(), nearest, -1).flatten()
+
+
+def _precision(vectors: Tensor, codebook: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(vectors.dtype, codebook.dtype), torch.float32)
 
 
 @nearest_code.register_fake
@@ -102,7 +109,8 @@ class VectorQuantizer(nn.Module):
         batch, _, height, width = z.shape
         vectors = z.permute(0, 2, 3, 1)
         flat = vectors.reshape(-1, self.e_dim)
-        indices = nearest_code(flat.detach(), self.embedding.weight.detach())
+        find_nearest = nearest_code_unchunked if traces_plain_operators() else nearest_code
+        indices = find_nearest(flat.detach(), self.embedding.weight.detach())
         if not runs_training_step(self) and can_read_values(indices):
             self._check_found(indices, z)
         quantized = self.embedding(indices.clamp(min=0)).view(vectors.shape)

@@ -186,6 +186,8 @@ def explain(x: Tensor, operator: str = "spatial_norm") -> str:
 
 def _why_native(x: Tensor) -> str | None:
     """Return why the kernels cannot take x, a CUDA tensor, or None if they can."""
+    if native.traces_plain_operators():
+        return "torch.jit.trace and torch.onnx.export trace PyTorch's operators only"
     if x.dtype not in KERNEL_DTYPES:
         return f"the CUDA kernels take {', '.join(_short(dtype) for dtype in KERNEL_DTYPES)}, got {_short(x.dtype)}"
     if x.dim() == 4 and x.shape[2] * x.shape[3] > MAX_MAP_PIXELS:

@@ -37,7 +37,8 @@ def _subtract_group_means(f: Tensor, groups: int) -> Tensor:
     On a CPU in channels_last, torch computes a variance as E[x^2] - E[x]^2, which cancels when the mean is large. The gradient is
     unchanged too: a norm does not depend on its groups' means, so they count as constants.
     """
-    if forward_ad._current_level >= 0:  # torch's forward-mode formula takes views of f as contiguous
+    # torch's forward-mode formula takes views of f as contiguous. A traced program may be given any layout.
+    if forward_ad._current_level >= 0 or _jit_traces():
         return f.contiguous()
     if f.device.type != "cpu" or f.is_contiguous() or f.itemsize < 4 or torch.compiler.is_compiling():
         return f
@@ -55,12 +56,29 @@ def add_bias_residual_(x: Tensor, bias: Tensor | None, residual: Tensor | None) 
     return x
 
 
+def is_tracing() -> bool:
+    """True while torch.compile, torch.export, torch.jit.trace or torch.onnx.export traces a program.
+
+    The program must work for other sizes than the example's, so nothing may depend on them. Nor may it write in place.
+    """
+    return torch.compiler.is_compiling() or _jit_traces()
+
+
+def traces_plain_operators() -> bool:
+    """True while a program is traced that may call only PyTorch's operators, by torch.jit.trace or torch.onnx.export."""
+    return _jit_traces() or torch.onnx.is_in_onnx_export()
+
+
+def _jit_traces() -> bool:
+    return torch._C._get_tracing_state() is not None  # torch.jit.is_tracing has no annotations
+
+
 def is_inference(*tensors: Tensor) -> bool:
     """True if a result computed from these tensors may be modified in place.
 
     They are plain tensors, operators run eagerly, and neither autograd, forward-mode AD nor a functorch transform records them.
     """
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+    if is_tracing() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
         return False
     if forward_ad._current_level >= 0:
         return False
@@ -69,7 +87,7 @@ def is_inference(*tensors: Tensor) -> bool:
 
 def _modulate(x: Tensor, y: Tensor, b: Tensor, in_place: bool) -> Tensor:
     """``x * up(y) + up(b)``, with y and b resized to x's grid by torch's nearest rule."""
-    if not torch.compiler.is_compiling() and all(
+    if not is_tracing() and all(
         is_power_of_two_ratio(small, large) for small, large in zip(y.shape[2:], x.shape[2:], strict=True)
     ):
         return scale_by_cells(x, y, b, out=x if in_place else None)
@@ -131,6 +149,6 @@ def spread_borders(zq: Tensor, f: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     """``softmax(scale * q @ k.mT) @ v`` of ``(B, heads, tokens, C)``, with at most MAX_SCORE_ELEMENTS scores per head at once."""
     queries = max(1, MAX_SCORE_ELEMENTS // max(1, k.shape[2]))
-    if torch.compiler.is_compiling() or q.shape[2] <= queries:  # a compiled program may have a symbol for the number of tokens
+    if is_tracing() or q.shape[2] <= queries:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     return torch.cat([F.scaled_dot_product_attention(part, k, v, scale=scale) for part in q.split(queries, dim=2)], dim=2)
