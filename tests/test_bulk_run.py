@@ -192,3 +192,12 @@ def test_a_killed_run_can_be_restarted(model_folder, tmp_path):
     assert run_decode(model_folder, source, "-o", out) == 0
     assert_every_image_once(out)
     assert all(path.stat().st_mtime_ns == before[path] for path in before if path.suffix == ".parquet")
+
+
+def test_more_rejects_than_fit_in_memory(model_folder, tmp_path, monkeypatch):
+    """They are moved to disk, and all are listed."""
+    monkeypatch.setattr(run, "MAX_REJECTS_BYTES", 1000)
+    source = write_parquet(tmp_path / "x.parquet", pa.array([[CODES + i] for i in range(100)] + [[1]]))
+    assert run_decode(model_folder, source, "-o", tmp_path / "out") == 1
+    reasons = [reject["reason"] for reject in read_rejects(tmp_path / "out/x.parquet.rejects.jsonl")]
+    assert len(reasons) == 100 and all(f"values from {CODES + i}" in reason for i, reason in enumerate(reasons))

@@ -66,10 +66,10 @@ def test_a_killed_worker_is_replaced(model_folder, many_shards, tmp_path, victim
     log = out.with_suffix(".log")
     assert process.wait(180) == 0, log.read_text()
     assert_every_image_once(out)
-    # If a worker dies between its last image and its report, the next worker counts the shard as already there.
+    # The next worker finds the images that the killed one had written already there.
     text = log.read_text()
     decoded, present = map(int, re.search(r"^decoded (\d+), already there (\d+), failed 0$", text, re.MULTILINE).groups())
-    assert decoded + present == MANY_SHARDS * MANY_ROWS and present in (0, MANY_ROWS) and "images/s, Ray" in text
+    assert decoded + present == MANY_SHARDS * MANY_ROWS and present <= MANY_ROWS and "images/s, Ray" in text
     assert all(path.stat().st_mtime_ns == before[path] for path in before if path.suffix == ".parquet")
 
 

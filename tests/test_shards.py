@@ -20,6 +20,7 @@ from shard_files import (
 from movq_ext.bulk.codebook import CODEBOOK_KEY, Codebook
 from movq_ext.bulk.find import find_shards
 from movq_ext.bulk.parquet import ParquetShard
+from movq_ext.bulk.shards import FieldNames
 from movq_ext.bulk.webdataset import WebDatasetShard
 
 
@@ -94,3 +95,24 @@ def test_bad_shards(model_folder, tmp_path, capsys, damage, reason):
     bad.write_bytes(whole)
     assert run_decode(model_folder, tmp_path / "in", "-o", tmp_path / "out") == 0
     assert file_names(tmp_path / "out") == [bad.name, "good.parquet"]
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        ({"key": ""}, "key: expected a file's suffix without its leading dot, got ''"),
+        ({"key": "../x"}, "key: expected a file's suffix"),
+        ({"key": ".npy"}, "key: expected a file's suffix"),
+        ({"image_key": "a/b.png"}, "image_key: expected a file's suffix"),
+        ({"image_key": "jpg"}, "image_key: expected a suffix that ends in png, got 'jpg'"),
+        ({"column": ""}, "column: expected a name, got ''"),
+        ({"image_column": ""}, "image_column: expected a name, got ''"),
+    ],
+)
+def test_bad_field_names(model_folder, tmp_path, capsys, names, message):
+    with pytest.raises(ValueError, match=message):
+        FieldNames(**names)
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in names.items()]
+    if names != {"key": ".npy"}:  # the command line removes the dot
+        assert run_decode(model_folder, write_parquet(tmp_path / "x.parquet"), "-o", tmp_path / "out", *options) == 2
+        assert message in capsys.readouterr().err

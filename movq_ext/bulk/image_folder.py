@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from ..io.files import atomic_write, wrap_errors
-from .shards import FinishedImages, Sample, SampleError, Shard, WriteImage
+from .shards import CopyImage, FinishedImages, Sample, SampleError, Shard
 
 
 class ImageFolderShard(Shard):
@@ -35,7 +35,7 @@ class ImageFolderShard(Shard):
         return nullcontext(ImageFolder(self.image_path))
 
     @contextmanager
-    def open_writer(self, images: FinishedImages) -> Iterator[WriteImage]:
+    def open_writer(self, images: FinishedImages) -> Iterator[CopyImage]:
         yield lambda sample: None  # the images are in place
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from ..io.files import MAX_SHOWN_CHARACTERS, atomic_write, printable, require_file, wrap_errors
 from .codebook import CODEBOOK_KEY, Codebook
 from .image_log import SingleFileShard
-from .shards import FinishedImages, Sample, ShardError, WriteImage, reraise_as_shard_error
+from .shards import CopyImage, FinishedImages, Sample, ShardError, reraise_as_shard_error
 
 KNOWN_COLUMNS = ("name", "height", "width")  # the columns, besides the codes, that are interpreted
 BATCH_ROWS = 256  # rows per read, and at most per row group written
@@ -51,7 +51,7 @@ class ParquetShard(SingleFileShard):
                     index += 1
 
     @contextmanager
-    def open_writer(self, images: FinishedImages) -> Iterator[WriteImage]:
+    def open_writer(self, images: FinishedImages) -> Iterator[CopyImage]:
         pa, pq = import_pyarrow()
         with self._open() as file:
             schema = file.schema_arrow

@@ -56,7 +56,7 @@ class Sample:
         name: its name in the shard.
         codes: ``(h, w)`` int64, or None if they are invalid.
         size: (height, width) of the image in pixels.
-        problem: why the codes are invalid.
+        problem: why the image cannot be decoded or written; empty if it can.
         payload: what the format writes along with the image, such as other columns.
         payload_bytes: approximate size of the payload.
     """
@@ -69,7 +69,7 @@ class Sample:
     payload_bytes: int = 0
 
 
-WriteImage = Callable[[Sample], None]  # copies a sample's image to the output file
+CopyImage = Callable[[Sample], None]  # copies a sample's image to the output file
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class Shard(ABC):
         """Return a context manager that yields the shard's finished images. The digest identifies the model."""
 
     @abstractmethod
-    def open_writer(self, images: FinishedImages) -> AbstractContextManager[WriteImage]:
+    def open_writer(self, images: FinishedImages) -> AbstractContextManager[CopyImage]:
         """Return a context manager that yields a function to copy finished images to the target file, in the source's order.
 
         The target file appears when the context exits, and only if it exits without an exception.

@@ -25,7 +25,7 @@ from ..io.files import (
 )
 from .codebook import CODEBOOK_KEY, Codebook
 from .image_log import SingleFileShard
-from .shards import FieldNames, FinishedImages, Sample, ShardError, WriteImage, reraise_as_shard_error
+from .shards import CopyImage, FieldNames, FinishedImages, Sample, ShardError, reraise_as_shard_error
 
 MAX_SAMPLE_BYTES = 256 << 20
 TAR_END_BYTES = 1024  # a tar file ends with at least this many zeros
@@ -70,7 +70,7 @@ class WebDatasetShard(SingleFileShard):
                 yield sample
 
     @contextmanager
-    def open_writer(self, images: FinishedImages) -> Iterator[WriteImage]:
+    def open_writer(self, images: FinishedImages) -> Iterator[CopyImage]:
         self.target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.target) as partial, tarfile.open(partial, "w") as tar:
 
