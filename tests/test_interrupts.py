@@ -176,7 +176,9 @@ def test_a_log_that_was_cut_off_or_damaged(tmp_path, samples):
     whole = log.read_bytes()
     damaged = bytearray(whole)
     damaged[-50] ^= 1
-    for contents, found in [(whole, 3), (whole[:-1], 2), (whole[: 2 * 144 + 5], 2), (whole[:100], 0), (b"", 0), (damaged, 2)]:
+    huge = whole[: 2 * 144 + 32] + b"\xff" * 8 + whole[2 * 144 + 40 :]  # the size that the third record claims
+    cut_off = [(whole, 3), (whole[:-1], 2), (whole[: 2 * 144 + 5], 2), (whole[:100], 0), (b"", 0)]
+    for contents, found in [*cut_off, (damaged, 2), (huge, 2)]:
         log.write_bytes(contents)
         with ImageLog(tmp_path / "x.tar", b"weights") as images:
             assert [sample in images for sample in samples] == [i < found for i in range(3)], found

@@ -232,3 +232,8 @@ def test_gzip_bombs(model_folder, tmp_path, monkeypatch, content, small):
             assert status == 2 and "expected at most 41943040 bytes after decompression" in rejects.read_text()
         elif content is long_header:
             assert status == 2 and "expected a header of at most 1048576 bytes, got 16777216" in rejects.read_text()
+
+
+def test_members_are_not_held_in_memory(tmp_path):
+    with tarfile.open(write_tar(tmp_path / "x.tar", [(f"{i}.txt", b"") for i in range(3)])) as tar:
+        assert [(member.name, len(tar.members)) for member in webdataset._members(tar)] == [(f"{i}.txt", 0) for i in range(3)]
