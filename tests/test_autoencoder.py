@@ -42,6 +42,12 @@ def test_decode_code_on_any_grid(grid):
     assert make_model().decode_code(torch.randint(0, 64, (2, *grid))).shape == (2, 3, 4 * grid[0], 4 * grid[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32], ids=str)
+def test_decode_code_of_any_integers(dtype):
+    codes = torch.randint(0, 64, (1, 2, 3))
+    assert torch.equal(make_model().decode_code(codes.to(dtype)), make_model().decode_code(codes))
+
+
 def test_encode_code_keeps_its_shape_with_remap_and_sane_index_shape():
     used = torch.arange(64).flip(0).numpy()
     plain = make_model().encode_code(X)
@@ -113,6 +119,7 @@ BAD = {
     "codes empty": (ValueError, r"indices must have shape .* got \(1, 0, 6\)", "decode_code", CODES[:, :0]),
     "codes range": (ValueError, r"indices must be in \[0, 64\), got values from 64 to 64",
                     "decode_code", torch.full((1, 2, 2), 64)),
+    "codes list": (TypeError, "indices must be a tensor of integers, got list", "decode_code", [[[0]]]),
     "codes float": (TypeError, "indices must be integers, got torch.float32", "decode_code", CODES.float()),
     "image": (ValueError, r"x must have shape \(batch, 3, height, width\), got \(2, 1, 16, 24\)", "encode", X[:, :1]),
     "quant": (ValueError, r"quant must have shape \(batch, 5, height, width\), got \(2, 3, 16, 24\)", "decode", X),

@@ -131,13 +131,15 @@ def test_remap(tmp_path, as_file, sane_index_shape, unknown_index):
         torch.testing.assert_close(codes[0, :, 1, 1], quantizer.embedding.weight[7])
 
 
-def test_codebook_entry():
+@pytest.mark.parametrize("dtype", quantize.INTEGER_DTYPES, ids=str)
+def test_codebook_entry(dtype):
     quantizer = make_quantizer()
-    indices = torch.randint(0, 50, (2, 3, 5), dtype=torch.int32)
-    assert torch.equal(quantizer.get_codebook_entry(indices), quantizer.embedding.weight[indices])
-    assert torch.equal(
-        quantizer.get_codebook_entry(indices, (2, 3, 5, 4)), quantizer.embedding.weight[indices].permute(0, 3, 1, 2)
-    )
+    indices = torch.randint(0, 50, (2, 3, 5))
+    codes = quantizer.embedding.weight[indices]
+    assert torch.equal(quantizer.get_codebook_entry(indices.to(dtype)), codes)
+    assert torch.equal(quantizer.get_codebook_entry(indices.to(dtype), (2, 3, 5, 4)), codes.permute(0, 3, 1, 2))
+    remapped = make_quantizer(remap=np.arange(50)[::-1].copy())
+    assert torch.equal(remapped.get_codebook_entry((49 - indices).to(dtype)), codes)
 
 
 @pytest.mark.parametrize(("indices", "error", "message"), [
@@ -145,6 +147,10 @@ def test_codebook_entry():
     (torch.tensor([3, -1]), ValueError, r"indices must be in \[0, 50\), got values from -1 to 3"),
     (torch.tensor([1.0]), TypeError, "indices must be integers, got torch.float32"),
     (torch.tensor([True]), TypeError, "indices must be integers, got torch.bool"),
+    (torch.tensor([1j]), TypeError, "indices must be integers, got torch.complex64"),
+    (torch.tensor([2**63], dtype=torch.uint64), ValueError, r"indices must be in \[0, 50\), got values from -922"),
+    (torch.zeros(1, dtype=torch.long, device="meta"), ValueError, "indices must be on the model's device cpu, got meta"),
+    (np.zeros(1, np.int64), TypeError, "indices must be a tensor of integers, got ndarray"),
 ])  # fmt: skip
 def test_codebook_entry_refuses(indices, error, message):
     with pytest.raises(error, match=message):

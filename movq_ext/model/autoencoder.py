@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .checks import check_latent
 from .decoder import MOVQDecoder
 from .encoder import Encoder
-from .quantize import VectorQuantizer
+from .quantize import VectorQuantizer, check_indices
 from .tiled import decode_tiled
 from .value_checks import can_read_values, is_finite, runs_training_step
 
@@ -111,12 +111,14 @@ class MOVQ(nn.Module):
         return self.decoder(z, quant) if max_memory is None else decode_tiled(self.decoder, z, quant, max_memory=max_memory)
 
     def decode_code(self, indices: Tensor) -> Tensor:
-        """Decode code indices ``(B, h, w)``, of any grid, to images roughly in [-1, 1].
+        """Decode code indices ``(B, h, w)``, integers of any dtype and any grid, to images roughly in [-1, 1].
 
         Returns ``(B, out_ch, h * downsampling, w * downsampling)``.
 
-        Raises ValueError for another rank or an index outside the codebook, TypeError for indices that are not integers.
+        Raises ValueError for another rank or device, or an index outside the codebook, and TypeError for indices that are not a
+        tensor of integers.
         """
+        check_indices(indices, self.quantize.embedding.weight)
         if indices.dim() != 3 or 0 in indices.shape:
             raise ValueError(f"indices must have shape (batch, height, width) and not be empty, got {tuple(indices.shape)}")
         return self.decode(self.quantize.get_codebook_entry(indices, (*indices.shape, self.quantize.e_dim)))

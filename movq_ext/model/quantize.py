@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from ..ops.native import traces_plain_operators
 from .value_checks import can_read_values, is_finite, runs_training_step
 
+INTEGER_DTYPES = (
+    torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64
+)  # fmt: skip
 MAX_DISTANCE_BYTES = 64 << 20  # limit for the distances that the nearest-code search holds at once
 
 
@@ -44,6 +47,16 @@ def _precision(vectors: Tensor, codebook: Tensor) -> torch.dtype:
 @nearest_code.register_fake
 def _(vectors: Tensor, codebook: Tensor) -> Tensor:
     return vectors.new_empty(vectors.shape[0], dtype=torch.long)
+
+
+def check_indices(indices: Tensor, codebook: Tensor) -> None:
+    """Indices must be a tensor of integers on the codebook's device."""
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"indices must be a tensor of integers, got {type(indices).__name__}")
+    if indices.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"indices must be integers, got {indices.dtype}")
+    if indices.device != codebook.device:
+        raise ValueError(f"indices must be on the model's device {codebook.device}, got {indices.device}")
 
 
 class VectorQuantizer(nn.Module):
@@ -156,15 +169,16 @@ class VectorQuantizer(nn.Module):
         return self.used[torch.where(indices >= len(self.used), 0, indices)]
 
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None = None) -> Tensor:
-        """Look up the codes of integer indices of any shape.
+        """Look up the codes of indices, integers of any dtype and shape.
 
         Returns ``(..., e_dim)``, or ``(B, e_dim, h, w)`` for ``shape=(B, h, w, e_dim)``.
 
-        Raises ValueError for an index outside the codebook and TypeError for indices that are not integers.
+        Raises ValueError for an index outside the codebook or another device than the codebook's, and TypeError for indices that
+        are not a tensor of integers.
         """
         self._require_codebook()
-        if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
-            raise TypeError(f"indices must be integers, got {indices.dtype}")
+        check_indices(indices, self.embedding.weight)
+        indices = indices.long()  # the lookups below take int64 and int32 only, or read uint8 as a mask
         if indices.numel() and can_read_values(indices):
             low, high = (int(bound) for bound in indices.aminmax())
             if low < 0 or high >= self.re_embed:
