@@ -13,7 +13,7 @@ from .model.encoder import Encoder
 from .model.layers import AttnBlock, Downsample, ResnetBlock, Upsample
 from .model.norms import GroupNorm, SpatialNorm
 from .model.quantize import VectorQuantizer
-from .model.tiled import decode_tiled
+from .model.tiled import decode_tiled, encode_tiled
 from .ops.extension import build_info
 from .ops.functional import attention, explain, spatial_attention, spatial_norm
 from .profiling import annotate
@@ -41,6 +41,7 @@ __all__ = [
     "build_info",
     "decode_sharded",
     "decode_tiled",
+    "encode_tiled",
     "explain",
     "export_decoder",
     "from_pretrained",

@@ -6,7 +6,7 @@ from tolerances import assert_close
 from torch import nn
 
 from movq_ext import decode_tiled
-from movq_ext.model.strip_checks import check_layers, check_no_dropout
+from movq_ext.model.strip_checks import check_decoder_layers, check_no_dropout
 
 PLENTY = 1 << 30  # bytes
 
@@ -30,7 +30,7 @@ def test_unsupported_layers_are_refused(change):
     decoder = make_decoder()
     change(decoder)
     with pytest.raises(TypeError, match=f"(?s){REFUSED[change]}"):
-        check_layers(decoder)
+        check_decoder_layers(decoder)
     with pytest.raises(TypeError, match=f"(?s){REFUSED[change]}"):
         decode_tiled(decoder, *latents((4, 6)), max_memory=PLENTY)
 
@@ -46,11 +46,11 @@ def test_a_circular_convolution_of_zq_is_refused():
 
 @pytest.mark.parametrize("changes", [{}, dict(add_conv=True), dict(resamp_with_conv=False), dict(attn_resolutions=[8, 16])])
 def test_decoders_of_this_package_are_accepted(changes):
-    check_layers(make_decoder(**changes))
+    check_decoder_layers(make_decoder(**changes))
 
 
 def test_dropout_is_refused_only_while_it_is_active():
-    check_no_dropout(make_decoder(dropout=0.1).eval())
-    check_no_dropout(make_decoder(dropout=0.0).train())
+    check_no_dropout("decoder", make_decoder(dropout=0.1).eval())
+    check_no_dropout("decoder", make_decoder(dropout=0.0).train())
     with pytest.raises(ValueError, match=r"decoder must be in evaluation mode: call decoder.eval\(\) first"):
-        check_no_dropout(make_decoder(dropout=0.1).train())
+        check_no_dropout("decoder", make_decoder(dropout=0.1).train())

@@ -196,7 +196,7 @@ def test_spans_cover_every_row_once_within_strip_bytes(strip_bytes, height):
 def test_a_layer_releases_all_maps_but_its_output(budget):
     decoder, run = make_decoder(), runner(budget=budget)
     decoder.up[0].block[0] = ResnetBlock(in_channels=64, out_channels=32, conv_shortcut=True, zq_ch=5)  # not in place
-    x = run.store_latent(latents((4, 6), batch=1)[0])
+    x = run.store_input(latents((4, 6), batch=1)[0])
     x = run.convolve(strips.StoredRows(x), decoder.conv_in)
     for step in decoder.steps():
         x = run.run_layer(step.layer, x)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..model.decoder import MOVQDecoder
 from ..model.feature_maps import FeatureMap, MapStore, Moments, Storage
 from ..model.layers import AttnBlock
-from ..model.strip_checks import LayeredDecoder, check_layers, check_no_dropout
+from ..model.strip_checks import LayeredDecoder, check_decoder_layers, check_no_dropout
 from ..model.strip_norms import NormalisedRows
 from ..model.strips import STRIP_BYTES, Strips, computes_in_float32, to_float32
 
@@ -232,20 +232,20 @@ class BandStrips(Strips):
         super().__init__(store, zq, strip_bytes)
         self.band = store.band
 
-    def store_latent(self, z: Tensor) -> FeatureMap:
-        """Return z as a whole map, since every process has all of it."""
-        x = MapStore(z.dtype, z.device).allocate(*z.shape[1:])
-        x.write(0, z)
+    def store_input(self, values: Tensor) -> FeatureMap:
+        """Return the network's input as a whole map, since every process has all of it."""
+        x = MapStore(values.dtype, values.device).allocate(*values.shape[1:])
+        x.write(0, values)
         return x
 
     def features(self, x: FeatureMap) -> Tensor:
         """Return the band of x."""
         return x.read(*self.band.rows(x.height))
 
-    def image(self, norm: nn.Module, conv: nn.Conv2d, x: FeatureMap) -> Tensor:
+    def output(self, norm: nn.Module, conv: nn.Conv2d, x: FeatureMap) -> Tensor:
         """Return the band of ``conv(silu(norm(x)))``."""
         first, last = self.band.rows(x.height)
-        return super().image(norm, conv, x)[:, :, first:last]
+        return super().output(norm, conv, x)[:, :, first:last]
 
     def keys_and_values(self, block: AttnBlock, x: FeatureMap, normalised: NormalisedRows) -> tuple[Tensor, Tensor]:
         """Return the keys and values of all positions, gathered from all processes."""
@@ -276,8 +276,8 @@ def _check_arguments(decoder: MOVQDecoder, z: Tensor, zq: Tensor) -> None:
     if any(hasattr(p, "placements") for p in decoder.parameters()):  # DTensors
         raise TypeError("decoder's parameters must be whole in every process, got sharded ones (DTensor, as with FSDP)")
     decoder.check_latents(z, zq)
-    check_layers(decoder)
-    check_no_dropout(decoder)
+    check_decoder_layers(decoder)
+    check_no_dropout("decoder", decoder)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (z, zq, *decoder.parameters())):
         raise ValueError("decoder, z and zq must not require gradients: call under torch.no_grad() or torch.inference_mode()")
 

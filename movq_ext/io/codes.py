@@ -187,11 +187,14 @@ def name_problem(name: str) -> str | None:
 
 
 @torch.inference_mode()
-def encode_image(model: MOVQ, image: Image.Image) -> Tensor:
-    """Return the code indices ``(h, w)`` of an RGB image of any size, padded to whole cells by repeating its border."""
+def encode_image(model: MOVQ, image: Image.Image, max_memory: int | None = None) -> Tensor:
+    """Return the code indices ``(h, w)`` of an RGB image of any size, padded to whole cells by repeating its border.
+
+    max_memory limits the bytes of working memory, see `MOVQ.encode`.
+    """
     weight = model.quant_conv.weight
     x = pad_to_multiple(to_tensor(image)[None], model.downsampling)
-    return model.encode_code(x.to(weight.device, weight.dtype))[0]
+    return model.encode_code(x.to(weight.device, weight.dtype), max_memory)[0]
 
 
 @torch.inference_mode()
@@ -205,5 +208,5 @@ def decode_image(model: MOVQ, codes: Tensor, size: tuple[int, int]) -> Image.Ima
     if tuple(codes.shape) != expected:
         image = f"an image of {height} x {width} (height x width)"
         raise ValueError(f"expected codes of shape {expected} for {image}, got {tuple(codes.shape)}")
-    x = model.decode_code(codes[None].to(model.quant_conv.weight.device, torch.long))
+    x = model.decode_code(codes[None].to(model.quant_conv.weight.device))
     return to_image(x[0, :, :height, :width])

@@ -14,7 +14,7 @@ from .checks import check_latent
 from .decoder import MOVQDecoder
 from .encoder import Encoder
 from .quantize import VectorQuantizer, check_indices
-from .tiled import decode_tiled
+from .tiled import decode_tiled, encode_tiled
 from .value_checks import can_read_values, is_finite, runs_training_step
 
 
@@ -71,16 +71,19 @@ class MOVQ(nn.Module):
         self.encoder.gradient_checkpointing_disable()
         self.decoder.gradient_checkpointing_disable()
 
-    def encode(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor, max_memory: int | None = None) -> Tensor:
         """Encode images ``(B, in_channels, H, W)`` in [-1, 1] to latents ``(B, embed_dim, h, w)`` before quantisation.
+
+        max_memory limits the bytes of working memory, without gradients: see `encode_tiled`.
 
         NaN and infinity in the latents are an error, except where the check would make a training step wait for the GPU (training
         mode, gradients enabled), and in compiled, exported and captured programs.
 
-        Raises ValueError (rank, channels, device, too small, not finite) or TypeError (dtype) naming the argument, and
-        FloatingPointError if the latents of a finite x are not finite.
+        Raises ValueError (rank, channels, device, too small, not finite, max_memory too small) or TypeError (dtype) naming the
+        argument, and FloatingPointError if the latents of a finite x are not finite.
         """
-        h = cast(Tensor, self.quant_conv(self.encoder(x)))
+        features = self.encoder(x) if max_memory is None else encode_tiled(self.encoder, x, max_memory=max_memory)
+        h = cast(Tensor, self.quant_conv(features))
         if not runs_training_step(self) and can_read_values(h) and not is_finite(h):
             if not is_finite(x):
                 raise ValueError("x must be finite, got NaN or infinity")
@@ -89,13 +92,15 @@ class MOVQ(nn.Module):
         return h
 
     @torch.no_grad()
-    def encode_code(self, x: Tensor) -> Tensor:
+    def encode_code(self, x: Tensor, max_memory: int | None = None) -> Tensor:
         """Encode images ``(B, in_channels, H, W)`` in [-1, 1] to code indices ``(B, h, w)`` int64, without gradients.
+
+        max_memory limits the bytes of working memory: see `encode_tiled`.
 
         Raises what `encode` raises. A compiled, exported or captured program does not: where a latent is not finite, its code is
         -1, which `decode_code` refuses.
         """
-        h = self.encode(x)
+        h = self.encode(x, max_memory)
         return cast(Tensor, self.quantize(h)[2][2]).view(h.shape[0], *h.shape[2:])
 
     def decode(self, quant: Tensor, max_memory: int | None = None) -> Tensor:

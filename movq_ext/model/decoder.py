@@ -188,6 +188,10 @@ class MOVQDecoder(ActivationCheckpointing):
             if level > 0:
                 yield DecoderStep(f"up_{level}_upsample", stage.upsample, takes_zq=False)
 
+    def layers(self) -> Iterator[nn.Module]:
+        """Yield the layers of `steps`."""
+        return (step.layer for step in self.steps())
+
     def check_latents(self, z: Tensor, zq: Tensor) -> None:
         """Raise the errors that `forward` raises for z and zq."""
         check_latent("z", z, self.z_channels, self.conv_in.weight)
@@ -203,7 +207,7 @@ class MOVQDecoder(ActivationCheckpointing):
 
     def _spatial_norms(self) -> list[SpatialNorm]:
         """All SpatialNorm layers, in execution order."""
-        layers = [*(step.layer for step in self.steps()), self.norm_out]
+        layers = [*self.layers(), self.norm_out]
         return [module for layer in layers for module in layer.modules() if isinstance(module, SpatialNorm)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -84,24 +84,33 @@ class Encoder(ActivationCheckpointing):
 
         Raises ValueError (rank, channels, device, image smaller than one latent cell) or TypeError (dtype).
         """
+        self.check_image(x)
+        h: Tensor = self.conv_in(x)
+        for layer in self.layers():
+            h = self._run_layer(layer, h)
+        return self._run_layer(self._to_latents, h)
+
+    def layers(self) -> Iterator[nn.Module]:
+        """Yield the layers between conv_in and norm_out, in execution order."""
+        for module in self.down:
+            stage = cast(Stage, module)
+            for i, block in enumerate(stage.block):
+                yield block
+                if len(stage.attn):
+                    yield stage.attn[i]
+            if hasattr(stage, "downsample"):
+                yield stage.downsample
+        yield self.mid.block_1
+        if self.mid.attn_1 is not None:
+            yield self.mid.attn_1
+        yield self.mid.block_2
+
+    def check_image(self, x: Tensor) -> None:
+        """Raise the errors that `forward` raises for x."""
         check_latent("x", x, self.in_channels, self.conv_in.weight)
         cell = 2 ** (self.num_resolutions - 1)
         if min(x.shape[-2:]) < cell:
             raise ValueError(f"x must be at least {cell} x {cell} (height x width), got {x.shape[-2]} x {x.shape[-1]}")
-        h = self.conv_in(x)
-        for module in self.down:
-            stage = cast(Stage, module)
-            for i, block in enumerate(stage.block):
-                h = self._run_layer(block, h)
-                if len(stage.attn):
-                    h = self._run_layer(stage.attn[i], h)
-            if hasattr(stage, "downsample"):
-                h = self._run_layer(stage.downsample, h)
-        h = self._run_layer(self.mid.block_1, h)
-        if self.mid.attn_1 is not None:
-            h = self._run_layer(self.mid.attn_1, h)
-        h = self._run_layer(self.mid.block_2, h)
-        return self._run_layer(self._to_latents, h)
 
     def _to_latents(self, h: Tensor) -> Tensor:
         """``conv_out(silu(norm_out(h)))``."""

@@ -25,11 +25,11 @@ class NormalisedRows:
     Args:
         norm: a GroupNorm or SpatialNorm.
         x: a completely written map.
-        zq: ``(1, zq_ch, h, w)``.
+        zq: ``(1, zq_ch, h, w)``; None for a GroupNorm.
         activation: "silu" or None.
     """
 
-    def __init__(self, norm: nn.Module, x: FeatureMap, zq: Tensor, activation: str | None) -> None:
+    def __init__(self, norm: nn.Module, x: FeatureMap, zq: Tensor | None, activation: str | None) -> None:
         self.norm, self.x, self.activation = norm, x, activation
         group_norm = norm.norm_layer if isinstance(norm, SpatialNorm) else norm
         assert isinstance(group_norm, nn.GroupNorm)
@@ -38,7 +38,10 @@ class NormalisedRows:
         shift = -mean * scale if group_norm.bias is None else group_norm.bias - mean * scale
         self.dtype = torch.promote_types(x.dtype, torch.float32)
         scale, shift = (t.to(self.dtype)[None, :, None, None] for t in (scale, shift))
-        self.affine = _modulate(norm, zq, x, scale, shift) if isinstance(norm, SpatialNorm) else ChannelAffine(scale, shift)
+        self.affine: Affine = ChannelAffine(scale, shift)
+        if isinstance(norm, SpatialNorm):
+            assert zq is not None, "a norm that is conditioned on a latent"
+            self.affine = _modulate(norm, zq, x, scale, shift)
 
     def write_rows(self, first: int, last: int, out: Tensor) -> None:
         values = upcast(self.x.read(first, last))

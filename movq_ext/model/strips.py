@@ -1,4 +1,6 @@
-"""Decode strip by strip. The result matches decoding whole maps, up to rounding, but working memory holds only one strip.
+"""Run a decoder or an encoder strip by strip.
+
+The result matches that of whole maps, up to rounding, but working memory holds only one strip.
 
 - A convolution's strip has one more row of input above and below.
 - A norm uses the statistics of the whole map, which are gathered while the map is written.
@@ -23,8 +25,8 @@ from ..ops.functional import attention
 from ..ops.onednn import Convolution
 from .feature_maps import FeatureMap, MapStore
 from .fusion import fold_windows, is_plain_conv3x3
-from .layers import AttnBlock, ResnetBlock, Upsample, is_plain_network
-from .strip_checks import LayeredDecoder, check_layers
+from .layers import AttnBlock, Downsample, ResnetBlock, Upsample, is_plain_network
+from .strip_checks import LayeredDecoder, LayeredNetwork, check_decoder_layers, check_encoder_layers
 from .strip_norms import NormalisedRows
 from .strip_rows import HALO, ConvolvedRows, PointwiseRows, RowSource, StoredRows, StripBuffer, haloed_rows
 
@@ -32,6 +34,7 @@ STRIP_BYTES = 32 << 20  # for all tensors of a strip: 32 rows of 256 pixels with
 # Number of values in all tensors of a strip, per pixel and channel of its map.
 ATTENTION_VALUES = 8
 UPSAMPLE_VALUES = 10
+DOWNSAMPLE_VALUES = 12  # of the smaller map
 
 
 def decode_in_strips(
@@ -40,19 +43,38 @@ def decode_in_strips(
     """Return ``decoder(z, zq)``, computed image by image and without gradients.
 
     Args:
-        decoder: its layers must pass `check_layers`.
+        decoder: its layers must pass `check_decoder_layers`.
         z, zq: as for the decoder.
         strip_bytes: see `Strips`.
         budget, folder: see `MapStore`.
     """
     if computes_in_float32(decoder, z):
         return decode_in_strips(*to_float32(decoder, z, zq), strip_bytes, budget, folder).half()
-    check_layers(decoder)
+    check_decoder_layers(decoder)
     images = []
     for image_z, image_zq in zip(z.split(1), zq.contiguous(memory_format=torch.channels_last).split(1), strict=True):
         with MapStore(z.dtype, z.device, budget, folder) as store:
             images.append(Strips(store, image_zq, strip_bytes).decode(decoder, image_z))
     return torch.cat(images)
+
+
+def encode_in_strips(
+    encoder: LayeredNetwork, x: Tensor, strip_bytes: int, budget: int | None = None, folder: str | None = None
+) -> Tensor:
+    """Return ``encoder(x)``, computed image by image and without gradients.
+
+    Args:
+        encoder: its layers must pass `check_encoder_layers`.
+        x: as for the encoder.
+        strip_bytes: see `Strips`.
+        budget, folder: see `MapStore`.
+    """
+    check_encoder_layers(encoder)
+    latents = []
+    for image in x.split(1):
+        with MapStore(x.dtype, x.device, budget, folder) as store:
+            latents.append(Strips(store, None, strip_bytes).encode(encoder, image))
+    return torch.cat(latents)
 
 
 def computes_in_float32(decoder: LayeredDecoder, z: Tensor) -> bool:
@@ -66,31 +88,42 @@ def to_float32(decoder: LayeredDecoder, z: Tensor, zq: Tensor) -> tuple[LayeredD
 
 
 class Strips:
-    """Runs the layers of a decoder on the maps of one image, strip by strip.
+    """Runs the layers of a decoder or an encoder on the maps of one image, strip by strip.
 
     A subclass may override the public methods: `BandStrips` computes only some rows of each map.
 
     Args:
         store: allocates the maps.
-        zq: the latent that norms are conditioned on, ``(1, zq_ch, h, w)``.
+        zq: the latent that norms are conditioned on, ``(1, zq_ch, h, w)``; None for an encoder.
         strip_bytes: approximate size of all tensors of a strip.
     """
 
-    def __init__(self, store: MapStore, zq: Tensor, strip_bytes: int) -> None:
+    def __init__(self, store: MapStore, zq: Tensor | None, strip_bytes: int) -> None:
         self.store, self.zq, self.strip_bytes = store, zq, strip_bytes
         self._buffer = StripBuffer(store)
 
     def decode(self, decoder: LayeredDecoder, z: Tensor) -> Tensor:
         """Return the decoder's image of z, ``(1, z_channels, h, w)``."""
-        h = self.convolve(StoredRows(self.store_latent(z)), decoder.conv_in)
-        for step in decoder.steps():
-            h = self.run_layer(step.layer, h)
-        return self.features(h) if decoder.give_pre_end else self.image(decoder.norm_out, decoder.conv_out, h)
+        h = self.run_layers(decoder, z)
+        return self.features(h) if decoder.give_pre_end else self.output(decoder.norm_out, decoder.conv_out, h)
 
-    def store_latent(self, z: Tensor) -> FeatureMap:
-        """Return z as a map."""
-        x = self.store.allocate(*z.shape[1:])
-        x.write(0, z)
+    def encode(self, encoder: LayeredNetwork, image: Tensor) -> Tensor:
+        """Return the encoder's latents of an image, ``(1, in_channels, H, W)``."""
+        return self.output(encoder.norm_out, encoder.conv_out, self.run_layers(encoder, image))
+
+    def run_layers(self, network: LayeredNetwork, values: Tensor) -> FeatureMap:
+        """Return the map before norm_out, for the network's input ``(1, C, H, W)``."""
+        x = self.store_input(values)
+        h = self.convolve(StoredRows(x), network.conv_in)
+        self.store.release(x)
+        for layer in network.layers():
+            h = self.run_layer(layer, h)
+        return h
+
+    def store_input(self, values: Tensor) -> FeatureMap:
+        """Return the network's input as a map."""
+        x = self.store.allocate(*values.shape[1:])
+        x.write(0, values)
         return x
 
     def run_layer(self, layer: nn.Module, x: FeatureMap) -> FeatureMap:
@@ -100,13 +133,15 @@ class Strips:
                 return self._resnet_block(layer, x)
             if isinstance(layer, AttnBlock):
                 return self._attn_block(layer, x)
+            if isinstance(layer, Downsample):
+                return self._downsample(layer, x)
             return self._upsample(cast(Upsample, layer), x)
 
     def features(self, x: FeatureMap) -> Tensor:
         """Return x as a tensor, contiguous in NCHW."""
         return x.read(0, x.height).contiguous()
 
-    def image(self, norm: nn.Module, conv: nn.Conv2d, x: FeatureMap) -> Tensor:
+    def output(self, norm: nn.Module, conv: nn.Conv2d, x: FeatureMap) -> Tensor:
         """Return ``conv(silu(norm(x)))``, ``(1, conv.out_channels, H, W)``."""
         out = self.store.empty(1, conv.out_channels, x.height, x.width)
         convolved = ConvolvedRows(conv, self._normalised(norm, x, "silu"), self._buffer)
@@ -228,6 +263,16 @@ class Strips:
                     part = windows[1 - down :, 1 - right :, down, right]
                     pixels[:, 1 - down, :, 1 - right] = part[: last - first, : x.width]
             out.commit(2 * first, rows)
+
+    def _downsample(self, layer: Downsample, x: FeatureMap) -> FeatureMap:
+        out = self.store.allocate(x.channels, x.height // 2, x.width // 2)
+        for first, last in self.spans(out, DOWNSAMPLE_VALUES * x.channels):
+            below = min(2, x.height - 2 * last)
+            strip = layer(x.read(2 * first, 2 * last + below))
+            # The module pads the strip with zeros: drop the output row that saw padding instead of the next row.
+            out.write(first, strip[:, :, : last - first])
+        self.store.release(x)
+        return out
 
     def _normalised(self, norm: nn.Module, x: FeatureMap, activation: str | None) -> NormalisedRows:
         return NormalisedRows(norm, x, self.zq, activation)

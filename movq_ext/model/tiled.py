@@ -1,4 +1,7 @@
-"""Decode large images in bounded memory, without approximation: strip by strip, with the statistics of the whole image."""
+"""Decode and encode large images in bounded memory, without approximation.
+
+They run strip by strip, with the statistics of the whole image.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ import torch
 from torch import Tensor
 
 from .decoder import MOVQDecoder
+from .encoder import Encoder
 from .layers import ResnetBlock
-from .strip_checks import check_no_dropout
+from .strip_checks import LayeredNetwork, check_no_dropout
 from .strip_rows import HALO
-from .strips import STRIP_BYTES, computes_in_float32, convolution_values, decode_in_strips
+from .strips import STRIP_BYTES, computes_in_float32, convolution_values, decode_in_strips, encode_in_strips
 
 MIB = 1 << 20
 
@@ -45,21 +49,63 @@ def decode_tiled(decoder: MOVQDecoder, z: Tensor, zq: Tensor, *, max_memory: int
         OSError: the temporary files do not fit on the disk.
     """
     decoder.check_latents(z, zq)
-    check_no_dropout(decoder)
-    needed = _min_memory(decoder, z)
-    if max_memory < needed:
-        expected = f"{needed} bytes ({-(-needed // MIB)} MiB) for z of shape {tuple(z.shape)}"
-        raise ValueError(f"max_memory must be at least {expected}, got {max_memory}")
-    strip_bytes = max_memory // 2
-    if z.device.type == "cpu":
-        strip_bytes = min(strip_bytes, STRIP_BYTES)  # a larger strip would not stay in the cache
+    check_no_dropout("decoder", decoder)
+    dtype = torch.float32 if computes_in_float32(decoder, z) else z.dtype
+    needed = _min_memory(decoder, z.shape[3] << (decoder.num_resolutions - 1), dtype)
+    _check_max_memory(max_memory, needed, "z", z)
+    strip_bytes = _strip_bytes(max_memory, z.device)
     return decode_in_strips(decoder, z, zq, strip_bytes, max_memory - strip_bytes, folder)
 
 
-def _min_memory(decoder: MOVQDecoder, z: Tensor) -> int:
-    """Return the smallest max_memory: half of it holds a strip of one row of the largest map."""
-    blocks = [step.layer for step in decoder.steps() if isinstance(step.layer, ResnetBlock)]
+@torch.no_grad()
+def encode_tiled(encoder: Encoder, x: Tensor, *, max_memory: int, folder: str | None = None) -> Tensor:
+    """Return ``encoder(x)``, encoded in bounded memory: for images of any size, without seams, and without gradients.
+
+    ``max_memory`` covers the strip being computed (at most half) and the maps between layers. Maps beyond it go to temporary
+    files, which hold up to ``2 * C * H * W`` elements for an image of ``H * W`` pixels, where C is the most channels of its first
+    level. It does not cover:
+
+    - weights, the image and the latents;
+    - an attention layer's keys and values, ``2 * h * w * C`` elements.
+
+    The images of a batch are encoded one after another. No ``torch.no_grad()`` is needed.
+
+    Args:
+        encoder: must be in evaluation mode if it has dropout.
+        x: as for ``encoder``.
+        max_memory: bytes of the device's memory.
+        folder: where to create the temporary files; the system's default if None.
+
+    Returns:
+        The latents, equal to ``encoder(x)`` up to rounding.
+
+    Raises:
+        ValueError: as the encoder; max_memory is too small for one row of the largest map; dropout is active.
+        TypeError: as the encoder; a block or norm has an unknown class, or a 3x3 convolution is not an ``nn.Conv2d`` padded with
+            zeros. Subclasses and hooks of convolutions run once per strip; hooks of blocks do not run.
+        OSError: the temporary files do not fit on the disk.
+    """
+    encoder.check_image(x)
+    check_no_dropout("encoder", encoder)
+    _check_max_memory(max_memory, _min_memory(encoder, x.shape[3], x.dtype), "x", x)
+    strip_bytes = _strip_bytes(max_memory, x.device)
+    return encode_in_strips(encoder, x, strip_bytes, max_memory - strip_bytes, folder)
+
+
+def _min_memory(network: LayeredNetwork, width: int, dtype: torch.dtype) -> int:
+    """Return the smallest max_memory: half of it holds a strip of one row of the largest map, of this width."""
+    blocks = [layer for layer in network.layers() if isinstance(layer, ResnetBlock)]
     values = max((convolution_values(block.in_channels, block.out_channels) for block in blocks), default=0)
-    dtype = torch.float32 if computes_in_float32(decoder, z) else z.dtype
-    width = z.shape[3] << (decoder.num_resolutions - 1)
     return 2 * (1 + HALO) * values * width * dtype.itemsize
+
+
+def _check_max_memory(max_memory: int, needed: int, name: str, x: Tensor) -> None:
+    if max_memory < needed:
+        expected = f"{needed} bytes ({-(-needed // MIB)} MiB) for {name} of shape {tuple(x.shape)}"
+        raise ValueError(f"max_memory must be at least {expected}, got {max_memory}")
+
+
+def _strip_bytes(max_memory: int, device: torch.device) -> int:
+    """Return how much of max_memory is for strips."""
+    half = max_memory // 2
+    return min(half, STRIP_BYTES) if device.type == "cpu" else half  # a larger strip would not stay in the CPU's cache
