@@ -141,6 +141,29 @@ def test_peak_memory_on_a_cpu(batch):
     assert int(done.stdout) < (128 + 64 + 2 * batch * 3) * pixels + 60e6
 
 
+ENCODE_PEAK = (
+    PEAK[: PEAK.index("torch.manual_seed")]
+    + """
+encoder = movq_ext.Encoder(ch=64, ch_mult=(1, 2, 4), num_res_blocks=1, attn_resolutions=[], in_channels=3, resolution=256,
+                           z_channels=4, mid_attn=False).eval()
+x = torch.randn(1, 3, 768, 768)
+movq_ext.encode_tiled(encoder, x[:, :, :128], max_memory=int(sys.argv[1]))
+Path("/proc/self/clear_refs").write_text("5")
+before = resident("VmRSS")
+movq_ext.encode_tiled(encoder, x, max_memory=int(sys.argv[1]))
+print(resident("VmHWM") - before)
+"""
+)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_peak_memory_of_an_encode_in_strips():
+    """A single map of the first level takes 151 MB."""
+    limit = 48 << 20
+    done = subprocess.run([sys.executable, "-c", ENCODE_PEAK, str(limit)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < limit + 40e6
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_kernels_of_a_decode_on_a_gpu():
     """Statistics and modulation per norm, one pass after each block's last convolution, and no layout conversions."""

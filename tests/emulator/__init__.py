@@ -134,6 +134,10 @@ def _memory(array):
     return address, sum((n - 1) * stride for n, stride in zip(array.shape, strides, strict=True)) + size, offset
 
 
+def _item_size(array):
+    return array.element_size() if hasattr(array, "data_ptr") else array.itemsize
+
+
 def _buffers(pointers):
     """Merge arguments whose memory overlaps: {name: (array, writable)} becomes buffers and {name: (buffer index, offset)}."""
     spans = sorted((*_memory(array), name, writable) for name, (array, writable) in pointers.items())
@@ -158,10 +162,23 @@ class Library:
         self.process = None
         self.signatures = {}
 
-    def call(self, function, *, seeds=SEEDS, multiprocessors=4, shared_limit=227 << 10, timeout=300, **arguments):
+    def call(
+        self,
+        function,
+        *,
+        seeds=SEEDS,
+        multiprocessors=4,
+        shared_limit=227 << 10,
+        timeout=300,
+        windows=None,
+        blocks=None,
+        **arguments,
+    ):
         """Call an exported function once per seed, from the same state each time, and write the results into the arrays.
 
         The emulated device has `multiprocessors` and `shared_limit` bytes of shared memory per block. None is a null pointer.
+        For tensors that are too large to allocate, an array may hold a window of one: `windows` maps its name to the index of its
+        first element in the tensor, and `blocks` maps a kernel to the range (first, end) of its blocks to run.
         Returns the counters of the first run: `.launches` in order, and `.buffers` by argument name. Raises EmulatorError if a
         check fails, if results differ between seeds, or after `timeout` seconds.
         """
@@ -171,12 +188,16 @@ class Library:
         given = ((name, kind, arguments[name]) for name, kind in zip(names, types, strict=True))
         pointers = {name: (value, kind == "P") for name, kind, value in given if kind in "rP" and value is not None}
         buffers, locations = _buffers(pointers)
+        for name, first in (windows or {}).items():
+            index, offset = locations[name]
+            locations[name] = index, offset - first * _item_size(arguments[name])
         answer = self._ask(
             {
                 "function": function,
                 "seeds": tuple(seeds),
                 "multiprocessors": multiprocessors,
                 "shared_limit": shared_limit,
+                "blocks": blocks or {},
                 "values": [locations.get(name, arguments[name]) for name in names],
                 "buffers": [
                     ("+".join(b.names), ctypes.string_at(b.address, b.size), b.offset % 256, b.writable) for b in buffers

@@ -30,6 +30,8 @@ class Export(ctypes.Structure):
 def run_once(library, call, seed):
     """Run once on fresh copies of the buffers; return the error, the counters and the contents of the buffers."""
     library.emu_begin(seed, call["multiprocessors"], call["shared_limit"])
+    for kernel, (first, end) in call["blocks"].items():
+        library.emu_choose_blocks(kernel.encode(), first, end)
     addresses = [
         library.emu_buffer(name.encode(), data, len(data), offset, writable) for name, data, offset, writable in call["buffers"]
     ]
@@ -68,6 +70,7 @@ def main():
     os.dup2(2, 1)  # output of the kernel must not mix with the answers
     library = ctypes.CDLL(sys.argv[1])
     library.emu_begin.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_size_t]
+    library.emu_choose_blocks.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t]
     library.emu_buffer.restype = ctypes.c_void_p
     library.emu_buffer.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
     library.emu_error.restype = library.emu_report.restype = ctypes.c_char_p

@@ -44,7 +44,7 @@ def library():
     )
 
 
-def _arguments(tensors):
+def with_strides(tensors):
     strides = {f"{name}_{side}": x.stride(i) for name, x in tensors.items() for i, side in enumerate(("batch", "head", "token"))}
     return {**tensors, **strides}
 
@@ -68,7 +68,7 @@ class Emulator:
     def _call(self, function, scale, lse, **tensors):
         batch, heads, queries, head_size = tensors["q"].shape
         given = dict(
-            _arguments(tensors),
+            with_strides(tensors),
             batch=batch,
             heads=heads,
             queries=queries,

@@ -28,6 +28,7 @@ void emu_begin(uint64_t seed, int multiprocessors, size_t shared_limit) {
     std::free(b.allocation);
   }
   machine.buffers.clear();
+  machine.chosen_blocks.clear();
   machine.launches.clear();
   machine.error.clear();
   machine.seed = seed;
@@ -35,6 +36,9 @@ void emu_begin(uint64_t seed, int multiprocessors, size_t shared_limit) {
   machine.multiprocessors = multiprocessors;
   machine.shared_limit = shared_limit;
 }
+
+// Run only the blocks from `first` to `end` - 1 of this kernel's launches.
+void emu_choose_blocks(const char* kernel, size_t first, size_t end) { machine.chosen_blocks[kernel] = {first, end}; }
 
 // Device memory that starts `offset` bytes after a multiple of 256, to which the device's allocator aligns.
 void* emu_buffer(const char* name, const void* data, size_t bytes, size_t offset, int writable) {

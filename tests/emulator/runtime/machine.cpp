@@ -308,6 +308,10 @@ void launch(const char* kernel, const Shape& shape, const std::function<void()>&
   machine.body = &body;
   std::vector<unsigned> first_blocks(shape.grid.x * shape.grid.y * shape.grid.z / shape.cluster);
   for (size_t i = 0; i < first_blocks.size(); ++i) first_blocks[i] = i * shape.cluster;
+  if (const auto chosen = machine.chosen_blocks.find(kernel); chosen != machine.chosen_blocks.end()) {
+    const auto [first, end] = chosen->second;
+    first_blocks = {first_blocks.begin() + first, first_blocks.begin() + end};
+  }
   if (machine.seed) std::shuffle(first_blocks.begin(), first_blocks.end(), machine.random);
   if (shape.cooperative) return run_together(shape, first_blocks);
   for (unsigned first : first_blocks) run_together(shape, {first});

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <map>
 #include <random>
 #include <string>
 #include <vector>
@@ -145,6 +146,7 @@ struct Machine {
   int multiprocessors = 4;
   size_t shared_limit = 227 * 1024;  // per block on sm_90; 163 KB on sm_80, 99 KB on sm_86
   std::vector<Buffer> buffers;
+  std::map<std::string, std::pair<size_t, size_t>> chosen_blocks;  // by kernel: the first block to run and the end
   std::vector<LaunchRecord> launches;
   std::string error;
 };
