@@ -173,7 +173,7 @@ def test_interrupted_encoding_saves_finished_images(model, photographs, tmp_path
     """The next call encodes the rest."""
     encoded = []
 
-    def encode_two(model, image):
+    def encode_two(model, image, max_memory):
         if len(encoded) == 2:
             raise KeyboardInterrupt
         encoded.append(image)

@@ -22,7 +22,7 @@ DIE_AFTER_SEVEN = """
 import os, signal, sys
 from movq_ext.cli import encode, main
 images, encode_image = [], encode.encode_image
-def encode_or_die(model, image):
+def encode_or_die(model, image, max_memory):
     images.append(image)
     if len(images) > 7:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -126,7 +126,7 @@ def test_options_that_contradict_each_other(model_folder, photos, tmp_path, caps
 def test_parquet_without_pyarrow(model_folder, photos, tmp_path, capsys, monkeypatch):
     """It is noticed before the first image is encoded."""
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.setattr("movq_ext.cli.encode.encode_image", lambda model, image: pytest.fail("encoded an image"))
+    monkeypatch.setattr("movq_ext.cli.encode.encode_image", lambda *_: pytest.fail("encoded an image"))
     assert main(arguments(model_folder, photos, tmp_path / "codes", "--format", "parquet")) == 2
     assert "Parquet files need pyarrow" in capsys.readouterr().err
 
@@ -134,7 +134,7 @@ def test_parquet_without_pyarrow(model_folder, photos, tmp_path, capsys, monkeyp
 def test_too_many_images_for_one_file(model_folder, photos, tmp_path, capsys, monkeypatch):
     """It is noticed before the first image is encoded."""
     monkeypatch.setattr("movq_ext.io.codes.MAX_HEADER_BYTES", 1500)
-    monkeypatch.setattr("movq_ext.cli.encode.encode_image", lambda model, image: pytest.fail("encoded an image"))
+    monkeypatch.setattr("movq_ext.cli.encode.encode_image", lambda *_: pytest.fail("encoded an image"))
     assert main(arguments(model_folder, photos, tmp_path / "x.safetensors")) == 2
     assert "x.safetensors cannot hold 12 images" in capsys.readouterr().err
 

@@ -2,14 +2,18 @@
 
 import tempfile
 
+import numpy as np
 import pytest
 import torch
 from models import SMALL_MOVQ, Trebled, scaled
+from PIL import Image
 from spies import record_calls
 from tolerances import assert_close, relative_error
 from torch import nn
 
-from movq_ext import MOVQ, Encoder, encode_tiled
+from movq_ext import MOVQ, Encoder, encode_tiled, save_pretrained
+from movq_ext.cli import main
+from movq_ext.io.codes import CodeFile
 from movq_ext.model import strips
 
 TINY = dict(ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=[8], in_channels=3, resolution=16, z_channels=4)
@@ -184,3 +188,18 @@ def test_the_autoencoder_takes_max_memory(model, spans):
         assert_close(model.encode(x, max_memory=LITTLE), model.encode(x).double(), slack=5)
         assert torch.equal(model.encode_code(x, max_memory=LITTLE), model.encode_code(x))
     assert max(map(len, spans)) > 2
+
+
+def test_the_command_line_takes_max_memory(model, spans, tmp_path):
+    save_pretrained(model, tmp_path / "model")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 16, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+
+    def encode(out, *options):
+        arguments = [tmp_path / "a.png", "-o", tmp_path / out, "--model", tmp_path / "model", "--device", "cpu", *options]
+        return main(["encode", *map(str, arguments)])
+
+    assert encode("whole.safetensors") == 0 and not spans
+    assert encode("strips.safetensors", "--max-memory", "350000") == 0 and max(map(len, spans)) > 2
+    whole, in_strips = (CodeFile.load(tmp_path / f"{name}.safetensors").codes for name in ("whole", "strips"))
+    assert whole.keys() == in_strips.keys() and all(torch.equal(whole[name], in_strips[name]) for name in whole)
+    assert encode("none.safetensors", "--max-memory", "1K") == 1

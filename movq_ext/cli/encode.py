@@ -15,7 +15,7 @@ from ..io.files import content_hash
 from ..io.folders import describe_passed_over
 from ..io.image_files import find_images
 from ..io.images import count_later_frames, load_image
-from .common import add_model, add_threads, colour, load_model, positive, print_error, set_threads
+from .common import add_model, add_threads, colour, load_model, memory_size, positive, print_error, set_threads
 
 SUMMARY = "Encode images to codes: to one file, or to a folder of shards. Images that are already there are skipped."
 FORMATS = {"safetensors": ".safetensors", "webdataset": ".tar", "parquet": ".parquet"}
@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"maximum number of images of a shard (default: {DEFAULT_SHARD_SIZE})")  # fmt: skip
     parser.add_argument("--background", type=colour, default="white", metavar="COLOUR",
                         help="colour behind transparent pixels (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--max-memory", type=memory_size, metavar="SIZE",
+                        help="memory for one image besides the weights and the image, such as 500M or 8G: encode in strips "
+                        "(default: no limit)")  # fmt: skip
     add_threads(parser)
     add_model(parser)
 
@@ -54,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
                     skipped += 1
                     continue
                 image, later = load_image(path, args.background), count_later_frames(path)
-                codes = encode_image(model, image)
+                codes = encode_image(model, image, args.max_memory)
             except Exception as error:  # one bad image must not stop the rest
                 failed += 1
                 print_error(f"{path}: {error}")

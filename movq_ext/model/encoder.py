@@ -106,7 +106,7 @@ class Encoder(ActivationCheckpointing):
         yield self.mid.block_2
 
     def check_image(self, x: Tensor) -> None:
-        """Raise the errors that `forward` raises for x."""
+        """Raise the ValueError or TypeError that `forward` raises for x."""
         check_latent("x", x, self.in_channels, self.conv_in.weight)
         cell = 2 ** (self.num_resolutions - 1)
         if min(x.shape[-2:]) < cell:
