@@ -157,3 +157,52 @@ def other_norm(decoder):
 
 def hooked_norm(decoder):
     decoder.up[0].block[0].norm2.norm_layer.register_forward_hook(lambda layer, inputs, out: 2 * out)
+
+
+# Layers that stand for those of other packages.
+
+
+class Adapter(nn.Module):
+    """Wraps a layer as PEFT does: no attribute of the layer but its result, and that is changed."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer = layer
+
+    def forward(self, x):
+        return 2 * self.base_layer(x)
+
+
+class QuantisedWeight(torch.Tensor):
+    """A weight as torchao makes it: an instance of a tensor subclass for which few operators exist. It counts twice."""
+
+    OPERATORS = (torch.nn.functional.linear, torch.nn.functional.conv2d)
+    ATTRIBUTES = ("__get__", "detach", "requires_grad_", "dim", "size")
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in cls.OPERATORS:
+            return func(*(2 * x.as_subclass(torch.Tensor) if isinstance(x, cls) else x for x in args), **(kwargs or {}))
+        if func.__name__ not in cls.ATTRIBUTES:
+            raise NotImplementedError(f"{func.__name__} of a quantised weight")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def quantise(layer):
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(QuantisedWeight), requires_grad=False)
+    return layer
+
+
+def offload(layer):
+    """Keep a layer's parameters elsewhere but for its calls, as accelerate and diffusers do by a forward on the instance."""
+    parameters, forward = dict(layer.named_parameters(recurse=False)), layer.forward
+
+    def load_and_run(*args, **kwargs):
+        layer._parameters.update(parameters)
+        out = forward(*args, **kwargs)
+        layer._parameters.update({name: nn.Parameter(p.to("meta")) for name, p in parameters.items()})
+        return out
+
+    layer._parameters.update({name: nn.Parameter(p.to("meta")) for name, p in parameters.items()})
+    layer.forward = load_and_run
+    return layer

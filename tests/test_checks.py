@@ -14,6 +14,7 @@ GOOD = {
     "positive": lambda: check_positive(ch=1, z_channels=4),
     "latent": lambda: check_latent("z", X, 4, WEIGHT),
     "latent of one pixel": lambda: check_latent("z", X[:, :, :1, :1], 4, WEIGHT),
+    "latent of a layer that takes any dtype and device": lambda: check_latent("z", X.half().to("meta"), 4, None),
     "batch": lambda: check_batch(z=X, zq=X[:, :1]),
 }
 

@@ -4,7 +4,7 @@ import published
 import pytest
 import torch
 import torch.nn.functional as F
-from models import draw, scaled
+from models import draw, offload, quantise, scaled
 from tolerances import assert_close
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,6 +21,7 @@ from movq_ext.model.fusion import (
     is_plain_conv3x3,
     is_plain_group_norm,
     is_unmodified,
+    plain_weight,
     run_fused,
     runs_inference,
 )
@@ -58,6 +59,8 @@ OTHER_CONVOLUTIONS = {
     "patched forward": lambda: modified(lambda conv: setattr(conv, "forward", lambda x: x)),
     "patched _conv_forward": lambda: modified(lambda conv: setattr(conv, "_conv_forward", lambda x, weight, bias: x)),
     "compiled": lambda: modified(lambda conv: conv.compile(backend="eager")),
+    "quantised weight": lambda: quantise(conv3x3()),
+    "quantised bias": lambda: modified(lambda conv: setattr(conv, "bias", quantise(nn.GroupNorm(1, 8)).weight)),
 }
 
 
@@ -101,6 +104,12 @@ def test_observers_do_not_modify_a_module():
     block = movq_ext.ResnetBlock(in_channels=32)
     with movq_ext.annotate(block), FlopCounterMode(display=False):
         assert all(is_unmodified(module) for module in block.modules())
+
+
+def test_plain_weights_say_what_inputs_a_layer_takes():
+    conv = conv3x3()
+    assert plain_weight(conv) is conv.weight
+    assert plain_weight(nn.Sequential(conv)) is plain_weight(quantise(conv3x3())) is plain_weight(offload(conv3x3())) is None
 
 
 def test_inference_is_where_nothing_records_a_gradient():

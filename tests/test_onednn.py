@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from models import QuantisedWeight
 from tolerances import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -64,6 +65,15 @@ def test_nothing_is_packed_without_the_operators(monkeypatch):
     expected = expected_sum(weight, bias, padding, x, out)
     monkeypatch.setattr(torch.ops, "mkldnn", Without())
     convolution = Convolution(weight, bias, padding, x.shape)
+    convolution.add_to(out, x)
+    assert convolution.packed is None
+    assert_close(out, expected)
+
+
+def test_a_quantised_weight_is_not_packed():
+    weight, bias, padding, x, out = arguments()
+    convolution = Convolution(weight.as_subclass(QuantisedWeight), bias, padding, x.shape)
+    expected = expected_sum(2 * weight, bias, padding, x, out)
     convolution.add_to(out, x)
     assert convolution.packed is None
     assert_close(out, expected)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .checks import check_latent
 from .decoder import MOVQDecoder
 from .encoder import Encoder
+from .fusion import plain_weight
 from .quantize import VectorQuantizer, check_indices
 from .tiled import decode_tiled, encode_tiled
 from .value_checks import can_read_values, is_finite, runs_training_step
@@ -111,7 +112,7 @@ class MOVQ(nn.Module):
 
         Raises ValueError (rank, channels, device, empty, max_memory too small) or TypeError (dtype) naming the argument.
         """
-        check_latent("quant", quant, self.post_quant_conv.in_channels, self.post_quant_conv.weight)
+        check_latent("quant", quant, self.quantize.e_dim, plain_weight(self.post_quant_conv))
         z = self.post_quant_conv(quant)
         return self.decoder(z, quant) if max_memory is None else decode_tiled(self.decoder, z, quant, max_memory=max_memory)
 

@@ -31,14 +31,19 @@ def check_positive(**sizes: int) -> None:
             raise ValueError(f"{name} must be a positive integer, got {size!r}")
 
 
-def check_latent(name: str, x: Tensor | None, channels: int, weight: Tensor) -> None:
-    """x must be a non-empty ``(B, channels, h, w)`` tensor on weight's device, in weight's dtype unless autocast is on."""
+def check_latent(name: str, x: Tensor | None, channels: int, weight: Tensor | None) -> None:
+    """x must be a non-empty ``(B, channels, h, w)`` tensor on weight's device, in weight's dtype unless autocast is on.
+
+    Without a weight any device and dtype pass.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dim() != 4 or x.shape[1] != channels:
         raise ValueError(f"{name} must have shape (batch, {channels}, height, width), got {tuple(x.shape)}")
     if 0 in x.shape:
         raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
+    if weight is None:
+        return
     if x.device != weight.device:
         raise ValueError(f"{name} must be on the model's device {weight.device}, got {x.device}")
     if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .activation_checkpointing import ActivationCheckpointing
 from .checks import check_batch, check_latent, check_levels, check_positive
-from .fusion import run_fused, runs_inference
+from .fusion import plain_weight, run_fused, runs_inference
 from .layers import AttnBlock, MiddleBlock, ResnetBlock, Stage, Upsample, is_plain_network
 from .modulation import Modulations
 from .norms import SpatialNorm, make_norm
@@ -194,8 +194,9 @@ class MOVQDecoder(ActivationCheckpointing):
 
     def check_latents(self, z: Tensor, zq: Tensor) -> None:
         """Raise the errors that `forward` raises for z and zq."""
-        check_latent("z", z, self.z_channels, self.conv_in.weight)
-        check_latent("zq", zq, self.zq_ch, self.conv_in.weight)
+        weight = plain_weight(self.conv_in)
+        check_latent("z", z, self.z_channels, weight)
+        check_latent("zq", zq, self.zq_ch, weight)
         check_batch(z=z, zq=zq)
 
     def _run_step(self, step: DecoderStep, h: Tensor, zq: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .activation_checkpointing import ActivationCheckpointing
 from .checks import check_latent, check_levels, check_positive
+from .fusion import plain_weight
 from .layers import AttnBlock, Downsample, MiddleBlock, ResnetBlock, Stage
 from .norms import make_norm
 
@@ -107,7 +108,7 @@ class Encoder(ActivationCheckpointing):
 
     def check_image(self, x: Tensor) -> None:
         """Raise the ValueError or TypeError that `forward` raises for x."""
-        check_latent("x", x, self.in_channels, self.conv_in.weight)
+        check_latent("x", x, self.in_channels, plain_weight(self.conv_in))
         cell = 2 ** (self.num_resolutions - 1)
         if min(x.shape[-2:]) < cell:
             raise ValueError(f"x must be at least {cell} x {cell} (height x width), got {x.shape[-2]} x {x.shape[-1]}")

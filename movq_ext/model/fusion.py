@@ -13,23 +13,29 @@ from typing import Any, TypeGuard, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..ops.functional import add_bias_residual_
 from ..ops.native import is_inference
 from ..profiling import is_range_hook, layer_range
 
 CONV2D_METHODS = {name: getattr(nn.Conv2d, name) for name in ("forward", "_conv_forward")}
+PLAIN_PARAMETERS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)  # the last two stand for plain ones in torch.export
 GLOBAL_HOOKS = [
     getattr(torch.nn.modules.module, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
 ]
 
 
 def is_unmodified(module: nn.Module) -> bool:
-    """True if calling the module runs its class's forward and nothing else.
+    """True if calling the module runs its class's forward on plain parameters and nothing else.
 
-    False with hooks (except those of `annotate`), a forward set on the instance, or ``module.compile()``.
+    False with hooks (except those of `annotate`), a forward set on the instance, ``module.compile()``, or parameters that are
+    tensor subclasses (quantised weights).
     """
     if "forward" in module.__dict__ or module._compiled_call_impl is not None:
+        return False
+    if not all(parameter is None or type(parameter) in PLAIN_PARAMETERS for parameter in module._parameters.values()):
         return False
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if not all(is_range_hook(hook) for kind in hooks for hook in kind.values()):
@@ -63,6 +69,11 @@ def is_plain_conv3x3(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 def is_plain_group_norm(layer: nn.Module) -> TypeGuard[nn.GroupNorm]:
     return type(layer) is nn.GroupNorm and is_unmodified(layer)
+
+
+def plain_weight(layer: nn.Module) -> Tensor | None:
+    """Return the weight of an unmodified ``nn.Conv2d``, or None: another layer may take inputs of other dtypes and devices."""
+    return layer.weight if type(layer) is nn.Conv2d and is_unmodified(layer) else None
 
 
 def runs_inference(layer: nn.Module, *inputs: Tensor | None) -> bool:

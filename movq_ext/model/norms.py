@@ -12,7 +12,7 @@ from ..ops.native import is_inference
 from ..ops.options import NormOptions
 from ..profiling import FusedModule
 from .checks import check_batch, check_groups, check_latent
-from .fusion import is_plain_conv1x1, is_plain_conv3x3, is_plain_group_norm, is_unmodified, runs_inference
+from .fusion import is_plain_conv1x1, is_plain_conv3x3, is_plain_group_norm, is_unmodified, plain_weight, runs_inference
 from .modulation import Modulations, can_convolve_cells, convolve_cells, modulate
 
 NORM_GROUPS = 32
@@ -66,6 +66,7 @@ class SpatialNorm(nn.Module, FusedModule):
         if norm_layer is nn.GroupNorm:
             check_groups(f_channels, norm_layer_params.get("num_groups"))
         self.norm_layer = norm_layer(num_channels=f_channels, **norm_layer_params)
+        self.f_channels, self.zq_channels = f_channels, zq_channels
         self.freeze_norm_layer = freeze_norm_layer
         if freeze_norm_layer:
             self.norm_layer.requires_grad_(False).eval()
@@ -126,8 +127,9 @@ class SpatialNorm(nn.Module, FusedModule):
         return cast(Tensor, self.conv(F.interpolate(zq, size=f.shape[2:], mode="nearest")))
 
     def _check(self, f: Tensor, zq: Tensor) -> None:
-        check_latent("f", f, self.conv_y.out_channels, self.conv_y.weight)
-        check_latent("zq", zq, self.conv_y.in_channels, self.conv_y.weight)
+        weight = plain_weight(self.conv_y)
+        check_latent("f", f, self.f_channels, weight)
+        check_latent("zq", zq, self.zq_channels, weight)
         check_batch(f=f, zq=zq)
 
     def modulation(self, zq: Tensor) -> tuple[Tensor, Tensor]:

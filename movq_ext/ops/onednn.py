@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 ONES = [1, 1]
@@ -44,6 +44,8 @@ class Convolution:
 
 
 def _can_pack(weight: Tensor) -> bool:
+    if type(weight) not in (Tensor, nn.Parameter):  # a subclass (a quantised weight) has its own convolution
+        return False
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
     if not all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_convolution_weight", "_convolution_pointwise_")):
