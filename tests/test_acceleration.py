@@ -1,5 +1,9 @@
 """Models of diffusers with random weights, before and after `accelerate`."""
 
+import gc
+import pickle
+import weakref
+
 import pytest
 import torch
 from accelerated_models import (
@@ -19,14 +23,14 @@ from accelerated_models import (
     randomised,
     vq,
 )
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, SlicedAttnProcessor
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from tolerances import RELATIVE, relative_error
 from torch import nn
 
 import movq_ext
-from movq_ext import accelerate, restore
+from movq_ext import AccelerationReport, accelerate, restore
 from movq_ext.diffusers import acceleration
 from movq_ext.model import fusion
 
@@ -336,9 +340,90 @@ def test_errors():
                 function(given)
     widths = dict(encoder_block_out_channels=(4, 4), decoder_block_out_channels=(4, 4))
     tiny = diffusers.AutoencoderTiny(num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), **widths)
-    with pytest.raises(ValueError, match=r"must have parts that can be accelerated, got AutoencoderTiny \(none of its"):
-        accelerate(tiny)
+    with pytest.raises(ValueError, match=r"must have parts that can be accelerated, got AutoencoderTiny \(.* none of its"):
+        accelerate(tiny, strict=True)
+    assert accelerate(tiny) == AccelerationReport({}, {"AutoencoderTiny": "none of its parts can be accelerated"})
     restore(tiny)
+
+
+OTHER_MODELS = {
+    "AutoencoderKLWan": {"none of its parts can be accelerated"},
+    "AutoencoderKLLTXVideo": {"none of its parts can be accelerated"},
+    "AutoencoderKLQwenImage": {"none of its parts can be accelerated"},
+    "AutoencoderKLMochi": {"it works on maps with a time axis"},
+    "AutoencoderKLHunyuanVideo": {"it works on maps with a time axis"},
+    "AutoencoderKLMagvit": {"it works on maps with a time axis"},
+    "AutoencoderKLCogVideoX": {"it works on maps with a time axis"},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_models_without_supported_parts_are_reported(name):
+    if not hasattr(diffusers, name):
+        pytest.skip(f"diffusers has no {name}")
+    with torch.device("meta"):
+        model = getattr(diffusers, name)()
+    classes = {path: type(module) for path, module in model.named_modules()}
+    report = accelerate(model)
+    assert report.replaced == {} == report.calls() and set(report.skipped.values()) == OTHER_MODELS[name]
+    assert str(report).startswith("0 parts replaced")
+    assert {path: type(module) for path, module in model.named_modules()} == classes
+    with pytest.raises(ValueError, match=f"must have parts that can be accelerated, got {name}"):
+        accelerate(model, strict=True)
+
+
+@torch.no_grad()
+def test_parts_of_a_video_model_are_not_replaced():
+    model = diffusers.AutoencoderKLHunyuanVideo(block_out_channels=(32,) * 4, layers_per_block=1, latent_channels=4).eval()
+    report = accelerate(model)
+    with Counted() as counted:
+        model.decode(torch.randn(1, 4, 1, 2, 2))
+    assert counted.calls == (0, 0, 0)
+    assert set(report.skipped) == {
+        f"{half}.{part}" for half in ("encoder", "decoder") for part in ("mid_block.attentions.0", "conv_norm_out")
+    }
+
+
+# Counts of calls
+
+
+@torch.no_grad()
+def test_calls_are_counted_by_who_computed_them():
+    model = vq()
+    report = accelerate(model)
+    names = [name for names in report.replaced.values() for name in names]
+    assert set(report.calls()) == set(names)
+    assert {(count.accelerated, count.original) for count in report.calls().values()} == {(0, 0)}
+    for decodes in (1, 2):
+        decode(model, latents(model))
+        for name, count in report.calls().items():
+            assert (count.accelerated, count.original) == (decodes if name.startswith("decoder") else 0, 0), name
+    attention = "decoder.mid_block.attentions.0"
+    model.get_submodule(attention).set_processor(SlicedAttnProcessor(1))
+    before = report.calls()
+    decode(model, latents(model))
+    assert (report.calls()[attention].accelerated, report.calls()[attention].original) == (2, 1)
+    assert before[attention].original == 0, "an earlier result must not change"
+
+
+@torch.no_grad()
+def test_a_report_does_not_hold_the_model():
+    model = kl()
+    report, part = accelerate(model), weakref.ref(model.decoder.conv_norm_out)
+    outputs(model)
+    del model
+    gc.collect()
+    assert part() is None and report.calls()["decoder.conv_norm_out"].accelerated == 1
+    assert pickle.loads(pickle.dumps(report)).calls() == report.calls()
+
+
+@torch.no_grad()
+def test_calls_in_compiled_programs_are_not_counted():
+    model = kl()
+    report = accelerate(model)
+    torch.compiler.reset()
+    torch.compile(lambda z: decode(model, z), fullgraph=True, backend="eager")(latents(model))
+    assert {count.accelerated for count in report.calls().values()} == {0}
 
 
 # On a GPU

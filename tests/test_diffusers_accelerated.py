@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerated_models import Counted, assert_equal, assert_same, kl, outputs, vq
+from models import offload, quantise
 from tolerances import relative_error
 from torch import nn
 
@@ -114,3 +115,75 @@ def test_a_forward_set_on_the_instance():
     assert accelerate(model).skipped == {}
     restore(model)
     assert_equal(outputs(model), expected)
+
+
+@pytest.mark.parametrize("accelerate_first", [True, False])
+@pytest.mark.parametrize("make", [vq, kl])
+@torch.no_grad()
+def test_quantised_weights_are_left_to_their_layers(make, accelerate_first):
+    """For the product of the queries, keys and values, and for every convolution that is computed without calling it."""
+    model, doubled = make(), make()
+    for layer in doubled.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            layer.weight.mul_(2)
+    expected = outputs(doubled)
+    if accelerate_first:
+        accelerate(model)
+    for layer in model.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            quantise(layer)
+    if not accelerate_first:
+        accelerate(model)
+    assert_same(outputs(model), expected)
+
+
+@pytest.mark.parametrize("accelerate_first", [True, False])
+@torch.no_grad()
+def test_torchao(accelerate_first):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = kl()
+    if accelerate_first:
+        accelerate(model)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    if not accelerate_first:
+        accelerate(model)
+    with Counted() as counted:
+        ours = outputs(model)
+    assert counted.calls[1] == 2
+    restore(model)
+    assert_same(ours, outputs(model))
+
+
+@pytest.mark.parametrize("accelerate_first", [True, False])
+@pytest.mark.parametrize("targets", [["to_q", "to_v", "to_out.0"], ["conv1", "conv2", "conv"], ["conv_y"], ["post_quant_conv"]])
+@torch.no_grad()
+def test_lora(targets, accelerate_first):
+    peft = pytest.importorskip("peft")
+    model = vq()
+    if accelerate_first:
+        accelerate(model)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False), model)
+    if not accelerate_first:
+        accelerate(model)
+    ours = outputs(model)
+    restore(model)
+    assert_same(ours, outputs(model))
+
+
+@pytest.mark.parametrize("accelerate_first", [True, False])
+@pytest.mark.parametrize("make", [vq, kl])
+@torch.no_grad()
+def test_offloaded_layers(make, accelerate_first):
+    """As accelerate's cpu_offload and diffusers' group offloading do by leaf: every layer with parameters has a hook."""
+    model = make()
+    expected = outputs(model)
+    if accelerate_first:
+        accelerate(model)
+    for layer in model.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.GroupNorm)):
+            offload(layer)
+    if not accelerate_first:
+        report = accelerate(model)
+        assert report.replaced == {}
+        assert {reason.split()[-1] for reason in report.skipped.values()} <= {"patched", "patch)", "3x3"}
+    assert_same(outputs(model), expected)

@@ -73,3 +73,25 @@ def test_the_shortcut_keeps_its_bias_where_conv2_keeps_its_own(monkeypatch):
         block(torch.randn(2, 32, 6, 4), None)
     biases = [event.input_shapes[2] for event in profile.events() if event.name == "aten::conv2d"]
     assert biases == [[], [64], [64]]  # conv1, conv2, conv_shortcut
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@torch.no_grad()
+def test_blocks_with_an_embedding_are_left_to_diffusers_where_ours_take_more_passes(layout, dtype):
+    block = randomised(ResnetBlock2D(in_channels=32, temb_channels=8)).to(dtype)
+    report = accelerate(block)
+    block(torch.randn(1, 32, 6, 5, dtype=dtype).contiguous(memory_format=layout), torch.randn(1, 8, dtype=dtype))
+    served = dtype == torch.bfloat16 or layout == torch.contiguous_format
+    assert (report.calls()["ResnetBlock2D"].accelerated, report.calls()["ResnetBlock2D"].original) == (served, not served)
+
+
+@torch.no_grad()
+def test_a_block_without_a_norm_to_fuse_is_left_to_diffusers():
+    block = randomised(ResnetBlock2D(in_channels=32, temb_channels=None))
+    report = accelerate(block)
+    handles = [norm.register_forward_hook(lambda *_: None) for norm in (block.norm1, block.norm2)]
+    block(torch.randn(1, 32, 6, 5), None)
+    handles[0].remove()
+    block(torch.randn(1, 32, 6, 5), None)
+    assert (report.calls()["ResnetBlock2D"].accelerated, report.calls()["ResnetBlock2D"].original) == (1, 1)

@@ -1,10 +1,14 @@
 """Group norms, and spatial norms of Kandinsky and KVAE."""
 
+import math
+
 import pytest
 import torch
 from accelerated_models import Counted, assert_same, diffusers, randomised
 from diffusers.models.attention_processor import SpatialNorm
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from movq_ext import accelerate
 
@@ -50,3 +54,56 @@ def test_only_the_group_norm_before_the_last_convolution_is_replaced():
     with Counted() as counted:
         assert_same([model["conv_norm_out"](x) for x in maps], expected)
     assert counted.calls == (1, 0, 0)
+
+
+class Elements(TorchDispatchMode):
+    """Counts the elements that operators read and write."""
+
+    def __enter__(self):
+        self.count = 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and "empty" not in str(func):
+            tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+            self.count += sum(map(distinct_elements, tensors))
+        return out
+
+
+def distinct_elements(x):
+    """Number of elements in memory: an expanded dimension counts once."""
+    return math.prod(size for size, stride in zip(x.shape, x.stride(), strict=True) if stride)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("add_conv", [False, True])
+@pytest.mark.parametrize("ratio", [1, 2, 4])
+@torch.no_grad()
+def test_a_spatial_norm_moves_fewer_elements_than_in_diffusers_or_is_left_to_it(layout, dtype, add_conv, ratio):
+    kvae = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl_kvae")
+    torch.manual_seed(0)
+    norm = randomised(kvae.KVAEDecoderSpatialNorm2D(64, 4, add_conv)).to(dtype).to(memory_format=layout)
+    maps = [torch.randn(1, c, s, s, dtype=dtype).to(memory_format=layout) for c, s in ((64, 16), (4, 16 // ratio))]
+    with Elements() as theirs:
+        expected = norm(*maps)
+    report = accelerate(norm)
+    with Elements() as ours:
+        actual = norm(*maps)
+    assert_same([actual], [expected])
+    served = report.calls()["KVAEDecoderSpatialNorm2D"].accelerated
+    assert ours.count < theirs.count if served else ours.count == theirs.count
+    assert served or (dtype == torch.float32 and layout == torch.channels_last and (ratio == 1 or add_conv))
+
+
+@torch.no_grad()
+def test_modulations_have_the_layout_of_the_map():
+    """An operator over maps of different layouts is slow on a CPU."""
+    norm, f, zq = SpatialNorm(32, 4), torch.randn(2, 32, 8, 6), torch.randn(2, 4, 4, 3)
+    accelerate(norm)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        with Counted() as counted:
+            norm(f.contiguous(memory_format=layout), zq)
+        ((_, y, b, _),) = [call.args for call in counted.norms[0].call_args_list]
+        assert y.is_contiguous(memory_format=layout) and b.is_contiguous(memory_format=layout)

@@ -6,6 +6,7 @@ from accelerated_models import Counted, assert_same
 from diffusers.models.upsampling import Upsample2D
 
 from movq_ext import accelerate
+from movq_ext.diffusers import upsampling
 
 
 @torch.no_grad()
@@ -27,3 +28,17 @@ def test_upsampling_is_one_transposed_convolution(name):
     with Counted() as counted:
         assert_same([upsample(x)], [expected])
     assert counted.calls == (0, 0, 1)
+
+
+@pytest.mark.parametrize("pixels", [511, 512])
+@torch.no_grad()
+def test_small_maps_are_left_to_diffusers(pixels, monkeypatch):
+    """Folding the weights would take longer than it saves."""
+    monkeypatch.setattr(upsampling, "MIN_PIXELS", 512)
+    upsample = Upsample2D(4, use_conv=True)
+    report = accelerate(upsample)
+    with Counted() as counted:
+        upsample(torch.randn(1, 4, 1, pixels))
+    served = int(pixels >= 512)
+    assert counted.calls == (0, 0, served)
+    assert (report.calls()["Upsample2D"].accelerated, report.calls()["Upsample2D"].original) == (served, 1 - served)

@@ -1,15 +1,18 @@
-"""The base of accelerated classes, and the checks that they make on diffusers' modules before computing anything.
+"""The base of accelerated classes, the checks that they make on diffusers' modules before computing anything, and call counts.
 
 Every check is repeated in every call: a layer that was replaced, patched or hooked since is called as diffusers calls it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from ..model.fusion import is_unmodified
+from ..ops.native import is_tracing
 
 
 class Accelerated(nn.Module):
@@ -21,6 +24,36 @@ class Accelerated(nn.Module):
     def unsupported_reason(cls, module: Any) -> str | None:
         """Return why the module cannot be accelerated, or None if it can."""
         raise NotImplementedError
+
+
+@dataclass
+class CallCount:
+    """Calls of one replaced part.
+
+    Attributes:
+        accelerated: calls that this package computed.
+        original: calls that diffusers' own forward computed, since the part's inputs or layers did not allow ours.
+    """
+
+    accelerated: int = 0
+    original: int = 0
+
+
+_call_counts: WeakKeyDictionary[nn.Module, CallCount] = WeakKeyDictionary()  # beside the parts, which have no state of ours
+
+
+def call_count(part: nn.Module) -> CallCount:
+    """Return the part's count, which later calls change."""
+    return _call_counts.setdefault(part, CallCount())
+
+
+def count_call(part: nn.Module, accelerated: bool) -> bool:
+    """Count a call of the part, except while a program is traced. Returns ``accelerated``."""
+    if not is_tracing():
+        count = call_count(part)
+        count.accelerated += accelerated
+        count.original += not accelerated
+    return accelerated
 
 
 def original_class(module: nn.Module) -> Any:

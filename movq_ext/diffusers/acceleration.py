@@ -10,12 +10,12 @@ lost on ``set_attn_processor`` and refused by ``set_default_attn_processor``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
-from .accelerated import Accelerated, original_class, patched_forward_reason
+from .accelerated import Accelerated, CallCount, call_count, original_class, patched_forward_reason
 from .registry import accelerated_classes
 
 MAX_NAMES_SHOWN = 3
@@ -29,11 +29,21 @@ class AccelerationReport:
 
     Attributes:
         replaced: dotted names of the replaced parts, by diffusers' class name.
-        skipped: for each similar part, and each component of a pipeline, that was not replaced: the reason, by dotted name.
+        skipped: for each similar part, and each model without any, that was not replaced: the reason, by dotted name.
+        counts: the calls of each replaced part, by dotted name. Later calls change them; `calls` copies them.
     """
 
     replaced: dict[str, list[str]]
     skipped: dict[str, str]
+    counts: dict[str, CallCount] = field(default_factory=dict, repr=False, compare=False)
+
+    def calls(self) -> dict[str, CallCount]:
+        """Return the calls of each replaced part so far, by dotted name: those that this package computed, and the others.
+
+        A part is called as diffusers calls it where its inputs, or layers that were replaced or hooked, do not allow ours, or
+        where ours would do more work. Calls in compiled, exported and traced programs are not counted.
+        """
+        return {name: replace(count) for name, count in self.counts.items()}
 
     def __str__(self) -> str:
         names_of: dict[str, list[str]] = {}
@@ -51,7 +61,7 @@ def _summary(names_of: Mapping[str, list[str]]) -> Iterator[str]:
         yield f"  {title} ({len(names)}): {', '.join(names[:MAX_NAMES_SHOWN])}" + (f" and {more} more" if more > 0 else "")
 
 
-def accelerate(model_or_pipeline: Any) -> AccelerationReport:
+def accelerate(model_or_pipeline: Any, *, strict: bool = False) -> AccelerationReport:
     """Compute the parts of a diffusers model with this package's operators, in place; `restore` undoes it.
 
     The parts, with SiLU: ResnetBlock2D (group norm, with or without a time embedding), ResnetBlockCondNorm2D and SpatialNorm
@@ -62,6 +72,7 @@ def accelerate(model_or_pipeline: Any) -> AccelerationReport:
 
     Args:
         model_or_pipeline: a ``torch.nn.Module``, or a diffusers pipeline, with all its models.
+        strict: raise an error if no part can be accelerated.
 
     Returns:
         The replaced parts, and the skipped ones with the reasons.
@@ -69,24 +80,29 @@ def accelerate(model_or_pipeline: Any) -> AccelerationReport:
     Raises:
         TypeError: model_or_pipeline is neither a module nor a pipeline.
         ImportError: diffusers is not installed.
-        ValueError: no part can be accelerated; the message gives the reasons.
+        ValueError: strict, and no part can be accelerated; the message gives the reasons.
     """
     replaced: dict[str, list[str]] = {}
     skipped: dict[str, str] = {}
+    counts: dict[str, CallCount] = {}
     for component, model in _models(model_or_pipeline).items():
-        parts = list(_known_parts(model, component))
-        for name, part in parts:
-            if reason := _replace(part):
+        paths = list(_known_parts(model))
+        for path in paths:
+            part = model.get_submodule(path)
+            name = ".".join(filter(None, (component, path.replace("_orig_mod.", "")))) or type(part).__name__
+            if reason := _skip_reason(model, path, part):
                 skipped[name] = reason
             else:
+                part.__class__ = accelerated_classes()[original_class(part)]
                 replaced.setdefault(type(part).__name__, []).append(name)
-        if component and not parts:
-            skipped[component] = NO_PART_REASON
-    if not replaced:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:MAX_NAMES_SHOWN]) or NO_PART_REASON
+                counts[name] = call_count(part)
+        if not paths:
+            skipped[component or type(model).__name__] = NO_PART_REASON
+    if strict and not replaced:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:MAX_NAMES_SHOWN])
         given = type(model_or_pipeline).__name__
         raise ValueError(f"model_or_pipeline must have parts that can be accelerated, got {given} ({reasons})")
-    return AccelerationReport(replaced, skipped)
+    return AccelerationReport(replaced, skipped, counts)
 
 
 def restore(model_or_pipeline: Any) -> None:
@@ -115,24 +131,30 @@ def _models(model_or_pipeline: Any) -> dict[str, nn.Module]:
     return {name: component for name, component in components.items() if isinstance(component, nn.Module)}
 
 
-def _known_parts(model: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules that accelerate replaces or reports, by dotted name."""
+def _known_parts(model: nn.Module) -> Iterator[str]:
+    """Yield the dotted names of the modules that accelerate replaces or reports."""
     classes = accelerated_classes()
-    for path, module in model.named_modules(prefix=prefix):
+    for path, module in model.named_modules():
         original = original_class(module)
         if original is nn.GroupNorm and path.rpartition(".")[2] != "conv_norm_out":
             continue  # the other group norms belong to a block, which computes them
         if original in classes or original.__name__ in VIDEO_CLASSES:
-            yield path.replace("_orig_mod.", "") or type(module).__name__, module
+            yield path
 
 
-def _replace(part: nn.Module) -> str | None:
-    """Change the part's class, or return why it stays."""
+def _skip_reason(model: nn.Module, path: str, part: nn.Module) -> str | None:
+    """Return why the part is not replaced, or None if it is."""
     original = original_class(part)
-    if original.__name__ in VIDEO_CLASSES:
+    if original.__name__ in VIDEO_CLASSES or not _works_on_images(model, path):
         return "it works on maps with a time axis"
-    accelerated = accelerated_classes()[original]
-    if reason := patched_forward_reason(part) or accelerated.unsupported_reason(part):
-        return reason
-    part.__class__ = accelerated
-    return None
+    return patched_forward_reason(part) or accelerated_classes()[original].unsupported_reason(part)
+
+
+def _works_on_images(model: nn.Module, path: str) -> bool:
+    """True unless the smallest module around the part that has convolutions has no 2-D one: the part is never given an image."""
+    names = path.split(".") if path else []
+    for depth in range(len(names), -1, -1):
+        around = model.get_submodule(".".join(names[:depth]))
+        if convolutions := [layer for layer in around.modules() if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]:
+            return any(isinstance(layer, nn.Conv2d) for layer in convolutions)
+    return True

@@ -14,7 +14,7 @@ from ..model.fusion import is_plain_group_norm
 from ..ops.cuda import MAX_HEAD_SIZE
 from ..ops.functional import attention, fused_spatial_norm
 from ..ops.options import NormOptions
-from .accelerated import Accelerated, can_compute, is_plain_instance, original_class
+from .accelerated import Accelerated, can_compute, count_call, is_plain_instance, original_class
 from .norms import group_norm_reason, spatial_norm_reason
 
 
@@ -60,7 +60,7 @@ class Attention(Accelerated):
         to_itself = encoder_hidden_states is None and attention_mask is None and all(name == "temb" for name in kwargs)
         plain_norm = norm is None or is_plain_group_norm(norm)
         can_attend = can_compute(self, x) and type(self.processor) in self.default_processors
-        if not (to_itself and plain_norm and can_attend):
+        if not count_call(self, to_itself and plain_norm and can_attend):
             return original_class(self).forward(self, x, encoder_hidden_states, attention_mask, **kwargs)  # type: ignore[no-any-return]
         h = x if self.spatial_norm is None else self.spatial_norm(x, kwargs.get("temb"))
         h = h if norm is None else fused_spatial_norm(h, None, None, NormOptions.from_layer(norm))

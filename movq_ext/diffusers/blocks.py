@@ -12,13 +12,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..model.fusion import add_residual, conv_deferring_bias, runs_inference
-from .accelerated import Accelerated, can_compute, child_reason, original_class
+from .accelerated import Accelerated, can_compute, child_reason, count_call, original_class
 from .norms import (
     apply_group_norm,
     apply_spatial_norm,
     can_fuse_group_norm,
     can_fuse_spatial_norm,
     group_norm_reason,
+    has_extra_pass,
     spatial_norm_reason,
 )
 
@@ -41,7 +42,9 @@ class ResnetBlock2D(Accelerated):
         embeds, scale_shift = self.time_emb_proj is not None, self.time_embedding_norm == "scale_shift"
         # Where the embedding does not fit the block, diffusers raises, or adds it without a projection.
         fits = embeds == (temb is not None) and (embeds or not scale_shift)
-        if args or kwargs or not fits or not can_compute(self, x):
+        # With an embedding a block saves fewer passes over the map than an extra one of its norms costs.
+        pays = any(can_fuse_group_norm(norm, act) for norm in (self.norm1, norm2)) and (temb is None or not has_extra_pass(x))
+        if not count_call(self, not args and not kwargs and fits and can_compute(self, x) and pays):
             return original_class(self).forward(self, x, temb, *args, **kwargs)  # type: ignore[no-any-return]
         # Rebinding h frees each map as soon as the next one exists.
         h = apply_group_norm(self.norm1, act, x)
@@ -72,7 +75,7 @@ class ResnetBlockCondNorm2D(Accelerated):
 
     def forward(self: Any, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x, zq, act, norm2 = input_tensor, temb, self.nonlinearity, self.norm2
-        if args or kwargs or not can_compute(self, x):
+        if not count_call(self, not args and not kwargs and can_compute(self, x)):
             return original_class(self).forward(self, x, zq, *args, **kwargs)  # type: ignore[no-any-return]
         h = apply_spatial_norm(self.norm1, act, x, zq)
         defers = can_fuse_spatial_norm(norm2, act, h, zq) and runs_inference(norm2, zq)

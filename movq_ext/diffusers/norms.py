@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..model.fusion import is_plain_conv1x1, is_plain_group_norm, is_unmodified
 from ..model.modulation import modulate
 from ..ops.functional import fused_spatial_norm
+from ..ops.native import is_tracing
 from ..ops.options import NormOptions
-from .accelerated import Accelerated, can_compute, child_reason, is_plain_instance, original_class
+from .accelerated import Accelerated, can_compute, child_reason, count_call, is_plain_instance, original_class
 
 
 class GroupNorm(Accelerated):
@@ -23,7 +24,7 @@ class GroupNorm(Accelerated):
         return None
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        if not can_compute(self, input):
+        if not count_call(self, can_compute(self, input)):
             return nn.GroupNorm.forward(self, input)
         return fused_spatial_norm(input, None, None, NormOptions.from_layer(self))
 
@@ -39,20 +40,35 @@ class SpatialNorm(Accelerated):
         return None if plain else "its conv_y or conv_b is replaced or hooked"
 
     def forward(self: Any, f: Tensor, zq: Tensor) -> Tensor:
-        if not can_compute(self, f) or not self.can_modulate(f, zq):
+        if not (can_compute(self, f) and self.can_modulate(f, zq)):
+            count_call(self, False)
             return original_class(self).forward(self, f, zq)  # type: ignore[no-any-return]
         return self.modulated(f, zq)  # type: ignore[no-any-return]
 
     def can_modulate(self: Any, f: Tensor, zq: Tensor) -> bool:
+        """True if f and zq fit and, in KVAE, whose blocks are diffusers' own, fewer elements are read and written than there."""
         supported = SpatialNorm.unsupported_reason(self) is None
-        return supported and isinstance(zq, Tensor) and zq.dim() == 4 and zq.shape[0] == f.shape[0]
+        if not supported or not isinstance(zq, Tensor) or zq.dim() != 4 or zq.shape[0] != f.shape[0]:
+            return False
+        if not hasattr(self, "add_conv") or not has_extra_pass(f):
+            return True
+        return not self.add_conv and zq.shape[2] * zq.shape[3] < f.shape[2] * f.shape[3]
 
     def modulated(self: Any, f: Tensor, zq: Tensor, activation: str | None = None, f_bias: Tensor | None = None) -> Tensor:
         """``act(norm_layer(f + f_bias) * conv_y(zq) + conv_b(zq))``."""
+        count_call(self, True)
         if getattr(self, "add_conv", False):
             zq = self.conv(F.interpolate(zq, size=f.shape[2:], mode="nearest"))
-        ((y, b),) = modulate([self], zq)
+        if f.is_cuda or not f.is_contiguous():
+            ((y, b),) = modulate([self], zq)
+        else:  # in f's layout: on a CPU, mixed layouts cost more than one product for both saves
+            y, b = (conv(zq.contiguous()) for conv in (self.conv_y, self.conv_b))
         return fused_spatial_norm(f, y, b, NormOptions.from_layer(self.norm_layer, activation, f_bias))
+
+
+def has_extra_pass(f: Tensor) -> bool:
+    """True where our norm reads and writes f once more than PyTorch's, for accurate statistics: see `native.spatial_norm`."""
+    return not is_tracing() and f.device.type == "cpu" and f.itemsize >= 4 and not f.is_contiguous()
 
 
 def group_norm_reason(name: str, norm: Any) -> str | None:

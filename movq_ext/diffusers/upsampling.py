@@ -8,7 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model.fusion import fold_upsampling, is_plain_conv3x3
-from .accelerated import Accelerated, can_compute, original_class
+from ..ops.native import traces_plain_operators
+from .accelerated import Accelerated, can_compute, count_call, original_class
+
+# Folding reads or writes each of the C * C * 9 weights about 14 times, in every call. Of 36 * C * C multiplications per pixel of
+# the small map it saves 20. A weight read costs as much as up to 50 multiplications on a CPU, some 300 on a GPU's tensor cores.
+MIN_PIXELS, MIN_PIXELS_ON_GPU = 512, 2048
 
 
 class Upsample2D(Accelerated):
@@ -23,9 +28,17 @@ class Upsample2D(Accelerated):
 
     def forward(self: Any, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         x, conv = hidden_states, _conv_of(self)
-        if args or kwargs or output_size is not None or not can_compute(self, x) or not is_plain_conv3x3(conv):
+        is_doubling = not args and not kwargs and output_size is None
+        if not count_call(self, is_doubling and can_compute(self, x) and is_plain_conv3x3(conv) and folding_pays(x)):
             return original_class(self).forward(self, x, output_size, *args, **kwargs)  # type: ignore[no-any-return]
         return F.conv_transpose2d(x, fold_upsampling(conv.weight), conv.bias, stride=2, padding=1)
+
+
+def folding_pays(x: Tensor) -> bool:
+    """True if a map ``(B, C, H, W)``, before upsampling, has so many pixels that folding saves more than it costs."""
+    if traces_plain_operators():  # such a program may be given maps of any size
+        return True
+    return x.shape[0] * x.shape[2] * x.shape[3] >= (MIN_PIXELS_ON_GPU if x.is_cuda else MIN_PIXELS)
 
 
 def _conv_of(upsample: Any) -> Any:
