@@ -124,7 +124,7 @@ class MOVQ(nn.Module):
         Raises ValueError for another rank or device, or an index outside the codebook, and TypeError for indices that are not a
         tensor of integers.
         """
-        check_indices(indices, self.quantize.embedding.weight)
+        check_indices(indices, plain_weight(self.quantize.embedding))
         if indices.dim() != 3 or 0 in indices.shape:
             raise ValueError(f"indices must have shape (batch, height, width) and not be empty, got {tuple(indices.shape)}")
         return self.decode(self.quantize.get_codebook_entry(indices, (*indices.shape, self.quantize.e_dim)))

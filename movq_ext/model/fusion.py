@@ -72,8 +72,8 @@ def is_plain_group_norm(layer: nn.Module) -> TypeGuard[nn.GroupNorm]:
 
 
 def plain_weight(layer: nn.Module) -> Tensor | None:
-    """Return the weight of an unmodified ``nn.Conv2d``, or None: another layer may take inputs of other dtypes and devices."""
-    return layer.weight if type(layer) is nn.Conv2d and is_unmodified(layer) else None
+    """Return the weight of an unmodified convolution or embedding, or None: other layers may take other dtypes and devices."""
+    return cast(Tensor, layer.weight) if type(layer) in (nn.Conv2d, nn.Embedding) and is_unmodified(layer) else None
 
 
 def runs_inference(layer: nn.Module, *inputs: Tensor | None) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.native import traces_plain_operators
+from .fusion import plain_weight
 from .value_checks import can_read_values, is_finite, runs_training_step
 
 INTEGER_DTYPES = (
@@ -49,13 +50,13 @@ def _(vectors: Tensor, codebook: Tensor) -> Tensor:
     return vectors.new_empty(vectors.shape[0], dtype=torch.long)
 
 
-def check_indices(indices: Tensor, codebook: Tensor) -> None:
-    """Indices must be a tensor of integers on the codebook's device."""
+def check_indices(indices: Tensor, codebook: Tensor | None) -> None:
+    """Indices must be a tensor of integers on the codebook's device. Without a codebook, any device passes."""
     if not isinstance(indices, Tensor):
         raise TypeError(f"indices must be a tensor of integers, got {type(indices).__name__}")
     if indices.dtype not in INTEGER_DTYPES:
         raise TypeError(f"indices must be integers, got {indices.dtype}")
-    if indices.device != codebook.device:
+    if codebook is not None and indices.device != codebook.device:
         raise ValueError(f"indices must be on the model's device {codebook.device}, got {indices.device}")
 
 
@@ -177,7 +178,7 @@ class VectorQuantizer(nn.Module):
         are not a tensor of integers.
         """
         self._require_codebook()
-        check_indices(indices, self.embedding.weight)
+        check_indices(indices, plain_weight(self.embedding))
         indices = indices.long()  # the lookups below take int64 and int32 only, or read uint8 as a mask
         if indices.numel() and can_read_values(indices):
             low, high = (int(bound) for bound in indices.aminmax())
