@@ -187,3 +187,11 @@ def test_offloaded_layers(make, accelerate_first):
         assert report.replaced == {}
         assert {reason.split()[-1] for reason in report.skipped.values()} <= {"patched", "patch)", "3x3"}
     assert_same(outputs(model), expected)
+
+
+def test_restoring_starts_a_new_count():
+    model = vq()
+    accelerate(model)
+    outputs(model)
+    restore(model)
+    assert not any(call.accelerated or call.original for call in accelerate(model).calls().values())

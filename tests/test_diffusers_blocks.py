@@ -95,3 +95,15 @@ def test_a_block_without_a_norm_to_fuse_is_left_to_diffusers():
     handles[0].remove()
     block(torch.randn(1, 32, 6, 5), None)
     assert (report.calls()["ResnetBlock2D"].accelerated, report.calls()["ResnetBlock2D"].original) == (1, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hooked", [["norm1"], ["norm1", "norm2"]])
+def test_a_block_without_norms_of_ours_counts_as_original(hooked):
+    block = randomised(ResnetBlockCondNorm2D(in_channels=32, time_embedding_norm="spatial", temb_channels=4))
+    report = accelerate(block)
+    for norm in hooked:
+        getattr(block, norm).conv_y.register_forward_hook(lambda layer, inputs, out: None)
+    block(torch.randn(2, 32, 6, 4), torch.randn(2, 4, 3, 2))
+    calls = report.calls()["ResnetBlockCondNorm2D"]
+    assert (calls.accelerated, calls.original) == ((1, 0) if len(hooked) == 1 else (0, 1))

@@ -42,3 +42,14 @@ def test_small_maps_are_left_to_diffusers(pixels, monkeypatch):
     served = int(pixels >= 512)
     assert counted.calls == (0, 0, served)
     assert (report.calls()["Upsample2D"].accelerated, report.calls()["Upsample2D"].original) == (served, 1 - served)
+
+
+def test_an_exported_program_takes_maps_of_any_size(monkeypatch):
+    monkeypatch.setattr(upsampling, "MIN_PIXELS", 512)
+    upsample = Upsample2D(32, use_conv=True).eval()
+    accelerate(upsample)
+    sizes = {0: torch.export.Dim("b", min=1, max=16), 2: torch.export.Dim("h", min=2, max=64)}
+    program = torch.export.export(upsample, (torch.randn(2, 32, 8, 8),), dynamic_shapes={"hidden_states": sizes}).module()
+    for shape in [(1, 32, 2, 8), (9, 32, 64, 8)]:
+        x = torch.randn(shape)
+        assert_same([program(x)], [upsample(x)])

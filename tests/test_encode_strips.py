@@ -15,6 +15,7 @@ from movq_ext import MOVQ, Encoder, encode_tiled, save_pretrained
 from movq_ext.cli import main
 from movq_ext.io.codes import CodeFile
 from movq_ext.model import strips
+from movq_ext.model.feature_maps import FeatureMap, MapStore
 
 TINY = dict(ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=[8], in_channels=3, resolution=16, z_channels=4)
 LITTLE, SOME, PLENTY = 350_000, 1_000_000, 1 << 30  # bytes: several strips and files, several strips, one strip
@@ -149,8 +150,8 @@ def unknown_layer(encoder):
 REFUSED = {
     circular: r"encoder's convolutions must be 3x3 nn.Conv2d padded with zeros, got .*circular.* in down.0.block.0",
     larger: r"encoder's convolutions must be 3x3 nn.Conv2d .* got .*\(5, 5\).* in down.0.downsample",
-    other_norm: r"encoder's norms must be unmodified GroupNorm, got Trebled.* in down.0.block.0",
-    hooked_norm: r"encoder's norms must be unmodified GroupNorm, got GroupNorm.* in the encoder",
+    other_norm: r"encoder's norms must be unmodified GroupNorm or SpatialNorm, got Trebled.* in down.0.block.0",
+    hooked_norm: r"encoder's norms must be unmodified GroupNorm or SpatialNorm, got GroupNorm.* in the encoder",
     unknown_layer: r"encoder's layers must be ResnetBlock, AttnBlock or Downsample, got Identity",
 }
 
@@ -203,3 +204,17 @@ def test_the_command_line_takes_max_memory(model, spans, tmp_path):
     whole, in_strips = (CodeFile.load(tmp_path / f"{name}.safetensors").codes for name in ("whole", "strips"))
     assert whole.keys() == in_strips.keys() and all(torch.equal(whole[name], in_strips[name]) for name in whole)
     assert encode("none.safetensors", "--max-memory", "1K") == 1
+
+
+def test_the_image_is_copied_in_strips(monkeypatch):
+    rows = record_calls(monkeypatch, FeatureMap, "reserve", lambda buffer, *_: buffer.shape[2])
+    with MapStore(torch.float32, torch.device("cpu"), budget=0) as store:
+        image = images(height=64, batch=1)
+        x = strips.Strips(store, None, strip_bytes=4096).store_input(image)
+        assert torch.equal(x.read(0, 64), image)
+    assert sum(rows) == 64 and max(rows) < 10
+
+
+def test_no_gradient_is_recorded_with_max_memory():
+    model, x = MOVQ(**SMALL_MOVQ).eval(), images()
+    assert model.encode(x).requires_grad and not model.encode(x, max_memory=PLENTY).requires_grad

@@ -32,14 +32,14 @@ BACKWARDS = (
 
 def call_for_last_image(library, function, kernels, images, **arguments):
     """Call a function of a library with all arguments but run only the blocks of the last image."""
-    dry = library.call(function, **arguments, blocks=dict.fromkeys(kernels, (0, 0)), seeds=(0,))
+    dry = library.call(function, **arguments, run_blocks=dict.fromkeys(kernels, (0, 0)), seeds=(0,))
     grids = {launch.kernel: launch.grid[0] for launch in dry.launches if launch.kernel in kernels}
     blocks = {}
     for kernel, grid in grids.items():
         assert grid % images == 0
         share = grid // images
         blocks[kernel] = (0, share) if kernel in BACKWARDS else (grid - share, grid)
-    return library.call(function, **arguments, blocks=blocks, seeds=(0,))
+    return library.call(function, **arguments, run_blocks=blocks, seeds=(0,))
 
 
 @needs_emulator
@@ -113,11 +113,11 @@ def test_attention():
     library.call("forward", **arguments, workspace=None, windows=windows, seeds=(0,))
     assert int(size) == 0  # no block leaves a partial result
     workspace, kernel = torch.zeros(1, dtype=torch.uint8), "attention forward"
-    dry = library.call("forward", **arguments, workspace=workspace, windows=windows, seeds=(0,), blocks={kernel: (0, 0)})
+    dry = library.call("forward", **arguments, workspace=workspace, windows=windows, seeds=(0,), run_blocks={kernel: (0, 0)})
     (grid,) = (launch.grid[0] for launch in dry.launches)
     tile = queries // grid
     blocks = {kernel: (grid - -(-rows // tile), grid)}
-    library.call("forward", **arguments, workspace=workspace, windows=windows, seeds=(0,), blocks=blocks)
+    library.call("forward", **arguments, workspace=workspace, windows=windows, seeds=(0,), run_blocks=blocks)
     scores = 0.1 * q.double() @ k.double().mT
     assert_close(out, scores.softmax(-1) @ v.double(), slack=2)
     assert_close(lse, scores.logsumexp(-1).flatten())

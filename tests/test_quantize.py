@@ -181,3 +181,11 @@ def test_latents_that_are_not_finite(remap):
 
 def test_search_is_a_registered_operator():
     torch.library.opcheck(nearest_code, (torch.randn(7, 4), torch.randn(5, 4)))
+
+
+def test_no_vector_takes_a_code_from_a_damaged_codebook():
+    quantizer, z = make_quantizer().train(), torch.randn(1, 4, 2, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        quantizer.embedding.weight[5] = torch.nan
+    z_q, loss, (_, _, indices) = quantizer(z.requires_grad_())
+    assert (indices == -1).all() and z_q.isnan().all() and loss.isnan()

@@ -54,3 +54,10 @@ def test_dropout_is_refused_only_while_it_is_active():
     check_no_dropout("decoder", make_decoder(dropout=0.0).train())
     with pytest.raises(ValueError, match=r"decoder must be in evaluation mode: call decoder.eval\(\) first"):
         check_no_dropout("decoder", make_decoder(dropout=0.1).train())
+
+
+def test_a_hooked_spatial_norm_is_refused():
+    decoder = make_decoder()
+    decoder.mid.block_1.norm1.register_forward_hook(lambda layer, inputs, out: 3 * out)
+    with pytest.raises(TypeError, match=r"(?s)decoder's norms must be unmodified .*SpatialNorm, got .* in mid.block_1"):
+        decode_tiled(decoder, *latents((4, 6)), max_memory=PLENTY)

@@ -234,7 +234,8 @@ class BandStrips(Strips):
 
     def store_input(self, values: Tensor) -> FeatureMap:
         """Return the network's input as a whole map, since every process has all of it."""
-        x = MapStore(values.dtype, values.device).allocate(*values.shape[1:])
+        channels, height, width = values.shape[1:]
+        x = FeatureMap(channels, height, width, self.store.allocate_storage(values[0].numel()))
         x.write(0, values)
         return x
 

@@ -39,7 +39,8 @@ class CallCount:
     original: int = 0
 
 
-_call_counts: WeakKeyDictionary[nn.Module, CallCount] = WeakKeyDictionary()  # beside the parts, which have no state of ours
+# Kept outside the parts, so that they carry no extra state.
+_call_counts: WeakKeyDictionary[nn.Module, CallCount] = WeakKeyDictionary()
 
 
 def call_count(part: nn.Module) -> CallCount:
@@ -54,6 +55,11 @@ def count_call(part: nn.Module, accelerated: bool) -> bool:
         count.accelerated += accelerated
         count.original += not accelerated
     return accelerated
+
+
+def forget_calls(part: nn.Module) -> None:
+    """Start a new count for the part, if it is accelerated again."""
+    _call_counts.pop(part, None)
 
 
 def original_class(module: nn.Module) -> Any:

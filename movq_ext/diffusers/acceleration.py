@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from .accelerated import Accelerated, CallCount, call_count, original_class, patched_forward_reason
+from .accelerated import Accelerated, CallCount, call_count, forget_calls, original_class, patched_forward_reason
 from .registry import accelerated_classes
 
 MAX_NAMES_SHOWN = 3
@@ -118,6 +118,7 @@ def restore(model_or_pipeline: Any) -> None:
         for module in model.modules():
             if isinstance(module, Accelerated):
                 module.__class__ = module.diffusers_class  # type: ignore[assignment]
+                forget_calls(module)
 
 
 def _models(model_or_pipeline: Any) -> dict[str, nn.Module]:
@@ -151,7 +152,7 @@ def _skip_reason(model: nn.Module, path: str, part: nn.Module) -> str | None:
 
 
 def _works_on_images(model: nn.Module, path: str) -> bool:
-    """True unless the smallest module around the part that has convolutions has no 2-D one: the part is never given an image."""
+    """False if the innermost enclosing module with convolutions has no 2-D one: the part is never given an image."""
     names = path.split(".") if path else []
     for depth in range(len(names), -1, -1):
         around = model.get_submodule(".".join(names[:depth]))

@@ -75,7 +75,9 @@ class ResnetBlockCondNorm2D(Accelerated):
 
     def forward(self: Any, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x, zq, act, norm2 = input_tensor, temb, self.nonlinearity, self.norm2
-        if not count_call(self, not args and not kwargs and can_compute(self, x)):
+        # can_modulate sees x for norm2 too: their maps have the same grid and layout.
+        pays = any(can_fuse_spatial_norm(norm, act, x, zq) for norm in (self.norm1, norm2))
+        if not count_call(self, not args and not kwargs and can_compute(self, x) and pays):
             return original_class(self).forward(self, x, zq, *args, **kwargs)  # type: ignore[no-any-return]
         h = apply_spatial_norm(self.norm1, act, x, zq)
         defers = can_fuse_spatial_norm(norm2, act, h, zq) and runs_inference(norm2, zq)

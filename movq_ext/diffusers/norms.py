@@ -62,7 +62,8 @@ class SpatialNorm(Accelerated):
         if f.is_cuda or not f.is_contiguous():
             ((y, b),) = modulate([self], zq)
         else:  # in f's layout: on a CPU, mixed layouts cost more than one product for both saves
-            y, b = (conv(zq.contiguous()) for conv in (self.conv_y, self.conv_b))
+            zq = zq.contiguous()
+            y, b = self.conv_y(zq), self.conv_b(zq)
         return fused_spatial_norm(f, y, b, NormOptions.from_layer(self.norm_layer, activation, f_bias))
 
 

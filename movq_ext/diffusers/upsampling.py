@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,7 +13,8 @@ from ..ops.native import traces_plain_operators
 from .accelerated import Accelerated, can_compute, count_call, original_class
 
 # Folding reads or writes each of the C * C * 9 weights about 14 times, in every call. Of 36 * C * C multiplications per pixel of
-# the small map it saves 20. A weight read costs as much as up to 50 multiplications on a CPU, some 300 on a GPU's tensor cores.
+# the small map it saves 20. Accessing one weight costs as much as up to 50 multiplications on a CPU and, by an estimate that is
+# not yet measured, about 300 on a GPU's tensor cores.
 MIN_PIXELS, MIN_PIXELS_ON_GPU = 512, 2048
 
 
@@ -36,7 +38,7 @@ class Upsample2D(Accelerated):
 
 def folding_pays(x: Tensor) -> bool:
     """True if a map ``(B, C, H, W)``, before upsampling, has so many pixels that folding saves more than it costs."""
-    if traces_plain_operators():  # such a program may be given maps of any size
+    if traces_plain_operators() or torch.compiler.is_exporting():  # the program may be given maps of any size
         return True
     return x.shape[0] * x.shape[2] * x.shape[3] >= (MIN_PIXELS_ON_GPU if x.is_cuda else MIN_PIXELS)
 

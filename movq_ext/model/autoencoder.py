@@ -75,7 +75,7 @@ class MOVQ(nn.Module):
     def encode(self, x: Tensor, max_memory: int | None = None) -> Tensor:
         """Encode images ``(B, in_channels, H, W)`` in [-1, 1] to latents ``(B, embed_dim, h, w)`` before quantisation.
 
-        max_memory limits the bytes of working memory, without gradients: see `encode_tiled`.
+        max_memory limits working memory, in bytes; no gradients are recorded then. See `encode_tiled`.
 
         NaN and infinity in the latents are an error, except where the check would make a training step wait for the GPU (training
         mode, gradients enabled), and in compiled, exported and captured programs.
@@ -83,8 +83,11 @@ class MOVQ(nn.Module):
         Raises ValueError (rank, channels, device, too small, not finite, max_memory too small) or TypeError (dtype) naming the
         argument, and FloatingPointError if the latents of a finite x are not finite.
         """
-        features = self.encoder(x) if max_memory is None else encode_tiled(self.encoder, x, max_memory=max_memory)
-        h = cast(Tensor, self.quant_conv(features))
+        if max_memory is None:
+            h = cast(Tensor, self.quant_conv(self.encoder(x)))
+        else:
+            with torch.no_grad():
+                h = self.quant_conv(encode_tiled(self.encoder, x, max_memory=max_memory))
         if not runs_training_step(self) and can_read_values(h) and not is_finite(h):
             if not is_finite(x):
                 raise ValueError("x must be finite, got NaN or infinity")

@@ -34,7 +34,7 @@ def check_positive(**sizes: int) -> None:
 def check_latent(name: str, x: Tensor | None, channels: int, weight: Tensor | None) -> None:
     """x must be a non-empty ``(B, channels, h, w)`` tensor on weight's device, in weight's dtype unless autocast is on.
 
-    Without a weight any device and dtype pass.
+    If weight is None, device and dtype are not checked.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")

@@ -51,7 +51,7 @@ def _(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 
 def check_indices(indices: Tensor, codebook: Tensor | None) -> None:
-    """Indices must be a tensor of integers on the codebook's device. Without a codebook, any device passes."""
+    """Indices must be a tensor of integers on the codebook's device. If codebook is None, the device is not checked."""
     if not isinstance(indices, Tensor):
         raise TypeError(f"indices must be a tensor of integers, got {type(indices).__name__}")
     if indices.dtype not in INTEGER_DTYPES:
@@ -105,9 +105,9 @@ class VectorQuantizer(nn.Module):
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
         """Quantise z ``(B, e_dim, h, w)``.
 
-        A vector with NaN or infinity has no nearest code: its index is -1, and z_q and loss are NaN. This is an error, except
-        where the check would make a training step wait for the GPU (training mode, gradients enabled), and in compiled, exported
-        and captured programs.
+        A vector with NaN or infinity has no nearest code: its index is -1, and its z_q and the loss are NaN. This is an error,
+        except where the check would make a training step wait for the GPU (training mode, gradients enabled), and in compiled,
+        exported and captured programs.
 
         Returns:
             ``(z_q, loss, (perplexity, min_encodings, indices))``. z_q has z's shape and passes its gradient to z unchanged. loss
@@ -127,7 +127,7 @@ class VectorQuantizer(nn.Module):
         indices = find_nearest(flat.detach(), self.embedding.weight.detach())
         if not runs_training_step(self) and can_read_values(indices):
             self._check_found(indices, z)
-        quantized = self.embedding(indices.clamp(min=0)).view(vectors.shape)
+        quantized = self.embedding(indices.clamp(min=0)).masked_fill((indices < 0)[:, None], float("nan")).view(vectors.shape)
         commitment_loss = (quantized.detach() - vectors).square().mean()
         codebook_loss = (quantized - vectors.detach()).square().mean()
         if self.legacy:

@@ -7,7 +7,7 @@ from typing import Protocol, Self
 
 from torch import nn
 
-from .fusion import is_plain_group_norm
+from .fusion import is_plain_group_norm, is_unmodified
 from .layers import AttnBlock, Downsample, ResnetBlock, Upsample
 from .norms import GroupNorm, SpatialNorm, is_plain_norm
 
@@ -58,8 +58,10 @@ def _check_layers(role: str, network: LayeredNetwork, classes: tuple[type[nn.Mod
         for child_name, child in module.named_children():
             if child_name in CONV3X3_NAMES and not _is_zero_padded_conv3x3(child, halves=isinstance(module, Downsample)):
                 raise TypeError(f"{role}'s convolutions must be 3x3 nn.Conv2d padded with zeros, got {child} in {where}")
-            if child_name in NORM_NAMES and not isinstance(child, SpatialNorm) and not is_plain_norm(child):
-                raise TypeError(f"{role}'s norms must be unmodified GroupNorm, got {child} in {where}")
+            if child_name in NORM_NAMES and not (
+                is_unmodified(child) if isinstance(child, SpatialNorm) else is_plain_norm(child)
+            ):
+                raise TypeError(f"{role}'s norms must be unmodified GroupNorm or SpatialNorm, got {child} in {where}")
         if isinstance(module, SpatialNorm) and not is_plain_group_norm(module.norm_layer):
             raise TypeError(f"{role}'s norms must be unmodified nn.GroupNorm, got {module.norm_layer} in {name}")
 

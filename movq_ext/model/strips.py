@@ -35,6 +35,7 @@ STRIP_BYTES = 32 << 20  # for all tensors of a strip: 32 rows of 256 pixels with
 ATTENTION_VALUES = 8
 UPSAMPLE_VALUES = 10
 DOWNSAMPLE_VALUES = 12  # of the smaller map
+INPUT_VALUES = 3  # a copy, and its moments in float32
 
 
 def decode_in_strips(
@@ -123,7 +124,8 @@ class Strips:
     def store_input(self, values: Tensor) -> FeatureMap:
         """Return the network's input as a map."""
         x = self.store.allocate(*values.shape[1:])
-        x.write(0, values)
+        for first, last in self.spans(x, INPUT_VALUES * x.channels):
+            x.write(first, values[:, :, first:last])
         return x
 
     def run_layer(self, layer: nn.Module, x: FeatureMap) -> FeatureMap:
@@ -267,10 +269,8 @@ class Strips:
     def _downsample(self, layer: Downsample, x: FeatureMap) -> FeatureMap:
         out = self.store.allocate(x.channels, x.height // 2, x.width // 2)
         for first, last in self.spans(out, DOWNSAMPLE_VALUES * x.channels):
-            below = min(2, x.height - 2 * last)
-            strip = layer(x.read(2 * first, 2 * last + below))
-            # The module pads the strip with zeros: drop the output row that saw padding instead of the next row.
-            out.write(first, strip[:, :, : last - first])
+            below = min(1, x.height - 2 * last)  # the last output row reads one row more; at the bottom the layer pads it
+            out.write(first, layer(x.read(2 * first, 2 * last + below)))
         self.store.release(x)
         return out
 

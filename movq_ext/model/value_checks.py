@@ -6,18 +6,18 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
+from ..ops.native import is_tracing
 
-def can_read_values(*tensors: Tensor) -> bool:
-    """True if a check may read these tensors' values.
+
+def can_read_values(x: Tensor) -> bool:
+    """True if a check may read x's values.
 
     False for meta and fake tensors, inside functorch transforms, and while a program is compiled, exported, traced or captured in
     a CUDA graph.
     """
-    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
+    if is_tracing() or torch._C._are_functorch_transforms_active() or x.is_meta or is_fake(x):
         return False
-    if any(x.is_meta or is_fake(x) for x in tensors):
-        return False
-    return not (any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing())
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def runs_training_step(module: nn.Module) -> bool:

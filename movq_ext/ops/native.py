@@ -66,7 +66,7 @@ def is_tracing() -> bool:
 
 def traces_plain_operators() -> bool:
     """True while a program is traced that may call only PyTorch's operators, by torch.jit.trace or torch.onnx.export."""
-    return _jit_traces() or torch.onnx.is_in_onnx_export()
+    return _jit_traces() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
 
 
 def _jit_traces() -> bool:

@@ -171,14 +171,14 @@ class Library:
         shared_limit=227 << 10,
         timeout=300,
         windows=None,
-        blocks=None,
+        run_blocks=None,
         **arguments,
     ):
         """Call an exported function once per seed, from the same state each time, and write the results into the arrays.
 
         The emulated device has `multiprocessors` and `shared_limit` bytes of shared memory per block. None is a null pointer.
         For tensors that are too large to allocate, an array may hold a window of one: `windows` maps its name to the index of its
-        first element in the tensor, and `blocks` maps a kernel to the range (first, end) of its blocks to run.
+        first element in the tensor, and `run_blocks` maps a kernel to the range (first, end) of its blocks to run.
         Returns the counters of the first run: `.launches` in order, and `.buffers` by argument name. Raises EmulatorError if a
         check fails, if results differ between seeds, or after `timeout` seconds.
         """
@@ -197,7 +197,7 @@ class Library:
                 "seeds": tuple(seeds),
                 "multiprocessors": multiprocessors,
                 "shared_limit": shared_limit,
-                "blocks": blocks or {},
+                "run_blocks": run_blocks or {},
                 "values": [locations.get(name, arguments[name]) for name in names],
                 "buffers": [
                     ("+".join(b.names), ctypes.string_at(b.address, b.size), b.offset % 256, b.writable) for b in buffers

@@ -30,7 +30,7 @@ class Export(ctypes.Structure):
 def run_once(library, call, seed):
     """Run once on fresh copies of the buffers; return the error, the counters and the contents of the buffers."""
     library.emu_begin(seed, call["multiprocessors"], call["shared_limit"])
-    for kernel, (first, end) in call["blocks"].items():
+    for kernel, (first, end) in call["run_blocks"].items():
         library.emu_choose_blocks(kernel.encode(), first, end)
     addresses = [
         library.emu_buffer(name.encode(), data, len(data), offset, writable) for name, data, offset, writable in call["buffers"]
