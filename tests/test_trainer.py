@@ -255,6 +255,16 @@ def test_a_checkpoint_of_another_model_is_refused(photo_folder, tmp_path):
         Trainer(other, photo_folder, tmp_path, CONFIG, CPU).resume()
 
 
+def test_a_resumed_optimizer_counts_steps_on_the_cpu(photo_folder, tmp_path):
+    run = trainer(photo_folder, tmp_path, adversarial_weight=0.5, adversarial_start=0, discriminator_layers=1)
+    run.train_step()
+    run.save()
+    run.device = torch.device("meta")  # stands in for a GPU
+    run.resume()
+    states = [*run.optimizer.state.values(), *run.adversary.optimizer.state.values()]
+    assert states and all(state["step"].device == CPU for state in states)
+
+
 def test_latents_that_are_not_finite_stop_the_run(photo_folder, tmp_path):
     run = trainer(photo_folder, tmp_path)
     run.save()

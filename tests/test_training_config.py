@@ -9,6 +9,7 @@ import pytest
 import movq_ext
 from movq_ext import MOVQ
 from movq_ext.training import SMALL_MODEL_CONFIG, TrainingConfig
+from movq_ext.training.checkpoint import KEYS, read_checkpoint, write_checkpoint
 
 
 @pytest.mark.parametrize(("name", "value", "message"), [
@@ -21,6 +22,14 @@ from movq_ext.training import SMALL_MODEL_CONFIG, TrainingConfig
 def test_numbers_out_of_range_are_refused(name, value, message):
     with pytest.raises(ValueError, match=f"{name} {message}"):
         TrainingConfig(**{name: value})
+
+
+def test_a_checkpoint_of_a_config_with_paths_can_be_read(tmp_path):
+    config = TrainingConfig(validation=Path("photos"), perceptual_network=[Path("vgg.pth"), "lpips.pth"])
+    write_checkpoint(tmp_path / "training.pt", config, dict.fromkeys(KEYS[1:]))
+    saved, _ = read_checkpoint(tmp_path / "training.pt", "cpu")
+    assert saved == config
+    assert (saved.validation, saved.perceptual_network) == ("photos", ("vgg.pth", "lpips.pth"))
 
 
 def test_the_help_of_every_option_is_its_documentation():

@@ -22,6 +22,18 @@ def test_rows_after_the_checkpoint_are_removed(tmp_path):
     assert path.read_text() == "\n".join([",".join(COLUMNS), *rows, ""])
 
 
+@pytest.mark.parametrize("tail", ["20,1.0\n", "20,1.0", "20" + 9 * ",0.5" + ",18.1"], ids=["short", "cut off", "last digits"])
+def test_incomplete_rows_are_dropped(tmp_path, tail):
+    first = TrainingLog(tmp_path, 0)
+    first.write(10, {"loss": 0.5})
+    first.close()
+    path = tmp_path / "log.csv"
+    complete = path.read_text()
+    path.write_text(complete + tail)
+    TrainingLog(tmp_path, 20).close()
+    assert path.read_text() == complete
+
+
 @pytest.mark.parametrize("damage", ["", "step\n", "a,b\n1,2\n", "\x00\n\x00", "step,loss\n1,2,3,4\n"])
 def test_a_damaged_file_does_not_stop_a_run(tmp_path, damage):
     (tmp_path / "log.csv").write_text(damage)

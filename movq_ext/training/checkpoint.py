@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Let no other process train in a folder during the block. Raises OSError if one does."""
+    """Hold an exclusive lock on a training folder. Raises OSError if another process holds it."""
     with open(folder / ".lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

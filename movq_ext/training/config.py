@@ -42,8 +42,9 @@ def option(default: T, help: str, *, metavar: str = "N", may_change: bool = Fals
 class TrainingConfig:
     """Options of a run. They are saved in its checkpoint.
 
-    A run resumes under the same options. Only steps, perceptual_network (the same weights in another place), validation,
-    log_every, save_every and checkpoint_activations may change, because they do not change the steps.
+    A run resumes under the same options. perceptual_network (the same weights in another place), validation, log_every,
+    save_every and checkpoint_activations may change, because they do not affect the weights. steps may change too, but it
+    affects the weights: the learning rate reaches zero at the new last step, and restarts of unused codes stop at 90% of it.
 
     Args:
         steps: optimiser steps.
@@ -68,7 +69,7 @@ class TrainingConfig:
         validation: folder of photographs for validation; the shipped ones if empty.
         log_every: steps between rows of the log.
         save_every: steps between checkpoints and validations.
-        checkpoint_activations: use less memory and more time: recompute activations in the backward pass.
+        checkpoint_activations: recompute activations in the backward pass: less memory, more time.
 
     Raises:
         OptionError: a number is out of range. This is a ValueError.
@@ -104,10 +105,14 @@ class TrainingConfig:
     log_every: int = option(10, "steps between rows of the log", may_change=True)
     save_every: int = option(500, "steps between checkpoints and validations", may_change=True)
     checkpoint_activations: bool = option(
-        False, "use less memory and more time: recompute activations in the backward pass", may_change=True
+        False, "recompute activations in the backward pass: less memory, more time", may_change=True
     )
 
     def __post_init__(self) -> None:
+        # A checkpoint with a Path in it cannot be read with weights_only=True.
+        self.perceptual_network = tuple(map(str, self.perceptual_network))
+        if self.validation is not None:
+            self.validation = str(self.validation)
         positive = ("steps", "batch_size", "crop", "restart_every", "learning_rate", "log_every", "save_every",
                     "discriminator_layers", "discriminator_channels")  # fmt: skip
         for name in positive:

@@ -20,7 +20,7 @@ class PatchDiscriminator(nn.Module):
     Args:
         in_channels: channels of the image.
         channels: channels of the first convolution. They double with every further one, up to 8 times.
-        layers: strided convolutions. Three see patches of 70x70 pixels, two of 34x34.
+        layers: strided convolutions. Three give a receptive field of 70x70 pixels, two of 34x34.
     """
 
     def __init__(self, in_channels: int, channels: int, layers: int) -> None:
@@ -44,7 +44,8 @@ class PatchDiscriminator(nn.Module):
     @staticmethod
     def min_size(layers: int) -> int:
         """Return the height and width in pixels of the smallest image that has a score."""
-        return 3 << layers  # each of the two last convolutions takes one from the sides of a map scaled down 2**layers times
+        # The map is scaled down 2**layers times. Each of the last two convolutions shrinks it by one pixel in height and width.
+        return 3 << layers
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images ``(B, in_channels, H, W)`` to scores ``(B, 1, h, w)``: the higher, the more real."""

@@ -45,7 +45,7 @@ class TrainingLog:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write one row. Columns without a value stay empty. Raises OSError if the disk is full."""
         self._writer.writerow({"step": step, **{name: f"{value:.6g}" for name, value in values.items()}})
-        self._file.flush()  # so that it can be followed, and is complete if the run is killed
+        self._file.flush()  # so that the file can be tailed, and is complete if the run is killed
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -65,8 +65,10 @@ class TrainingLog:
 def _read_rows(path: Path, last_step: int) -> list[dict[str, str]]:
     """Return the complete rows up to a step. Columns of other versions are dropped."""
     with open(path, newline="", errors="replace") as file:
-        rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdecimal() and int(row["step"]) <= last_step]
-    return [{name: row.get(name) or "" for name in COLUMNS} for row in rows]
+        lines = [line for line in file if line.endswith("\n")]  # a last line without a newline was cut off
+    complete = [row for row in csv.DictReader(lines) if None not in row.values()]
+    rows = [row for row in complete if row.get("step", "").isdecimal() and int(row["step"]) <= last_step]
+    return [{name: row.get(name, "") for name in COLUMNS} for row in rows]
 
 
 def _open_tensorboard(folder: Path, step: int) -> Any:

@@ -17,7 +17,7 @@ NOISE = 0.1  # of the continuous phase, relative to the latents; about as large 
 
 
 class StepLosses(NamedTuple):
-    """The losses of one step: scalars, on the model's device. None for a term that the step does not have.
+    """The losses of one step: scalars, on the model's device. None for terms that are not active in this step.
 
     Args:
         loss: the autoencoder's loss, the weighted sum of mse, codebook, perceptual and adversarial.
@@ -66,8 +66,8 @@ def compute_losses(
 ) -> StepLosses:
     """Return the losses of reconstructions of x. They share a graph with ``decoded``, except the discriminator's loss.
 
-    ``perceptual_distance`` and ``adversary`` are None if the step does not have their term. ``last_layer`` is the weight that
-    the adaptive weight compares gradients at.
+    ``perceptual_distance`` and ``adversary`` are None if their terms are not active in this step. ``last_layer`` is the weight
+    that the adaptive weight compares gradients at.
     """
     mse = F.mse_loss(decoded.float(), x)
     loss, perceptual, adversarial, weight, discriminator = mse, None, None, None, None
@@ -76,7 +76,7 @@ def compute_losses(
         loss = loss + config.perceptual_weight * perceptual
     if adversary is not None:
         adversarial = adversary.generator_loss(decoded)
-        weight = x.new_tensor(config.adversarial_weight)
+        weight = x.new_full((), config.adversarial_weight)  # new_tensor would copy from the host
         if config.adaptive_weight:
             weight = weight * gradient_ratio(loss, adversarial, last_layer)
         loss = loss + weight * adversarial

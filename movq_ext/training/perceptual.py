@@ -1,4 +1,4 @@
-"""The perceptual loss: a distance between VGG16's features of two images, with weights that the user gives."""
+"""The perceptual loss: a distance between VGG16's features of two images, with user-supplied weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LINEAR_NAME = re.compile(r"(?:^|\.)lin(\d)\.model\.\d\.weight$")
 class PerceptualDistance(nn.Module):
     """LPIPS with VGG16 (Zhang et al., arXiv:1801.03924): the squared distance of normalised features at five resolutions.
 
-    LPIPS's linear weights weight the features' channels. Without them, all channels count alike.
+    LPIPS's linear layers weight the feature channels; without them all channels have equal weight.
 
     Args:
         files: safetensors or torch.save files that together hold VGG16's convolutions and, optionally, LPIPS's linear weights.

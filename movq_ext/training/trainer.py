@@ -128,8 +128,9 @@ class Trainer:
     def train_step(self) -> StepLosses:
         """Take one optimiser step. Return the losses of this process's batch.
 
-        Raises FloatingPointError, in every process and before the weights change, if the latents, a loss or the gradients of one
-        are not finite, and ValueError if every image in the folder is unreadable.
+        Raises FloatingPointError, before the weights change, if the latents, a loss or the gradients of one are not finite. Every
+        process raises it, except while the codebook is filled: then only a process whose own latents are not finite does.
+        Raises ValueError if every image in the folder is unreadable.
         """
         config, quantized = self.config, self.step >= self.config.continuous_steps
         if self.step == config.continuous_steps and not config.keep_codebook:
@@ -200,7 +201,8 @@ class Trainer:
         OptionError, which is a ValueError, if it was saved with another perceptual network.
         """
         path = self.checkpoint
-        saved, state = read_checkpoint(path, self.device)
+        # load_state_dict moves the tensors to the device, except Adam's step counts: on a GPU, every step would wait for them.
+        saved, state = read_checkpoint(path, "cpu")
         if changes := changed_options(saved, vars(self.config)):
             listed = "; ".join(f"{name}={old!r}, now {new!r}" for name, (old, new) in changes.items())
             raise ValueError(f"{path} was saved with {listed}")
