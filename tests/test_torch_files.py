@@ -19,12 +19,17 @@ import torch
 from checkpoints import CODES, make_movq, same_weights
 
 from movq_ext import CheckpointError, from_pretrained
+from movq_ext.io import torch_files
 from movq_ext.io.torch_files import MAX_FOREIGN_NAMES, Placeholder, read_torch_file
 
 
 class Callback:
     def __init__(self):
         self.best = pathlib.Path("best.ckpt")
+
+
+class Sizes(dict):
+    pass
 
 
 class Call:
@@ -152,6 +157,15 @@ def test_a_placeholder_only_stores_the_state():
     assert type(placeholder) is Placeholder and placeholder.__dict__ == {"state": {"__class__": int, "x": 1}}
 
 
+def test_the_error_ends_with_the_reason_of_torch(tmp_path):
+    """A placeholder takes a name's place, but torch.load refuses to add items to it."""
+    torch.save({"state_dict": make_movq().state_dict(), "sizes": Sizes(a=1)}, tmp_path / "last.ckpt")
+    reason = r"Sizes\. If you trust .* alone\. Reason: Can only SETITEMS? for dict, .* but got <class '.*Placeholder'>$"
+    with pytest.raises(CheckpointError, match=reason) as raised:
+        from_pretrained(tmp_path / "last.ckpt")
+    assert str(raised.value).isprintable()
+
+
 def test_no_name_stays_allowed(tmp_path):
     """torch keeps one list of allowed names for the process. Threads share it, and torch.load afterwards must refuse again."""
     before = set(torch.serialization.get_safe_globals())
@@ -184,6 +198,18 @@ def test_limits(tmp_path, monkeypatch):
     nested["self"] = nested
     torch.save(nested, tmp_path / "nested.pt")
     assert list(read_torch_file(tmp_path / "nested.pt")) == [()]
+
+
+def test_entries_of_modules_are_limited_in_all(tmp_path, monkeypatch):
+    """A submodule of several saved modules gives its entries once, and the limit holds for the file."""
+    shared = torch.nn.Sequential(*(torch.nn.Linear(1, 1) for _ in range(4)))
+    torch.save({f"m{i}": torch.nn.Sequential(shared) for i in range(3)}, tmp_path / "shared.pt")
+    found = read_torch_file(tmp_path / "shared.pt").values()
+    assert sum(map(len, found)) == len(shared.state_dict())
+    torch.save({f"m{i}": torch.nn.Linear(1, 1) for i in range(3)}, tmp_path / "many.pt")
+    monkeypatch.setattr(torch_files, "MAX_MODULE_ENTRIES", 5)
+    with pytest.raises(CheckpointError, match=r"expected saved modules of at most 5 entries in all, .* got more"):
+        read_torch_file(tmp_path / "many.pt")
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
