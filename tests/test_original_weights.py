@@ -91,6 +91,13 @@ def test_entries_outside_the_model_are_refused(tmp_path):
         from_pretrained(tmp_path / "both.pt")
 
 
+def test_many_models_are_refused_at_once(tmp_path):
+    names = [f"m{i}.decoder.norm_out.conv_y.weight" for i in range(65)]
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "many.safetensors")
+    with pytest.raises(CheckpointError, match=r"many.safetensors: expected one MoVQ model, got 65, more than 64 at"):
+        from_pretrained(tmp_path / "many.safetensors")
+
+
 @pytest.mark.parametrize(("name", "entry"), [
     ("decoder.conv_in.weight", None), ("encoder.conv_in.weight", torch.zeros(())),
     ("encoder.conv_in.weight", torch.zeros(0, 3, 3, 3)), ("quantize.embedding.weight", torch.zeros(4)),

@@ -19,6 +19,7 @@ Dictionaries = Mapping[tuple[str, ...], Mapping[str, Any]]  # by the keys that l
 NOMINAL_RESOLUTION = 256  # only the ratios to attn_resolutions matter
 CODEBOOK = "quantize.embedding.weight"
 LANDMARK = "decoder.norm_out.conv_y.weight"  # an entry that only MoVQ decoders have
+MAX_MODELS = 64  # that are compared with each other
 _LANDMARKS = (LANDMARK, "decoder.conv_norm_out.conv_y.weight")  # the second is diffusers'
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _EMA = re.compile(r"(?:^|[._])ema(?:[._]|$)")
@@ -47,6 +48,8 @@ def select_model(dictionaries: Dictionaries, path: Path, weights: Weights = "mod
     """
     dictionaries = {keys: rename(entries, strip_wrappers, path) for keys, entries in dictionaries.items()}
     models = [(keys, prefix) for keys, entries in dictionaries.items() for prefix in _prefixes(entries)]
+    if len(models) > MAX_MODELS:
+        raise CheckpointError(f"{path}: expected one MoVQ model, got {len(models)}, more than {MAX_MODELS} at ...{LANDMARK}")
     averages = [(keys, prefix) for keys, prefix in models if any(_EMA.search(part) for part in (*keys, prefix))]
     trained = [model for model in models if model not in averages]
     if weights == "ema" and len(averages) == 1:
