@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from movq_ext import MOVQ, CheckpointError, from_pretrained
+from movq_ext.io.diffusers_weights import read_config
 
 DDCONFIG = dict(ch=32, out_ch=3, ch_mult=[1], num_res_blocks=0, attn_resolutions=[], in_channels=3, resolution=256, z_channels=4)
 CONFIG = {
@@ -57,6 +58,16 @@ def test_another_class_is_named(tmp_path):
     save_file({"decoder.conv_in.weight": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(CheckpointError, match=r"expected _class_name 'VQModel', got 'AutoencoderKL'; movq_ext.accelerate takes"):
         from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("value", [{"_class_name": "x" * 900_000}, {"block_out_channels": [2] + [3] * 20_000}])
+def test_messages_are_short(tmp_path, value):
+    levels = len(value.get("block_out_channels", [32]))
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **blocks, **value}))
+    with pytest.raises(CheckpointError, match=r"config.json: expected .*, got .*\.\.\.") as raised:
+        read_config(tmp_path / "config.json")
+    assert len(str(raised.value)) < 600
 
 
 def test_a_folder_without_a_codebook(tmp_path, state):

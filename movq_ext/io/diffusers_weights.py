@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..model.norms import NORM_GROUPS
-from .files import read_json, require_file, wrap_errors
+from .files import MAX_SHOWN_CHARACTERS, printable, read_json, require_file, wrap_errors
 from .original_weights import NOMINAL_RESOLUTION, rename
 from .tensor_files import CheckpointError, format_names
 
@@ -60,14 +60,16 @@ def _convert_config(config: Any, path: Path) -> dict[str, Any]:
     ):
         if config.get(key, default) != expected:
             advice = "; movq_ext.accelerate takes other models of diffusers" if key == "_class_name" else ""
-            raise CheckpointError(f"{path}: expected {key} {expected!r}, got {config.get(key, default)!r}{advice}")
+            found = printable(repr(config.get(key, default)), MAX_SHOWN_CHARACTERS)
+            raise CheckpointError(f"{path}: expected {key} {expected!r}, got {found}{advice}")
     widths = config["block_out_channels"]
     attention = _levels_with_attention(config["down_block_types"], "DownEncoderBlock2D", path)
     decoder_attention = _levels_with_attention(config["up_block_types"], "UpDecoderBlock2D", path)[::-1]
     if len(attention) != len(widths) or attention != decoder_attention:
         raise CheckpointError(f"{path}: expected the same levels in block_out_channels, down_block_types and up_block_types")
     if any(width % widths[0] for width in widths):
-        raise CheckpointError(f"{path}: expected block_out_channels to be multiples of the first, got {widths}")
+        found = printable(repr(widths), MAX_SHOWN_CHARACTERS)
+        raise CheckpointError(f"{path}: expected block_out_channels to be multiples of the first, got {found}")
     return {
         "ddconfig": {
             "ch": widths[0],
