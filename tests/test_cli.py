@@ -128,7 +128,7 @@ def test_images_of_the_same_name_in_several_calls(model, tmp_path, capsys):
 
 
 def test_background_and_frames(model, tmp_path, capsys):
-    """The codes are those of the image on its background, and the frames that are left out are counted."""
+    """The codes are those of the image on its background, and images with more than one frame are counted."""
     Image.new("RGBA", (4, 4), (0, 255, 0, 0)).save(tmp_path / "a.png")
     for options, background in [((), "white"), (("--background", "#102030"), "#102030")]:
         codes = tmp_path / f"{background}.safetensors"
@@ -140,7 +140,8 @@ def test_background_and_frames(model, tmp_path, capsys):
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "green", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert encode(model, tmp_path / "a.gif", tmp_path / "codes.safetensors") == 0
-    assert capsys.readouterr().out == "encoded 1, already there 0, failed 0\npassed over 2: frames or pages after the first 2\n"
+    line = "images with more than one frame or page, encoded from the first: 1"
+    assert capsys.readouterr().out == f"encoded 1, already there 0, failed 0\n{line}\n"
 
 
 def test_what_was_not_encoded_is_reported(model, photographs, tmp_path, monkeypatch, capsys):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
-from movq_ext.io.images import ImageError, count_later_frames, load_image, pad_to_multiple, save_image, to_image, to_tensor
+from movq_ext.io.images import ImageError, has_later_frames, load_image, pad_to_multiple, save_image, to_image, to_tensor
 
 
 def pixels(height=5, width=7, seed=0):
@@ -55,18 +56,41 @@ def test_orientation_is_applied_once(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", ["gif", "png", "tif", "webp"])
-def test_the_first_frame_is_read_and_the_others_are_counted(tmp_path, suffix):
+def test_the_first_frame_is_read_and_others_are_noticed(tmp_path, suffix):
     first, *others = (Image.new("RGB", (4, 4), colour) for colour in ("white", "red", "black"))
     first.save(tmp_path / f"a.{suffix}", save_all=True, append_images=others)
     assert np.asarray(load_image(tmp_path / f"a.{suffix}")).min() == 255
-    assert count_later_frames(tmp_path / f"a.{suffix}") == 2
+    assert has_later_frames(tmp_path / f"a.{suffix}")
     first.save(tmp_path / f"b.{suffix}")
-    assert count_later_frames(tmp_path / f"b.{suffix}") == 0
+    assert not has_later_frames(tmp_path / f"b.{suffix}")
+
+
+@pytest.mark.parametrize("damaged", [1, 2])
+def test_damaged_later_pages_do_not_hide_the_first(tmp_path, damaged):
+    pages = [Image.new("RGB", (4, 4), colour) for colour in ("white", "red", "black")]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    contents = bytearray((tmp_path / "a.tif").read_bytes())
+    directory = 4  # the position of the first directory's offset
+    for _ in range(damaged):
+        (start,) = struct.unpack_from("<I", contents, directory)
+        directory = start + 2 + 12 * struct.unpack_from("<H", contents, start)[0]
+    (start,) = struct.unpack_from("<I", contents, directory)
+    (tmp_path / "a.tif").write_bytes(contents[: start + 5])
+    assert load_image(tmp_path / "a.tif").size == (4, 4)
+    assert has_later_frames(tmp_path / "a.tif") is (damaged == 2)
+
+
+def test_later_pages_are_not_read(tmp_path, monkeypatch):
+    pages = [Image.new("L", (1, 1))] * 9
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    seek, frames = TiffImageFile._seek, []
+    monkeypatch.setattr(TiffImageFile, "_seek", lambda image, frame: (frames.append(frame), seek(image, frame))[1])
+    assert has_later_frames(tmp_path / "a.tif") and max(frames) == 1
 
 
 def test_a_photograph_with_a_depth_map_has_one_frame(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[Image.new("RGB", (2, 2))])
-    assert load_image(tmp_path / "a.jpg").size == (4, 4) and count_later_frames(tmp_path / "a.jpg") == 0
+    assert load_image(tmp_path / "a.jpg").size == (4, 4) and not has_later_frames(tmp_path / "a.jpg")
 
 
 @pytest.mark.parametrize("kept", [0, 1, 20, 0.5, 0.9])

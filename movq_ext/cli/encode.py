@@ -14,7 +14,7 @@ from ..io.codes import encode_image
 from ..io.files import content_hash
 from ..io.folders import describe_passed_over
 from ..io.image_files import find_images
-from ..io.images import count_later_frames, load_image
+from ..io.images import has_later_frames, load_image
 from .common import add_model, add_threads, colour, load_model, memory_size, positive, print_error, set_threads
 
 SUMMARY = "Encode images to codes: to one file, or to a folder of shards. Images that are already there are skipped."
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     for unreadable in found.unreadable:
         print_error(str(unreadable))
     model = load_model(args)
-    encoded, skipped, failed = 0, 0, len(found.unreadable)
+    encoded, skipped, multi_frame, failed = 0, 0, 0, len(found.unreadable)
     with open_output(args, writes_file, Codebook.from_model(model)) as output:
         output.require_room(file.name for file in found.files)
         for path, name in tqdm(found.files, unit="image", file=sys.stderr):
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
                 if output.holds(name, source_hash):
                     skipped += 1
                     continue
-                image, later = load_image(path, args.background), count_later_frames(path)
+                image, has_more = load_image(path, args.background), has_later_frames(path)
                 codes = encode_image(model, image, args.max_memory)
             except Exception as error:  # one bad image must not stop the rest
                 failed += 1
@@ -64,9 +64,10 @@ def run(args: argparse.Namespace) -> int:
                 continue
             output.add(name, codes, (image.height, image.width), source_hash)
             encoded += 1
-            if later:
-                found.passed_over["frames or pages after the first"] += later
+            multi_frame += has_more
     print(f"encoded {encoded}, already there {skipped}, failed {failed}")
+    if multi_frame:
+        print(f"images with more than one frame or page, encoded from the first: {multi_frame}")
     if found.passed_over:
         print(describe_passed_over(found.passed_over))
     return 1 if failed else 0

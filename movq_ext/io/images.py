@@ -35,13 +35,20 @@ def load_image(path: str | Path, background: str = "white") -> Image.Image:
         return to_rgb(image, background)
 
 
-def count_later_frames(path: str | Path) -> int:
-    """Return the number of frames or pages after the one that `load_image` reads. Raises like load_image."""
+def has_later_frames(path: str | Path) -> bool:
+    """Return True if a readable frame or page follows the one that `load_image` reads.
+
+    Raises like load_image, but not for damage after the first frame.
+    """
     require_file(path)
     with wrap_errors(ImageError, f"cannot read {path}"), Image.open(path, formats=FORMATS) as image:
         if image.format == "MPO":  # a photograph and, say, its depth map
-            return 0
-        return getattr(image, "n_frames", 1) - 1
+            return False
+        try:
+            image.seek(1)  # n_frames would read the headers of all frames
+        except Exception:  # EOFError if there is no second frame; many types if it is damaged
+            return False
+        return True
 
 
 def to_tensor(image: Image.Image) -> Tensor:
