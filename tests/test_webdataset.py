@@ -125,8 +125,22 @@ def test_links_and_other_members(model_folder, tmp_path):
     assert run_decode(model_folder, source, "-o", tmp_path / "out") == 1
     rejects = read_rejects(tmp_path / "out/x.tar.rejects.jsonl")
     assert [reject["name"] for reject in rejects] == ["d/1", "d/2", "d/3"]
-    assert {reject["reason"] for reject in rejects} == {"npy must be a regular file, got a link or device"}
+    assert {reject["reason"] for reject in rejects} == {"npy must be a regular file, got a link, device or sparse file"}
     assert list(read_tar(tmp_path / "out/x.tar")) == ["d/0.png"]
+
+
+def test_sparse_members_are_rejected(model_folder, tmp_path):
+    """The holes of a sparse member expand to any size."""
+    source = tmp_path / "x.tar"
+    with tarfile.open(source, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, headers in [("0.npy", {}), ("0.txt", {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(100 << 20)})]:
+            member = tarfile.TarInfo(name)
+            member.pax_headers, contents = headers, npy_bytes(GRIDS[0])
+            member.size = len(contents)
+            tar.addfile(member, io.BytesIO(contents))
+    assert run_decode(model_folder, source, "-o", tmp_path / "out") == 1
+    (reject,) = read_rejects(tmp_path / "out/x.tar.rejects.jsonl")
+    assert reject["reason"] == "txt must be a regular file, got a link, device or sparse file"
 
 
 def test_files_of_a_sample_must_be_adjacent(model_folder, tmp_path):

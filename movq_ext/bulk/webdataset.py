@@ -141,7 +141,10 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def _read_files(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes | str]]:
-    """Yield (key, extension, contents) of every file, split as WebDataset does. Contents of type str say why there are none."""
+    """Yield (key, extension, contents) of every file, split as WebDataset does.
+
+    If a file was not read, contents is a str with the reason.
+    """
     last_key, sample_bytes = "", 0
     for member in _members(tar):
         folder, slash, name = member.name.rpartition("/")
@@ -151,8 +154,8 @@ def _read_files(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes | str]]:
         key = folder + slash + stem
         last_key, sample_bytes = key, member.size + (sample_bytes if key == last_key else 0)
         contents: bytes | str
-        if not member.isfile():
-            contents = f"{extension} must be a regular file, got a link or device"
+        if not member.isfile() or member.issparse():  # the holes of a sparse file expand to any size
+            contents = f"{extension} must be a regular file, got a link, device or sparse file"
         elif sample_bytes > MAX_SAMPLE_BYTES:
             contents = f"expected at most {MAX_SAMPLE_BYTES} bytes per sample, got more"
         else:
