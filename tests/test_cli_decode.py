@@ -15,7 +15,7 @@ def test_memory_sizes(text, size):
     assert memory_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "M", "5X", "-1", "1.2.3", "0"])
+@pytest.mark.parametrize("text", ["", "M", "5X", "-1", "1.2.3", "0", "9" * 400])
 def test_bad_memory_sizes(model_folder, tmp_path, capsys, text):
     with pytest.raises(SystemExit):
         run_decode(model_folder, tmp_path, f"--max-memory={text}")

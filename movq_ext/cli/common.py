@@ -1,8 +1,9 @@
-"""What several commands share: options, types of their values, and error messages."""
+"""Options, argument types and error messages shared by several commands."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import signal
 import sys
@@ -117,10 +118,10 @@ def size_range(text: str) -> tuple[int, int]:
 def memory_size(text: str) -> int:
     """Parse a size in bytes; K, M, G and T stand for powers of 1024."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
-    size = int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")) if match else 0
-    if size <= 0:
+    size = float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ") if match else 0
+    if not 1 <= size < math.inf:
         raise argparse.ArgumentTypeError(f"expected a size such as 500M or 8G, got {text!r}")
-    return size
+    return int(size)
 
 
 def thread_count(text: str) -> int:
