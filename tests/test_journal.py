@@ -62,24 +62,41 @@ def test_a_file_cut_anywhere_loses_the_incomplete_image_alone(tmp_path):
     b'{"codebook":"book","name":"x","size":[2,2],"source_hash":"","codes":[[1],[2,3]]}\n',
     b'{"codebook":"book","name":"x","size":2,"source_hash":"","codes":[[1]]}\n',
 ])  # fmt: skip
-def test_invalid_lines_are_deleted(tmp_path, line):
+def test_damaged_lines_are_skipped(tmp_path, caplog, line):
+    """The lines after them are not."""
     path = tmp_path / "journal"
     journal = Journal(path, path)
     append(journal, [0])
     journal.close()
-    size = path.stat().st_size
     path.write_bytes(path.read_bytes() + line)
-    assert len(recover(path)[1].codes) == 1 and path.stat().st_size == size
+    journal = Journal(path, path)
+    append(journal, [1, 2])
+    journal.close()
+    assert len(recover(path)[1].codes) == 3
+    assert f"{path}: skipped 1 damaged lines" in caplog.text and "incomplete" not in caplog.text
 
 
-def test_another_codebook_is_refused(tmp_path):
+def test_an_incomplete_last_line_is_deleted(tmp_path, caplog):
+    path = tmp_path / "journal"
+    journal = Journal(path, path)
+    append(journal, [0, 1])
+    journal.close()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    assert len(recover(path)[1].codes) == 1 and path.read_bytes() == whole[: whole.index(b"\n") + 1]
+    assert f"{path}: deleted an incomplete last line" in caplog.text and "damaged" not in caplog.text
+
+
+@pytest.mark.parametrize("other", [Codebook("other", CODES, 2), Codebook("other", 1, 2), Codebook("other", CODES, 8)])
+def test_another_codebook_is_refused(tmp_path, other):
+    """Even if its codebook is smaller or its cells are larger, so that the codes do not fit it."""
     path = tmp_path / "journal"
     journal = Journal(path, path)
     append(journal, [0])
     journal.close()
     journal = Journal(path, path)
     with pytest.raises(ValueError, match="journal was made with codebook book, but the model has other"):
-        journal.recover(Codebook("other", CODES, 2))
+        journal.recover(other)
     journal.close()
     assert len(recover(path)[1].codes) == 1
 

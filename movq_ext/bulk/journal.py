@@ -21,11 +21,11 @@ logger = logging.getLogger(__name__)
 
 
 class Journal:
-    """A file with a line of JSON per image, locked by this process. Opening it waits until no other process has it.
+    """A file with a line of JSON per image, locked by this process. Opening it waits until no other process holds the lock.
 
     Args:
         path: the file; created if missing.
-        out: what the lock protects, for messages.
+        out: the output that is locked; shown in messages.
     """
 
     def __init__(self, path: Path, out: Path) -> None:
@@ -33,23 +33,33 @@ class Journal:
         self._file = _open_locked(path, out)
 
     def recover(self, codebook: Codebook) -> CodeFile:
-        """Return the images that a killed process left. Deletes a line that it did not complete, and all that follow.
+        """Return the images that a killed process left. Skips damaged lines, and deletes an incomplete last line.
 
         Raises ValueError if they were encoded with another codebook.
         """
-        recovered, end = CodeFile(codebook.fingerprint), 0
+        recovered, end, damaged = CodeFile(codebook.fingerprint), 0, 0
         self._file.seek(0)
         for line in self._file:
+            if not line.endswith(b"\n"):
+                logger.warning("%s: deleted an incomplete last line; its image is encoded again", self.path)
+                break
+            end += len(line)
             try:
-                with wrap_errors(ValueError, "incomplete"):
-                    entry = json.loads(line if line.endswith(b"\n") else b"")
+                with wrap_errors(ValueError, "damaged"):
+                    entry = json.loads(line)
                     fingerprint = entry["codebook"]
+            except ValueError:
+                damaged += 1
+                continue
+            codebook.check_fingerprint(fingerprint, self.path)  # before to_grid, which fails on codes of another model
+            try:
+                with wrap_errors(ValueError, "damaged"):
                     codes, size = codebook.to_grid(np.array(entry["codes"]), tuple(entry["size"]))
                     recovered.add(entry["name"], codes, size, entry["source_hash"])
             except ValueError:
-                break
-            codebook.check_fingerprint(fingerprint, self.path)
-            end += len(line)
+                damaged += 1
+        if damaged:
+            logger.warning("%s: skipped %d damaged lines; their images are encoded again", self.path, damaged)
         self._file.truncate(end)
         return recovered
 
