@@ -73,7 +73,7 @@ def test_damaged_lines_are_skipped(tmp_path, caplog, line):
     append(journal, [1, 2])
     journal.close()
     assert len(recover(path)[1].codes) == 3
-    assert f"{path}: skipped 1 damaged lines" in caplog.text and "incomplete" not in caplog.text
+    assert f"{path}: skipped damaged lines: 1;" in caplog.text and "incomplete" not in caplog.text
 
 
 def test_an_incomplete_last_line_is_deleted(tmp_path, caplog):

@@ -59,7 +59,7 @@ class Journal:
             except ValueError:
                 damaged += 1
         if damaged:
-            logger.warning("%s: skipped %d damaged lines; their images are encoded again", self.path, damaged)
+            logger.warning("%s: skipped damaged lines: %d; their images are encoded again", self.path, damaged)
         self._file.truncate(end)
         return recovered
 
