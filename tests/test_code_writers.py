@@ -70,6 +70,19 @@ def test_rows_of_parquet(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".parquet"])
+def test_decoded_images_do_not_count_as_encoded(tmp_path, suffix):
+    """Their files keep the names and the codebook of the codes."""
+    save_codes(code_file(), tmp_path / f"x{suffix}")
+    if suffix == ".tar":
+        files = read_tar(tmp_path / "x.tar").items()
+        write_tar(tmp_path / "y.tar", [(name.replace(".npy", ".png"), contents) for name, contents in files])
+    else:
+        table = pq.read_table(tmp_path / "x.parquet")
+        pq.write_table(table.drop_columns("codes").append_column("image", table["name"]), tmp_path / "y.parquet")
+    assert read_image_hashes(tmp_path / f"y{suffix}", BOOK) == {}
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".parquet"])
 def test_files_from_elsewhere_have_no_names(tmp_path, suffix):
     if suffix == ".tar":
         write_tar(tmp_path / "x.tar", [("a.npy", npy_bytes(random_codes((8, 8)))), ("a.json", b'{"name": "a"}')])

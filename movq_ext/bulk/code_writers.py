@@ -76,7 +76,8 @@ def _read_tar(path: Path, codebook: Codebook) -> dict[str, str]:
                 metadata = parse_json(sample.payload["json"].decode())
             if isinstance(metadata, dict) and CODEBOOK_KEY in metadata:
                 codebook.check_fingerprint(metadata[CODEBOOK_KEY], path)
-                hashes[str(metadata.get("name"))] = str(metadata.get(HASH_KEY, ""))
+                if not sample.problem:  # the sample has codes, rather than an image that decode wrote
+                    hashes[str(metadata.get("name"))] = str(metadata.get(HASH_KEY, ""))
     return hashes
 
 
@@ -104,8 +105,9 @@ def _offsets(lengths: list[int]) -> np.ndarray:
 def _read_parquet(path: Path, codebook: Codebook) -> dict[str, str]:
     _, pq = import_pyarrow()
     with wrap_errors(ShardError, f"{path} is damaged or not a Parquet file"):
-        fingerprint = (pq.read_schema(path).metadata or {}).get(CODEBOOK_KEY.encode())
-        if fingerprint is None:  # not from encode
+        schema = pq.read_schema(path)
+        fingerprint = (schema.metadata or {}).get(CODEBOOK_KEY.encode())
+        if fingerprint is None or "codes" not in schema.names:  # not from encode, or images that decode wrote
             return {}
         table = pq.read_table(path, columns=["name", HASH_KEY])
         hashes = dict(zip(table["name"].to_pylist(), table[HASH_KEY].to_pylist(), strict=True))
