@@ -99,12 +99,13 @@ class CodeFile:
         if (problem := name_problem(name)) is not None:
             raise ValueError(problem)
         if not self.has_room([name]):
-            raise ValueError(f"expected at most {len(self.codes)} images of such names in a code file, got one more")
+            raise ValueError(f"the code file is full: its header would exceed {MAX_HEADER_BYTES} bytes")
         self.header_bytes += max_header_bytes(name)
-        self.codes[name] = codes.to("cpu", torch.int32, copy=True).contiguous()  # safetensors saves no two tensors in one memory
         self.sizes[name] = size
         if source_hash:
             self.hashes[name] = source_hash
+        # Last, so that an image with codes is complete even if SIGTERM ends this. safetensors saves no two tensors in one memory.
+        self.codes[name] = codes.to("cpu", torch.int32, copy=True).contiguous()
 
     def save(self, path: str | Path) -> None:
         """Write the file atomically. Creates its folder."""
