@@ -42,6 +42,15 @@ def test_a_file_that_is_given_twice_is_found_once(tmp_path):
     assert names(folder, folder, folder / "x.png", tmp_path / "other/photos") == ["photos/x.png"]
 
 
+def test_a_folder_inside_another_argument_is_found_once(tmp_path, monkeypatch):
+    """The first argument names its images."""
+    write_image(tmp_path / "photos/deep/x.png")
+    write_image(tmp_path / "photos/y.png")
+    monkeypatch.chdir(tmp_path)
+    assert names("photos", tmp_path / "photos/deep", "photos/deep/x.png") == ["photos/deep/x.png", "photos/y.png"]
+    assert names("photos/deep", "photos") == ["deep/x.png", "photos/y.png"]
+
+
 def test_two_files_with_the_same_name_are_refused(tmp_path):
     for folder in ("a", "b"):
         write_image(tmp_path / folder / "images/x.png")

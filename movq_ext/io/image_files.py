@@ -14,7 +14,7 @@ from .images import SUFFIXES
 
 
 class ImageFile(NamedTuple):
-    """An image file and its name, such as ``photos/deep/a.png``: the path from its folder on."""
+    """An image file and its name, such as ``photos/deep/a.png``; `find_images` defines it."""
 
     path: Path
     name: str
@@ -36,10 +36,11 @@ class ImageFiles:
 
 
 def find_images(paths: Iterable[str | Path]) -> ImageFiles:
-    """Find the images among files and folders, and name each by its path from its folder on.
+    """Find the images among files and folders, and name each by the given folder's name and the path below it.
 
-    ``data/photos`` and ``data/photos/deep/a.png`` given as arguments name it ``photos/deep/a.png`` and ``deep/a.png``. Folders
-    are searched as `search_folder` does. A path to a file is taken whatever its suffix.
+    The folder ``data/photos`` names an image ``photos/deep/a.png``. A file given directly is named by its parent folder and
+    name: ``deep/a.png``. The first argument that contains a file names it. Folders are searched as `search_folder` does. A path
+    to a file is taken whatever its suffix.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -48,6 +49,7 @@ def find_images(paths: Iterable[str | Path]) -> ImageFiles:
     """
     found = ImageFiles()
     by_name: dict[str, Path] = {}
+    seen: set[str] = set()  # absolute paths
     for path in map(Path, paths):
         folder = Path(os.path.abspath(path))  # "." has no name; resolve() would replace a link's name with its target's
         if path.is_dir():
@@ -60,6 +62,9 @@ def find_images(paths: Iterable[str | Path]) -> ImageFiles:
         else:
             raise FileNotFoundError(f"no such file or folder: {path}")
         for file, name in files:
+            if (absolute := os.path.abspath(file)) in seen:
+                continue
+            seen.add(absolute)
             other = by_name.setdefault(str(name), file)
             if other is file:
                 found.files.append(ImageFile(file, str(name)))
