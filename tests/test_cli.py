@@ -119,7 +119,7 @@ def test_images_of_the_same_name_in_several_calls(model, tmp_path, capsys):
         assert encode(model, tmp_path / folder, codes) == status
         captured = capsys.readouterr()
         assert captured.out == printed
-        assert ("other/val/0001.png: another image named val/0001.png is already there" in captured.err) == bool(status)
+        assert ("other/val/0001.png: val/0001.png is already there" in captured.err) == bool(status)
     assert sorted(CodeFile.load(codes).codes) == ["train/0001.png", "val/0001.png"]
     moved.mkdir()
     (tmp_path / "train").rename(moved / "train")

@@ -92,9 +92,24 @@ def test_a_killed_process_loses_nothing(tmp_path, suffix):
     assert images_by_file(tmp_path) == {"codes-00000.safetensors": [0, 1, 2, 3, 4]}
     with ShardFolder(tmp_path, BOOK, suffix, 2) as output:
         assert all(output.holds(f"{i}.png", f"hash {i}") for i in range(8))
-        expected = {"codes-00000.safetensors": [0, 1, 2, 3, 4], f"codes-00001{suffix}": [5, 6], f"codes-00002{suffix}": [7]}
+        expected = {"codes-00000.safetensors": [0, 1, 2, 3, 4], f"codes-00001{suffix}": [5, 6]}
         assert images_by_file(tmp_path) == expected
-    assert images_by_file(tmp_path) == expected
+    assert images_by_file(tmp_path) == {**expected, f"codes-00002{suffix}": [7]}
+
+
+def test_killed_processes_leave_no_short_shards(tmp_path):
+    """Each run continues the unfinished shard."""
+
+    def add_one():
+        with ShardFolder(tmp_path, BOOK, ".safetensors", 3) as output:
+            add(output, [len(output.hashes)])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for _ in range(5):
+        run_and_die(add_one)
+    with ShardFolder(tmp_path, BOOK, ".safetensors", 3) as output:
+        assert all(output.holds(f"{i}.png", f"hash {i}") for i in range(5))
+    assert list(images_by_file(tmp_path).values()) == [[0, 1, 2], [3, 4]]
 
 
 def test_a_process_killed_before_it_clears_the_journal(tmp_path, monkeypatch):
@@ -141,7 +156,7 @@ def test_another_image_of_the_same_name(tmp_path):
         with ShardFolder(tmp_path, BOOK, ".parquet") as output:
             if not output.holds("0.png", "hash 0"):
                 add(output, [0])
-            with pytest.raises(ValueError, match=r"another image named 0\.png is already there"):
+            with pytest.raises(ValueError, match=r"^0\.png is already there with other contents: encode to another output"):
                 output.holds("0.png", "hash 1")
 
 
@@ -184,6 +199,14 @@ def test_a_single_file_is_written_once(tmp_path, monkeypatch):
             add(output, numbers)
     assert saved == [100, 102] and len(CodeFile.load(path).codes) == 102
     assert file_names(tmp_path) == ["x.safetensors"]
+
+
+def test_a_hash_without_codes_does_not_count_as_encoded(tmp_path):
+    file = CodeFile(BOOK.fingerprint, hashes={"0.png": "hash 0"})
+    file.add("1.png", torch.from_numpy(random_codes(SIZE)), SIZE)
+    file.save(tmp_path / "x.safetensors")
+    with SingleFile(tmp_path / "x.safetensors", BOOK) as output:
+        assert not output.holds("0.png", "hash 0") and output.holds("1.png", "hash 1")
 
 
 def test_a_single_file_survives_a_kill(tmp_path):

@@ -57,7 +57,6 @@ class CodeOutput(ABC):
             for name, codes in recovered.codes.items():
                 if name not in self.hashes:  # a shard may have been written before the journal was cleared
                     self._collect(name, codes, recovered.sizes[name], recovered.hashes.get(name, ""))
-            self.flush()
         except BaseException:
             self._journal.close()
             raise
@@ -80,7 +79,7 @@ class CodeOutput(ABC):
         if (problem := name_problem(name)) is not None:
             raise ValueError(problem)
         if name in self.hashes and self.hashes[name] not in ("", source_hash):
-            raise ValueError(f"another image named {name} is already there: rename one, or encode to another output")
+            raise ValueError(f"{name} is already there with other contents: encode to another output")
         return name in self.hashes
 
     @abstractmethod
@@ -192,7 +191,7 @@ class SingleFile(CodeOutput):
         if self.out.exists():
             self._file = CodeFile.load(self.out)
             self.codebook.check_fingerprint(self._file.codebook, self.out)
-        self.hashes = dict.fromkeys(self._file.codes, "") | self._file.hashes
+        self.hashes = {name: self._file.hashes.get(name, "") for name in self._file.codes}
         remove_partial_files([self.out])
 
     def require_room(self, names: Iterable[str]) -> None:
