@@ -30,6 +30,7 @@ def encode_or_die(model, image, max_memory):
 encode.encode_image = encode_or_die
 main(sys.argv[1:])
 """
+STOP_AFTER_SEVEN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_DFL)" + DIE_AFTER_SEVEN.replace("SIGKILL", "SIGTERM")
 RUN = "import sys; from movq_ext.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
@@ -73,6 +74,16 @@ def test_decode_reads_what_encode_wrote(model_folder, photos, tmp_path, capsys, 
     assert found == {name: (tmp_path / "expected" / name).read_bytes() for name in file_names(tmp_path / "expected")}
 
 
+@pytest.mark.parametrize("form", ["webdataset", "parquet"])
+def test_a_folder_of_decoded_images_has_no_codes(model_folder, photos, tmp_path, capsys, form):
+    """Images that decode wrote to the output folder do not count as encoded."""
+    assert main(arguments(model_folder, photos, tmp_path / "codes", "--format", form)) == 0
+    assert run_decode(model_folder, tmp_path / "codes", "-o", tmp_path / "out") == 0
+    capsys.readouterr()
+    assert main(arguments(model_folder, photos, tmp_path / "out", "--format", form)) == 0
+    assert capsys.readouterr().out == f"encoded {IMAGES}, already there 0, failed 0\n"
+
+
 def test_a_killed_run_resumes(model_folder, photos, tmp_path, capsys):
     """Nothing is encoded twice, and nothing is lost."""
     command = arguments(model_folder, photos, tmp_path / "codes", "--shard-size", 5)
@@ -84,6 +95,18 @@ def test_a_killed_run_resumes(model_folder, photos, tmp_path, capsys):
     files = [CodeFile.load(path) for path in sorted((tmp_path / "codes").glob("*.safetensors"))]
     assert [name for file in files for name in file.codes] == [f"photos/{i:02}.png" for i in range(IMAGES)]
     assert not list((tmp_path / "codes").glob(".*"))
+
+
+@pytest.mark.parametrize("out", ["codes", "codes.safetensors"])
+def test_sigterm_writes_the_encoded_images(model_folder, photos, tmp_path, capsys, out):
+    command = arguments(model_folder, photos, tmp_path / out)
+    process = start(STOP_AFTER_SEVEN, *command)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 143 and "terminated; run the same command again to continue" in error
+    path = tmp_path / out / "codes-00000.safetensors" if out == "codes" else tmp_path / out
+    assert len(CodeFile.load(path).codes) == 7 and not list(path.parent.glob(".*"))
+    assert main(command) == 0
+    assert capsys.readouterr().out == "encoded 5, already there 7, failed 0\n"
 
 
 @pytest.mark.parametrize("out", ["codes", "codes.safetensors"])
@@ -99,6 +122,12 @@ def test_a_second_run_waits_for_the_first(model, model_folder, photos, tmp_path,
             output.add(f"photos/{i:02}.png", encode_image(model, image), image.size, content_hash(photos / f"{i:02}.png"))
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and printed == f"encoded {IMAGES - 4}, already there 4, failed 0\n"
+
+
+def test_an_error_that_names_the_file_has_no_prefix(model_folder, photos, tmp_path, capsys):
+    (photos / "05.png").write_bytes(b"not an image")
+    assert main(arguments(model_folder, photos, tmp_path / "codes")) == 1
+    assert f"error: cannot read {photos}/05.png: " in capsys.readouterr().err
 
 
 def test_a_full_disk_stops_the_run(model_folder, photos, tmp_path, capsys, monkeypatch):

@@ -15,7 +15,7 @@ from ..io.files import content_hash
 from ..io.folders import describe_passed_over
 from ..io.image_files import find_images
 from ..io.images import has_later_frames, load_image
-from .common import add_model, add_threads, colour, load_model, memory_size, positive, print_error, set_threads
+from .common import add_model, add_threads, colour, exit_on_sigterm, load_model, memory_size, positive, print_error, set_threads
 
 SUMMARY = "Encode images to codes: to one file, or to a folder of shards. Images that are already there are skipped."
 FORMATS = {"safetensors": ".safetensors", "webdataset": ".tar", "parquet": ".parquet"}
@@ -23,19 +23,19 @@ FORMATS = {"safetensors": ".safetensors", "webdataset": ".tar", "parquet": ".par
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", type=Path,
-                        help="image files, and folders to search recursively; an image is named by its path from its folder on, "
-                        "such as photos/a.png")  # fmt: skip
+                        help="image files, and folders to search recursively; an image is named by the given folder's name "
+                        "and the path below it (photos/a.png); a file given directly, by its parent folder and name")  # fmt: skip
     parser.add_argument("-o", "--out", type=Path, default=Path("codes.safetensors"),
                         help="a .safetensors file or, for many images, a folder of shards (default: %(default)s)")  # fmt: skip
     parser.add_argument("--format", choices=FORMATS,
-                        help="of the shards; webdataset is .tar (default: safetensors)")  # fmt: skip
+                        help="format of the shards (webdataset writes .tar files; default: safetensors)")  # fmt: skip
     parser.add_argument("--shard-size", type=positive, metavar="IMAGES",
-                        help=f"maximum number of images of a shard (default: {DEFAULT_SHARD_SIZE})")  # fmt: skip
+                        help=f"maximum number of images in a shard (default: {DEFAULT_SHARD_SIZE})")  # fmt: skip
     parser.add_argument("--background", type=colour, default="white", metavar="COLOUR",
                         help="colour behind transparent pixels (default: %(default)s)")  # fmt: skip
     parser.add_argument("--max-memory", type=memory_size, metavar="SIZE",
-                        help="memory for one image besides the weights and the image, such as 500M or 8G: encode in strips "
-                        "(default: no limit)")  # fmt: skip
+                        help="working memory per image, not counting weights and pixels, such as 500M or 8G; larger images are "
+                        "encoded in strips (default: no limit)")  # fmt: skip
     add_threads(parser)
     add_model(parser)
 
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         print_error(str(unreadable))
     model = load_model(args)
     encoded, skipped, multi_frame, failed = 0, 0, 0, len(found.unreadable)
-    with open_output(args, writes_file, Codebook.from_model(model)) as output:
+    with exit_on_sigterm(), open_output(args, writes_file, Codebook.from_model(model)) as output:
         output.require_room(file.name for file in found.files)
         for path, name in tqdm(found.files, unit="image", file=sys.stderr):
             try:
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
                 codes = encode_image(model, image, args.max_memory)
             except Exception as error:  # one bad image must not stop the rest
                 failed += 1
-                print_error(f"{path}: {error}")
+                print_error(str(error) if str(path) in str(error) else f"{path}: {error}")
                 continue
             output.add(name, codes, (image.height, image.width), source_hash)
             encoded += 1
