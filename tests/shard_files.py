@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -127,7 +128,13 @@ def start_decode(model_folder, source, out, *more):
     env = {**os.environ, **RAY_ENVIRONMENT, "OMP_NUM_THREADS": "1"}
     with open(out.with_suffix(".log"), "a") as log:
         return subprocess.Popen(
-            [*command, "--threads", "1", *more], stdout=log, stderr=log, env=env, cwd=AWAY_FROM_SOURCE, start_new_session=True
+            [*command, "--threads", "1", *more],
+            stdout=log,
+            stderr=log,
+            env=env,
+            cwd=AWAY_FROM_SOURCE,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores SIGINT, and so do its children
         )
 
 

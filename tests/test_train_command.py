@@ -151,7 +151,10 @@ def test_an_interrupted_run_is_saved(train, config_file, tmp_path, monkeypatch, 
     assert "resumed" in caplog.text
 
 
-def test_a_second_interruption_stops_at_once(train, config_file, monkeypatch, capsys):
+def test_a_second_interruption_stops_at_once(train, config_file, monkeypatch, request, capsys):
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores SIGINT
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, previous))
+
     def interrupt_twice(self):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
