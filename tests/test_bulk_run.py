@@ -1,9 +1,11 @@
 """Decoding of whole shards, by runs that are interrupted, repeated or concurrent."""
 
+import errno
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +17,7 @@ from shard_files import (
     GRIDS,
     MANY_ROWS,
     MANY_SHARDS,
+    SIZES,
     assert_every_image_once,
     file_names,
     modification_times,
@@ -32,6 +35,7 @@ from shard_files import (
 
 from movq_ext.bulk import parquet, run
 from movq_ext.bulk.batches import BatchDecoder, Settings
+from movq_ext.bulk.code_files import CodeFileShard
 from movq_ext.bulk.parquet import ParquetShard
 from movq_ext.bulk.run import decode_shard
 from movq_ext.bulk.shards import Sample
@@ -177,6 +181,62 @@ def test_a_full_disk(decoder, tmp_path, monkeypatch):
     monkeypatch.setattr(parquet, "atomic_write", disk_full)
     report = decode_shard(shard, decoder)
     assert "No space left" in report.error and report.decoded == 0 and not shard.target.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG])
+def test_a_full_disk_fails_the_shard_of_images(model, model_folder, tmp_path, monkeypatch, capsys, number):
+    """Not image by image: the next run decodes them."""
+
+    def disk_full(path, data):
+        raise OSError(number, os.strerror(number), str(path))
+
+    source, out = write_code_file(model, tmp_path / "x.safetensors"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", disk_full)
+        assert run_decode(model_folder, source, "-o", out) == 2
+    captured = capsys.readouterr()
+    assert os.strerror(number) in captured.err and "decoded 0, already there 0, failed 0" in captured.out
+    assert [reject["name"] for reject in read_rejects(out / "x.safetensors.rejects.jsonl")] == [None]
+    assert run_decode(model_folder, source, "-o", out) == 0
+    assert file_names(out) == [f"{i}.png" for i in range(len(SIZES))]
+
+
+def test_two_runs_in_one_folder_of_images(model, model_folder, decoder, tmp_path, monkeypatch):
+    """The run that finishes first removes the other's partial files as stale; the images are there, so neither fails."""
+    source = write_code_file(model, tmp_path / "x.safetensors")
+    shard, real, other = CodeFileShard(source, tmp_path / "out"), Path.write_bytes, []
+
+    def write_bytes(path, data):
+        real(path, data)
+        if not other:
+            other.append(None)
+            other[0] = decode_shard(shard, BatchDecoder(Settings(model_folder, "cpu")))
+
+    monkeypatch.setattr(decoder, "threads", 1)
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    report = decode_shard(shard, decoder)
+    assert (other[0].error, report.error) == ("", "") and other[0].decoded == len(SIZES)
+    assert file_names(tmp_path / "out") == [f"{i}.png" for i in range(len(SIZES))]
+
+
+@pytest.mark.parametrize("in_worker", [False, True])
+def test_logs_of_a_finished_shard_are_removed(model_folder, decoder, tmp_path, in_worker):
+    """A run can be killed after it wrote the output and before it removed its log."""
+    source = write_parquet(tmp_path / "x.parquet", **size_columns())
+    assert run_decode(model_folder, source, "-o", tmp_path / "out") == 0
+    (tmp_path / "out/.x.parquet.0123.images.partial").touch()
+    if in_worker:
+        decode_shard(ParquetShard(source, tmp_path / "out/x.parquet"), decoder)
+    else:
+        assert run_decode(model_folder, source, "-o", tmp_path / "out") == 0
+    assert file_names(tmp_path / "out") == ["x.parquet"]
+
+
+def test_exit_status_with_a_finished_and_a_bad_shard(model_folder, tmp_path):
+    write_parquet(tmp_path / "in/good.parquet", **size_columns())
+    (tmp_path / "in/bad.parquet").write_bytes(b"bad")
+    for _ in range(2):  # good.parquet is decoded by the first run and present in the second
+        assert run_decode(model_folder, tmp_path / "in", "-o", tmp_path / "out") == 1
 
 
 def test_a_killed_run_can_be_restarted(model_folder, tmp_path):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
-from ..io.files import atomic_write, wrap_errors
+from ..io.files import MAX_REASON_CHARACTERS, atomic_write, printable
 from .shards import CopyImage, FinishedImages, Sample, SampleError, Shard
+
+# Errors that concern one path. All others, such as a full disk, would stop every image.
+PATH_ERRORS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EILSEQ, errno.EINVAL}
 
 
 class ImageFolderShard(Shard):
@@ -54,10 +58,17 @@ class ImageFolder:
 
     def add(self, sample: Sample, png: bytes) -> None:
         path = self._path_of(sample)
-        with wrap_errors(SampleError, "the PNG cannot be written"):
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as partial:
                 partial.write_bytes(png)
+        except FileNotFoundError:
+            if not path.exists():  # otherwise another run wrote it, and removed our partial file as stale
+                raise
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno not in PATH_ERRORS:
+                raise
+            raise SampleError(f"the PNG cannot be written: {printable(str(error), MAX_REASON_CHARACTERS)}") from error
 
     def read(self, sample: Sample) -> bytes:
         return self._path_of(sample).read_bytes()

@@ -95,6 +95,7 @@ def decode_shard(shard: Shard, decoder: BatchDecoder, on_progress: OnProgress = 
     try:
         if shard.is_done():  # a worker finished it and died before it could report
             _count_existing(shard, report)
+            remove_partial_files([shard.target])
             on_progress(report.present + report.rejected)
             return report
         _decode_missing(shard, decoder, report, on_progress)
