@@ -4,7 +4,7 @@ import os
 
 import pytest
 from image_folders import deny_reading
-from shard_files import file_names, read_rejects, run_decode, write_parquet
+from shard_files import file_names, read_rejects, run_decode, size_columns, write_parquet
 
 from movq_ext.bulk.find import find_shards
 
@@ -58,3 +58,42 @@ def test_an_unreadable_folder(tmp_path, monkeypatch):
     deny_reading(monkeypatch, "closed")
     with pytest.raises(PermissionError, match="closed"):
         find_shards([tmp_path / "in"], tmp_path / "out")
+
+
+def test_images_never_overwrite_another_input(tmp_path):
+    for name in ("out/a", "in/a"):
+        write_parquet(tmp_path / f"{name}/x.parquet")
+    inputs = [tmp_path / "out/a/x.parquet", tmp_path / "in"]
+    for order in (inputs, inputs[::-1]):
+        with pytest.raises(ValueError, match="out/a/x.parquet would be overwritten by the images of .*in/a/x.parquet"):
+            find_shards(order, tmp_path / "out")
+
+
+@pytest.mark.parametrize("link, target", [("results", "out"), ("x.parquet", "out/x.parquet"), ("results", "out/deep")])
+def test_a_link_from_the_input_to_the_output(tmp_path, link, target):
+    write_parquet(tmp_path / "in/a.parquet")
+    write_parquet(tmp_path / "out/x.parquet")
+    write_parquet(tmp_path / "out/deep/y.parquet")
+    (tmp_path / "in" / link).symlink_to(tmp_path / target)
+    with pytest.raises(ValueError, match="is a link into output .*: the next run would read the images as codes"):
+        find_shards([tmp_path / "in"], tmp_path / "out")
+
+
+def test_an_input_folder_inside_the_output(tmp_path):
+    write_parquet(tmp_path / "codes/a.parquet")
+    assert [shard.target for shard in find_shards([tmp_path / "codes"], tmp_path)] == [tmp_path / "a.parquet"]
+
+
+def test_what_cannot_be_read_is_reported_and_the_rest_decoded(model_folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/mount").symlink_to(tmp_path / "nowhere")
+    assert run_decode(model_folder, tmp_path / "in", "-o", tmp_path / "out") == 2
+    assert f"cannot follow link: {tmp_path}/in/mount" in capsys.readouterr().err
+    write_parquet(tmp_path / "in/a.parquet", **size_columns())
+    (tmp_path / "in/closed").mkdir()
+    deny_reading(monkeypatch, "closed")
+    for _ in range(2):
+        assert run_decode(model_folder, tmp_path / "in", "-o", tmp_path / "out") == 1
+        error = capsys.readouterr().err
+        assert f"cannot follow link: {tmp_path}/in/mount" in error and "in/closed" in error
+    assert file_names(tmp_path / "out") == ["a.parquet"]

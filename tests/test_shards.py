@@ -115,4 +115,4 @@ def test_bad_field_names(model_folder, tmp_path, capsys, names, message):
     options = [f"--{name.replace('_', '-')}={value}" for name, value in names.items()]
     if names != {"key": ".npy"}:  # the command line removes the dot
         assert run_decode(model_folder, write_parquet(tmp_path / "x.parquet"), "-o", tmp_path / "out", *options) == 2
-        assert message in capsys.readouterr().err
+        assert f"--{message.replace('_', '-')}" in capsys.readouterr().err

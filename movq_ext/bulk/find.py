@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ..io.files import require_file
@@ -20,17 +20,23 @@ logger = logging.getLogger(__name__)
 FORMATS: tuple[type[Shard], ...] = (ParquetShard, WebDatasetShard, NpzShard, CodeFileShard)
 
 
-def format_of(path: Path) -> type[Shard] | None:
-    """Return the format of a file's suffix, or None if it is unknown."""
-    return next((shard for shard in FORMATS if path.name.lower().endswith(shard.suffixes)), None)
+def format_of(path: Path) -> type[Shard]:
+    """Return the format of a file's suffix. A file with an unknown suffix is taken for a code file."""
+    return next((shard for shard in FORMATS if path.name.lower().endswith(shard.suffixes)), CodeFileShard)
 
 
 def make_shard(source: Path, target: Path, names: FieldNames | None = None) -> Shard:
-    """Create the shard of a source, in the format of its suffix. A file with an unknown suffix is taken for a code file."""
-    return (format_of(source) or CodeFileShard)(source, target, names)
+    """Create the shard of a source, in the format of its suffix."""
+    return format_of(source)(source, target, names)
 
 
-def find_shards(inputs: Iterable[Path], out: Path, names: FieldNames | None = None) -> list[Shard]:
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def find_shards(
+    inputs: Iterable[Path], out: Path, names: FieldNames | None = None, on_unreadable: Callable[[OSError], object] = _raise
+) -> list[Shard]:
     """Return the shards among files and folders.
 
     Folders are searched as `search_folder` does; names that start with ``.`` or ``_`` are passed over. The output mirrors the
@@ -39,7 +45,9 @@ def find_shards(inputs: Iterable[Path], out: Path, names: FieldNames | None = No
     Args:
         inputs: files and folders.
         out: output folder.
-        names: what the shards call the codes, and what the output calls the images.
+        names: names of the codes in the shards and of the images in the output.
+        on_unreadable: called with the error of each folder that cannot be read and each link that cannot be followed, if the
+            input folder has shards besides. By default, the error is raised.
 
     Returns:
         The shards, in the order of inputs and sorted within a folder.
@@ -47,17 +55,17 @@ def find_shards(inputs: Iterable[Path], out: Path, names: FieldNames | None = No
     Raises:
         FileNotFoundError: a path does not exist.
         OSError: a folder cannot be read, or a path is neither a file nor a folder.
-        ValueError: a folder has no shards, two outputs or an input and an output coincide, or one output is inside another.
+        ValueError: a folder has no shards or has links into the output, two outputs or an input and an output coincide, or one
+            output is inside another.
     """
     shards: dict[Path, Shard] = {}
     for path in inputs:
-        for source, target in _search_folder(path, out) if path.is_dir() else [_locate_file(path, out)]:
-            if target.resolve() == source.resolve():
-                raise ValueError(f"{source} would be overwritten by its own images: choose an output other than {out}")
+        for source, target in _search_folder(path, out, on_unreadable) if path.is_dir() else [_locate_file(path, out)]:
             if target in shards:
                 both = f"{shards[target].source} and {source}"
                 raise ValueError(f"{both} would both be written to {target}: pass their folder, or decode each to its own output")
             shards[target] = make_shard(source, target, names)
+    _require_sources_kept(shards, out)
     _require_separate_folders(shards)
     return list(shards.values())
 
@@ -65,25 +73,38 @@ def find_shards(inputs: Iterable[Path], out: Path, names: FieldNames | None = No
 def _locate_file(path: Path, out: Path) -> tuple[Path, Path]:
     """Return (source, target) of a file that was given by its path."""
     require_file(path)
-    shard_format = format_of(path) or CodeFileShard
+    shard_format = format_of(path)
     return path, out if issubclass(shard_format, ImageFolderShard) else out / shard_format.target_of(Path(path.name))
 
 
-def _search_folder(folder: Path, out: Path) -> Iterator[tuple[Path, Path]]:
+def _search_folder(folder: Path, out: Path, on_unreadable: Callable[[OSError], object]) -> Iterator[tuple[Path, Path]]:
     """Yield (source, target) of every shard in a folder."""
     if out.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"output {out} is inside input {folder}: the next run would read the images as codes")
     suffixes = [suffix for shard_format in FORMATS for suffix in shard_format.suffixes]
     search = search_folder(folder, suffixes, hidden=(".", "_"))
-    if search.unreadable:
-        raise search.unreadable[0]
+    for error in search.unreadable:
+        if not search.files:
+            raise error
+        on_unreadable(error)
     if not search.files:
         raise ValueError(f"{folder} has no shards ({', '.join(suffixes)})")
     if set(search.passed_over) - {"hidden"}:
         logger.warning("%s: %s", folder, describe_passed_over(search.passed_over))
     for file in search.files:
-        shard_format = format_of(file) or CodeFileShard
-        yield file, out / shard_format.target_of(file.relative_to(folder))
+        resolved = file.resolve()
+        if resolved.is_relative_to(out.resolve()) and not resolved.is_relative_to(folder.resolve()):
+            raise ValueError(f"{file} is a link into output {out}: the next run would read the images as codes")
+        yield file, out / format_of(file).target_of(file.relative_to(folder))
+
+
+def _require_sources_kept(shards: dict[Path, Shard], out: Path) -> None:
+    """Raise ValueError if a shard's images would overwrite a source."""
+    sources = {shard.source.resolve(): shard.source for shard in shards.values()}
+    for target, shard in shards.items():
+        if (overwritten := sources.get(target.resolve())) is not None:
+            whose = "its own images" if overwritten == shard.source else f"the images of {shard.source}"
+            raise ValueError(f"{overwritten} would be overwritten by {whose}: choose an output other than {out}")
 
 
 def _require_separate_folders(shards: dict[Path, Shard]) -> None:

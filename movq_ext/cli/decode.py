@@ -16,6 +16,7 @@ from ..bulk.batches import Settings
 from ..bulk.find import find_shards
 from ..bulk.run import Report, run_in_process
 from ..bulk.shards import FieldNames, Shard
+from ..io.files import remove_partial_files
 from .common import DTYPES, add_model, exit_on_sigterm, memory_size, print_error, thread_count
 
 SUMMARY = "Decode codes to images, shard by shard. Images that already exist are skipped."
@@ -47,10 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    names = FieldNames(args.column, args.key.lstrip("."), args.image_column, args.image_key.lstrip("."))
-    shards = find_shards(args.codes, args.out, names)
+    unreadable: list[OSError] = []
+    shards = find_shards(args.codes, args.out, field_names(args), unreadable.append)
+    for error in unreadable:
+        print_error(str(error))
     args.out.mkdir(parents=True, exist_ok=True)
     done = {shard for shard in shards if shard.is_done()}
+    remove_partial_files(shard.target for shard in done)  # of runs that were killed after they wrote the output
     pending = [shard for shard in shards if shard not in done]
     settings = Settings(args.model, args.device, DTYPES[args.dtype], args.max_memory, args.threads)
     use_ray = args.engine == "ray" or (args.engine == "auto" and len(pending) > 1 and find_spec("ray") is not None)
@@ -69,9 +73,18 @@ def run(args: argparse.Namespace) -> int:
     print(f"{seconds:.1f} s, {decoded / max(seconds, 1e-9):.2f} images/s, {'Ray' if use_ray else 'in one process'}")
     if rejected or failed_shards:
         print(f"failed samples and the reasons: {args.out}/**/*.rejects.jsonl")
-    if failed_shards and failed_shards == len(pending):
+    if failed_shards == len(shards):
         return 2
-    return 1 if rejected or failed_shards else 0
+    return 1 if rejected or failed_shards or unreadable else 0
+
+
+def field_names(args: argparse.Namespace) -> FieldNames:
+    """Return the names that the options give. The message of a ValueError starts with the option."""
+    try:
+        return FieldNames(args.column, args.key.lstrip("."), args.image_column, args.image_key.lstrip("."))
+    except ValueError as error:
+        name, _, problem = str(error).partition(":")
+        raise ValueError(f"--{name.replace('_', '-')}:{problem}") from None
 
 
 def decode_shards(shards: Sequence[Shard], settings: Settings, use_ray: bool) -> list[Report]:
