@@ -17,7 +17,7 @@ from .image_folder import ImageFolderShard
 from .npy_stream import NpyStream, open_npy
 from .shards import FieldNames, Sample, ShardError
 
-RawSample = tuple[str, np.ndarray | ValueError, tuple[Any, Any]]  # name, codes or why there are none, (height, width)
+RawSample = tuple[str, np.ndarray | ValueError, tuple[Any, Any]]  # name, codes or the error that prevented reading them, size
 PER_IMAGE = ("name", "height", "width")  # the arrays, besides the codes, that are interpreted
 
 

@@ -74,7 +74,7 @@ CopyImage = Callable[[Sample], None]  # copies a sample's image to the output fi
 
 @dataclass(frozen=True)
 class FieldNames:
-    """What shards call the codes, and what the output calls the images.
+    """Names of the codes in the shards and of the images in the output.
 
     Args:
         column: the codes in Parquet and ``.npz`` files: a column or an array.
@@ -125,7 +125,7 @@ class Shard(ABC):
     Args:
         source: the file of codes.
         target: the output: a file or, for a format that writes one file per image, a folder.
-        names: what the source calls the codes, and what the target calls the images.
+        names: names of the codes in the source and of the images in the target.
     """
 
     suffixes: ClassVar[tuple[str, ...]]  # of source, in lower case
