@@ -134,7 +134,7 @@ def start_decode(model_folder, source, out, *more):
             env=env,
             cwd=AWAY_FROM_SOURCE,
             start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores SIGINT, and so do its children
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # children of a background job ignore SIGINT
         )
 
 

@@ -65,7 +65,7 @@ def test_images_never_overwrite_another_input(tmp_path):
         write_parquet(tmp_path / f"{name}/x.parquet")
     inputs = [tmp_path / "out/a/x.parquet", tmp_path / "in"]
     for order in (inputs, inputs[::-1]):
-        with pytest.raises(ValueError, match="out/a/x.parquet would be overwritten by the images of .*in/a/x.parquet"):
+        with pytest.raises(ValueError, match=r"out/a/x.parquet would be overwritten by the images of .*in/a/x.parquet"):
             find_shards(order, tmp_path / "out")
 
 
@@ -75,7 +75,7 @@ def test_a_link_from_the_input_to_the_output(tmp_path, link, target):
     write_parquet(tmp_path / "out/x.parquet")
     write_parquet(tmp_path / "out/deep/y.parquet")
     (tmp_path / "in" / link).symlink_to(tmp_path / target)
-    with pytest.raises(ValueError, match="is a link into output .*: the next run would read the images as codes"):
+    with pytest.raises(ValueError, match=r"is a link into output .*: the next run would read the images as codes"):
         find_shards([tmp_path / "in"], tmp_path / "out")
 
 

@@ -46,8 +46,8 @@ def find_shards(
         inputs: files and folders.
         out: output folder.
         names: names of the codes in the shards and of the images in the output.
-        on_unreadable: called with the error of each folder that cannot be read and each link that cannot be followed, if the
-            input folder has shards besides. By default, the error is raised.
+        on_unreadable: called with the error of each folder that cannot be read and each link that cannot be followed. By default,
+            and if the input folder has no shards, the error is raised.
 
     Returns:
         The shards, in the order of inputs and sorted within a folder.
@@ -55,8 +55,8 @@ def find_shards(
     Raises:
         FileNotFoundError: a path does not exist.
         OSError: a folder cannot be read, or a path is neither a file nor a folder.
-        ValueError: a folder has no shards or has links into the output, two outputs or an input and an output coincide, or one
-            output is inside another.
+        ValueError: a folder has no shards, a link leads from an input folder into the output, two outputs or an input and an
+            output coincide, or one output is inside another.
     """
     shards: dict[Path, Shard] = {}
     for path in inputs:
