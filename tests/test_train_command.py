@@ -1,6 +1,7 @@
 """``movq-ext train``: what it asks for, prints and leaves behind. The steps are tested in test_trainer.py."""
 
 import csv
+import gc
 import json
 import logging
 import shutil
@@ -203,3 +204,18 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_the_first_step(train,
     monkeypatch.setattr(Trainer, "train_step", lambda self: pytest.fail("a step was taken"))
     assert train(*OPTIONS, "--config", config_file) == 2
     assert "error: " in capsys.readouterr().err
+
+
+def test_the_trainer_is_freed_before_the_process_group(train, config_file, monkeypatch):
+    """Freed after it, DDP's reducer may wait for a thread of gloo that waits for the GIL: the process then never ends."""
+    alive, destroy = [], torch.distributed.destroy_process_group
+
+    def spy():
+        alive.extend(thing for thing in gc.get_objects() if type(thing) is Trainer)
+        destroy()
+
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", spy)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert train(*OPTIONS, "--config", config_file, "--steps", 1) == 0
+    assert not torch.distributed.is_initialized() and alive == []

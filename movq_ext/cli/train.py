@@ -82,15 +82,20 @@ def run(args: argparse.Namespace) -> int:
             torch.cuda.set_device(args.device)
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
     try:
-        with logging_redirect_tqdm(), Interruption("stopping after this step; interrupt again to stop at once") as interruption:
-            trainer = create_trainer(args)
-            first_step = trainer.step
-            trainer.run(interruption.requested)
+        return train(args, is_first_process)  # frees the trainer: DDP's reducer must not outlive the process group
     except OptionError as error:
         raise ValueError(f"{flag(error.option)} {error.problem}") from error
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def train(args: argparse.Namespace, is_first_process: bool) -> int:
+    """Train until the last step or an interruption, and return the exit status."""
+    with logging_redirect_tqdm(), Interruption("stopping after this step; interrupt again to stop at once") as interruption:
+        trainer = create_trainer(args)
+        first_step = trainer.step
+        trainer.run(interruption.requested)
     if trainer.step < trainer.config.steps:  # interrupted
         if is_first_process:
             print(f"interrupted and saved at step {trainer.step}; run the same command again to continue", file=sys.stderr)
