@@ -26,7 +26,12 @@ SMALL_MODEL_CONFIG: dict[str, Any] = {
 
 
 class OptionError(ValueError):
-    """An option is out of range. ``option`` names it and ``problem`` says what was expected and given."""
+    """An option is out of range.
+
+    Args:
+        option: the name of the field.
+        problem: what was expected and what was given.
+    """
 
     def __init__(self, option: str, problem: str) -> None:
         super().__init__(f"{option} {problem}")
