@@ -142,5 +142,6 @@ def test_gpu_tensors_are_traced_without_kernels(monkeypatch):
     record(x)
     torch.jit.trace(record, (x,), check_trace=False)
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     record(x)
     assert reasons == [None, *2 * ["torch.jit.trace and torch.onnx.export trace PyTorch's operators only"]]
