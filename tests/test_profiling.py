@@ -272,7 +272,7 @@ def test_only_modules_are_accepted():
 
 
 def test_compiling_inside_and_outside_the_context(z):
-    """A compiled program has no ranges and no graph breaks. Entering a context does not recompile one that was compiled outside."""
+    """A compiled program has no ranges and no graph breaks, and entering a context does not recompile it."""
 
     class Model(nn.Module):
         def __init__(self):
@@ -300,8 +300,8 @@ def test_compiling_inside_and_outside_the_context(z):
             for context in contexts if first_inside else contexts[1:]:
                 with context:
                     assert torch.allclose(compiled(z), expected, atol=1e-5)
-        # Since torch 2.14 a program depends on the ids of hooks, which are new in every context.
-        assert len(graphs) <= (3 if torch.__version__ >= (2, 14) else 2) if first_inside else len(graphs) == 1
+        # torch 2.14 guards on hooks that Python code reads, and may compile once more.
+        assert (2 if first_inside else 1) <= len(graphs) <= (2 if first_inside else 1) + (torch.__version__ >= (2, 14))
         assert not any("record_function" in graph.code for graph in graphs)
         assert_nothing_left(model)
 

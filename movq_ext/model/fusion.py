@@ -73,7 +73,10 @@ def is_plain_group_norm(layer: nn.Module) -> TypeGuard[nn.GroupNorm]:
 
 def plain_weight(layer: nn.Module) -> Tensor | None:
     """Return the weight of an unmodified convolution or embedding, or None: other layers may take other dtypes and devices."""
-    return cast(Tensor, layer.weight) if type(layer) in (nn.Conv2d, nn.Embedding) and is_unmodified(layer) else None
+    if type(layer) not in (nn.Conv2d, nn.Embedding) or type(layer.weight) not in PLAIN_PARAMETERS:
+        return None
+    # Reading hooks while compiling would compile again whenever one comes or goes.
+    return cast(Tensor, layer.weight) if torch.compiler.is_compiling() or is_unmodified(layer) else None
 
 
 def runs_inference(layer: nn.Module, *inputs: Tensor | None) -> bool:
