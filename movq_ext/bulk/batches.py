@@ -72,7 +72,7 @@ class BatchDecoder:
     def decode_samples(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Image.Image | None]]:
         """Yield each sample with its image as soon as its batch is decoded, or with None if it now has a problem.
 
-        The order is that of the batches.
+        The order follows the batches.
         """
         samples_by_grid: dict[Grid, list[Sample]] = defaultdict(list)
         for sample in samples:

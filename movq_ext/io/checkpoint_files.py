@@ -28,7 +28,7 @@ def read_dictionaries(path: Path) -> tuple[dict[tuple[str, ...], dict[str, Any]]
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the entries of the file's only dictionary of tensors, or of its ``state_dict``.
 
-    Raises like `read_dictionaries`, and CheckpointError if there is no such dictionary or not all its entries are tensors.
+    Raises what `read_dictionaries` raises, and CheckpointError if the dictionary is missing or an entry is not a tensor.
     """
     dictionaries, _ = read_dictionaries(path)
     keys = ("state_dict",) if ("state_dict",) in dictionaries else next(iter(dictionaries), ())

@@ -17,7 +17,7 @@ MAX_ROUNDING_ERROR = 2  # of 255, between two profiles of one colour space
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
     """Convert an image to 8-bit sRGB, composited on a background colour where it is transparent.
 
-    The range of 16-bit grey is the one the file states, and that of floats is [0, 1]. An embedded colour profile is applied; an
+    The file states the range of 16-bit grey; floats range over [0, 1]. An embedded colour profile is applied; an
     invalid one is ignored, as viewers do.
 
     Raises ValueError if the range is unknown: 32-bit integers, signed integers, floats outside [0, 1].
