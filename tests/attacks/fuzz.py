@@ -1,12 +1,16 @@
 """Feed damaged and hostile files to the readers. A case passes if its file is read correctly or refused with a documented error,
 in bounded time and memory, and without running code from the file.
 
-    python tests/fuzz.py --cases 10000           # seeds 0 to 9999, one case each
-    python tests/fuzz.py --first 1234 --cases 1  # repeat one of them
+    cd tests
+    python -m attacks.fuzz                                         # 1000 cases per reader: seeds 0 to 999
+    python -m attacks.fuzz codes images --cases 10000              # of some readers
+    python -m attacks.fuzz codes --first 1234 --cases 1            # repeat one
 """
 
 import argparse
 import collections
+import contextlib
+import itertools
 import json
 import os
 import resource
@@ -18,10 +22,14 @@ import warnings
 from pathlib import Path
 
 import torch
-from fuzz_cases import Cases
 from PIL import Image
 
-from movq_ext import from_pretrained
+from attacks.codes import CodeFileCases
+from attacks.images import ImageCases
+from attacks.shards import ShardCases
+from attacks.weights import WeightCases
+
+READERS = {"weights": WeightCases, "codes": CodeFileCases, "images": ImageCases, "shards": ShardCases}
 
 MAX_SECONDS = 10  # per case
 MAX_MEMORY = 256 << 20  # bytes that all cases together may add to the peak of the process
@@ -92,33 +100,53 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def make_cases(folder):
+    """Return the cases of every reader, by name."""
+    cases = {name: create(folder / name) for name, create in READERS.items()}
+    files = {f"{name}/{file}": data for name, case in cases.items() for file, data in case.intact.items()}
+    for case in cases.values():
+        case.others = files
+    return cases
+
+
+def warm_up(cases):
+    """Read intact files: what every reader allocates once does not count."""
+    for case in cases.values():
+        for name in case.intact:
+            read, allowed = case.reading(case.folder / "intact" / name)
+            with contextlib.suppress(allowed):  # config.json is only read along with weights
+                read()
+
+
 def main():
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--cases", type=int, default=1000)
+    options.add_argument("readers", nargs="*", metavar="reader", help=f"one or more of {', '.join(READERS)}; by default all")
+    options.add_argument("--cases", type=int, default=1000, help="cases per reader")
     options.add_argument("--first", type=int, default=0, help="seed of the first case")
     args = options.parse_args()
+    if unknown := {*args.readers} - {*READERS}:
+        options.error(f"expected readers among {', '.join(READERS)}, got {', '.join(unknown)}")
     sys.addaudithook(Watch.audit)
     signal.signal(signal.SIGALRM, raise_hang)
     warnings.simplefilter("ignore")
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
     torch.set_num_threads(1)
-    failures, outcomes = 0, collections.Counter()
+    failures, outcomes = 0, {name: collections.Counter() for name in args.readers or READERS}
     with tempfile.TemporaryDirectory() as folder:
-        cases = Cases(Path(folder))
-        for name in ("ours/model.safetensors", "zip.ckpt", "legacy.pt"):  # allocate what every reader needs once
-            from_pretrained(Path(folder) / "intact" / name)
+        cases = make_cases(Path(folder))
+        warm_up(cases)
         before = top = peak_memory()
-        for seed in range(args.first, args.first + args.cases):
-            print(f"\r{seed}", end="", file=sys.stderr, flush=True)  # stays visible after a crash
+        for name, seed in itertools.product(outcomes, range(args.first, args.first + args.cases)):
+            print(f"\r{name} {seed}", end="", file=sys.stderr, flush=True)  # stays visible after a crash
             try:
-                outcomes[" ".join(run(cases, seed))] += 1
+                outcomes[name][" ".join(run(cases[name], seed))] += 1
                 grown, top = peak_memory() - top, max(top, peak_memory())
                 message = f"took {grown >> 20} MiB more, {top - before >> 20} in all"
                 assert grown < MAX_MEMORY // 2 and top - before < MAX_MEMORY, message
             except (Exception, Hang) as error:
                 failures += 1
                 chain = " from ".join(f"{type(e).__name__}: {str(e)[:300]}" for e in (error, error.__context__) if e)
-                print(f"\rcase {seed}: {chain}", file=sys.stderr)
+                print(f"\r{name} {seed}: {chain}", file=sys.stderr)
     report = {"cases": args.cases, "failures": failures, "peak_mib": top - before >> 20, "outcomes": outcomes}
     print(json.dumps(report, indent=1, sort_keys=True))
     return 1 if failures else 0

@@ -1,12 +1,8 @@
-"""Untrusted files. fuzz.py makes the cases; MOVQ_EXT_CASES=10000 runs that many."""
+"""Hostile files, given to the readers and to the command line."""
 
-import json
 import os
 import re
 import struct
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,23 +13,6 @@ from movq_ext import CheckpointError, from_pretrained, save_pretrained
 from movq_ext.cli import main
 from movq_ext.io.codes import CodeFile
 from movq_ext.io.images import load_image
-
-CASES = int(os.environ.get("MOVQ_EXT_CASES", 250))
-FUZZ = Path(__file__).with_name("fuzz.py")
-
-
-def test_fuzz():
-    """Runs in a fresh process, so that its peak memory is that of the cases."""
-    env = {**os.environ, "PYTHONPATH": str(FUZZ.parent)}  # conftest.py sets PYTHONSAFEPATH
-    command = [sys.executable, FUZZ, "--cases", str(CASES)]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60 + CASES)
-    assert run.returncode == 0, run.stderr[-3000:] + run.stdout
-    report = json.loads(run.stdout)
-    assert report["cases"] == CASES and {outcome.split()[1] for outcome in report["outcomes"]} >= {
-        "read",
-        "CheckpointError",
-        "ImageError",
-    }
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
