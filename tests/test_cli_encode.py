@@ -8,6 +8,7 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 from image_folders import write_image
+from PIL import Image
 from shard_files import AWAY_FROM_SOURCE, file_names, read_tar, run_decode
 
 from movq_ext.bulk.code_output import ShardFolder, SingleFile
@@ -128,6 +129,17 @@ def test_an_error_that_names_the_file_has_no_prefix(model_folder, photos, tmp_pa
     (photos / "05.png").write_bytes(b"not an image")
     assert main(arguments(model_folder, photos, tmp_path / "codes")) == 1
     assert f"error: cannot read {photos}/05.png: " in capsys.readouterr().err
+
+
+def test_an_image_above_max_pixels_is_listed_and_skipped(model_folder, photos, tmp_path, capsys, monkeypatch):
+    """The others are encoded. A larger limit than Pillow's is obeyed too."""
+    Image.new("RGB", (9, 7)).save(photos / "05.png")
+    assert main(arguments(model_folder, photos, tmp_path / "codes", "--max-pixels", 62)) == 1
+    printed = capsys.readouterr()
+    assert printed.out == f"encoded {IMAGES - 1}, already there 0, failed 1\n"
+    assert f"error: cannot read {photos}/05.png: expected at most 62 pixels, got 9 x 7 (width x height)\n" in printed.err
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30)
+    assert main(arguments(model_folder, photos, tmp_path / "codes", "--max-pixels", 63)) == 0
 
 
 def test_a_full_disk_stops_the_run(model_folder, photos, tmp_path, capsys, monkeypatch):

@@ -5,7 +5,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from movq_ext.io.images import ImageError, has_later_frames, load_image, pad_to_multiple, save_image, to_image, to_tensor
@@ -107,8 +107,36 @@ def test_damaged_images_are_refused(tmp_path, kept, suffix):
 def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
     Image.fromarray(pixels(100, 100)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(OSError, match=r"cannot read .*bomb.png"):
+    with pytest.raises(ImageError, match=r"cannot read .*bomb.png: expected at most 67108864 pixels\. Image size "):
         load_image(tmp_path / "bomb.png")
+
+
+def tiny_webp(width, height):
+    """A lossless WebP without pixels."""
+    frame = b"\x2f" + struct.pack("<I", (width - 1) | (height - 1) << 14) + bytes(9)
+    chunk = b"VP8L" + struct.pack("<I", len(frame)) + frame
+    return b"RIFF" + struct.pack("<I", 4 + len(chunk)) + b"WEBP" + chunk
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "gif", "jpg", "mpo", "png", "ppm", "tif", "webp"])
+@pytest.mark.parametrize("read", [load_image, has_later_frames])
+def test_the_size_is_checked_before_pixels_are_decoded(tmp_path, monkeypatch, suffix, read):
+    """Of animations and rotated images too."""
+    path, exif = tmp_path / f"a.{suffix}", Image.Exif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    first, options = Image.new("RGB", (30, 20)), {"save_all": True, "append_images": [Image.new("RGB", (30, 20), "red")]}
+    first.save(path, exif=exif, **(options if suffix in ("gif", "mpo", "png", "tif", "webp") else {}))
+    read(path, max_pixels=600)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("pixels were decoded"))
+    with pytest.raises(ImageError, match=r"cannot read .*: expected at most 599 pixels, got (30 x 20|20 x 30) "):
+        read(path, max_pixels=599)
+
+
+def test_a_small_file_that_claims_many_pixels(tmp_path, recwarn):
+    (tmp_path / "a.webp").write_bytes(tiny_webp(16383, 10923))
+    with pytest.raises(ImageError, match="expected at most 67108864 pixels, got 16383 x 10923"):
+        load_image(tmp_path / "a.webp")
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize(("size", "padded"), [((1, 1), (8, 8)), ((8, 16), (8, 16)), ((9, 7), (16, 8))])

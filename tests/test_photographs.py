@@ -3,6 +3,7 @@ import logging
 import pytest
 import torch
 from image_folders import deny_reading
+from PIL import Image
 from spies import record_calls
 
 from movq_ext.training import Photographs, photographs
@@ -22,7 +23,7 @@ def test_crops_depend_only_on_the_generator(photo_folder, monkeypatch):
 
 
 def test_the_cache_is_bounded(photo_folder, monkeypatch):
-    opened = record_calls(monkeypatch, photographs, "load_image", lambda image, path: path)
+    opened = record_calls(monkeypatch, photographs, "load_image", lambda image, path, max_pixels: path)
     monkeypatch.setattr(photographs, "CACHE_BYTES", 3 * 40 * 40)  # the largest of the three photographs, or the two others
     Photographs(photo_folder, 8).batch(50, generator())
     assert 3 < len(opened) < 50
@@ -36,7 +37,17 @@ def test_unreadable_images_are_skipped(photo_folder, tmp_path, caplog):
     photos = Photographs(tmp_path, 8)
     caplog.clear()
     assert photos.batch(9, generator()).isfinite().all()
-    assert sum("skipping an unreadable image" in record.message for record in caplog.records) == 1
+    assert sum("skipping an image (1 so far): cannot read " in record.message for record in caplog.records) == 1
+
+
+def test_images_above_max_pixels_are_skipped_and_counted(photo_folder, tmp_path, caplog):
+    (tmp_path / "1.png").write_bytes((photo_folder / "0.png").read_bytes())
+    for name in ("0", "2"):
+        Image.new("RGB", (100, 100)).save(tmp_path / f"{name}.png")
+    photos = Photographs(tmp_path, 8, max_pixels=100 * 100 - 1)
+    assert torch.equal(photos.batch(9, generator()), Photographs(photo_folder / "0.png", 8).batch(9, generator()))
+    assert [record.message.partition(":")[0] for record in caplog.records] == [f"skipping an image ({i} so far)" for i in (1, 2)]
+    assert "expected at most 9999 pixels, got 100 x 100 (width x height)" in caplog.text
 
 
 def test_what_the_folder_holds_besides_readable_images_is_logged(photo_folder, tmp_path, monkeypatch, caplog):

@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from PIL import ImageColor
+from PIL import Image, ImageColor
 from tqdm import tqdm
 
 from .. import MOVQ, from_pretrained
 from ..demo import SMALL_MODEL_PATH
 from ..io.files import printable
+from ..io.images import DEFAULT_MAX_PIXELS
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_THREADS = 1024
@@ -52,6 +53,18 @@ def set_threads(args: argparse.Namespace) -> None:
     """Compute on as many CPU threads as ``--threads`` asks for."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+
+
+def add_max_pixels(parser: argparse.ArgumentParser) -> None:
+    """Add ``--max-pixels``."""
+    parser.add_argument("--max-pixels", type=positive, default=DEFAULT_MAX_PIXELS, metavar="N",
+                        help="largest image, in pixels; larger ones are listed and skipped (default: %(default)s)")  # fmt: skip
+
+
+def raise_pillow_limit(max_pixels: int) -> None:
+    """Let Pillow open images of up to ``max_pixels``. Its own limit is 179 million pixels."""
+    if Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
 
 
 def print_error(message: str) -> None:

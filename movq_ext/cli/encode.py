@@ -15,7 +15,19 @@ from ..io.files import content_hash
 from ..io.folders import describe_passed_over
 from ..io.image_files import find_images
 from ..io.images import has_later_frames, load_image
-from .common import add_model, add_threads, colour, exit_on_sigterm, load_model, memory_size, positive, print_error, set_threads
+from .common import (
+    add_max_pixels,
+    add_model,
+    add_threads,
+    colour,
+    exit_on_sigterm,
+    load_model,
+    memory_size,
+    positive,
+    print_error,
+    raise_pillow_limit,
+    set_threads,
+)
 
 SUMMARY = "Encode images to codes: to one file, or to a folder of shards. Images that are already there are skipped."
 FORMATS = {"safetensors": ".safetensors", "webdataset": ".tar", "parquet": ".parquet"}
@@ -36,12 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-memory", type=memory_size, metavar="SIZE",
                         help="working memory per image, not counting weights and pixels, such as 500M or 8G; larger images are "
                         "encoded in strips (default: no limit)")  # fmt: skip
+    add_max_pixels(parser)
     add_threads(parser)
     add_model(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     set_threads(args)
+    raise_pillow_limit(args.max_pixels)
     writes_file = is_single_file(args)
     found = find_images(args.images)
     for unreadable in found.unreadable:
@@ -56,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
                 if output.holds(name, source_hash):
                     skipped += 1
                     continue
-                image, has_more = load_image(path, args.background), has_later_frames(path)
+                image = load_image(path, args.background, args.max_pixels)
+                has_more = has_later_frames(path, args.max_pixels)
                 codes = encode_image(model, image, args.max_memory)
             except Exception as error:  # one bad image must not stop the rest
                 failed += 1

@@ -21,7 +21,7 @@ from ..io.tensor_files import CheckpointError
 from ..training import SMALL_MODEL_CONFIG, Trainer, TrainingConfig
 from ..training.checkpoint import CHECKPOINT_NAME, read_checkpoint, require_same_model
 from ..training.config import OptionError, changed_options
-from .common import add_device, add_threads, set_threads
+from .common import add_device, add_threads, raise_pillow_limit, set_threads
 from .interruption import Interruption
 
 SUMMARY = "Train a model. Run it again with the same --out to resume from the last checkpoint."
@@ -123,11 +123,13 @@ def create_trainer(args: argparse.Namespace) -> Trainer:
         if args.init is not None and "continuous_steps" not in given:
             given |= {"continuous_steps": 0, "keep_codebook": True}
         config = TrainingConfig(**given)
+        raise_pillow_limit(config.max_pixels)
         torch.manual_seed(config.seed)  # every process starts from the same weights
         return Trainer(create_model(args.config, args.init), args.folder, args.out, config, device)
     if args.init is not None:
         logging.info("--init is not used: %s has the run's own weights", checkpoint)
     config, state = read_checkpoint(checkpoint, "meta")
+    raise_pillow_limit(config.max_pixels)
     require_same_options(checkpoint, config, given)
     if args.config is not None:
         require_same_model(checkpoint, state["model_config"], create_model(args.config, None).config)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,33 +18,33 @@ from .rgb import to_rgb
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # a subset of Pillow's: its EPS reader runs Ghostscript
 SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
+DEFAULT_MAX_PIXELS = 8192 * 8192  # of an image; 34 bytes can claim 179 million
 
 
 class ImageError(OSError):
     """The file is damaged, truncated or not an image in a supported format."""
 
 
-def load_image(path: str | Path, background: str = "white") -> Image.Image:
+def load_image(path: str | Path, background: str = "white", max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
     """Load an image as RGB, with its EXIF orientation and colour profile applied.
 
     Transparent pixels are composited on the background colour. Of an animation or a file with several pages, the first is read.
 
-    Raises ImageError if the file is damaged, is not in one of FORMATS, has more than twice ``PIL.Image.MAX_IMAGE_PIXELS`` or
-    values of unknown range (see `to_rgb`), and OSError if the file cannot be read.
+    Raises ImageError if the file is damaged, is not in one of FORMATS, has more pixels than ``max_pixels`` or Pillow's own
+    limit (twice ``PIL.Image.MAX_IMAGE_PIXELS``), or has values of unknown range (see `to_rgb`), and OSError if the file cannot
+    be read. The header says how many pixels there are: none is decoded before the check.
     """
-    require_file(path)
-    with wrap_errors(ImageError, f"cannot read {path}"), Image.open(path, formats=FORMATS) as image:
+    with _open_image(path, max_pixels) as image:
         ImageOps.exif_transpose(image, in_place=True)
         return to_rgb(image, background)
 
 
-def has_later_frames(path: str | Path) -> bool:
+def has_later_frames(path: str | Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> bool:
     """Return True if a readable frame or page follows the one that `load_image` reads.
 
     Raises like load_image, but not for damage after the first frame.
     """
-    require_file(path)
-    with wrap_errors(ImageError, f"cannot read {path}"), Image.open(path, formats=FORMATS) as image:
+    with _open_image(path, max_pixels) as image:
         if image.format == "MPO":  # a photograph and, say, its depth map
             return False
         try:
@@ -49,6 +52,23 @@ def has_later_frames(path: str | Path) -> bool:
         except Exception:  # EOFError if there is no second frame; many types if it is damaged
             return False
         return True
+
+
+@contextmanager
+def _open_image(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
+    """Yield an image whose header is read, and whose pixels are not."""
+    require_file(path)
+    with wrap_errors(ImageError, f"cannot read {path}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
+        try:
+            image = Image.open(path, formats=FORMATS)
+        except Image.DecompressionBombError as error:  # Pillow's own limit
+            raise ImageError(f"cannot read {path}: expected at most {max_pixels} pixels. {error}") from error
+        with image:
+            if image.width * image.height > max_pixels:
+                size = f"{image.width} x {image.height} (width x height)"
+                raise ImageError(f"cannot read {path}: expected at most {max_pixels} pixels, got {size}")
+            yield image
 
 
 def to_tensor(image: Image.Image) -> Tensor:

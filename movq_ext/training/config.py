@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
+from ..io.images import DEFAULT_MAX_PIXELS
+
 T = TypeVar("T")
 
 #: Keyword arguments of MOVQ for the shipped model (8x downsampling, 4 latent channels, 3.1 million parameters).
@@ -55,6 +57,7 @@ class TrainingConfig:
         steps: optimiser steps.
         batch_size: crops per step in each process.
         crop: height and width of a crop in pixels; a multiple of the model's downsampling factor.
+        max_pixels: largest photograph, in pixels; larger ones are skipped.
         learning_rate: peak learning rate of AdamW; decays to zero along a half cosine.
         warmup_steps: steps of linear learning-rate warm-up.
         continuous_steps: steps before quantisation starts.
@@ -83,6 +86,7 @@ class TrainingConfig:
     steps: int = option(20_000, "optimiser steps", may_change=True)
     batch_size: int = option(8, "crops per step in each process")
     crop: int = option(128, "height and width of a crop in pixels; a multiple of the model's downsampling factor")
+    max_pixels: int = option(DEFAULT_MAX_PIXELS, "largest photograph, in pixels; larger ones are skipped and counted in the log")
     learning_rate: float = option(1e-3, "peak learning rate of AdamW; decays to zero along a half cosine")
     warmup_steps: int = option(100, "steps of linear learning-rate warm-up")
     continuous_steps: int = option(500, "steps before quantisation starts")
@@ -118,7 +122,7 @@ class TrainingConfig:
         self.perceptual_network = tuple(map(str, self.perceptual_network))
         if self.validation is not None:
             self.validation = str(self.validation)
-        positive = ("steps", "batch_size", "crop", "restart_every", "learning_rate", "log_every", "save_every",
+        positive = ("steps", "batch_size", "crop", "max_pixels", "restart_every", "learning_rate", "log_every", "save_every",
                     "discriminator_layers", "discriminator_channels")  # fmt: skip
         for name in positive:
             if not getattr(self, name) > 0:  # also true of NaN

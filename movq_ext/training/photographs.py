@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..io.folders import describe_passed_over
 from ..io.image_files import find_images
-from ..io.images import load_image, to_tensor
+from ..io.images import DEFAULT_MAX_PIXELS, load_image, to_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -22,19 +22,20 @@ CACHE_BYTES = 2 << 30  # of decoded photographs
 class Photographs:
     """Draw random crops of the photographs in a folder, searched recursively.
 
-    A batch is a pure function of the generator's state, so a resumed run sees the crops of an uninterrupted one.
+    A batch is a pure function of the generator's state, so a resumed run sees the crops of an uninterrupted one. Photographs that
+    are unreadable or have more than ``max_pixels`` are skipped, and logged when they are first drawn.
 
     Raises ValueError if the folder contains no images.
     """
 
-    def __init__(self, folder: str | Path, crop: int) -> None:
+    def __init__(self, folder: str | Path, crop: int, max_pixels: int = DEFAULT_MAX_PIXELS) -> None:
         found = find_images([folder])
         for unreadable in found.unreadable:
             logger.warning("skipping an unreadable folder or link: %s", unreadable)
         if found.passed_over:
             logger.info("%s: %s", folder, describe_passed_over(found.passed_over))
         self.files = [file.path for file in found.files]
-        self.crop = crop
+        self.crop, self.max_pixels = crop, max_pixels
         self._cache: dict[Path, Image.Image] = {}
         self._cached_bytes = 0
         self._unreadable: set[Path] = set()
@@ -63,12 +64,12 @@ class Photographs:
                     return self._load(file)
                 except OSError as error:
                     self._unreadable.add(file)
-                    logger.warning("skipping an unreadable image: %s", error)
+                    logger.warning("skipping an image (%d so far): %s", len(self._unreadable), error)
         raise ValueError(f"could not read any of the {len(self.files)} images")
 
     def _load(self, file: Path) -> Image.Image:
         if file not in self._cache:
-            image = load_image(file)
+            image = load_image(file, max_pixels=self.max_pixels)
             image_bytes = 3 * image.width * image.height
             if self._cached_bytes + image_bytes > CACHE_BYTES:
                 return image

@@ -63,8 +63,8 @@ class Trainer:
         self.step = 0
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
-        self.photographs = Photographs(folder, config.crop)
-        self.validation = Validation(config.validation or PHOTO_FOLDER, 2 * config.crop)
+        self.photographs = Photographs(folder, config.crop, config.max_pixels)
+        self.validation = Validation(config.validation or PHOTO_FOLDER, 2 * config.crop, config.max_pixels)
         self.model = model.to(device).train()
         if config.checkpoint_activations:
             self.model.gradient_checkpointing_enable()

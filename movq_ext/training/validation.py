@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..io.image_files import find_images
-from ..io.images import load_image, to_image, to_tensor
+from ..io.images import DEFAULT_MAX_PIXELS, load_image, to_image, to_tensor
 from ..model.autoencoder import MOVQ
 
 MAX_IMAGES = 8
@@ -27,15 +27,16 @@ class Validation:
     Args:
         folder: photographs, searched recursively.
         size: height and width in pixels; a multiple of the model's downsampling factor.
+        max_pixels: see `load_image`.
 
     Raises:
         ValueError: folder contains no images.
         OSError: folder does not exist, or an image cannot be read.
     """
 
-    def __init__(self, folder: str | Path, size: int) -> None:
-        files = find_images([folder]).files[:MAX_IMAGES]
-        self.images = [to_tensor(ImageOps.fit(load_image(file.path), (size, size), Image.Resampling.LANCZOS)) for file in files]
+    def __init__(self, folder: str | Path, size: int, max_pixels: int = DEFAULT_MAX_PIXELS) -> None:
+        images = [load_image(file.path, max_pixels=max_pixels) for file in find_images([folder]).files[:MAX_IMAGES]]
+        self.images = [to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)) for image in images]
 
     @torch.no_grad()
     def run(self, model: MOVQ, device: torch.device, quantized: bool) -> tuple[float, Image.Image]:
