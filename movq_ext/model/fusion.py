@@ -80,7 +80,10 @@ def plain_weight(layer: nn.Module) -> Tensor | None:
 
 
 def runs_inference(layer: nn.Module, *inputs: Tensor | None) -> bool:
-    """True if no gradient is recorded for the layer's parameters or these inputs, and plain tensors run eagerly."""
+    """True if no gradient is recorded for the layer's parameters or these inputs, and plain tensors run eagerly.
+
+    Test this before `is_unmodified`: while compiling it is False, and hooks that are never read need no guards.
+    """
     tensors = [*(x for x in inputs if x is not None), *layer.parameters()]
     return all(isinstance(x, Tensor) for x in tensors) and is_inference(*tensors)
 

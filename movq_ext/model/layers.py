@@ -125,7 +125,7 @@ class ResnetBlock(nn.Module, FusedModule):
         if (temb is not None) != hasattr(self, "temb_proj"):
             given = "none" if temb is None else f"shape {tuple(temb.shape)}"
             raise ValueError(f"temb must be given exactly when the block was made with temb_channels > 0, got {given}")
-        if temb is None and is_plain_norm(self.norm1) and is_plain_norm(self.norm2) and runs_inference(self, x, zq):
+        if temb is None and runs_inference(self, x, zq) and is_plain_norm(self.norm1) and is_plain_norm(self.norm2):
             return self._forward_fused(x, Modulations(zq))
         h: Tensor = self.conv1(self.norm1(x, zq, activation="silu"))
         if temb is not None:
@@ -181,7 +181,7 @@ class AttnBlock(nn.Module, FusedModule):
 
     def forward(self, x: Tensor, zq: Tensor | None = None) -> Tensor:
         """Return ``(B, C, H, W)`` for x of that shape and, if the norm is conditioned, zq ``(B, zq_ch, h, w)``."""
-        if is_plain_norm(self.norm) and runs_inference(self, x, zq):
+        if runs_inference(self, x, zq) and is_plain_norm(self.norm):
             return self._forward_fused(x, Modulations(zq))
         n = self.norm(x, zq)
         q, k, v = self._project(n)

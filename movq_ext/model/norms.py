@@ -90,7 +90,7 @@ class SpatialNorm(nn.Module, FusedModule):
         Raises ValueError (rank, channels, batch, device) or TypeError (dtype) naming the argument.
         """
         self._check(f, zq)
-        if self.add_conv and is_plain_group_norm(self.norm_layer) and runs_inference(self, f, zq):
+        if self.add_conv and runs_inference(self, f, zq) and is_plain_group_norm(self.norm_layer):
             return self._forward_fused(f, Modulations(zq), activation)
         if self.add_conv:
             zq = self._convolve_resized(zq, f)
