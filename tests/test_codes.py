@@ -114,7 +114,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
         partial.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(codes, "save_file", disk_full)
+    monkeypatch.setattr(codes, "write_safetensors", disk_full)
     with pytest.raises(OSError, match="No space left"):
         CodeFile("other").save(path)
     assert CodeFile.load(path).codebook == "book" and list(tmp_path.iterdir()) == [path]

@@ -188,7 +188,7 @@ def test_a_failed_save_keeps_the_old_files(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(weights, "save_file", disk_full)
+    monkeypatch.setattr(weights, "write_safetensors", disk_full)
     with pytest.raises(OSError, match="No space left"):
         save_pretrained(make_movq(1), tmp_path)
     assert same_weights(from_pretrained(tmp_path), make_movq(0))

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..model.autoencoder import MOVQ
 from .files import MAX_SHOWN_CHARACTERS, atomic_write, parse_json, printable, require_file, wrap_errors
 from .images import pad_to_multiple, to_image, to_tensor
-from .tensor_files import FLOAT_DTYPES
+from .tensor_files import FLOAT_DTYPES, write_safetensors
 
 FORMAT = "movq_ext.codes.1"
 MAX_NAME_CHARACTERS = 4096  # no operating system has longer paths
@@ -118,7 +117,7 @@ class CodeFile:
             "hashes": json.dumps(self.hashes),
         }
         with wrap_errors(OSError, f"cannot write {path}"), atomic_write(path) as partial:
-            save_file(self.codes, partial, metadata=metadata)
+            write_safetensors(self.codes, partial, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> CodeFile:

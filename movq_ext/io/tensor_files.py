@@ -1,4 +1,4 @@
-"""Recognise the formats of weight files, and read safetensors. Memory follows a file's real size, not its header's claims."""
+"""Recognise formats of weight files; read and write safetensors. Memory follows a file's real size, not its header's claims."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from .files import MAX_SHOWN_CHARACTERS, printable
@@ -55,6 +56,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return (tensors by name, metadata)."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write contiguous tensors and metadata to path. Raises OSError if that fails."""
+    # save_file would write to a temporary file of its own beside path, which a killed process leaves behind.
+    path.write_bytes(save(dict(tensors), metadata))
 
 
 def check_claimed_bytes(path: Path, claimed: int) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..model.autoencoder import MOVQ
@@ -16,7 +15,7 @@ from .checkpoint_files import read_dictionaries
 from .diffusers_weights import published_entries, read_config
 from .files import atomic_write, parse_json, require_file, wrap_errors
 from .original_weights import CODEBOOK, Weights, infer_config, rename, select_model, strip_wrappers, with_codebook
-from .tensor_files import CheckpointError, format_names, is_plain_float
+from .tensor_files import CheckpointError, format_names, is_plain_float, write_safetensors
 from .weight_folders import find_weights
 
 CONFIG_KEY = "movq_ext.config"  # in the metadata of model.safetensors
@@ -48,7 +47,7 @@ def save_pretrained(model: MOVQ, folder: str | Path, dtype: torch.dtype | None =
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with atomic_write(folder / "model.safetensors") as partial:
-        save_file(tensors, partial, metadata={CONFIG_KEY: config})
+        write_safetensors(tensors, partial, {CONFIG_KEY: config})
     with atomic_write(folder / "config.json") as partial:
         partial.write_text(config + "\n")
 
