@@ -298,6 +298,23 @@ def test_python_and_the_kernels_have_the_same_pixel_limit(counted):
     assert counted.max_map_pixels() == MAX_MAP_PIXELS
 
 
+@pytest.mark.parametrize("pixels", [1, 2, 5, 64, 4096])
+def test_channels_last_statistics_fit_into_the_shared_memory_of_every_gpu(counted, pixels):
+    """Any number of channels per group, in 2 to 64 groups: blocks have 48 KB without asking the driver for more."""
+    needed = {groups: counted.interleaved_statistics_shared_bytes(groups, pixels) for groups in range(2, 65)}
+    assert max(needed.values()) <= 48 << 10, max(needed.items(), key=lambda item: item[1])
+
+
+@pytest.mark.parametrize("channels, dtype", [(376, BF16), (840, BF16), (184, F32), (24, F32)])
+def test_channels_last_groups_that_share_accesses(counted, channels, dtype):
+    """No access of 16 bytes divides a group's channels: blocks keep the moments of each channel."""
+    c = case((1, channels, 6, 9), (2, 3), dtype, "channels_last")
+    out, *_ = counted.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 8, 1e-6, True)
+    assert_close(out, expected_forward(c, 8, 1e-6, True))
+    statistics = next(launch for launch in counted.cost.launches if launch.kernel == "spatial_norm statistics")
+    assert statistics.shared_bytes <= 48 << 10
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_one_image_fills_a_gpu(counted, layout):
     """The passes over f have far more blocks than batch * groups = 32."""

@@ -56,6 +56,25 @@ struct InterleavedGroups {
   }
 };
 
+// The distance between columns of `rows` floats at which a warp, whose threads run across the columns first, collides least in
+// the banks. It adds to a column at most the rows of a warp, so that any number of groups fits in the 48 KB that every GPU has.
+inline int choose_column_pitch(int columns, int rows) {
+  const int lanes = std::min(columns * rows, kWarpSize);
+  int best = rows, fewest = kWarpSize;
+  for (int pitch = rows; pitch <= rows + ceil_div(kWarpSize, columns); ++pitch) {
+    uint32_t used = 0;
+    int collisions = 0;
+    for (int lane = 0; lane < lanes; ++lane) {
+      const uint32_t bank = uint32_t(1) << ((lane % columns * pitch + lane / columns) % kWarpSize);
+      collisions += (used & bank) != 0;
+      used |= bank;
+    }
+    if (collisions < fewest) best = pitch, fewest = collisions;
+    if (fewest == 0) break;
+  }
+  return best;
+}
+
 inline InterleavedGroups plan_interleaved_groups(const Geometry& geometry, int vec_size) {
   InterleavedGroups plan = {};
   plan.groups = geometry.groups;
@@ -72,9 +91,7 @@ inline InterleavedGroups plan_interleaved_groups(const Geometry& geometry, int v
   plan.threads_outer = std::min(kThreads / plan.threads_inner, geometry.pixels);
   plan.access_in_one_group = plan.tile_groups == 1 || geometry.group_channels % vec_size == 0;
   plan.group_columns = plan.access_in_one_group ? geometry.group_channels / vec_size : geometry.group_channels;
-  // A warp's columns start in different banks, as far apart as it has rows of each.
-  const int warp_rows = ceil_div(kWarpSize, plan.threads_inner);
-  plan.column_pitch = plan.threads_outer + (warp_rows - plan.threads_outer % kWarpSize + kWarpSize) % kWarpSize;
+  plan.column_pitch = choose_column_pitch(plan.threads_inner, plan.threads_outer);
   const int64_t steps = ceil_div(geometry.pixels, plan.threads_outer);
   const int64_t rounds = rounds_per_block(steps * plan.tiles * geometry.batch, 32, kStatisticsTargetBlocks);
   plan.chunk_elements = rounds * plan.threads_outer * plan.channels;

@@ -13,6 +13,7 @@ PROBLEM = """int64_t batch, int64_t channels, int64_t height, int64_t width, int
 # A call with a null `workspace` only returns its size.
 GLUE = """
 #include "spatial_norm.h"
+#include "spatial_norm_statistics.cuh"
 
 #define MAKE_PROBLEM {batch, channels, height, width, groups, zq_height, zq_width, movq::DType(dtype), movq::DType(param_dtype), \
                      channels_last, silu, eps}
@@ -20,6 +21,21 @@ GLUE = """
 static void write_size(int64_t* size, int64_t value) { emu::copy_to_device(size, &value, sizeof value); }
 
 EXPORT(max_map_pixels, int64_t* size) { write_size(size, movq::kMaxMapPixels); }
+
+// The most shared memory that NHWC statistics need, over maps of these groups and pixels with up to 1,100 channels a group.
+EXPORT(interleaved_statistics_shared_bytes, int groups, int pixels, int64_t* size) {
+  int bytes = 0;
+  for (int group_channels = 1; group_channels <= 1100; ++group_channels) {
+    for (int dtype = 0; dtype < 2; ++dtype) {
+      movq::SpatialNormProblem p = {1, int64_t(groups) * group_channels, 1, pixels, groups, 0, 0, movq::DType(dtype)};
+      p.channels_last = true;
+      const movq::spatial_norm::Geometry geometry = movq::spatial_norm::make_geometry(p);
+      const int vec_size = movq::spatial_norm::choose_vec_size(p, geometry, {});
+      bytes = std::max(bytes, movq::spatial_norm::plan_interleaved_groups(geometry, vec_size).shared_bytes(vec_size));
+    }
+  }
+  write_size(size, bytes);
+}
 
 EXPORT(forward, PROBLEM, const void* f, const void* zq_y, const void* zq_b, const void* weight, const void* bias,
        const void* f_bias, int f_bias_dtype, bool bordered, void* out, float* mean, float* rstd, void* workspace, int64_t* size) {
@@ -101,6 +117,12 @@ class Emulator:
     def max_map_pixels():
         size = torch.zeros(1, dtype=torch.int64)
         library().call("max_map_pixels", size=size)
+        return int(size)
+
+    @staticmethod
+    def interleaved_statistics_shared_bytes(groups, pixels):
+        size = torch.zeros(1, dtype=torch.int64)
+        library().call("interleaved_statistics_shared_bytes", groups=groups, pixels=pixels, size=size)
         return int(size)
 
     def forward(self, f, zq_y, zq_b, weight, bias, groups, eps, silu, f_bias=None, bordered=False):
