@@ -1,5 +1,4 @@
-// The operators attention_forward and attention_backward for CUDA tensors: checks, layout, allocation and stream around the
-// launchers.
+// The operators attention_* and shared_kv_attention_* for CUDA tensors: checks, layout, allocation and stream around the launchers.
 #include "kernels/attention.h"
 
 #include <ATen/core/Tensor.h>
@@ -48,7 +47,8 @@ struct Inputs {
     check_rank("q", given_q);
     TORCH_CHECK_VALUE(given_q.size(3) <= movq::kMaxHeadSize, "q must have a head size of at most ", movq::kMaxHeadSize, ", got ",
                       given_q.size(3));
-    for (const auto& [name, tensor] : {std::pair("k", &given_k), std::pair("v", &given_v)}) {
+    const bool shared = given_v.is_same(given_k);  // one tensor, kv
+    for (const auto& [name, tensor] : {std::pair(shared ? "kv" : "k", &given_k), std::pair(shared ? "kv" : "v", &given_v)}) {
       check_rank(name, *tensor);
       TORCH_CHECK_VALUE(
           tensor->size(0) == given_q.size(0) && tensor->size(1) == given_q.size(1) && tensor->size(3) == given_q.size(3), name,
@@ -63,7 +63,7 @@ struct Inputs {
                       " tokens, got ", given_q.size(2), " and ", given_k.size(2));
     q = aligned(given_q);
     k = aligned(given_k);
-    v = aligned(given_v);
+    v = shared ? k : aligned(given_v);
     problem.batch = q.size(0);
     problem.heads = q.size(1);
     problem.queries = q.size(2);
@@ -134,9 +134,23 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& given_dout, const Tens
   return {without_padding(dq, q.size(3)), without_padding(dk, q.size(3)), without_padding(dv, q.size(3))};
 }
 
+// Attention whose keys are also its values.
+
+std::tuple<Tensor, Tensor> shared_kv_forward(const Tensor& q, const Tensor& kv, double scale) {
+  return forward(q, kv, kv, scale);
+}
+
+std::tuple<Tensor, Tensor> shared_kv_backward(const Tensor& dout, const Tensor& q, const Tensor& kv, const Tensor& out,
+                                              const Tensor& lse, double scale) {
+  auto [dq, dk, dv] = backward(dout, q, kv, kv, out, lse, scale);
+  return {dq, dk.add_(dv)};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(movq_ext, CUDA, m) {
   m.impl("attention_forward", &forward);
   m.impl("attention_backward", &backward);
+  m.impl("shared_kv_attention_forward", &shared_kv_forward);
+  m.impl("shared_kv_attention_backward", &shared_kv_backward);
 }

@@ -15,7 +15,7 @@ from .model.norms import GroupNorm, SpatialNorm
 from .model.quantize import VectorQuantizer
 from .model.tiled import decode_tiled, encode_tiled
 from .ops.extension import build_info
-from .ops.functional import attention, explain, spatial_attention, spatial_norm
+from .ops.functional import attention, explain, shared_kv_attention, spatial_attention, spatial_norm
 from .profiling import annotate
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "load_exported",
     "restore",
     "save_pretrained",
+    "shared_kv_attention",
     "spatial_attention",
     "spatial_norm",
 ]

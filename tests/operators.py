@@ -30,6 +30,12 @@ def attention_arguments(dtype=torch.float32, size=32, device="cpu"):
     return [x.to(device).requires_grad_() for x in inputs], dout.to(device)
 
 
+def shared_kv_arguments(dtype=torch.float32, size=32, device="cpu"):
+    """q and kv, which require gradients, and dout."""
+    (q, kv, _), dout = attention_arguments(dtype, size, device)
+    return [q, kv], dout
+
+
 def epilogue_arguments(dtype=torch.float32, layout="nchw", affine=torch.float32, device="cpu"):
     """x, bias and residual."""
     c = case((2, 32, 8, 12), None, dtype, layout, affine=affine)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from movq_ext import attention, spatial_attention, spatial_norm
-from movq_ext.ops.functional import add_bias_residual_, fused_spatial_norm
+from movq_ext import attention, shared_kv_attention, spatial_attention, spatial_norm
+from movq_ext.ops.functional import add_bias_residual_, fused_spatial_norm, spatial_shared_kv_attention
 from movq_ext.ops.options import NormOptions
 
 FEATURES = torch.ones(2, 6, 8, 8, dtype=torch.float64)
@@ -87,6 +87,28 @@ def test_attention_refuses(case):
     error, message, arguments = BAD_ATTENTION[case]
     with pytest.raises(error, match=message):
         attention(*arguments)
+
+
+BAD_SHARED_KV_ATTENTION = {
+    "rank": (ValueError, r"kv must have 4 dimensions \(batch, heads, tokens, head size\), got shape \(3, 4, 8\)", (T, T[0])),
+    "heads": (ValueError, r"kv must have q's batch, heads and head size \(2, 3, 4, 8\), got \(2, 2, 4, 8\)", (T, T[:, :2])),
+    "empty": (ValueError, r"kv must not be empty", (T, T[:, :, :0])),
+    "integer": (TypeError, r"q must be floating point, got torch.int64", (T.long(), T)),
+    "device": (ValueError, r"kv must be on q's device cpu, got meta", (T, T.to("meta"))),
+    "dtype": (TypeError, r"kv must have q's dtype torch.float32, got torch.float64", (T, T.double())),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SHARED_KV_ATTENTION)
+def test_shared_kv_attention_refuses(case):
+    error, message, arguments = BAD_SHARED_KV_ATTENTION[case]
+    with pytest.raises(error, match=message):
+        shared_kv_attention(*arguments)
+
+
+def test_spatial_shared_kv_attention_refuses_another_shape():
+    with pytest.raises(ValueError, match=r"kv must have q's shape \(2, 4, 3, 3\), got \(1, 4, 3, 3\)"):
+        spatial_shared_kv_attention(Q, Q[:1])
 
 
 BAD_EPILOGUE = {

@@ -14,6 +14,7 @@ from operators import (
     needs_extension,
     needs_gpu,
     norm_arguments,
+    shared_kv_arguments,
 )
 from spies import saved_for_backward
 from tolerances import assert_close
@@ -124,59 +125,80 @@ def test_exports_with_the_operator():
 # --- Attention
 
 
+ATTENTION = {
+    "attention": (cuda.attention, native.attention, attention_arguments),
+    "shared_kv_attention": (cuda.shared_kv_attention, native.shared_kv_attention, shared_kv_arguments),
+}
+every_attention = pytest.mark.parametrize("name", ATTENTION)
+
+
+@every_attention
 @pytest.mark.parametrize("device", DEVICES)
-def test_gradients_of_attention_match_the_native_path(device):
-    inputs, dout = attention_arguments(device=device)
-    out, expected = cuda.attention(*inputs, 0.2), native.attention(*inputs, 0.2)
+def test_gradients_of_attention_match_the_native_path(device, name):
+    compiled, plain, arguments = ATTENTION[name]
+    inputs, dout = arguments(device=device)
+    out, expected = compiled(*inputs, 0.2), plain(*inputs, 0.2)
     assert_close(out, expected)
     for grad, want in zip(torch.autograd.grad(out, inputs, dout), torch.autograd.grad(expected, inputs, dout), strict=True):
         assert_close(grad, want, slack=2.0)
 
 
+@every_attention
 @pytest.mark.parametrize("device", DEVICES)
-def test_double_backward_of_attention(device):
-    inputs, dout = attention_arguments(device=device)
+def test_double_backward_of_attention(device, name):
+    compiled, plain, arguments = ATTENTION[name]
+    inputs, dout = arguments(device=device)
 
     def second(function):
         with sdpa_kernel(SDPBackend.MATH):
             grads = torch.autograd.grad(function(*inputs, 0.2), inputs, dout, create_graph=True)
         return torch.autograd.grad(sum(grad.square().sum() for grad in grads), inputs)
 
-    for grad, want in zip(second(cuda.attention), second(native.attention), strict=True):
+    for grad, want in zip(second(compiled), second(plain), strict=True):
         assert_close(grad, want, slack=5.0)
 
 
-def test_attention_returns_only_the_gradients_that_are_needed():
-    inputs, dout = attention_arguments()
+@every_attention
+def test_attention_returns_only_the_gradients_that_are_needed(name):
+    compiled, _, arguments = ATTENTION[name]
+    inputs, dout = arguments()
     inputs[1].requires_grad_(False)
-    cuda.attention(*inputs, 0.2).backward(dout)
-    assert [x.grad is not None for x in inputs] == [True, False, True]
+    compiled(*inputs, 0.2).backward(dout)
+    assert [x.grad is not None for x in inputs] == [True, False, True][: len(inputs)]
 
 
-def test_attention_keeps_no_scores_for_backward():
-    inputs, _ = attention_arguments()
+@every_attention
+def test_attention_keeps_no_scores_for_backward(name):
+    compiled, _, arguments = ATTENTION[name]
+    inputs, _ = arguments()
     with saved_for_backward() as saved:
-        out = cuda.attention(*inputs, 0.2)
+        out = compiled(*inputs, 0.2)
     assert sorted(x.numel() for x in saved) == sorted([*(x.numel() for x in inputs), out.numel(), out.numel() // 32])
 
 
+@every_attention
 @pytest.mark.parametrize("device", DEVICES)
-def test_attention_compiles_to_one_graph_with_the_operator(device):
-    inputs, dout = attention_arguments(device=device)
+def test_attention_compiles_to_one_graph_with_the_operator(device, name):
+    function, _, arguments = ATTENTION[name]
+    inputs, dout = arguments(device=device)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda *x: cuda.attention(*x, 0.2), fullgraph=True)
+    compiled = torch.compile(lambda *x: function(*x, 0.2), fullgraph=True)
     out = compiled(*inputs)
-    assert_close(out, cuda.attention(*inputs, 0.2))
-    expected = torch.autograd.grad(cuda.attention(*inputs, 0.2), inputs, dout)
+    assert_close(out, function(*inputs, 0.2))
+    expected = torch.autograd.grad(function(*inputs, 0.2), inputs, dout)
     for grad, want in zip(torch.autograd.grad(out, inputs, dout), expected, strict=True):
         assert_close(grad, want, slack=2.0)
-    program = torch.export.export(AttentionModule(), tuple(detached(inputs))).run_decompositions()
-    assert any("movq_ext.attention_forward" in str(node.target) for node in program.graph.nodes)
+    program = torch.export.export(AttentionModule(function), tuple(detached(inputs))).run_decompositions()
+    assert any(f"movq_ext.{name}_forward" in str(node.target) for node in program.graph.nodes)
 
 
 class AttentionModule(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
     def forward(self, *x):
-        return cuda.attention(*x, 0.2)
+        return self.function(*x, 0.2)
 
 
 # --- The epilogue of a convolution
@@ -208,7 +230,7 @@ class Epilogue(torch.nn.Module):
 class TestOnGpu:
     def test_the_public_function_runs_the_kernels(self):
         inputs, _ = norm_arguments(device="cuda")
-        assert movq_ext.exdetached(inputs[0]).startswith("cuda")
+        assert movq_ext.explain(inputs[0]).startswith("cuda")
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             movq_ext.spatial_norm(*inputs, GROUPS, 1e-6, "silu")
         assert any("movq::spatial_norm" in event.key for event in profile.key_averages())
@@ -238,7 +260,7 @@ class TestOnGpu:
         f = torch.randn(1, 32, 4, 4, device="cuda", dtype=torch.float64)
         with pytest.warns(RuntimeWarning, match="the CUDA kernels take float32, float16, bfloat16, got float64"):
             movq_ext.spatial_norm(f, None, None, None, None, GROUPS)
-        assert movq_ext.exdetached(f).startswith("native: the CUDA kernels take")
+        assert movq_ext.explain(f).startswith("native: the CUDA kernels take")
 
     def test_autocast_keeps_the_dtype_of_f(self):
         inputs = detached(norm_arguments(torch.bfloat16, device="cuda")[0])
@@ -249,7 +271,7 @@ class TestOnGpu:
     def test_the_public_function_runs_the_attention_kernels(self, layout):
         q = torch.randn(2, 64, 8, 12, device="cuda", dtype=torch.bfloat16)
         q = q.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else q
-        assert movq_ext.exdetached(q, "spatial_attention").startswith("cuda")
+        assert movq_ext.explain(q, "spatial_attention").startswith("cuda")
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             out = movq_ext.spatial_attention(q, q, q)
         names = [event.key for event in profile.key_averages()]
@@ -269,14 +291,18 @@ class TestOnGpu:
             torch.randn(2, 50, 39, 3, device="cuda").permute(0, 3, 1, 2),  # channels_last, if heads are channels
         ]
         for x in tensors:
-            assert_close(movq_ext.attention(x, x, x), native.attention(*[x.double()] * 3, None))
+            expected = native.attention(*[x.double()] * 3, None)
+            assert_close(movq_ext.attention(x, x, x), expected)
+            assert_close(movq_ext.shared_kv_attention(x, x), expected)
 
-    def test_a_graph_captures_attention(self):
-        inputs = detached(attention_arguments(torch.bfloat16, device="cuda")[0])
-        expected = movq_ext.attention(*inputs)
+    @every_attention
+    def test_a_graph_captures_attention(self, name):
+        function, arguments = getattr(movq_ext, name), ATTENTION[name][2]
+        inputs = detached(arguments(torch.bfloat16, device="cuda")[0])
+        expected = function(*inputs)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = movq_ext.attention(*inputs)
+            out = function(*inputs)
         graph.replay()
         assert torch.equal(out, expected)
 
@@ -284,12 +310,13 @@ class TestOnGpu:
         q = torch.randn(1, 1, 4, 640, device="cuda")
         with pytest.warns(RuntimeWarning, match="heads of up to 512, got 640"):
             movq_ext.attention(q, q, q)
-        assert movq_ext.exdetached(q, "attention").startswith("native: the CUDA kernels of attention take heads of up to 512")
+        assert movq_ext.explain(q, "attention").startswith("native: the CUDA kernels of attention take heads of up to 512")
 
     def test_attention_casts_under_autocast(self):
         q = torch.randn(1, 1, 40, 64, device="cuda")
         with torch.autocast("cuda", torch.bfloat16):
             assert movq_ext.attention(q, q, q).dtype == torch.bfloat16
+            assert movq_ext.shared_kv_attention(q, q).dtype == torch.bfloat16
 
     def test_the_epilogue_is_one_kernel(self):
         for layout in LAYOUTS:

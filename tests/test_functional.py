@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_close
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from movq_ext import attention, explain, spatial_attention, spatial_norm
+from movq_ext import attention, explain, shared_kv_attention, spatial_attention, spatial_norm
 from movq_ext.ops import functional
-from movq_ext.ops.functional import add_bias_residual_, fused_spatial_norm
+from movq_ext.ops.functional import add_bias_residual_, fused_spatial_norm, spatial_shared_kv_attention
 from movq_ext.ops.options import NormOptions
 
 GRIDS = [((8, 8), (8, 8)), ((8, 8), (1, 1)), ((16, 8), (4, 4)), ((7, 9), (3, 4)), ((5, 5), (7, 11)),
@@ -121,6 +122,37 @@ def test_attention_of_several_heads_and_more_keys_than_queries():
     assert torch.autograd.gradcheck(attention, [x.requires_grad_() for x in (q, k, v)])
 
 
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shared_kv_attention_is_the_formula(dtype, scale):
+    q, h, _ = attention_arguments(2, 32, (3, 5), dtype)
+    expected = published.attention(q.double(), h.double(), h.double(), scale)
+    out = spatial_shared_kv_attention(q, h, scale)
+    assert out.dtype == dtype
+    assert_close(out, expected, slack=50 if scale else 3)
+    tokens = shared_kv_attention(*(x.flatten(2).mT.unsqueeze(1) for x in (q, h)), scale)
+    assert torch.equal(tokens.squeeze(1).mT.unflatten(2, (3, 5)), out)
+
+
+def test_shared_kv_attention_adds_the_gradients_of_keys_and_values():
+    generator = torch.Generator().manual_seed(0)
+    q, kv = (torch.randn(2, 3, tokens, 4, generator=generator, dtype=torch.float64).requires_grad_() for tokens in (5, 7))
+    assert torch.autograd.gradcheck(shared_kv_attention, (q, kv))
+    with sdpa_kernel(SDPBackend.MATH):  # the only backend that can be differentiated twice
+        assert torch.autograd.gradgradcheck(shared_kv_attention, (q, kv))
+    k, v = (kv.detach().requires_grad_() for _ in range(2))
+    dk, dv = torch.autograd.grad(attention(q, k, v).sin().sum(), (k, v))
+    (dkv,) = torch.autograd.grad(shared_kv_attention(q, kv).sin().sum(), kv)
+    assert_close(dkv, dk + dv)
+
+
+def test_keys_and_values_can_be_absorbed_into_queries_and_output():
+    """As the docstring of shared_kv_attention says."""
+    h, query, key, value = (torch.randn(1, 1, n, 6, dtype=torch.float64) for n in (9, 6, 6, 6))
+    expected = attention(h @ query, h @ key, h @ value, 0.3)
+    assert_close(shared_kv_attention(h @ query @ key.mT, h, 0.3) @ value, expected, slack=10)
+
+
 def code_in_docstring(function):
     """The block that the docstring announces with ``::``."""
     lines = inspect.getdoc(function).partition("::\n\n")[2].splitlines()
@@ -154,8 +186,9 @@ def test_the_kernels_refuse_maps_of_more_pixels_than_int32_holds(monkeypatch):
 
 def test_explain_names_the_path_and_the_reason():
     x = torch.zeros(2, 4, 3, 3)
-    assert explain(x, "attention") == explain(x, "spatial_attention") == explain(x)
-    with pytest.raises(ValueError, match="operator must be one of spatial_norm, spatial_attention, attention, got 'conv'"):
+    assert explain(x, "attention") == explain(x, "spatial_attention") == explain(x, "shared_kv_attention") == explain(x)
+    names = "spatial_norm, spatial_attention, attention, shared_kv_attention"
+    with pytest.raises(ValueError, match=f"operator must be one of {names}, got 'conv'"):
         explain(x, "conv")
     assert explain(torch.zeros(1)) == "native: the CUDA kernels do not run on cpu tensors"
 

@@ -260,6 +260,15 @@ def test_no_backend_makes_all_scores_at_once():
     assert_close(out, whole.double())
 
 
+def test_shared_kv_attention_bounds_the_scores_too():
+    q, kv = torch.randn(1, 1, 50, 4), torch.randn(1, 1, 5000, 4)
+    with sdpa_kernel(SDPBackend.MATH), pytest.MonkeyPatch.context() as patch, LargestTensor() as largest:
+        patch.setattr(native, "MAX_SCORE_ELEMENTS", 5000 * 20)
+        out = native.shared_kv_attention(q, kv, 0.7)
+    assert 5000 * 4 < largest.elements <= 5000 * 20
+    assert_close(out, (q.double() @ kv.double().mT * 0.7).softmax(3) @ kv.double(), slack=2)
+
+
 # --- The epilogue of a convolution
 
 

@@ -12,6 +12,7 @@ from operators import (
     epilogue_arguments,
     needs_extension,
     norm_arguments,
+    shared_kv_arguments,
 )
 from tolerances import assert_close
 
@@ -72,6 +73,21 @@ def test_attention_on_a_cpu_is_the_formula(dtype):
         assert_close(grad, want, slack=2.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shared_kv_attention_on_a_cpu_is_the_formula(dtype):
+    inputs, dout = shared_kv_arguments(dtype)
+    q, kv = exact = in_double(inputs)
+    scores = 0.2 * q @ kv.mT
+    expected = scores.softmax(3) @ kv
+    out, lse = registration.shared_kv_attention_forward_cpu(*detached(inputs), 0.2)
+    assert_close(out, expected)
+    assert_close(lse, scores.logsumexp(3))
+    grads = registration.shared_kv_attention_backward_cpu(dout, *detached(inputs), out, lse, 0.2)
+    for x, grad, want in zip(inputs, grads, gradients(expected, exact, dout), strict=True):
+        assert grad.dtype == x.dtype
+        assert_close(grad, want, slack=2.0)
+
+
 def described(results):
     return [(x.shape, x.stride(), x.dtype) for x in results]
 
@@ -96,6 +112,15 @@ def test_fake_attention_has_the_layouts_of_real_attention():
     backward = dout, *inputs, *real, 0.2
     real = registration.attention_backward_cpu(*backward)
     assert described(registration.attention_backward_fake(*backward)) == described(real)
+
+
+def test_fake_shared_kv_attention_has_the_layouts_of_the_real_one():
+    inputs, dout = shared_kv_arguments()
+    real = registration.shared_kv_attention_forward_cpu(*inputs, 0.2)
+    assert described(registration.shared_kv_attention_forward_fake(*inputs, 0.2)) == described(real)
+    backward = dout, *inputs, *real, 0.2
+    real = registration.shared_kv_attention_backward_cpu(*backward)
+    assert described(registration.shared_kv_attention_backward_fake(*backward)) == described(real)
 
 
 # --- Registered operators
@@ -137,6 +162,19 @@ def test_opcheck_of_attention(device, dtype, size):
     torch.library.opcheck(forward, (*inputs, 0.2))
     out, lse = forward(*inputs, 0.2)
     torch.library.opcheck(backward, (dout, *inputs, out, lse, 0.2))
+
+
+@needs_extension
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [32, 20])
+def test_opcheck_of_shared_kv_attention(device, dtype, size):
+    inputs, dout = shared_kv_arguments(dtype, size, device)
+    inputs = detached(inputs)
+    operators = torch.ops.movq_ext
+    torch.library.opcheck(operators.shared_kv_attention_forward.default, (*inputs, 0.2))
+    out, lse = operators.shared_kv_attention_forward(*inputs, 0.2)
+    torch.library.opcheck(operators.shared_kv_attention_backward.default, (dout, *inputs, out, lse, 0.2))
 
 
 @needs_extension

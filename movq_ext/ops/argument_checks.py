@@ -47,18 +47,27 @@ def _check_modulation(f: Tensor, zq_y: Tensor, zq_b: Tensor) -> None:
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _check_rank(name, tensor, "(batch, heads, tokens, head size)")
-        _check_not_empty_and_floating(name, tensor)
-        if tensor.shape[:2] != q.shape[:2] or tensor.shape[3] != q.shape[3]:
-            raise ValueError(f"{name} must have q's batch, heads and head size {tuple(q.shape)}, got {tuple(tensor.shape)}")
+    _check_heads(q, k=k, v=v)
     if k.shape[2] != v.shape[2]:
         raise ValueError(f"k and v must have the same number of tokens, got {k.shape[2]} and {v.shape[2]}")
     check_device_and_dtype("q", q, k=k, v=v)
 
 
-def check_spatial_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
+def check_shared_kv_attention(q: Tensor, kv: Tensor) -> None:
+    _check_heads(q, kv=kv)
+    check_device_and_dtype("q", q, kv=kv)
+
+
+def _check_heads(q: Tensor, **others: Tensor) -> None:
+    for name, tensor in (("q", q), *others.items()):
+        _check_rank(name, tensor, "(batch, heads, tokens, head size)")
+        _check_not_empty_and_floating(name, tensor)
+        if tensor.shape[:2] != q.shape[:2] or tensor.shape[3] != q.shape[3]:
+            raise ValueError(f"{name} must have q's batch, heads and head size {tuple(q.shape)}, got {tuple(tensor.shape)}")
+
+
+def check_spatial_attention(q: Tensor, **others: Tensor) -> None:
+    for name, tensor in (("q", q), *others.items()):
         check_map(name, tensor)
         if tensor.shape != q.shape:
             raise ValueError(f"{name} must have q's shape {tuple(q.shape)}, got {tuple(tensor.shape)}")

@@ -99,6 +99,40 @@ class AttentionFunction(torch.autograd.Function):
         return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None
 
 
+def shared_kv_attention(q: Tensor, kv: Tensor, scale: float) -> Tensor:
+    """functional.shared_kv_attention with CUDA kernels. Arguments are checked, and heads are no larger than MAX_HEAD_SIZE."""
+    out: Tensor
+    out, _ = SharedKVAttentionFunction.apply(q, kv, scale)  # type: ignore[no-untyped-call]
+    return out
+
+
+class SharedKVAttentionFunction(torch.autograd.Function):
+    """AttentionFunction with one tensor and one gradient for keys and values."""
+
+    @staticmethod
+    def forward(q: Tensor, kv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return torch.ops.movq_ext.shared_kv_attention_forward(q, kv, scale)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, kv, ctx.scale = inputs
+        out, lse = output
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(q, kv, out, lse)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, *_: Any) -> Gradients:
+        q, kv, out, lse = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:2]
+        grads: Sequence[Tensor | None]
+        if _records_gradient():
+            with sdpa_kernel(SDPBackend.MATH):  # the only backend that can be differentiated twice
+                grads = _native_gradients(native.shared_kv_attention(q, kv, ctx.scale), (q, kv), needed, dout)
+        else:
+            grads = torch.ops.movq_ext.shared_kv_attention_backward(dout.to(q.dtype), q, kv, out, lse, ctx.scale)
+        return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None
+
+
 def _records_gradient() -> bool:
     """True if the gradient itself is recorded (create_graph=True); the native path computes it then."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from . import cuda, native
-from .argument_checks import check_add_bias_residual, check_attention, check_spatial_attention, check_spatial_norm
+from .argument_checks import (
+    check_add_bias_residual,
+    check_attention,
+    check_shared_kv_attention,
+    check_spatial_attention,
+    check_spatial_norm,
+)
 from .extension import device_reason, warn_once
 from .options import NormOptions
 
@@ -103,6 +109,37 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     return cuda.attention(q, k, v, q.shape[3] ** -0.5 if scale is None else scale)
 
 
+def shared_kv_attention(q: Tensor, kv: Tensor, scale: float | None = None) -> Tensor:
+    """`attention` with one tensor for keys and values: ``softmax(scale * q @ kv.mT) @ kv``.
+
+    Equivalent to ``attention(q, kv, kv, scale)``. Backward adds the gradients of the keys and of the values into one.
+
+    Self-attention has this form for any projections of its input h: ``softmax(scale * (h @ Q) @ (h @ K).mT) @ (h @ V)`` equals
+    ``shared_kv_attention(h @ Q @ K.mT, h, scale) @ V`` (DeepSeek-V2, arXiv:2405.04434, section 2.1.2, calls this absorption).
+
+    Args:
+        q: ``(B, heads, queries, C)``, floating point, any strides; see `attention`.
+        kv: ``(B, heads, keys, C)`` of q's dtype and device.
+        scale: factor on the scores; ``C ** -0.5`` if None.
+
+    Returns:
+        ``(B, heads, queries, C)`` in the dtype and with the accuracy of `attention`.
+
+    Raises:
+        ValueError: an argument has the wrong rank, size or device.
+        TypeError: dtypes differ outside autocast, or q is not floating point.
+    """
+    check_shared_kv_attention(q, kv)
+    if not q.is_cuda:
+        return native.shared_kv_attention(q, kv, scale)
+    if torch.is_autocast_enabled("cuda"):
+        q, kv = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, kv))
+    if reason := _why_native(q) or _why_native_head(q.shape[3]):
+        warn_once(reason)
+        return native.shared_kv_attention(q, kv, scale)
+    return cuda.shared_kv_attention(q, kv, q.shape[3] ** -0.5 if scale is None else scale)
+
+
 def spatial_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """Single-head `attention` over all positions of a feature map, with head size C.
 
@@ -123,16 +160,29 @@ def spatial_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = Non
         ValueError: an argument has the wrong rank, size or device.
         TypeError: dtypes differ outside autocast, or q is not floating point.
     """
-    check_spatial_attention(q, k, v)
-    attended = attention(_as_one_head(q), _as_one_head(k), _as_one_head(v), scale)
-    # Not squeeze(1).mT: for a batch of one, attended's batch stride would hide from convolutions that this is channels_last.
-    out: Tensor = attended.flatten(0, 2).unflatten(0, (q.shape[0], *q.shape[2:])).permute(0, 3, 1, 2)
-    return out.contiguous() if q.is_cuda and q.is_contiguous() else out
+    check_spatial_attention(q, k=k, v=v)
+    return _as_map(attention(_as_one_head(q), _as_one_head(k), _as_one_head(v), scale), q)
+
+
+def spatial_shared_kv_attention(q: Tensor, kv: Tensor, scale: float | None = None) -> Tensor:
+    """Single-head `shared_kv_attention` over all positions of a feature map: ``spatial_attention(q, kv, kv, scale)``.
+
+    Takes ``(B, C, H, W)``, and returns and raises what `spatial_attention` does.
+    """
+    check_spatial_attention(q, kv=kv)
+    return _as_map(shared_kv_attention(_as_one_head(q), _as_one_head(kv), scale), q)
 
 
 def _as_one_head(x: Tensor) -> Tensor:
     """``(B, C, H, W)`` as ``(B, 1, H * W, C)``."""
     return x.flatten(2).transpose(1, 2).unsqueeze(1)
+
+
+def _as_map(attended: Tensor, q: Tensor) -> Tensor:
+    """``(B, 1, H * W, C)`` as ``(B, C, H, W)``, on a GPU in q's memory format."""
+    # Not squeeze(1).mT: for a batch of one, attended's batch stride would hide from convolutions that this is channels_last.
+    out: Tensor = attended.flatten(0, 2).unflatten(0, (q.shape[0], *q.shape[2:])).permute(0, 3, 1, 2)
+    return out.contiguous() if q.is_cuda and q.is_contiguous() else out
 
 
 def add_bias_residual_(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -164,7 +214,8 @@ def explain(x: Tensor, operator: str = "spatial_norm") -> str:
     """Return the path that an operator takes for x, ``native`` or ``cuda``, and why.
 
     Args:
-        x: ``(B, C, H, W)`` for ``"spatial_norm"`` and ``"spatial_attention"``, ``(B, heads, tokens, C)`` for ``"attention"``.
+        x: ``(B, C, H, W)`` for ``"spatial_norm"`` and ``"spatial_attention"``, ``(B, heads, tokens, C)`` for ``"attention"`` and
+            ``"shared_kv_attention"``.
         operator: name of the operator.
 
     Returns:
@@ -173,7 +224,7 @@ def explain(x: Tensor, operator: str = "spatial_norm") -> str:
     Raises:
         ValueError: the operator is unknown.
     """
-    head_dim = {"spatial_norm": None, "spatial_attention": 1, "attention": 3}
+    head_dim = {"spatial_norm": None, "spatial_attention": 1, "attention": 3, "shared_kv_attention": 3}
     if operator not in head_dim:
         raise ValueError(f"operator must be one of {', '.join(head_dim)}, got {operator!r}")
     if not x.is_cuda:

@@ -152,3 +152,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     if is_tracing() or q.shape[2] <= queries:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     return torch.cat([F.scaled_dot_product_attention(part, k, v, scale=scale) for part in q.split(queries, dim=2)], dim=2)
+
+
+def shared_kv_attention(q: Tensor, kv: Tensor, scale: float | None) -> Tensor:
+    """``softmax(scale * q @ kv.mT) @ kv``: `attention` whose keys are also its values."""
+    return attention(q, kv, kv, scale)

@@ -23,6 +23,8 @@ def register_implementations() -> None:
         ("spatial_norm_backward", spatial_norm_backward_cpu, spatial_norm_backward_fake),
         ("attention_forward", attention_forward_cpu, attention_forward_fake),
         ("attention_backward", attention_backward_cpu, attention_backward_fake),
+        ("shared_kv_attention_forward", shared_kv_attention_forward_cpu, shared_kv_attention_forward_fake),
+        ("shared_kv_attention_backward", shared_kv_attention_backward_cpu, shared_kv_attention_backward_fake),
         ("add_bias_residual_", add_bias_residual_cpu, add_bias_residual_fake),
     ):
         torch.library.register_kernel(f"movq_ext::{name}", "cpu", cpu)
@@ -138,6 +140,25 @@ def attention_forward_fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tup
 
 def attention_backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def shared_kv_attention_forward_cpu(q: Tensor, kv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return attention_forward_cpu(q, kv, kv, scale)
+
+
+def shared_kv_attention_backward_cpu(
+    dout: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    dq, dk, dv = attention_backward_cpu(dout, q, kv, kv, out, lse, scale)
+    return dq, dk + dv
+
+
+def shared_kv_attention_forward_fake(q: Tensor, kv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return attention_forward_fake(q, kv, kv, scale)
+
+
+def shared_kv_attention_backward_fake(dout: Tensor, q: Tensor, kv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), kv.new_empty(kv.shape)
 
 
 # --- The epilogue of a convolution
