@@ -89,3 +89,13 @@ def test_files_from_elsewhere_have_no_names(tmp_path, suffix):
     else:
         write_parquet(tmp_path / "x.parquet", name=list("abcdef"))
     assert read_image_hashes(tmp_path / f"x{suffix}", BOOK) == {}
+
+
+def test_images_of_one_colour(tmp_path):
+    """Their codes are all equal. Run lengths would shrink them to a file that a reader refuses as a decompression bomb."""
+    file, path = CodeFile(BOOK.fingerprint), tmp_path / "x.parquet"
+    for i in range(4):
+        file.add(f"{i}.png", torch.zeros(3000, 2000), (6000, 4000))
+    save_codes(file, path)
+    assert [sample.problem for sample in make_shard(path, tmp_path / "out").samples(BOOK)] == [""] * 4
+    assert path.stat().st_size < 16 << 20

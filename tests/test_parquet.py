@@ -1,6 +1,9 @@
 """Parquet shards, decoded by the command line."""
 
+import os
+import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +22,10 @@ from shard_files import (
     write_parquet,
 )
 
-from movq_ext.bulk import parquet, run
-from movq_ext.bulk.codebook import CODEBOOK_KEY
+from movq_ext.bulk import parquet, parquet_reader, run
+from movq_ext.bulk.codebook import CODEBOOK_KEY, Codebook
+from movq_ext.bulk.parquet import ParquetShard
+from movq_ext.bulk.shards import ShardError
 from movq_ext.io.codes import codebook_fingerprint
 
 
@@ -49,7 +54,8 @@ def test_every_type_of_codes(model, model_folder, tmp_path, form):
 
 def test_chunks_and_row_groups_keep_the_order(model, model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "CHUNK_BYTES", 300)
-    monkeypatch.setattr(parquet, "BATCH_ROWS", 2)
+    monkeypatch.setattr(parquet_reader, "BATCH_ROWS", 2)
+    monkeypatch.setattr(parquet, "ROW_GROUP_ROWS", 2)
     source = write_parquet(tmp_path / "x.parquet", **size_columns(), name=[f"n{i}" for i in range(6)])
     assert run_decode(model_folder, source, "-o", tmp_path / "out") == 0
     table = pq.ParquetFile(tmp_path / "out/x.parquet")
@@ -67,7 +73,7 @@ def test_bad_rows(model, model_folder, tmp_path, capsys):
         "null code": ([[0, None]], 2, 4, "codes must not contain nulls"),
         "null row": ([None, [0]], 2, 4, "codes must not contain nulls"),
         "ragged": ([[0, 1], [2]], 4, 4, "codes must have rows of equal length"),
-        "empty": ([], 2, 4, "got float64 of shape (0,)"),
+        "empty": ([], 2, 4, "got int64 of shape (0,)"),
         "another size": ([[0, 1]], 9, 4, "expected 5 x 2 codes for an image of 9 x 4 pixels (height x width), got shape (1, 2)"),
         "no width": ([[0, 1]], 2, None, "height and width must be integers from 1 to 1048576, got 2 and None"),
         "zero height": ([[0, 1]], 0, 4, "got 0 and 4"),
@@ -157,3 +163,130 @@ def test_the_images_may_take_the_name_of_the_codes(model_folder, tmp_path):
     source = write_parquet(tmp_path / "x.parquet")
     assert run_decode(model_folder, source, "-o", tmp_path / "out", "--image-column", "codes") == 0
     assert pq.read_table(tmp_path / "out/x.parquet").column_names == ["codes"]
+
+
+# --- Files that ask for more memory than they have bytes
+
+
+def write_run_length_bomb(path):
+    """One row of 2**24 equal codes, run-length encoded."""
+    codes = pa.ListArray.from_arrays(pa.array([0, 1 << 24], pa.int32()), pa.array(np.zeros(1 << 24, np.int64)))
+    pq.write_table(pa.table({"codes": codes}), path)
+
+
+def write_compressed_bomb(path):
+    """Columns are copied on, so they are read too."""
+    table = pa.table({"codes": [[1]] * 3, "blob": [bytes(1 << 26)] * 3})
+    pq.write_table(table, path, compression="zstd", use_dictionary=False, write_statistics=False)
+
+
+def write_many_row_groups(path):
+    """No batch is large, but all of them together are."""
+    table = pa.table({"codes": [[1]] * 128, "blob": [bytes(1 << 20)] * 128})
+    pq.write_table(table, path, compression="zstd", use_dictionary=False, write_statistics=False, row_group_size=8)
+
+
+def write_null_columns(path):
+    """Rows that take no memory at all until they are samples."""
+    pq.write_table(pa.table({"codes": pa.nulls(1 << 21)}), path)
+
+
+def write_dictionary_bomb(path):
+    """One large value that many rows refer to."""
+    table = pa.table({"codes": [[1]] * 256, "blob": [bytes(1 << 20)] * 256})
+    pq.write_table(table, path, compression="zstd", write_statistics=False)
+
+
+@pytest.mark.parametrize(
+    "write", [write_run_length_bomb, write_compressed_bomb, write_many_row_groups, write_null_columns, write_dictionary_bomb]
+)
+def test_a_small_file_of_large_contents(model, tmp_path, write):
+    write(tmp_path / "x.parquet")
+    assert (tmp_path / "x.parquet").stat().st_size < 1 << 16
+    codebook, before = Codebook.from_model(model), pa.total_allocated_bytes()
+    shard = ParquetShard(tmp_path / "x.parquet", tmp_path / "out.parquet")
+    with pytest.raises(ShardError, match=r"x\.parquet: expected at most 67108864 bytes after decompression, got more"):
+        for _ in shard.samples(codebook):
+            assert pa.total_allocated_bytes() - before < 64 << 20
+
+
+def test_a_file_may_expand_a_hundredfold(model, tmp_path):
+    """Above 64 MiB, the limit follows the file's size."""
+    noise = np.random.default_rng(0).bytes(1 << 20)
+    table = pa.table({"codes": [[1]] * 40, "blob": [noise + bytes(1 << 20)] * 40})
+    pq.write_table(table, tmp_path / "x.parquet", compression="zstd", use_dictionary=False, row_group_size=4)
+    samples = ParquetShard(tmp_path / "x.parquet", tmp_path / "out.parquet").samples(Codebook.from_model(model))
+    assert sum(sample.payload_bytes for sample in samples) > 80 << 20
+
+
+def test_a_file_that_crashes_pyarrow(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_reader, "CHILD", tmp_path / "crash.py")
+    (tmp_path / "crash.py").write_text("import os\nos.abort()\n")
+    shard = ParquetShard(write_parquet(tmp_path / "x.parquet"), tmp_path / "out.parquet")
+    with pytest.raises(ShardError, match=r"x\.parquet is damaged: reading it crashed pyarrow \(signal 6\)"):
+        list(shard.samples(Codebook.from_model(model)))
+
+
+def test_a_reader_that_is_not_read_to_its_end(model, tmp_path):
+    """It ends with the block, even while it writes to a full pipe."""
+    source = write_parquet(tmp_path / "x.parquet", photo=[np.random.default_rng(0).bytes(1 << 20)] * len(SIZES))
+    with parquet_reader.open_parquet(source) as (schema, _):
+        assert schema.names == ["codes", "photo"]
+
+
+def test_nested_codes_of_many_empty_rows(model, tmp_path):
+    """They must not become a Python object each."""
+    rows = pa.ListArray.from_arrays(pa.array(np.zeros(10**6 + 1, np.int32)), pa.array([], pa.int64()))
+    codes = pa.ListArray.from_arrays(pa.array([0, 10**6], pa.int32()), rows)
+    pq.write_table(pa.table({"codes": codes}), tmp_path / "x.parquet")
+    tracemalloc.start()
+    try:
+        (sample,) = ParquetShard(tmp_path / "x.parquet", tmp_path / "out").samples(Codebook.from_model(model))
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+    assert "got int64 of shape (1000000, 0)" in sample.problem
+
+
+@pytest.mark.parametrize("column", ["name", "height"])
+def test_a_list_in_place_of_a_name_or_number(model, tmp_path, column):
+    source = write_parquet(tmp_path / "x.parquet", **{column: [[1, 2]] * len(SIZES)})
+    problems = {sample.problem for sample in ParquetShard(source, tmp_path / "out").samples(Codebook.from_model(model))}
+    assert problems == {f"{column}: expected text or a number, got list<element: int64>"}
+
+
+def test_a_long_footer_is_not_counted(tmp_path, monkeypatch):
+    """It could take several hundred times its size."""
+    source = write_parquet(tmp_path / "x.parquet")
+    assert ParquetShard(source, tmp_path / "out").count_samples() == len(SIZES)
+    monkeypatch.setattr(parquet_reader, "MAX_COUNTED_FOOTER_BYTES", 10)
+    assert ParquetShard(source, tmp_path / "out").count_samples() is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot limit memory")
+def test_a_footer_that_lies(tmp_path):
+    """The footer claims less than a page then takes: only the reader's memory limit helps."""
+    source, peak = tmp_path / "x.parquet", tmp_path / "peak"
+    write_compressed_bomb(source)
+    honest, data = pq.read_metadata(source).row_group(0).total_byte_size, source.read_bytes()
+    assert honest > 1 << 27 and data.count(zigzag(honest)) == 1
+    source.write_bytes(data.replace(zigzag(honest), b"\xd0\x8f\x80\x80\0"))  # 1000 in as many bytes
+    assert pq.read_metadata(source).row_group(0).total_byte_size == 1000
+    program = (
+        "import atexit, re, runpy, sys\n"
+        "status = lambda: open('/proc/self/status').read()\n"
+        f"atexit.register(lambda: open({str(peak)!r}, 'w').write(re.search(r'VmHWM:\\s*(\\d+)', status())[1]))\n"
+        "runpy.run_path(sys.argv.pop(1), run_name='__main__')\n"
+    )
+    command = [sys.executable, "-P", "-c", program, parquet_reader.CHILD, source, "256", str(64 << 20)]
+    run = subprocess.run(command, capture_output=True, env={**os.environ, **parquet_reader.CHILD_ENVIRONMENT})
+    assert b"expected at most 67108864 bytes after decompression, got more" in run.stderr
+    assert int(peak.read_text()) << 10 < 192 << 20  # pyarrow itself takes 80 MiB
+
+
+def zigzag(number):
+    """Return a positive number as the footer stores it."""
+    number, encoded = 2 * number, b""
+    while number > 127:
+        encoded, number = encoded + bytes([number & 127 | 128]), number >> 7
+    return encoded + bytes([number])

@@ -22,7 +22,7 @@ from ..io.folders import search_folder
 from .code_writers import WRITERS, read_image_hashes, save_codes
 from .codebook import Codebook
 from .journal import Journal
-from .parquet import import_pyarrow
+from .parquet_reader import import_pyarrow
 
 DEFAULT_SHARD_SIZE = 10_000  # images
 MAX_SHARD_BYTES = 1 << 30  # of codes, which are in memory until the shard is written

@@ -11,9 +11,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from ..io.codes import CodeFile, read_hashes
-from ..io.files import atomic_write, parse_json, require_file, wrap_errors
+from ..io.files import atomic_write, max_expanded_bytes, parse_json, require_file, wrap_errors
 from .codebook import CODEBOOK_KEY, Codebook
-from .parquet import import_pyarrow
+from .parquet_reader import import_pyarrow, open_parquet
 from .shards import ShardError
 from .webdataset import WebDatasetShard
 
@@ -93,8 +93,11 @@ def _save_parquet(file: CodeFile, path: Path) -> None:
         HASH_KEY: pa.array([file.hashes.get(name, "") for name in file.codes], pa.string()),
         "codes": pa.ListArray.from_arrays(_offsets([len(grid) for grid in grids]), rows),
     }
+    table = pa.table(columns, metadata={CODEBOOK_KEY: file.codebook})
     with atomic_write(path) as partial:
-        pq.write_table(pa.table(columns, metadata={CODEBOOK_KEY: file.codebook}), partial, row_group_size=ROW_GROUP_ROWS)
+        pq.write_table(table, partial, row_group_size=ROW_GROUP_ROWS)
+        if table.nbytes > max_expanded_bytes(partial.stat().st_size) // 2:  # images of one colour; readers refuse such a file
+            pq.write_table(table, partial, row_group_size=ROW_GROUP_ROWS, use_dictionary=False)
 
 
 def _offsets(lengths: list[int]) -> np.ndarray:
@@ -103,15 +106,15 @@ def _offsets(lengths: list[int]) -> np.ndarray:
 
 
 def _read_parquet(path: Path, codebook: Codebook) -> dict[str, str]:
-    _, pq = import_pyarrow()
-    with wrap_errors(ShardError, f"{path} is damaged or not a Parquet file"):
-        schema = pq.read_schema(path)
+    with open_parquet(path) as (schema, batches):
         fingerprint = (schema.metadata or {}).get(CODEBOOK_KEY.encode())
         if fingerprint is None or "codes" not in schema.names:  # not from encode, or images that decode wrote
             return {}
-        table = pq.read_table(path, columns=["name", HASH_KEY])
-        hashes = dict(zip(table["name"].to_pylist(), table[HASH_KEY].to_pylist(), strict=True))
-    codebook.check_fingerprint(fingerprint.decode(errors="replace"), path)
+        codebook.check_fingerprint(fingerprint.decode(errors="replace"), path)
+        hashes: dict[str, str] = {}
+        for batch in batches:
+            with wrap_errors(ShardError, f"{path} is damaged or not a Parquet file"):
+                hashes.update(zip(batch["name"].to_pylist(), batch[HASH_KEY].to_pylist(), strict=True))
     return hashes
 
 
