@@ -181,7 +181,7 @@ def test_interrupted_encoding_saves_finished_images(model, photographs, tmp_path
         return encode_image(model, image)
 
     codes = tmp_path / "codes.safetensors"
-    monkeypatch.setattr("movq_ext.cli.encode.encode_image", encode_two)
+    monkeypatch.setattr("movq_ext.bulk.image_encoder.encode_image", encode_two)
     assert encode(model, photographs, codes) == 130
     assert len(CodeFile.load(codes).codes) == 2
     monkeypatch.undo()

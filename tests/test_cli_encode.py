@@ -21,14 +21,15 @@ from movq_ext.io.images import load_image
 IMAGES = 12
 DIE_AFTER_SEVEN = """
 import os, signal, sys
-from movq_ext.cli import encode, main
-images, encode_image = [], encode.encode_image
+from movq_ext.bulk import image_encoder
+from movq_ext.cli import main
+images, encode_image = [], image_encoder.encode_image
 def encode_or_die(model, image, max_memory):
     images.append(image)
     if len(images) > 7:
         os.kill(os.getpid(), signal.SIGKILL)
     return encode_image(model, image)
-encode.encode_image = encode_or_die
+image_encoder.encode_image = encode_or_die
 main(sys.argv[1:])
 """
 STOP_AFTER_SEVEN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_DFL)" + DIE_AFTER_SEVEN.replace("SIGKILL", "SIGTERM")
@@ -142,6 +143,21 @@ def test_an_image_above_max_pixels_is_listed_and_skipped(model_folder, photos, t
     assert main(arguments(model_folder, photos, tmp_path / "codes", "--max-pixels", 63)) == 0
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+def test_running_out_of_memory_fails_one_image(model_folder, photos, tmp_path, capsys, monkeypatch, error):
+    def encode_small(model, image, max_memory):
+        if image.width > 4:
+            raise error
+        return encode_image(model, image)
+
+    monkeypatch.setattr("movq_ext.bulk.image_encoder.encode_image", encode_small)
+    Image.new("RGB", (9, 7)).save(photos / "05.png")
+    assert main(arguments(model_folder, photos, tmp_path / "codes")) == 1
+    printed = capsys.readouterr()
+    assert printed.out == f"encoded {IMAGES - 1}, already there 0, failed 1\n"
+    assert f"error: {photos}/05.png: {str(error) or 'MemoryError'}\n" in printed.err
+
+
 def test_a_full_disk_stops_the_run(model_folder, photos, tmp_path, capsys, monkeypatch):
     """It is no fault of one image."""
 
@@ -167,7 +183,7 @@ def test_options_that_contradict_each_other(model_folder, photos, tmp_path, caps
 def test_parquet_without_pyarrow(model_folder, photos, tmp_path, capsys, monkeypatch):
     """It is noticed before the first image is encoded."""
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.setattr("movq_ext.cli.encode.encode_image", lambda *_: pytest.fail("encoded an image"))
+    monkeypatch.setattr("movq_ext.bulk.image_encoder.encode_image", lambda *_: pytest.fail("encoded an image"))
     assert main(arguments(model_folder, photos, tmp_path / "codes", "--format", "parquet")) == 2
     assert "Parquet files need pyarrow" in capsys.readouterr().err
 
@@ -175,7 +191,7 @@ def test_parquet_without_pyarrow(model_folder, photos, tmp_path, capsys, monkeyp
 def test_too_many_images_for_one_file(model_folder, photos, tmp_path, capsys, monkeypatch):
     """It is noticed before the first image is encoded."""
     monkeypatch.setattr("movq_ext.io.codes.MAX_HEADER_BYTES", 1500)
-    monkeypatch.setattr("movq_ext.cli.encode.encode_image", lambda *_: pytest.fail("encoded an image"))
+    monkeypatch.setattr("movq_ext.bulk.image_encoder.encode_image", lambda *_: pytest.fail("encoded an image"))
     assert main(arguments(model_folder, photos, tmp_path / "x.safetensors")) == 2
     assert "x.safetensors cannot hold 12 images" in capsys.readouterr().err
 

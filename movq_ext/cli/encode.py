@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ..bulk.code_output import DEFAULT_SHARD_SIZE, CodeOutput, ShardFolder, SingleFile
 from ..bulk.codebook import Codebook
-from ..io.codes import encode_image
+from ..bulk.image_encoder import ImageEncoder
 from ..io.files import content_hash
 from ..io.folders import describe_passed_over
 from ..io.image_files import find_images
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="colour behind transparent pixels (default: %(default)s)")  # fmt: skip
     parser.add_argument("--max-memory", type=memory_size, metavar="SIZE",
                         help="working memory per image, not counting weights and pixels, such as 500M or 8G; larger images are "
-                        "encoded in strips (default: no limit)")  # fmt: skip
+                        "encoded in strips, with temporary files (default: most of the free memory)")  # fmt: skip
     add_max_pixels(parser)
     add_threads(parser)
     add_model(parser)
@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     for unreadable in found.unreadable:
         print_error(str(unreadable))
     model = load_model(args)
+    encoder = ImageEncoder(model, args.max_memory)
     encoded, skipped, multi_frame, failed = 0, 0, 0, len(found.unreadable)
     with exit_on_sigterm(), open_output(args, writes_file, Codebook.from_model(model)) as output:
         output.require_room(file.name for file in found.files)
@@ -70,12 +71,13 @@ def run(args: argparse.Namespace) -> int:
                 if output.holds(name, source_hash):
                     skipped += 1
                     continue
-                image = load_image(path, args.background, args.max_pixels)
-                has_more = has_later_frames(path, args.max_pixels)
-                codes = encode_image(model, image, args.max_memory)
+                max_pixels = min(args.max_pixels, encoder.max_pixels())
+                image, has_more = load_image(path, args.background, max_pixels), has_later_frames(path, max_pixels)
+                codes = encoder.encode(image)
             except Exception as error:  # one bad image must not stop the rest
                 failed += 1
-                print_error(str(error) if str(path) in str(error) else f"{path}: {error}")
+                reason = str(error) or type(error).__name__  # a MemoryError has no message
+                print_error(reason if str(path) in reason else f"{path}: {reason}")
                 continue
             output.add(name, codes, (image.height, image.width), source_hash)
             encoded += 1
