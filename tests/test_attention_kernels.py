@@ -177,6 +177,44 @@ def test_an_infinite_score_gives_nan_where_sdpa_does(backend):
     assert torch.equal(backend.forward(q, k, v, 0.2)[0].isnan(), wanted)
 
 
+def scores_of_minus_infinity(dtype, first):
+    """Return q, k, v and dout. All queries but 5 score -inf with the `first` keys, and query 7 scores -inf with every key.
+
+    The inputs are finite where the dtype has 1e20 (the sums overflow). In float16 keys are -inf, and query 5 scores +inf.
+    """
+    q, k, v, dout = case(1, 1, 20, 300, 32, dtype)
+    q[..., :2] = k[..., :2] = 0
+    if dtype == F16:
+        q[..., 0], q[0, 0, 5, 0], k[0, 0, :first, 0] = 1, -1, -torch.inf
+    else:
+        q[..., 0], q[0, 0, 5, 0], k[0, 0, :first, 0] = 1e20, 0, -1e20
+        q[0, 0, 7, 1], k[..., 1] = 1e20, -1e20
+    return q, k, v, dout
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 3], ids=["whole", "parts"])
+@pytest.mark.parametrize("first", [128, 200, 300])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_scores_of_minus_infinity_match_sdpa(backend, dtype, first, multiprocessors):
+    """The weights of whole tiles of keys vanish. Where all of a row's do, SDPA gives 0, not NaN."""
+    if isinstance(backend, Emulator):
+        backend.seeds, backend.device = (1,), {"multiprocessors": multiprocessors}
+    q, k, v, dout = scores_of_minus_infinity(dtype, first)
+    inputs = [x.float().requires_grad_() for x in (q, k, v)]
+    with sdpa_kernel(SDPBackend.MATH):
+        wanted = F.scaled_dot_product_attention(*inputs, scale=0.2)
+    out, lse = backend.forward(q, k, v, 0.2)
+    assert wanted[0, 0, 3].isfinite().all()
+    assert torch.equal(out.isnan(), wanted.isnan())
+    assert_close("out", out.nan_to_num(), wanted.detach().double().nan_to_num())
+    assert (lse[0, 0, 3] == -torch.inf) == (first == 300)
+    grads = backend.backward(dout, q, k, v, out, lse, 0.2)
+    for name, grad, expected_grad in zip("qkv", grads, torch.autograd.grad(wanted, inputs, dout.float()), strict=True):
+        assert torch.equal(grad.isnan(), expected_grad.isnan()), name
+        grad, expected_grad = grad[..., 2:].nan_to_num(), expected_grad[..., 2:].nan_to_num()  # not the sums of 1e20
+        assert_close(f"gradient of {name}", grad, expected_grad, slack=2.0)
+
+
 def test_many_keys(backend):
     backend.seeds = (1,)
     assert_right(backend, *case(1, 1, 16, 9000, 32, BF16))
@@ -250,6 +288,70 @@ def test_a_head_too_large_for_the_device_raises_with_the_name_of_the_kernel(coun
         emulator.EmulatorError, match=r"attention forward: needs .* bytes of shared memory per block, the device has 49152"
     ):
         counted.forward(q, k, v, 0.1)
+
+
+# --- Launching
+
+
+def test_a_small_head_does_not_lower_the_limit_of_a_large_one(counted):
+    """The limit of shared memory belongs to the kernel, which other threads launch too. The emulator reports a lower one."""
+    counted.device = {"multiprocessors": 9}  # of its own: a limit lasts as long as the process
+    for size in (96, 512, 96):
+        q, k, v, dout = case(1, 1, 8, 8, size, BF16)
+        out, lse = counted.forward(q, k, v, 0.1)
+        counted.backward(dout, q, k, v, out, lse, 0.1)
+
+
+def test_a_shape_is_planned_once_per_device(counted):
+    """The workspace's size and the launch use one plan; later calls of this shape use it too."""
+    q, k, v, dout = case(1, 3, 5, 7, 80, BF16)
+    for device in ({"multiprocessors": 5}, {"multiprocessors": 6}):
+        for queries in ([1, 0], [0, 0]):
+            counted.device, counted.queries = device, []
+            out, lse = counted.forward(q, k, v, 0.1)
+            assert counted.queries == queries
+        for queries in ([3, 0], [0, 0]):
+            counted.queries = []
+            counted.backward(dout, q, k, v, out, lse, 0.2)
+            assert counted.queries == queries
+
+
+@pytest.mark.skipif(not usable("emulator"), reason="needs Linux and a host C++ compiler")
+def test_the_cache_of_plans_is_bounded_and_threads_can_share_it():
+    """8 threads ask for 1000 keys in different orders, from a cache of 64. Every value is right."""
+    library = emulator.build(glue=CACHE_GLUE)
+    computed, wrong = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    library.call("share_cache", computed=computed, wrong=wrong, threads=8, keys=1000, seeds=(0,))
+    assert wrong == 0 and computed > 1000
+    library.call("share_cache", computed=computed, wrong=wrong, threads=8, keys=64, seeds=(0,))
+    assert wrong == 0 and computed == 64
+
+
+CACHE_GLUE = """
+#include <atomic>
+#include <thread>
+#include <vector>
+#include "bounded_cache.h"
+#include "emulator.h"
+
+EXPORT(share_cache, int64_t* computed, int64_t* wrong, int threads, int keys) {
+  movq::BoundedCache<int, int, 64> cache;
+  std::atomic<int64_t> computations{0}, errors{0};
+  std::vector<std::thread> workers;
+  for (int t = 0; t < threads; ++t) {
+    workers.emplace_back([&, t] {
+      for (int i = 0; i < 3 * keys; ++i) {
+        const int key = (i * 7 + t * 31) % keys;
+        errors += key + 1 != cache.get(key, [&] { return ++computations, key + 1; });
+      }
+    });
+  }
+  for (std::thread& worker : workers) worker.join();
+  const int64_t results[2] = {computations, errors};
+  emu::copy_to_device(computed, &results[0], sizeof(int64_t));
+  emu::copy_to_device(wrong, &results[1], sizeof(int64_t));
+}
+"""
 
 
 # --- Sizes that only a GPU has the time or the memory for

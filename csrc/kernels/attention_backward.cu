@@ -25,6 +25,7 @@ class Gradient {
   static constexpr int kTileQueries = kRowsAreKeys ? kColumns : Sizes::kRows;
   struct Arguments {
     Destination<T> to;
+    float scale;
     const float *lse, *delta;  // [batch, heads, queries]
   };
 
@@ -36,13 +37,14 @@ class Gradient {
     const int queries = kRowsAreKeys ? plan_.extents.columns : plan_.extents.rows;
     const int query = (kRowsAreKeys ? tile : segment_.row_tile) * kTileQueries + threadIdx.x;
     const int64_t at = int64_t(segment_.image_head(plan_.counts)) * queries + query;
-    // Beyond the last query, exp(s - inf) makes the weights 0.
-    lse_.store(threadIdx.x, query < queries ? load(arguments_.lse + at) * kLog2e : INFINITY);
+    const float lse = query < queries ? load(arguments_.lse + at) : -INFINITY;
+    // Beyond the last query, and where all scores are -inf, exp(s - inf) makes the weights 0.
+    lse_.store(threadIdx.x, lse == -INFINITY ? INFINITY : lse * kLog2e);
     delta_.store(threadIdx.x, query < queries && input != Input::v ? load(arguments_.delta + at) : 0);
   }
 
   MOVQ_DEVICE void weigh(const Stream<T>& stream, int tile, const Scores<T>& s, const Scores<T>& t) const {
-    const float scale = plan_.scale * kLog2e;
+    const float scale = arguments_.scale * kLog2e;
     const int columns = plan_.extents.columns - tile * kColumns;
     const Synced synced = block_barrier();  // with one chunk per tile, there has been no barrier since load_statistics()
 #pragma unroll
@@ -70,7 +72,7 @@ class Gradient {
   MOVQ_DEVICE void rescale(Synced, Sums<T>&) const {}
 
   MOVQ_DEVICE void write(Synced, const Sums<T>& sums) const {
-    const float factor = input == Input::v ? 1 : plan_.scale;
+    const float factor = input == Input::v ? 1 : arguments_.scale;
     arguments_.to.write(plan_, segment_, sums, [&](int, int, float sum) { return sum * factor; });
   }
 
@@ -108,9 +110,9 @@ struct Plans {
   Plan q, k, v;
 
   explicit Plans(const AttentionProblem& problem)
-      : q(make_plan<T, Gradient<T, Input::q>>(problem, "attention dq")),
-        k(make_plan<T, Gradient<T, Input::k>>(problem, "attention dk")),
-        v(make_plan<T, Gradient<T, Input::v>>(problem, "attention dv")) {}
+      : q(cached_plan<T, Gradient<T, Input::q>>(problem, "attention dq")),
+        k(cached_plan<T, Gradient<T, Input::k>>(problem, "attention dk")),
+        v(cached_plan<T, Gradient<T, Input::v>>(problem, "attention dv")) {}
   int64_t max_part_rows() const { return std::max({part_rows<T>(q), part_rows<T>(k), part_rows<T>(v)}); }
 };
 
@@ -147,12 +149,15 @@ void attention_backward(const AttentionProblem& problem, const AttentionBackward
     launch(sum_dout_out<T>, "attention sum_dout_out", config, stream, dout, out, problem.queries, int(problem.heads),
            int(problem.head_size), all_queries, delta);
     // One after the other, because they use the same workspace for parts.
-    run<T, Gradient<T, Input::q>>(plans.q, {{q, dout}, {k, v}, k}, {destination<T>(tensors.dq, parts), tensors.lse, delta},
-                                  nullptr, nullptr, "attention dq", stream);
-    run<T, Gradient<T, Input::k>>(plans.k, {{k, v}, {q, dout}, q}, {destination<T>(tensors.dk, parts), tensors.lse, delta},
-                                  nullptr, nullptr, "attention dk", stream);
-    run<T, Gradient<T, Input::v>>(plans.v, {{k, {}}, {q, {}}, dout}, {destination<T>(tensors.dv, parts), tensors.lse, delta},
-                                  nullptr, nullptr, "attention dv", stream);
+    run<T, Gradient<T, Input::q>>(plans.q, {{q, dout}, {k, v}, k},
+                                  {destination<T>(tensors.dq, parts), problem.scale, tensors.lse, delta}, nullptr, nullptr,
+                                  "attention dq", stream);
+    run<T, Gradient<T, Input::k>>(plans.k, {{k, v}, {q, dout}, q},
+                                  {destination<T>(tensors.dk, parts), problem.scale, tensors.lse, delta}, nullptr, nullptr,
+                                  "attention dk", stream);
+    run<T, Gradient<T, Input::v>>(plans.v, {{k, {}}, {q, {}}, dout},
+                                  {destination<T>(tensors.dv, parts), problem.scale, tensors.lse, delta}, nullptr, nullptr,
+                                  "attention dv", stream);
   });
 }
 

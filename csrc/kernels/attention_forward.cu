@@ -22,6 +22,7 @@ class Softmax {
   static constexpr bool kRowsAreKeys = false;
   struct Arguments {
     Destination<T> to;
+    float scale;
     float *lse, *part_lse;
   };
 
@@ -38,7 +39,7 @@ class Softmax {
   MOVQ_DEVICE void load_statistics(Synced, int) {}
 
   MOVQ_DEVICE void weigh(const Stream<T>& stream, int tile, Scores<T>& s, Scores<T>&) {
-    const float scale = plan_.scale * kLog2e;
+    const float scale = arguments_.scale * kLog2e;
     const int columns = plan_.extents.columns - tile * kColumns;
     for_each_row([&](int m, int half, int row) {
       float peak = -INFINITY;
@@ -64,10 +65,11 @@ class Softmax {
         total_[m][half] *= shrink;
       }
       if (warp_id() % 4 == 0 && leads_row()) row_values_.store(row, shrink);
+      const float base = finite_base(max_[m][half]);
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        const float left = fast_exp2(s[m][n][2 * half] - max_[m][half]);
-        const float right = fast_exp2(s[m][n][2 * half + 1] - max_[m][half]);
+        const float left = fast_exp2(s[m][n][2 * half] - base);
+        const float right = fast_exp2(s[m][n][2 * half + 1] - base);
         total_[m][half] += left + right;
         stream.store_weights(synced, row, score_column(n), left, right);
       }
@@ -104,7 +106,7 @@ class Softmax {
       for (int half = 0; half < 2; ++half) {
         const int row = sum_row(m, 2 * half), token = segment_.row_tile * kRows + row;
         const float total = reduce_warps(synced, row, Sum());
-        factor[m][half] = 1 / total;
+        factor[m][half] = inverse_total(total);
         if (warp_id() == 0 && leads_row() && token < plan_.extents.rows) {
           const float lse = (row_values_.load(row) + log2f(total)) * kLn2;
           if (segment_.part < 0)
@@ -149,7 +151,7 @@ class Softmax {
 
 template <class T>
 Plan forward_plan(const AttentionProblem& problem) {
-  return make_plan<T, Softmax<T>>(problem, "attention forward");
+  return cached_plan<T, Softmax<T>>(problem, "attention forward");
 }
 
 }  // namespace
@@ -172,7 +174,7 @@ void attention_forward(const AttentionProblem& problem, const AttentionForward& 
     auto* parts = static_cast<float*>(tensors.workspace);
     float* part_lse = parts + part_rows<T>(plan) * problem.head_size;
     const Operands<T> operands = {{source<T>(tensors.q), {}}, {source<T>(tensors.k), {}}, source<T>(tensors.v)};
-    const typename Softmax<T>::Arguments arguments = {destination<T>(tensors.out, parts), tensors.lse, part_lse};
+    const typename Softmax<T>::Arguments arguments = {destination<T>(tensors.out, parts), problem.scale, tensors.lse, part_lse};
     run<T, Softmax<T>>(plan, operands, arguments, part_lse, tensors.lse, "attention forward", stream);
   });
 }

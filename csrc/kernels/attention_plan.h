@@ -3,12 +3,14 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
 #include "attention.h"
 #include "attention_walk.cuh"
+#include "bounded_cache.h"
 #include "device/launch.cuh"
 #include "device/reduce.cuh"
 
@@ -39,7 +41,7 @@ SharedLayout plan_shared_memory(Chunks& chunks, const char* name) {
   while (chunks.value_tokens * shared.value_pitch > score_stage) chunks.value_tokens /= 2;
   shared.weights = kStatistics;
   shared.rows = shared.weights + Sizes::kRows * Sizes::kWeightPitch;
-  const int limit = shared_memory_limit();
+  const int limit = shared_memory_limit(name);
   for (shared.resident_operands = chunks.products; shared.resident_operands >= 0; --shared.resident_operands) {
     shared.ring = shared.rows + shared.resident_operands * resident_bytes;
     shared.stage_bytes = score_stage + (shared.resident_operands < chunks.products ? Sizes::kRows * kScorePitch : 0);
@@ -61,7 +63,6 @@ Plan make_plan(const AttentionProblem& problem, const char* name) {
   plan.extents.columns = int(Pass::kRowsAreKeys ? problem.queries : problem.keys);
   plan.extents.head_size = int(problem.head_size);
   plan.extents.heads = int(problem.heads);
-  plan.scale = problem.scale;
   plan.counts.row_tiles = ceil_div(plan.extents.rows, Tile<T>::kRows);
   plan.counts.column_tiles = ceil_div(plan.extents.columns, kColumns);
   const int64_t row_tiles = problem.batch * problem.heads * plan.counts.row_tiles;
@@ -78,6 +79,15 @@ Plan make_plan(const AttentionProblem& problem, const char* name) {
   plan.schedule.share = int(units / plan.schedule.blocks);
   plan.schedule.remainder = int(units % plan.schedule.blocks);
   return plan;
+}
+
+// make_plan(), once per device and shape.
+template <class T, class Pass>
+Plan cached_plan(const AttentionProblem& problem, const char* name) {
+  using Key = std::array<int64_t, 6>;
+  static auto& plans = *new BoundedCache<Key, Plan, 256>;  // never destroyed: threads may outlive main()
+  const Key key = {current_device(name), problem.batch, problem.heads, problem.queries, problem.keys, problem.head_size};
+  return plans.get(key, [&] { return make_plan<T, Pass>(problem, name); });
 }
 
 // True if blocks share a row tile, whose parts must then be combined.
@@ -122,15 +132,17 @@ __global__ void __launch_bounds__(kThreads)
   float max_lse = -INFINITY, total = 0;
   if (part_lse) {
     for (int block = first_block; block <= last_block; ++block) max_lse = max(max_lse, load(part_lse + part_row(block)));
+    max_lse = finite_base(max_lse);
     for (int block = first_block; block <= last_block; ++block) total += expf(load(part_lse + part_row(block)) - max_lse);
     if (lane_id() == 0) store(lse + int64_t(image_head) * plan.extents.rows + token, max_lse + logf(total));
   }
+  const float normalisation = inverse_total(total);
   const int image = image_head / plan.extents.heads, head = image_head - image * plan.extents.heads;
   T* out = to.out + image * to.batch_stride + head * to.head_stride + token * to.token_stride;
   for (int column = lane_id() * 4; column < plan.extents.head_size; column += kWarpSize * 4) {
     Vec<float, 4> sum = {};
     for (int block = first_block; block <= last_block; ++block) {
-      const float weight = part_lse ? expf(load(part_lse + part_row(block)) - max_lse) / total : 1.0f;
+      const float weight = part_lse ? expf(load(part_lse + part_row(block)) - max_lse) * normalisation : 1.0f;
       const Vec<float, 4> part = load_vec<4>(to.parts + part_row(block) * plan.extents.head_size + column);
 #pragma unroll
       for (int i = 0; i < 4; ++i) sum[i] += weight * part[i];

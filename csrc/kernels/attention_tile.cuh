@@ -57,6 +57,13 @@ struct Tile {
 template <class T> using Scores = float[Tile<T>::kScoreTiles][4][4];
 template <class T> using Sums = float[Tile<T>::kSumTiles][kMaxStripes][4];
 
+// What to subtract from a row's exponents, given its maximum: 0 while all scores are -inf, so that their weights are 0 rather
+// than NaN.
+MOVQ_DEVICE float finite_base(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
+
+// What to multiply a row's sums by, given the total of its weights: 0 if all scores are -inf, as in PyTorch.
+MOVQ_DEVICE float inverse_total(float total) { return total == 0 ? 0.0f : 1 / total; }
+
 // Where a thread's registers lie in the tile: element e of mma tile (m, n) holds this row, and this column or the next (odd e).
 template <class T>
 MOVQ_DEVICE int score_row(int m, int e) {
@@ -114,7 +121,6 @@ struct Plan {
   Schedule schedule;
   Chunks chunks;
   SharedLayout shared;
-  float scale;
 };
 
 // The tokens of an input; strides in elements.

@@ -143,6 +143,18 @@ def test_launches_over_the_limits_are_refused(planted, change, report):
         planted.call("shape", **{**good, **change})
 
 
+def test_a_kernel_opts_in_to_shared_memory_once_per_device(planted):
+    device = dict(multiprocessors=7)  # of its own: opting in lasts as long as the process
+    planted.call("opt_in", shared_bytes=48 << 10, bug=2, **device)
+    with pytest.raises(EmulatorError, match=r"nothing: invalid launch: 65536 bytes .* has opted in to 49152"):
+        planted.call("opt_in", shared_bytes=64 << 10, bug=2, **device)
+    planted.call("opt_in", shared_bytes=64 << 10, bug=1, **device)
+    with pytest.raises(EmulatorError, match="lowered from 65536 to 51200 bytes, which would fail another thread's launch"):
+        planted.call("opt_in", shared_bytes=50 << 10, bug=1, **device)
+    for kilobytes in (64, 50, 227):
+        planted.call("opt_in", shared_bytes=kilobytes << 10, bug=0, **device)
+
+
 def test_arguments_are_checked(planted):
     with pytest.raises(TypeError, match="takes x, y, n, bug"):
         planted.call("global_bounds", x=X)

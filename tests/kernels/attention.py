@@ -54,6 +54,7 @@ class Emulator:
 
     def __init__(self, seeds=emulator.SEEDS, **device):
         self.seeds, self.device = seeds, device
+        self.queries = []  # of occupancy, per call
 
     def forward(self, q, k, v, scale):
         out, lse = poisoned(q, q.shape), poisoned(q, q.shape[:3], torch.float32)
@@ -79,10 +80,11 @@ class Emulator:
             lse=lse,
             bytes=torch.zeros(1, dtype=torch.int64),
         )
-        library().call(function, **given, workspace=None, seeds=(0,), **self.device)
+        sized = library().call(function, **given, workspace=None, seeds=(0,), **self.device)
         self.workspace = int(given["bytes"])
         workspace = torch.full((max(1, self.workspace),), 0xFF, dtype=torch.uint8)
         self.cost = library().call(function, **given, workspace=workspace, seeds=self.seeds, **self.device)
+        self.queries += [sized.occupancy_queries, self.cost.occupancy_queries]
 
 
 class Gpu:

@@ -3,7 +3,9 @@
 
 #include <stdexcept>
 #include <string>
+#include <utility>
 
+#include "../bounded_cache.h"
 #include "common.cuh"
 
 namespace movq {
@@ -24,17 +26,26 @@ inline unsigned grid_size(const char* kernel, int64_t blocks) {
 
 #ifdef MOVQ_EMULATOR
 
+inline int current_device(const char*) { return emu::device(); }
+inline int multiprocessors(const char*) { return emu::multiprocessors(); }
+inline int shared_memory_limit(const char*) { return emu::shared_memory_limit(); }
+
+namespace detail {
+
+inline void set_max_shared_memory(const void* kernel, const char*, int bytes) { emu::set_max_shared_memory(kernel, bytes); }
+
 template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), const char* name, const LaunchConfig& config, cudaStream_t, Args&&... args) {
-  emu::launch(name, {config.grid, config.block, config.shared_bytes}, [&] { kernel(args...); });
+void start(void (*kernel)(Params...), const char* name, const LaunchConfig& config, cudaStream_t, Args&&... args) {
+  const auto* address = reinterpret_cast<const void*>(kernel);
+  emu::launch(name, {config.grid, config.block, config.shared_bytes, 1, false, address}, [&] { kernel(args...); });
 }
 
 template <class... Params>
-int resident_blocks(void (*)(Params...), const char*, int threads, size_t shared_bytes) {
-  return emu::resident_blocks(threads, shared_bytes);
+int blocks_per_multiprocessor(void (*)(Params...), const char*, int threads, size_t shared_bytes) {
+  return emu::blocks_per_multiprocessor(threads, shared_bytes);
 }
 
-inline int shared_memory_limit() { return emu::shared_memory_limit(); }
+}  // namespace detail
 
 #else
 
@@ -44,17 +55,31 @@ inline void check(cudaError_t error, const char* name) {
   throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
 }
 
-// A kernel must opt in to more than 48 KB of dynamic shared memory, once per device.
-template <class... Params>
-void allow_shared_memory(void (*kernel)(Params...), const char* name, size_t bytes) {
-  if (bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), name);
-  }
+inline int current_device(const char* name) {
+  int device = 0;
+  check(cudaGetDevice(&device), name);
+  return device;
+}
+
+inline int device_attribute(cudaDeviceAttr attribute, const char* name) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, attribute, current_device(name)), name);
+  return value;
+}
+
+inline int multiprocessors(const char* name) { return device_attribute(cudaDevAttrMultiProcessorCount, name); }
+
+// Bytes of shared memory that a block can have.
+inline int shared_memory_limit(const char* name) { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, name); }
+
+namespace detail {
+
+inline void set_max_shared_memory(const void* kernel, const char* name, int bytes) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name);
 }
 
 template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), const char* name, const LaunchConfig& config, cudaStream_t stream, Args&&... args) {
-  allow_shared_memory(kernel, name, config.shared_bytes);
+void start(void (*kernel)(Params...), const char* name, const LaunchConfig& config, cudaStream_t stream, Args&&... args) {
   cudaLaunchConfig_t cuda_config = {};
   cuda_config.gridDim = config.grid;
   cuda_config.blockDim = config.block;
@@ -63,25 +88,42 @@ void launch(void (*kernel)(Params...), const char* name, const LaunchConfig& con
   check(cudaLaunchKernelEx(&cuda_config, kernel, static_cast<Params>(args)...), name);
 }
 
-inline int device_attribute(cudaDeviceAttr attribute, const char* name) {
-  int device = 0, value = 0;
-  check(cudaGetDevice(&device), name);
-  check(cudaDeviceGetAttribute(&value, attribute, device), name);
-  return value;
+template <class... Params>
+int blocks_per_multiprocessor(void (*kernel)(Params...), const char* name, int threads, size_t shared_bytes) {
+  int blocks = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes), name);
+  return blocks;
 }
 
-// Bytes of shared memory that a block can have.
-inline int shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, "shared_memory_limit"); }
+}  // namespace detail
+
+#endif
+
+// A kernel must opt in to more than 48 KB of dynamic shared memory, once per device. It always opts in to the device's limit: a
+// limit for this problem could be lowered by another thread's smaller problem before the launch.
+template <class... Params>
+void allow_shared_memory(void (*kernel)(Params...), const char* name, size_t bytes) {
+  if (bytes <= 48 * 1024) return;
+  static auto& opted_in =
+      *new BoundedCache<std::pair<const void*, int>, bool, 1024>;  // never destroyed: threads may outlive main()
+  const auto* address = reinterpret_cast<const void*>(kernel);
+  opted_in.get({address, current_device(name)}, [&] {
+    detail::set_max_shared_memory(address, name, shared_memory_limit(name));
+    return true;
+  });
+}
+
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), const char* name, const LaunchConfig& config, cudaStream_t stream, Args&&... args) {
+  allow_shared_memory(kernel, name, config.shared_bytes);
+  detail::start(kernel, name, config, stream, std::forward<Args>(args)...);
+}
 
 // The number of this kernel's blocks that run on the device at the same time.
 template <class... Params>
 int resident_blocks(void (*kernel)(Params...), const char* name, int threads, size_t shared_bytes) {
   allow_shared_memory(kernel, name, shared_bytes);
-  int blocks = 0;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes), name);
-  return blocks * device_attribute(cudaDevAttrMultiProcessorCount, name);
+  return detail::blocks_per_multiprocessor(kernel, name, threads, shared_bytes) * multiprocessors(name);
 }
-
-#endif
 
 }  // namespace movq

@@ -29,9 +29,12 @@ struct Shape {
   size_t shared_bytes;
   unsigned cluster = 1;
   bool cooperative = false;
+  const void* function = nullptr;  // identifies the kernel in set_max_shared_memory()
 };
 void launch(const char* kernel, const Shape& shape, const std::function<void()>& body);
-int resident_blocks(int threads, size_t shared_bytes);
+int device();  // the index of the emulated device
+void set_max_shared_memory(const void* function, int bytes);
+int blocks_per_multiprocessor(int threads, size_t shared_bytes);
 int multiprocessors();
 int shared_memory_limit();
 

@@ -30,7 +30,9 @@ inline void grid_sync() { emu::grid_sync(); }
 template <class... Params, class... Args>
 void launch_together(void (*kernel)(Params...), const char* name, const LaunchConfig& config, unsigned cluster, bool cooperative,
                      Args&&... args) {
-  emu::launch(name, {config.grid, config.block, config.shared_bytes, cluster, cooperative}, [&] { kernel(args...); });
+  allow_shared_memory(kernel, name, config.shared_bytes);
+  const auto* address = reinterpret_cast<const void*>(kernel);
+  emu::launch(name, {config.grid, config.block, config.shared_bytes, cluster, cooperative, address}, [&] { kernel(args...); });
 }
 
 // Copies of 4, 8 or 16 bytes; see cp_async_16.

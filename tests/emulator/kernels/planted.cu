@@ -249,6 +249,15 @@ __global__ void spin(float* y) {
 EXPORT(spin, float* y) { launch(::spin, "spin", LaunchConfig{1, 1}, nullptr, y); }
 
 __global__ void nothing() {}
+
+// Opts in to shared memory for this launch instead of for the device, or not at all.
+EXPORT(opt_in, int64_t shared_bytes, int bug) {
+  const auto* kernel = reinterpret_cast<const void*>(nothing);
+  if (bug == 0) allow_shared_memory(nothing, "nothing", shared_bytes);
+  if (bug == 1) emu::set_max_shared_memory(kernel, int(shared_bytes));
+  emu::launch("nothing", {1, 32, size_t(shared_bytes), 1, false, kernel}, [] {});
+}
+
 EXPORT(shape, int grid, int threads, int64_t shared_bytes, int cluster, bool cooperative) {
   launch_together(nothing, "nothing", LaunchConfig{grid, threads, size_t(shared_bytes)}, cluster, cooperative);
 }

@@ -35,6 +35,7 @@ void emu_begin(uint64_t seed, int multiprocessors, size_t shared_limit) {
   machine.random.seed(seed);
   machine.multiprocessors = multiprocessors;
   machine.shared_limit = shared_limit;
+  machine.occupancy_queries = 0;
 }
 
 // Run only the blocks from `first` to `end` - 1 of this kernel's launches.
@@ -67,7 +68,7 @@ const char* emu_error() { return machine.error.c_str(); }
 const char* emu_report() {
   static std::string report;
   std::ostringstream out;
-  out << "{\"launches\":[";
+  out << "{\"occupancy_queries\":" << machine.occupancy_queries << ",\"launches\":[";
   for (size_t i = 0; i < machine.launches.size(); ++i) {
     const LaunchRecord& l = machine.launches[i];
     out << (i ? "," : "") << "{\"kernel\":\"" << l.kernel << "\",\"grid\":";

@@ -284,6 +284,37 @@ static void run_together(const Shape& shape, const std::vector<unsigned>& first_
   }
 }
 
+static size_t residents(size_t threads, size_t shared_bytes);
+
+// An emulated device is identified by its size. Like CUDA's, the kernels' attributes last as long as the process.
+int device() {
+  static std::map<std::pair<int, size_t>, int> devices;
+  return devices.try_emplace({machine.multiprocessors, machine.shared_limit}, devices.size()).first->second;
+}
+
+// The dynamic shared memory that each kernel has opted in to, by device.
+static std::map<std::pair<int, const void*>, int> max_shared_memory;
+
+// Another thread may be between setting the attribute and its launch, so a kernel's limit must never become lower.
+void set_max_shared_memory(const void* function, int bytes) {
+  int& allowed = max_shared_memory[{device(), function}];
+  if (size_t(bytes) > machine.shared_limit) throw std::runtime_error("set_max_shared_memory: more than the device's limit");
+  if (bytes < allowed) {
+    throw std::runtime_error("a kernel's limit of dynamic shared memory is lowered from " + std::to_string(allowed) + " to " +
+                             std::to_string(bytes) + " bytes, which would fail another thread's launch");
+  }
+  allowed = bytes;
+}
+
+static void check_opt_in(const Shape& s) {
+  const auto found = max_shared_memory.find({device(), s.function});
+  const size_t allowed = std::max(found == max_shared_memory.end() ? 0 : found->second, 48 << 10);
+  if (s.shared_bytes > allowed) {
+    throw std::runtime_error(machine.launches.back().kernel + ": invalid launch: " + std::to_string(s.shared_bytes) +
+                             " bytes of dynamic shared memory, but the kernel has opted in to " + std::to_string(allowed));
+  }
+}
+
 static void check_shape(const Shape& s) {
   auto refuse = [](const std::string& reason) {
     throw std::runtime_error(machine.launches.back().kernel + ": invalid launch: " + reason);
@@ -296,7 +327,7 @@ static void check_shape(const Shape& s) {
   if (s.shared_bytes > machine.shared_limit) refuse(std::to_string(s.shared_bytes) + " bytes of shared memory in a block");
   if (s.cluster == 0 || s.cluster > 16 || s.grid.x % s.cluster) refuse("the grid is not whole clusters of at most 16 blocks");
   const uint64_t blocks = uint64_t(s.grid.x) * s.grid.y * s.grid.z;
-  if (s.cooperative && blocks > uint64_t(resident_blocks(threads, s.shared_bytes))) {
+  if (s.cooperative && blocks > machine.multiprocessors * uint64_t(residents(threads, s.shared_bytes))) {
     refuse("a cooperative grid of " + std::to_string(blocks) + " blocks, more than fit at once");
   }
 }
@@ -304,6 +335,7 @@ static void check_shape(const Shape& s) {
 void launch(const char* kernel, const Shape& shape, const std::function<void()>& body) {
   machine.launches.push_back({kernel, shape, {}});
   check_shape(shape);
+  check_opt_in(shape);
   machine.host = host_fiber();
   machine.body = &body;
   std::vector<unsigned> first_blocks(shape.grid.x * shape.grid.y * shape.grid.z / shape.cluster);
@@ -320,11 +352,15 @@ void launch(const char* kernel, const Shape& shape, const std::function<void()>&
 int multiprocessors() { return machine.multiprocessors; }
 int shared_memory_limit() { return static_cast<int>(machine.shared_limit); }
 
-// The number of blocks that run at the same time on all multiprocessors. Each multiprocessor holds at most 2048 threads and 32
-// blocks. Its shared memory is the largest size that one block may request, plus 1 KB. CUDA reserves 1 KB of it for every block.
-int resident_blocks(int threads, size_t shared_bytes) {
-  const size_t by_memory = (machine.shared_limit + 1024) / (shared_bytes + 1024);
-  return machine.multiprocessors * static_cast<int>(std::min<size_t>({by_memory, size_t(2048 / threads), 32}));
+// Blocks that run on one multiprocessor at the same time. It holds at most 2048 threads and 32 blocks. Its shared memory is the
+// largest size that one block may request, plus 1 KB. CUDA reserves 1 KB of it for every block.
+static size_t residents(size_t threads, size_t shared_bytes) {
+  return std::min<size_t>({(machine.shared_limit + 1024) / (shared_bytes + 1024), 2048 / threads, 32});
+}
+
+int blocks_per_multiprocessor(int threads, size_t shared_bytes) {
+  ++machine.occupancy_queries;
+  return static_cast<int>(residents(threads, shared_bytes));
 }
 
 }  // namespace emu
