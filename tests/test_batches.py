@@ -6,9 +6,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from shard_files import CODES, png_pixels, random_codes, read_rejects, run_decode, write_parquet
 
 from movq_ext import from_pretrained, save_pretrained
+from movq_ext.bulk import batches, parquet
 from movq_ext.bulk.batches import BatchDecoder, Settings
 from movq_ext.bulk.shards import Sample
 from movq_ext.io.codes import decode_image
@@ -149,3 +151,55 @@ def test_batches_on_a_gpu(model_folder, model, dtype):
     for sample, image in zip(samples, decode_in_order(decoder, samples), strict=True):
         single = np.asarray(decode_image(model, sample.codes, sample.size), float)
         assert np.abs(np.asarray(image) - single).max() <= (1 if dtype == torch.float32 else 8)
+
+
+@pytest.mark.parametrize(
+    "owner, step, error",
+    [
+        (batches, "to_image", MemoryError()),
+        (batches, "to_image", torch.OutOfMemoryError("CUDA out of memory")),
+        (batches, "to_image", RuntimeError("can't allocate memory")),
+        (Image.Image, "save", MemoryError()),
+    ],
+)
+def test_out_of_memory_after_the_decode(model_folder, tmp_path, monkeypatch, owner, step, error):
+    """In the conversion to pixels or to PNG, it rejects one image rather than ending all shards."""
+    calls = []
+
+    def fail_second(real):
+        def call(*args, **kwargs):
+            calls.append(None)
+            if len(calls) == 2:
+                raise error
+            return real(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(owner, step, fail_second(getattr(owner, step)))
+    write_parquet(tmp_path / "in/x.parquet", pa.array([[[1, 2]], [[3, 4]], [[5, 6]]]))
+    write_parquet(tmp_path / "in/y.parquet", pa.array([[[1, 2]]]))
+    assert run_decode(model_folder, tmp_path / "in", "-o", tmp_path / "out") == 1
+    assert pq.read_table(tmp_path / "out/x.parquet").num_rows == 2 and pq.read_table(tmp_path / "out/y.parquet").num_rows == 1
+    (reject,) = read_rejects(tmp_path / "out/x.parquet.rejects.jsonl")
+    assert reject["reason"].startswith("ran out of memory for ") and "2 x 4 " in reject["reason"]
+
+
+def test_out_of_memory_for_codes(model_folder, tmp_path, monkeypatch):
+    """It rejects the sample, or, in the reader, fails the shard."""
+
+    class Huge(np.ndarray):
+        def astype(self, dtype):
+            raise MemoryError
+
+    def raise_memory_error(*args):
+        raise MemoryError
+
+    source, to_array = write_parquet(tmp_path / "x.parquet", pa.array([[[1, 2]], [[3]]])), parquet._to_array
+    monkeypatch.setattr(parquet, "_to_array", lambda codes: array.view(Huge) if (array := to_array(codes)).size == 2 else array)
+    assert run_decode(model_folder, source, "-o", tmp_path / "sample") == 1
+    (reject,) = read_rejects(tmp_path / "sample/x.parquet.rejects.jsonl")
+    assert reject["reason"] == "ran out of memory for 1 x 2 codes"
+    monkeypatch.setattr(parquet, "_parse_row", raise_memory_error)
+    assert run_decode(model_folder, source, "-o", tmp_path / "shard") == 2
+    (reject,) = read_rejects(tmp_path / "shard/x.parquet.rejects.jsonl")
+    assert reject["name"] is None and reject["reason"].endswith("x.parquet: MemoryError")

@@ -1,7 +1,8 @@
 """Options of the decode command."""
 
+import pyarrow as pa
 import pytest
-from shard_files import run_decode, size_columns, write_parquet
+from shard_files import read_rejects, run_decode, size_columns, write_parquet
 
 from movq_ext.bulk import ray_engine, run
 from movq_ext.cli import decode, main
@@ -41,3 +42,17 @@ def test_choice_of_engine(model_folder, tmp_path, monkeypatch, capsys, engine, s
     arguments = [tmp_path / "in", "-o", tmp_path / "out", "--model", model_folder, "--device", "cpu", "--engine", engine]
     assert main(["decode", *map(str, arguments)]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith(used)
+
+
+def test_images_of_too_many_pixels(model_folder, tmp_path, capsys):
+    """A small file of equal codes can ask for an image that takes days. It is rejected, and the others are decoded."""
+    codes = pa.array([[[1]], [[1, 2], [3, 4]], [[5, 6, 7], [1, 1, 1]]])
+    source = write_parquet(tmp_path / "x.parquet", codes, height=[16384, 4, 4], width=[16384, 4, 6])
+    assert run_decode(model_folder, source, "-o", tmp_path / "out") == 1
+    assert "of at most 67108864 pixels, got 16384 x 16384 (height x width): raise the limit with --max-pixels" in (
+        capsys.readouterr().err
+    )
+    assert run_decode(model_folder, source, "-o", tmp_path / "small", "--max-pixels", "23") == 1
+    assert [reject["name"] for reject in read_rejects(tmp_path / "small/x.parquet.rejects.jsonl")] == ["row 0", "row 2"]
+    assert run_decode(model_folder, source, "-o", tmp_path / "large", "--max-pixels", str(1 << 28)) == 1
+    assert "expected 8192 x 8192 codes" in read_rejects(tmp_path / "large/x.parquet.rejects.jsonl")[0]["reason"]

@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
+from movq_ext.io import images
 from movq_ext.io.images import ImageError, has_later_frames, load_image, pad_to_multiple, save_image, to_image, to_tensor
 
 
@@ -206,3 +207,14 @@ def test_every_error_of_pillow_becomes_an_image_error(tmp_path, monkeypatch):
         monkeypatch.setattr(Image.Image, "getexif", lambda self, error=error: (_ for _ in ()).throw(error))
         with pytest.raises(ImageError, match=f"cannot read .*a.png: {type(error).__name__}: "):
             load_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("strip_pixels", [1, 20, 35, 1 << 22])
+def test_images_are_converted_in_strips(monkeypatch, strip_pixels):
+    monkeypatch.setattr(images, "STRIP_PIXELS", strip_pixels)
+    x = torch.linspace(-1.2, 1.2, 3 * 5 * 7).view(3, 5, 7)
+    expected = (x.clamp(-1, 1) + 1).mul(127.5).round().to(torch.uint8).permute(1, 2, 0)
+    assert np.array_equal(np.asarray(to_image(x)), expected.numpy())
+    x[1, 4, 3] = float("nan")
+    with pytest.raises(ValueError, match="expected finite pixel values, got NaN or infinity"):
+        to_image(x)

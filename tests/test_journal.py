@@ -138,3 +138,16 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("movq_ext.bulk.journal.fcntl.flock", no_locks)
     Journal(tmp_path / "journal", tmp_path).delete()
     assert "cannot lock" in caplog.text and "do not let two processes write" in caplog.text
+
+
+def test_images_of_more_pixels_than_the_default(tmp_path):
+    """They are recovered if encode was asked for them."""
+    size = (1 << 14, 1 << 13)
+    codes = torch.zeros(size[0] // 1024, size[1] // 1024, dtype=torch.int32)
+    for max_pixels, names in [(1 << 27, ["large"]), (1 << 26, [])]:
+        book = Codebook("book", CODES, 1024, max_pixels)
+        journal = Journal(tmp_path / "j", tmp_path)
+        journal.append("book", "large", codes, size, "hash")
+        assert list(journal.recover(book).codes) == names
+        journal.clear()
+        journal.close()

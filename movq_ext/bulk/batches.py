@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..io.images import to_image
+from ..io.images import DEFAULT_MAX_PIXELS, to_image
 from ..io.weights import from_pretrained
 from .codebook import Codebook
 from .memory import available_memory, is_out_of_memory, peak_values_per_pixel
@@ -37,6 +37,7 @@ class Settings:
         dtype: of the model.
         max_memory: bytes for a decode, besides weights and images. None for most of a GPU's free memory or, on a CPU, most of
             the threads' share of the machine's memory.
+        max_pixels: of an image; larger ones are rejected.
         threads: for computing on a CPU and for encoding PNGs; None for torch's default.
     """
 
@@ -44,6 +45,7 @@ class Settings:
     device: str | None = None
     dtype: torch.dtype = torch.float32
     max_memory: int | None = None
+    max_pixels: int = DEFAULT_MAX_PIXELS
     threads: int | None = None
 
 
@@ -55,7 +57,7 @@ class BatchDecoder:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self.model = from_pretrained(settings.model, device=self.device, dtype=settings.dtype)
-        self.codebook = Codebook.from_model(self.model)
+        self.codebook = Codebook.from_model(self.model, settings.max_pixels)
         self.threads = settings.threads or torch.get_num_threads()
         self.max_memory = settings.max_memory or int(MEMORY_SHARE * available_memory(self.device, self.threads))
         self.reduced_budgets: dict[Grid, int] = {}  # after running out of memory, by grid size
@@ -123,7 +125,7 @@ class BatchDecoder:
         """
         try:
             return self.decode(codes)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             return None
@@ -138,7 +140,7 @@ class BatchDecoder:
 
 
 def _crop(image: Tensor | SampleError, sample: Sample) -> Image.Image | None:
-    """Crop an image to the sample's size. Return None if there is none or its values are not finite; the sample says why."""
+    """Crop an image to the sample's size. Return None and set the problem if it failed, is not finite or exceeds memory."""
     height, width = sample.size
     try:
         if isinstance(image, SampleError):
@@ -146,4 +148,8 @@ def _crop(image: Tensor | SampleError, sample: Sample) -> Image.Image | None:
         return to_image(image[:, :height, :width])
     except ValueError as error:
         sample.problem = str(error)
-        return None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        sample.problem = f"ran out of memory for an image of {height} x {width} pixels (height x width)"
+    return None

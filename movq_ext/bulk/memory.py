@@ -78,6 +78,6 @@ def peak_values_per_pixel(network: MOVQDecoder | Encoder) -> int:
     return max(values, default=3 * network.conv_in.out_channels)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """Return True if a GPU or the CPU could not allocate memory."""
-    return isinstance(error, torch.OutOfMemoryError) or CPU_OUT_OF_MEMORY in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or CPU_OUT_OF_MEMORY in str(error)

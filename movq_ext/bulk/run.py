@@ -90,7 +90,7 @@ class Rejects:
 
 
 def decode_shard(shard: Shard, decoder: BatchDecoder, on_progress: OnProgress = lambda samples: None) -> Report:
-    """Decode the samples whose images are missing. Errors of the shard or the disk are reported; all others are raised."""
+    """Decode the samples whose images are missing. Errors of the shard, the disk or memory are reported, all others raised."""
     report, start = Report(str(shard.source)), time.monotonic()
     try:
         if shard.is_done():  # a worker finished it and died before it could report
@@ -99,7 +99,7 @@ def decode_shard(shard: Shard, decoder: BatchDecoder, on_progress: OnProgress = 
             on_progress(report.present + report.rejected)
             return report
         _decode_missing(shard, decoder, report, on_progress)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError) as error:
         if not isinstance(shard, ImageFolderShard):
             report.decoded = 0  # the images are in the log, for the next run
         report.rejected, report.reasons = 0, []
@@ -107,7 +107,8 @@ def decode_shard(shard: Shard, decoder: BatchDecoder, on_progress: OnProgress = 
             _count_existing(shard, report)
             remove_partial_files([shard.target])
             return report
-        reason = printable(str(error) if report.source in str(error) else f"{report.source}: {error}")
+        message = str(error) or type(error).__name__  # a MemoryError has no message
+        reason = printable(message if report.source in message else f"{report.source}: {message}")
         report.error = reason
         with suppress(OSError), Rejects(report) as rejects:
             rejects.add(None, reason)
@@ -154,12 +155,14 @@ def _decode_chunk(samples: list[Sample], decoder: BatchDecoder, images: Finished
 
     def add(sample: Sample, image: Image.Image | None) -> None:
         if image is not None:
-            file = io.BytesIO()
-            image.save(file, format="PNG")
             try:
+                file = io.BytesIO()
+                image.save(file, format="PNG")
                 images.add(sample, file.getvalue())
             except SampleError as error:
                 sample.problem = str(error)
+            except MemoryError:
+                sample.problem = f"ran out of memory for a PNG of {image.height} x {image.width} pixels (height x width)"
         with lock:
             on_progress(1)
 

@@ -17,7 +17,7 @@ from ..bulk.find import find_shards
 from ..bulk.run import Report, run_in_process
 from ..bulk.shards import FieldNames, Shard
 from ..io.files import remove_partial_files
-from .common import DTYPES, add_model, exit_on_sigterm, memory_size, print_error, thread_count
+from .common import DTYPES, add_max_pixels, add_model, exit_on_sigterm, memory_size, print_error, thread_count
 
 SUMMARY = "Decode codes to images, shard by shard. Images that already exist are skipped."
 MAX_COUNTED_SHARDS = 1000  # opened at the start to count their images for the progress bar
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-memory", type=memory_size, metavar="SIZE",
                         help="memory for one batch besides the weights and the images, such as 500M or 8G (default: 80%% of "
                         "the free GPU memory; on a CPU, of each worker's share of the machine's memory)")  # fmt: skip
+    add_max_pixels(parser)
     parser.add_argument("--threads", type=thread_count, help="CPU threads per worker (default: 4 with Ray Data, otherwise all)")
     add_model(parser)
     parser.set_defaults(device=None)  # each worker chooses its own GPU
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     done = {shard for shard in shards if shard.is_done()}
     remove_partial_files(shard.target for shard in done)  # of runs that were killed after they wrote the output
     pending = [shard for shard in shards if shard not in done]
-    settings = Settings(args.model, args.device, DTYPES[args.dtype], args.max_memory, args.threads)
+    settings = Settings(args.model, args.device, DTYPES[args.dtype], args.max_memory, args.max_pixels, args.threads)
     use_ray = args.engine == "ray" or (args.engine == "auto" and len(pending) > 1 and find_spec("ray") is not None)
     start = time.monotonic()
     with exit_on_sigterm():

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args)
     encoder = ImageEncoder(model, args.max_memory)
     encoded, skipped, multi_frame, failed = 0, 0, 0, len(found.unreadable)
-    with exit_on_sigterm(), open_output(args, writes_file, Codebook.from_model(model)) as output:
+    with exit_on_sigterm(), open_output(args, writes_file, Codebook.from_model(model, args.max_pixels)) as output:
         output.require_room(file.name for file in found.files)
         for path, name in tqdm(found.files, unit="image", file=sys.stderr):
             try:

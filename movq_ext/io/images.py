@@ -19,6 +19,7 @@ from .rgb import to_rgb
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # a subset of Pillow's: its EPS reader runs Ghostscript
 SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 DEFAULT_MAX_PIXELS = 8192 * 8192  # of an image; 34 bytes can claim 179 million
+STRIP_PIXELS = 1 << 22  # that `to_image` converts at once
 
 
 class ImageError(OSError):
@@ -78,10 +79,14 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 def to_image(x: Tensor) -> Image.Image:
     """Convert ``(3, H, W)`` in [-1, 1] to an RGB image. Clamps; raises ValueError for NaN and infinite values."""
-    if not bool(x.isfinite().all()):
-        raise ValueError("expected finite pixel values, got NaN or infinity")
-    pixels = x.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+    _, height, width = x.shape
+    pixels = torch.empty(height, width, 3, dtype=torch.uint8)
+    rows = max(1, STRIP_PIXELS // width)  # in strips: the whole image in float32 would take several times its memory
+    for strip, out in zip(x.split(rows, 1), pixels.split(rows), strict=True):
+        if not bool(strip.isfinite().all()):
+            raise ValueError("expected finite pixel values, got NaN or infinity")
+        out.copy_(strip.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0))
+    return Image.fromarray(pixels.numpy())
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

@@ -28,6 +28,7 @@ from attacks.codes import CodeFileCases
 from attacks.images import ImageCases
 from attacks.shards import ShardCases
 from attacks.weights import WeightCases
+from movq_ext.bulk.parquet_reader import CHILD
 
 READERS = {"weights": WeightCases, "codes": CodeFileCases, "images": ImageCases, "shards": ShardCases}
 
@@ -69,7 +70,8 @@ class Watch:
             and "/case/" in str(arguments[0])
         )
         starts = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "os.remove")
-        if writes or event in starts:
+        reads_parquet = event == "subprocess.Popen" and str(CHILD) in arguments[1]
+        if writes or (event in starts and not reads_parquet):
             Watch.events.append(event)
 
 

@@ -14,7 +14,7 @@ from attacks.mutations import JUNK, damage_json
 from movq_ext.bulk.codebook import Codebook
 from movq_ext.bulk.find import make_shard
 
-BOOK = Codebook("book", 64, 2)
+BOOK = Codebook("book", 64, 2, max_pixels=1 << 20)
 NAMES = ["a", "a.b", "b/a", "../a", "/a", "a/..", ".", "", "x" * 9999, "\x1b[2J", "é", "con", "a\\b", " "]
 KINDS = [tarfile.REGTYPE] * 6 + [tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE,
                                  tarfile.GNUTYPE_SPARSE]  # fmt: skip
