@@ -120,7 +120,8 @@ def test_a_process_killed_before_it_clears_the_journal(tmp_path, monkeypatch):
             monkeypatch.setattr(code_output.Journal, "clear", lambda journal: os.kill(os.getpid(), signal.SIGKILL))
             add(output, range(5))
 
-    (tmp_path / ".codes-00000.safetensors.1.1.partial").touch()  # from a process that was killed while it wrote
+    for suffix in WRITERS:
+        (tmp_path / f".codes-00000{suffix}.1.1.partial").touch()  # from a process that was killed while it wrote
     run_and_die(die_after_the_first_shard)
     with ShardFolder(tmp_path, BOOK, ".safetensors", 2) as output:
         add(output, range(2, 5))

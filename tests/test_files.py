@@ -1,5 +1,9 @@
+import errno
+import fcntl
 import json
 import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,6 +21,13 @@ from movq_ext.io.files import (
 )
 
 THREADS = 8
+WRITE_UNTIL_KILLED = """
+import sys
+from movq_ext.io.files import atomic_write
+with atomic_write(sys.argv[1]):
+    print(flush=True)
+    input()
+"""
 
 
 def names(folder):
@@ -75,6 +86,40 @@ def test_a_private_file_gets_the_permissions_of_the_umask(tmp_path, mask):
     assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o666 & ~mask
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o444, 0o664])
+def test_an_overwritten_file_keeps_its_permissions(tmp_path, mode):
+    """A private file is private while it is written, too."""
+    path = tmp_path / "a.txt"
+    path.touch()
+    path.chmod(mode)
+    with atomic_write(path) as partial:
+        assert partial.stat().st_mode & 0o777 == mode | 0o600
+        partial.write_text("new")
+    assert path.stat().st_mode & 0o777 == mode and path.read_text() == "new"
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_is_written_through(tmp_path, exists):
+    """Atomically: the partial file is in the folder of the file that the link points to."""
+    (tmp_path / "there").mkdir()
+    link, target = tmp_path / "a.txt", tmp_path / "there/b.txt"
+    if exists:
+        target.write_text("old")
+    link.symlink_to("there/b.txt")
+    with atomic_write(link) as partial:
+        partial.write_text("new")
+        assert partial.parent == target.parent and target.exists() is exists
+    assert link.is_symlink() and target.read_text() == "new" and names(target.parent) == ["b.txt"]
+
+
+def test_a_pipe_is_not_overwritten(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    message = "expected a regular file to overwrite, got a pipe or device: .*/pipe"
+    with pytest.raises(OSError, match=message), atomic_write(tmp_path / "pipe"):
+        pytest.fail("the block was entered")
+    assert names(tmp_path) == ["pipe"]
+
+
 def test_concurrent_writers(tmp_path, monkeypatch):
     """Readers always see one writer's complete file. The umask belongs to the process, so no writer may change it."""
     path, barrier = tmp_path / "a.bin", threading.Barrier(THREADS)
@@ -108,14 +153,64 @@ def test_partial_files_of_killed_processes(tmp_path):
     assert names(tmp_path) == [".x.parquet", ".y.parquet.12.34.partial", "x.parquet.12.34.partial"]
 
 
-def test_the_longest_names(tmp_path):
-    """The partial file's name fits the file system too, and remove_partial_files finds it."""
-    path, left = tmp_path / f"{'é' * 125}.png", tmp_path / "left"
+@pytest.mark.parametrize("name", ["x.parquet", "link.parquet"])
+def test_partial_files_of_living_processes_stay(tmp_path, name):
+    """A partial file is locked as long as its writer lives. The writer may be another process, or a thread of this one."""
+    (tmp_path / "link.parquet").symlink_to("x.parquet")
+    command = [sys.executable, "-c", WRITE_UNTIL_KILLED, str(tmp_path / "x.parquet")]
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process,
+        atomic_write(tmp_path / "x.parquet") as partial,
+    ):
+        process.stdout.readline()
+        living = names(tmp_path)
+        assert partial.name in living and len(living) == 3
+        remove_partial_files([tmp_path / name])
+        assert names(tmp_path) == living
+        process.kill()
+        process.wait()
+        remove_partial_files([tmp_path / name])
+        assert names(tmp_path) == sorted([partial.name, "link.parquet"])
+    assert names(tmp_path) == ["link.parquet", "x.parquet"]
+
+
+def test_a_partial_file_that_is_removed_before_it_is_locked(tmp_path, monkeypatch):
+    """Its writer creates another."""
+    path, flock, locked = tmp_path / "x.parquet", fcntl.flock, []
+
+    def remove_and_lock(descriptor, operation):
+        locked.append(descriptor)
+        if len(locked) == 1:
+            remove_partial_files([path])
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_and_lock)
     with atomic_write(path) as partial:
         partial.write_text("whole")
-        left.hardlink_to(partial)
+    assert len(locked) == 3 and path.read_text() == "whole" and names(tmp_path) == ["x.parquet"]
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    """Every partial file counts as dead."""
+
+    def unsupported(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with atomic_write(tmp_path / "x.parquet") as partial:
+        partial.write_text("whole")
+    (tmp_path / ".x.parquet.12.34.partial").touch()
+    remove_partial_files([tmp_path / "x.parquet"])
+    assert names(tmp_path) == ["x.parquet"]
+
+
+def test_the_longest_names(tmp_path):
+    """The partial file's name fits the file system too, and remove_partial_files finds it."""
+    path = tmp_path / f"{'é' * 125}.png"
+    with atomic_write(path) as partial:
+        partial.write_text("whole")
         name = partial.name
-    left.rename(tmp_path / name)
+    (tmp_path / name).touch()  # of a killed process
     remove_partial_files([path])
     assert names(tmp_path) == [path.name] and path.read_text() == "whole"
 

@@ -215,3 +215,6 @@ save_pretrained(MOVQ({ {**DDCONFIG, "z_channels": 7}!r}, 8, 3), {str(tmp_path)!r
     assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
     loaded = from_pretrained(tmp_path)
     assert same_weights(loaded, make_movq(0)) if replaces == 0 else loaded.decoder.z_channels == 7
+    assert len(list(tmp_path.glob(".*.partial"))) == 1
+    save_pretrained(make_movq(0), tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]

@@ -153,7 +153,7 @@ class ShardFolder(CodeOutput):
             self.hashes |= read_image_hashes(path, self.codebook)
         stems = (path.stem for path in search.files if path.parent == self.out)
         self._index = 1 + max((int(match[1]) for stem in stems if (match := re.fullmatch(r"codes-(\d+)", stem))), default=-1)
-        remove_partial_files([self._path])
+        remove_partial_files(self._path.with_suffix(suffix) for suffix in WRITERS)
 
     @property
     def _path(self) -> Path:

@@ -6,16 +6,15 @@ import hashlib
 import os
 import struct
 import threading
-import uuid
 import zlib
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
-from ..io.files import find_partial_files, partial_path
+from ..io.files import create_partial_file, find_partial_files
 from .shards import Sample, Shard
 
-LABEL = "images"  # in the names of logs: .x.parquet.<uuid>.images.partial
+LABEL = "images"  # in the names of logs: .x.parquet.<random>.images.partial
 RECORD = struct.Struct("<32sQI")  # key, size and CRC-32 of the PNG that follows
 
 
@@ -87,18 +86,16 @@ class ImageLog:
         return hashlib.sha256(header + sample.codes.numpy().tobytes()).digest()
 
     def _create_log(self) -> int:
-        path = partial_path(self._target, f"{uuid.uuid4().hex}.{LABEL}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return self._open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND)
-
-    def _open(self, path: Path, flags: int) -> int:
-        log = os.open(path, flags | os.O_CLOEXEC, 0o666)
+        """Create a log, locked until it is closed: another run that finishes the shard does not remove it."""
+        self._target.parent.mkdir(parents=True, exist_ok=True)
+        _, log = create_partial_file(self._target, LABEL)
         self._files.callback(os.close, log)
         return log
 
     def _read_log(self, path: Path) -> None:
         """Add an earlier run's images, up to the first incomplete one: the run may have been killed while it wrote."""
-        log = self._open(path, os.O_RDONLY)
+        log = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._files.callback(os.close, log)
         offset, end = 0, os.fstat(log).st_size
         while offset + RECORD.size <= end:
             key, size, checksum = RECORD.unpack(os.pread(log, RECORD.size, offset))

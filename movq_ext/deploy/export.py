@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..io.files import atomic_write
+from ..io.files import atomic_write, remove_partial_files
 from ..model.autoencoder import MOVQ
 from ..model.decoder import MOVQDecoder
 
@@ -123,6 +123,7 @@ def export_decoder(
             package = _compile(network, latents, ranges, f"{folder}/decoder.pt2", metadata, inductor_configs)
         except Exception as error:  # the compilers of Python, C++ and CUDA raise many kinds
             raise ExportError(f"PyTorch could not compile the decoder for {device}: {error}") from error
+        remove_partial_files([path])
         with atomic_write(path) as partial:
             shutil.copyfile(package, partial)
     return path

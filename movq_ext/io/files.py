@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-import threading
+import secrets
+import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,19 @@ MAX_NAME_BYTES = 200  # file systems allow 255, and a partial file's name is up 
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside path; rename it to path if the block succeeds, delete it otherwise.
 
-    Readers see the old file or the complete new one, also after a crash of the machine.
+    Readers see the old file or the complete new one, also after a crash of the machine. A new file gets the permissions of the
+    umask, an overwritten one keeps its own. A symbolic link is kept: the file that it points to is written.
+
+    Raises OSError if path is a pipe or a device.
     """
-    path = Path(path)
-    partial = partial_path(path, f"{os.getpid()}.{threading.get_ident()}")
+    path = _follow_link(Path(path))
+    old_mode = path.stat().st_mode if path.exists() else None
+    if old_mode is not None and not (stat.S_ISREG(old_mode) or stat.S_ISDIR(old_mode)):  # os.replace refuses a folder
+        raise OSError(f"expected a regular file to overwrite, got a pipe or device: {path}")
+    partial, descriptor = create_partial_file(path, "output")
     try:
-        partial.touch()
-        mode = partial.stat().st_mode  # reading the umask itself would change it for all threads
+        mode = stat.S_IMODE(partial.stat().st_mode if old_mode is None else old_mode)  # reading the umask would change it
+        partial.chmod(mode | stat.S_IRUSR | stat.S_IWUSR)  # before anything is written: the old file may be private
         yield partial
         with open(partial, "rb") as file:
             os.fsync(file.fileno())  # contents before the name: a crash must not leave an empty file under it
@@ -37,26 +45,68 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
-def partial_path(path: Path, label: str) -> Path:
-    """Return the path of a partial file beside path. The label has one dot."""
-    return path.with_name(f".{_partial_stem(path.name)}.{label}.partial")
+def create_partial_file(path: Path, label: str) -> tuple[Path, int]:
+    """Create a hidden file beside path, ``.NAME.<random>.LABEL.partial``. Return it, and a descriptor open for appending.
+
+    The file is locked while the descriptor is open: `remove_partial_files` leaves it alone.
+    """
+    path = _follow_link(path)
+    while True:
+        partial = path.with_name(f".{_partial_stem(path.name)}.{secrets.token_hex(8)}.{label}.partial")
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            with suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if partial.exists():
+                return partial, descriptor
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # remove_partial_files was faster than the lock
 
 
 def find_partial_files(paths: Iterable[Path]) -> Iterator[Path]:
     """Yield the partial files beside these paths."""
     stems: dict[Path, set[str]] = {}
-    for path in paths:
+    for path in map(_follow_link, paths):
         stems.setdefault(path.parent, set()).add(_partial_stem(path.name))
     for folder, known in stems.items():
         yield from (partial for partial in folder.glob(".*.partial") if partial.name[1:].rsplit(".", 3)[0] in known)
 
 
 def remove_partial_files(paths: Iterable[Path]) -> None:
-    """Delete the partial files that killed processes left beside these paths. No process may be writing to the paths."""
+    """Delete the partial files that dead processes left beside these paths: those that no process has locked.
+
+    On a file system without locks, such as some network file systems, every partial file counts as dead: there, two processes
+    must not write to the same paths at once.
+    """
     for partial in find_partial_files(paths):
-        partial.unlink(missing_ok=True)
+        with suppress(FileNotFoundError, PermissionError):  # another process was faster, or another user's file
+            descriptor = os.open(partial, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                if not _is_locked(descriptor):
+                    partial.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _is_locked(descriptor: int) -> bool:
+    """Lock a file. Return True if another descriptor has locked it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there are no locks
+        return False
+    return False
+
+
+def _follow_link(path: Path) -> Path:
+    return Path(os.path.realpath(path)) if os.path.islink(path) else path  # Path.is_symlink raises for a name that is too long
 
 
 def _partial_stem(name: str) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..model.autoencoder import MOVQ
 from .checkpoint_files import read_dictionaries
 from .diffusers_weights import published_entries, read_config
-from .files import atomic_write, parse_json, require_file, wrap_errors
+from .files import atomic_write, parse_json, remove_partial_files, require_file, wrap_errors
 from .original_weights import CODEBOOK, Weights, infer_config, rename, select_model, strip_wrappers, with_codebook
 from .tensor_files import CheckpointError, format_names, is_plain_float, write_safetensors
 from .weight_folders import find_weights
@@ -45,6 +45,7 @@ def save_pretrained(model: MOVQ, folder: str | Path, dtype: torch.dtype | None =
         raise TypeError(f"model must have dense floating-point tensors, got others: {format_names(others)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    remove_partial_files([folder / "model.safetensors", folder / "config.json"])
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with atomic_write(folder / "model.safetensors") as partial:
         write_safetensors(tensors, partial, {CONFIG_KEY: config})

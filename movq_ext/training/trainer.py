@@ -251,7 +251,9 @@ class Trainer:
         """Write the validation picture of this step. Return the mean PSNR in dB."""
         quality, picture = self.validation.run(self.average, self.device, self.step > self.config.continuous_steps)
         (self.out / "validation").mkdir(exist_ok=True)
-        save_image(picture, self.out / "validation" / f"step_{self.step:07}.png")
+        path = self.out / "validation" / f"step_{self.step:07}.png"
+        remove_partial_files([path])
+        save_image(picture, path)
         log.write_picture(self.step, picture)
         return quality
 
