@@ -1,11 +1,17 @@
 """Code files as shards, decoded by the command line."""
 
 import gzip
+import os
+import unicodedata
 
 import numpy as np
 import pytest
 import torch
 from shard_files import GRIDS, SIZES, expected_pixels, file_names, png_pixels, read_rejects, run_decode, write_code_file
+
+from movq_ext.bulk import image_folder
+from movq_ext.bulk.shards import SampleError
+from movq_ext.io.codes import CodeFile, codebook_fingerprint
 
 
 def test_a_folder_of_code_files(model, model_folder, tmp_path):
@@ -42,3 +48,77 @@ def test_a_file_of_another_format(model_folder, tmp_path, name):
     assert run_decode(model_folder, tmp_path / name, "-o", tmp_path / "out") == 2
     (reject,) = read_rejects(tmp_path / f"out/{name}.rejects.jsonl")
     assert f"{name} is damaged or not a code file: " in reject["reason"]
+
+
+# --- Names that would share a file
+
+
+def write_named(model, path, names):
+    file = CodeFile(codebook_fingerprint(model))
+    for i, name in enumerate(names):
+        file.add(name, torch.full((1, 1), i), (2, 2))
+    file.save(path)
+    return path
+
+
+def test_other_spellings_of_a_name(model, model_folder, tmp_path, capsys):
+    """Three images were decoded to two files."""
+    source = write_named(model, tmp_path / "x.safetensors", ["x/./a.jpg", "x/a.png", "x/a.jpg.jpg", "./b.jpg", "x//c.jpg"])
+    assert run_decode(model_folder, source, "-o", tmp_path / "out") == 0
+    assert "decoded 5, " in capsys.readouterr().out
+    assert file_names(tmp_path / "out") == ["b.png", "x/a.jpg.jpg.png", "x/a.jpg.png", "x/a.png.png", "x/c.png"]
+
+
+SIMILAR = ["x/a.jpg", "X/A.jpg", "x/\u00e9.jpg", "x/e\u0301.jpg", "x./a.jpg"]
+
+
+def test_names_that_differ_in_case(model, model_folder, tmp_path):
+    """They are different files here."""
+    source = write_named(model, tmp_path / "x.safetensors", SIMILAR)
+    np.savez(tmp_path / "x.npz", **{name: np.zeros((1, 1), int) for name in SIMILAR})
+    for path in (source, tmp_path / "x.npz"):
+        assert run_decode(model_folder, path, "-o", tmp_path / path.suffix) == 0
+        assert len(file_names(tmp_path / path.suffix)) == len(SIMILAR)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_names_that_differ_in_case_on_other_file_systems(model, model_folder, tmp_path, monkeypatch, suffix):
+    """macOS and Windows would overwrite one image with another, or take it for finished."""
+    if suffix == ".npz":
+        np.savez(tmp_path / "x.npz", **{name: np.zeros((1, 1), int) for name in SIMILAR})
+    else:
+        write_named(model, tmp_path / "x.safetensors", SIMILAR)
+    monkeypatch.setattr(image_folder.PngNames, "_ignores_case", True)
+    for _ in range(2):
+        assert run_decode(model_folder, tmp_path / f"x{suffix}", "-o", tmp_path / "out") == 1
+        rejects = read_rejects(tmp_path / f"out/x{suffix}.rejects.jsonl")
+        assert len(rejects) == 3
+        reasons = {reject["reason"] for reject in rejects}
+        assert all(reason.endswith(" of an earlier image are one file on this file system") for reason in reasons), reasons
+
+
+@pytest.mark.parametrize("ignore", [str.lower, lambda name: unicodedata.normalize("NFC", name)])
+def test_file_systems_that_ignore_case(tmp_path, monkeypatch, ignore):
+    """Found by looking for a file under another spelling."""
+    names = image_folder.PngNames(tmp_path / "new")
+    names.add("a.png")
+    assert not (tmp_path / "new").exists()  # not looked at until two names are similar
+    names.add("A.png")
+    assert list((tmp_path / "new").iterdir()) == []
+    monkeypatch.setattr(os.path, "exists", lambda path: any(ignore(str(other)) == ignore(path) for other in tmp_path.iterdir()))
+    names = image_folder.PngNames(tmp_path)
+    names.add("a.png")
+    with pytest.raises(SampleError, match=r"A\.png and a\.png of an earlier image are one file on this file system"):
+        names.add("A.png")
+
+
+@pytest.mark.parametrize("name", ["C:/x.jpg", "con.jpg", "a/NUL", "aux/x.jpg", "a:b", "a?.jpg", "a./b", "a /b", "LPT1.x/b"])
+def test_names_that_windows_reserves(model, model_folder, tmp_path, monkeypatch, name):
+    """Some of them name a device or a path on another drive."""
+    source = write_named(model, tmp_path / "x.safetensors", [name, "console.jpg"])
+    assert run_decode(model_folder, source, "-o", tmp_path / "here") == 0
+    monkeypatch.setattr(image_folder, "ON_WINDOWS", True)
+    assert run_decode(model_folder, source, "-o", tmp_path / "out") == 1
+    (reject,) = read_rejects(tmp_path / "out/x.safetensors.rejects.jsonl")
+    assert reject["reason"].startswith("the PNG cannot be written: Windows has no files named ")
+    assert file_names(tmp_path / "out") == ["console.png", "x.safetensors.rejects.jsonl"]

@@ -60,6 +60,15 @@ def test_images_may_share_memory(tmp_path):
     assert CodeFile.load(tmp_path / "x.safetensors").codes["c"].tolist() == [[4, 6], [5, 7]]
 
 
+def test_loaded_codes_are_copies(tmp_path):
+    """A file that is overwritten or cut short while its codes are decoded must not change or crash the run."""
+    path = tmp_path / "x.safetensors"
+    two_images().save(path)
+    loaded = CodeFile.load(path)
+    path.write_bytes(path.read_bytes()[:-24] + bytes([7]) * 24)  # in place
+    assert loaded.codes["a.jpg"].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\\/"), min_size=1, max_size=60).filter(
     lambda name: name_problem(name) is None
 )

@@ -251,3 +251,11 @@ def test_gzip_bombs(model_folder, tmp_path, monkeypatch, content, small):
 def test_members_are_not_held_in_memory(tmp_path):
     with tarfile.open(write_tar(tmp_path / "x.tar", [(f"{i}.txt", b"") for i in range(3)])) as tar:
         assert [(member.name, len(tar.members)) for member in webdataset._members(tar)] == [(f"{i}.txt", 0) for i in range(3)]
+
+
+def test_two_spellings_of_a_key(model_folder, tmp_path):
+    """Their images would be extracted to one file."""
+    files = [(f"{key}.npy", npy_bytes(GRIDS[0])) for key in ("x/a", "x/./a", "x//a", "x/A")]
+    assert run_decode(model_folder, write_tar(tmp_path / "x.tar", files), "-o", tmp_path / "out") == 1
+    assert list(read_tar(tmp_path / "out/x.tar")) == ["x/a.png", "x/A.png"]
+    assert [reject["name"] for reject in read_rejects(tmp_path / "out/x.tar.rejects.jsonl")] == ["x/./a", "x//a"]

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from ..io.codes import CodeFile
 from ..io.files import require_file, wrap_errors
 from .codebook import Codebook
-from .image_folder import ImageFolderShard
+from .image_folder import ImageFolderShard, PngNames
 from .shards import Sample
 
 
@@ -21,7 +21,7 @@ class CodeFileShard(ImageFolderShard):
     def count_samples(self) -> int | None:
         try:
             require_file(self.source)
-            with wrap_errors(ValueError, str(self.source)), safe_open(self.source, framework="pt") as file:
+            with wrap_errors(ValueError, str(self.source)), safe_open(self.source, framework="pt", backend="pread") as file:
                 return len(file.keys())
         except (OSError, ValueError):  # samples() reports it
             return None
@@ -29,10 +29,13 @@ class CodeFileShard(ImageFolderShard):
     def samples(self, codebook: Codebook) -> Iterator[Sample]:
         file = CodeFile.load(self.source)
         codebook.check_fingerprint(file.codebook, self.source)
+        names = PngNames(self.target)
         for name, png_name in file.png_names().items():
             sample = Sample(name, payload=png_name)
             try:
-                sample.codes, sample.size = codebook.to_grid(file.codes[name].numpy(), file.sizes[name])
+                grid = codebook.to_grid(file.codes[name].numpy(), file.sizes[name])
+                names.add(png_name)
+                sample.codes, sample.size = grid
             except ValueError as error:
                 sample.problem = str(error)
             yield sample

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import cached_property
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
-from ..io.files import MAX_REASON_CHARACTERS, atomic_write, printable
+from ..io.files import MAX_REASON_CHARACTERS, MAX_SHOWN_CHARACTERS, atomic_write, printable
 from .shards import CopyImage, FinishedImages, Sample, SampleError, Shard
 
 # Errors that concern one path. All others, such as a full disk, would stop every image.
 PATH_ERRORS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EILSEQ, errno.EINVAL}
+
+ON_WINDOWS = os.name == "nt"
+# In a part of a path: forbidden characters, a dot or space at its end, and names of devices with any suffix.
+WINDOWS_RESERVED = re.compile(r'[<>:"|?*\x00-\x1f]|[. ](/|$)|(^|/)(con|prn|aux|nul|com\d|lpt\d)(\.|/|$)', re.IGNORECASE)
 
 
 class ImageFolderShard(Shard):
@@ -72,3 +80,48 @@ class ImageFolder:
 
     def read(self, sample: Sample) -> bytes:
         return self._path_of(sample).read_bytes()
+
+
+class PngNames:
+    """The names of PNGs in a folder. Finds two that the file system takes for one: the later image would be lost.
+
+    Args:
+        folder: the folder, which need not exist.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._names: dict[str, str] = {}  # by a spelling that ignores what file systems ignore
+
+    def add(self, name: str) -> None:
+        """Add a relative path with ``/``. Raises SampleError if it is taken, or reserved on Windows."""
+        shown = printable(name, MAX_SHOWN_CHARACTERS)
+        if ON_WINDOWS and WINDOWS_RESERVED.search(name):
+            raise SampleError(f"the PNG cannot be written: Windows has no files named {shown}")
+        other = self._names.get(spelling := _fold(name))
+        if other is None:
+            self._names[spelling] = name
+        elif other == name:
+            raise SampleError("an earlier image has the same name")
+        elif self._ignores_case:
+            other = printable(other, MAX_SHOWN_CHARACTERS)
+            raise SampleError(f"{shown} and {other} of an earlier image are one file on this file system")
+
+    @cached_property
+    def _ignores_case(self) -> bool:
+        """True if the folder's file system ignores the case or the Unicode normal form of names."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for letter, other in (("A", "a"), ("\u00e9", "e\u0301")):
+            with (
+                suppress(UnicodeEncodeError),  # no name with such a letter can be written
+                NamedTemporaryFile(dir=self._folder, prefix=f".{letter}.", suffix=".partial") as file,
+            ):
+                if os.path.exists(file.name.replace(f".{letter}.", f".{other}.")):
+                    return True
+        return False
+
+
+def _fold(name: str) -> str:
+    """Return a spelling that is the same for names that some file system takes for one."""
+    parts = unicodedata.normalize("NFC", name).casefold().split("/")
+    return "/".join(part.rstrip(". ") for part in parts)

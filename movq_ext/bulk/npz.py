@@ -13,7 +13,7 @@ import numpy as np
 from ..io.codes import name_problem
 from ..io.files import MAX_SHOWN_CHARACTERS, printable, require_file, wrap_errors
 from .codebook import Codebook
-from .image_folder import ImageFolderShard
+from .image_folder import ImageFolderShard, PngNames
 from .npy_stream import NpyStream, open_npy
 from .shards import FieldNames, Sample, ShardError
 
@@ -42,19 +42,18 @@ class NpzShard(ImageFolderShard):
             keys = _array_keys(archive)
             column = self._column(keys)
             named = column is None or "name" in keys
-            seen: set[str] = set()
+            names = PngNames(self.target)
             for name, codes, size in _grids(archive, keys) if column is None else _column(archive, keys, column):
                 sample = Sample(name, payload=str(PurePosixPath(f"{name}.png")))
                 try:
                     if (problem := name_problem(name)) is not None:
                         raise ValueError(problem)
-                    if sample.payload in seen:
-                        raise ValueError("an earlier image has the same name")
                     if isinstance(codes, ValueError):
                         raise codes
-                    sample.codes, sample.size = codebook.to_grid(codes, size)
+                    grid = codebook.to_grid(codes, size)
                     if named:  # numbers are unique
-                        seen.add(sample.payload)
+                        names.add(sample.payload)
+                    sample.codes, sample.size = grid
                 except ValueError as error:
                     sample.problem = str(error)
                 yield sample

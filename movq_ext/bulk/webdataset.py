@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import numpy as np
@@ -53,12 +53,12 @@ class WebDatasetShard(SingleFileShard):
         with self._open_tar() as (tar, file):
             self._require_complete(tar, file)
         with self._open_tar() as (tar, _):
-            seen: set[str] = set()
+            seen: set[PurePosixPath] = set()
             for key, members in groupby(reraise_as_shard_error(_read_files(tar), self.source), key=lambda member: member[0]):
                 files = [(extension, contents) for _, extension, contents in members]
                 sample = Sample(key, payload=dict(files), payload_bytes=sum(len(contents) for _, contents in files))
                 try:
-                    if key in seen:
+                    if PurePosixPath(key) in seen:  # x/a and x/./a too: they are extracted to one file
                         raise ValueError("repeated sample name: the files of a sample must be adjacent")
                     if len(sample.payload) < len(files):
                         found = printable(str([extension for extension, _ in files]), MAX_SHOWN_CHARACTERS)
@@ -66,7 +66,7 @@ class WebDatasetShard(SingleFileShard):
                     _parse(sample, codebook, self.names)
                 except ValueError as error:
                     sample.problem = str(error)
-                seen.add(key)
+                seen.add(PurePosixPath(key))
                 yield sample
 
     @contextmanager

@@ -54,9 +54,12 @@ def _is_cast_of(weight: Tensor, stored: Tensor) -> bool:
 
 @contextmanager
 def _open(path: str | Path) -> Iterator[tuple[Any, dict[str, str]]]:
-    """Yield the safetensors file and its metadata."""
+    """Yield the safetensors file and its metadata. Tensors are copies: the file may change after they are read."""
     require_file(path)
-    with wrap_errors(CodeFileError, f"{path} is damaged or not a code file"), safe_open(path, framework="pt") as file:
+    with (
+        wrap_errors(CodeFileError, f"{path} is damaged or not a code file"),
+        safe_open(path, framework="pt", backend="pread") as file,
+    ):
         metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
             found = printable(repr(metadata.get("format")), MAX_SHOWN_CHARACTERS)
@@ -153,9 +156,10 @@ class CodeFile:
 
     def png_names(self) -> dict[str, str]:
         """Map each image to its PNG: ``.png`` replaces the suffix, or is appended where two images would share a file."""
-        replaced = {name: str(PurePosixPath(name).with_suffix(".png")) for name in self.codes}
-        uses = Counter(png for name in replaced for png in {replaced[name], f"{name}.png"})
-        return {name: png if uses[png] == 1 else f"{name}.png" for name, png in replaced.items()}
+        paths = {name: PurePosixPath(name) for name in self.codes}  # without repeated slashes and dots
+        choices = {name: (str(path.with_suffix(".png")), f"{path}.png") for name, path in paths.items()}
+        uses = Counter(png for pngs in choices.values() for png in {*pngs})
+        return {name: replaced if uses[replaced] == 1 else appended for name, (replaced, appended) in choices.items()}
 
 
 def read_hashes(path: str | Path) -> tuple[str, dict[str, str]]:
