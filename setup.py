@@ -91,7 +91,8 @@ def plan_extension():
     except NoExtensionError as reason:
         return {"torch": None, "reason": str(reason)}, []
     os.environ["CUDA_HOME"] = str(toolkit)  # cpp_extension reads it on import
-    os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_arch_list(toolkit)
+    arch_list = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_arch_list(toolkit)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = with_hopper_instructions(arch_list)
     return {"torch": torch.__version__, "nvcc": nvcc, "arch_list": os.environ["TORCH_CUDA_ARCH_LIST"]}, []
 
 
@@ -99,6 +100,15 @@ def default_arch_list(toolkit):
     """Return the architectures of ARCH_LIST that this nvcc supports, with PTX of the last for newer GPUs."""
     known = nvcc_output(toolkit, "--list-gpu-arch").split()
     return " ".join(arch for arch in ARCH_LIST if f"compute_{arch.replace('.', '')}" in known) + "+PTX"
+
+
+def with_hopper_instructions(arch_list):
+    """Replace 9.0 with 9.0a. Its code runs on the same GPUs and may use wgmma, which attention_hopper.cu does.
+
+    PTX stays 9.0: newer GPUs cannot compile PTX of 9.0a.
+    """
+    arch_list = re.sub(r"\b(9\.0\+PTX|Hopper)(?=[; ]|$)", "9.0a;9.0+PTX", arch_list)
+    return re.sub(r"\b9\.0(?=[; ]|$)", "9.0a", arch_list)
 
 
 record, requires = plan_extension()

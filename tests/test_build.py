@@ -147,7 +147,16 @@ def test_requiring_the_extension_with_another_torch_is_an_error(source, tmp_path
 
 @pytest.mark.parametrize(
     ("wanted", "built"),
-    [(None, "8.0 9.0 10.0+PTX"), ("", "8.0 9.0 10.0+PTX"), ("7.5;8.6", "7.5;8.6")],  # by default all that nvcc supports
+    [
+        (None, "8.0 9.0a 10.0+PTX"),  # all that nvcc supports
+        ("", "8.0 9.0a 10.0+PTX"),
+        ("7.5;8.6", "7.5;8.6"),
+        ("8.0 9.0", "8.0 9.0a"),  # 9.0a has Hopper's wgmma
+        ("9.0;10.0+PTX", "9.0a;10.0+PTX"),
+        ("9.0a", "9.0a"),
+        ("8.0;9.0+PTX", "8.0;9.0a;9.0+PTX"),  # newer GPUs cannot compile PTX of 9.0a
+        ("Hopper", "9.0a;9.0+PTX"),
+    ],
 )
 def test_sources_and_architectures(source, tmp_path, toolkit, wanted, built):
     script = (

@@ -9,6 +9,11 @@
 #define MOVQ_DEVICE __device__ __forceinline__
 #define MOVQ_HOST_DEVICE __host__ __device__ __forceinline__
 
+// Defined where wgmma and setmaxnreg exist. Kernels that use them have an empty body elsewhere.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(MOVQ_EMULATOR)
+#define MOVQ_SM90A
+#endif
+
 namespace movq {
 
 constexpr int kWarpSize = 32;

@@ -7,7 +7,7 @@
 namespace movq {
 
 #ifndef MOVQ_EMULATOR
-extern __shared__ __align__(128) unsigned char shared_memory[];
+extern __shared__ __align__(1024) unsigned char shared_memory[];
 #endif
 
 // A view of `count` elements that starts `offset` bytes into the block's shared memory.

@@ -60,6 +60,23 @@ void cp_async(unsigned to, const void* from, int bytes, bool valid);
 void cp_async_commit();
 void cp_async_wait(int pending);
 
+// mbarrier.cuh, tma.cuh, warpgroup.cuh
+struct TensorMap {
+  const char* data;
+  int element_size;
+  uint64_t sizes[4], strides[3];
+  uint32_t box[4];
+};
+TensorMap make_tensor_map(const void* data, int element_size, const uint64_t (&sizes)[4], const uint64_t (&strides)[3],
+                          const uint32_t (&box)[4]);
+void tma_load(unsigned to, const TensorMap& map, const int (&from)[4], unsigned barrier);
+void mbarrier_init(unsigned address, unsigned arrivals);
+void mbarrier_arrive(unsigned address, unsigned expected_bytes);
+void mbarrier_wait(unsigned address, unsigned parity);
+void fence_proxy_async();
+void named_barrier(int id, int threads, bool wait);
+void set_max_registers(int registers, bool increase);
+
 // Warp-wide operations
 void warp_sync(unsigned mask);
 enum class Shuffle { kIndex, kUp, kDown, kXor };
@@ -69,5 +86,12 @@ void ldmatrix(uint32_t* registers, int count, bool transposed, unsigned row_addr
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, bool is_half);
 void mma_m16n8k8_tf32(float* d, const uint32_t* a, const uint32_t* b);
 uint32_t to_tf32(float v);
+
+// Warpgroup-wide operations, wgmma.cuh. `a` is in registers, or null and then in shared memory at a_descriptor.
+void wgmma_fence();
+void wgmma(float* d, int n, const uint32_t* a, uint64_t a_descriptor, uint64_t b_descriptor, bool b_mn_major, bool is_half,
+           bool accumulate);
+void wgmma_commit();
+void wgmma_wait(int pending);
 
 }  // namespace emu

@@ -15,7 +15,9 @@ static void write_json(std::ostream& out, const Counters& c) {
       << ",\"written_sectors\":" << c.written_sectors << ",\"read_requests\":" << c.read_requests
       << ",\"write_requests\":" << c.write_requests << ",\"shared_requests\":" << c.shared_requests
       << ",\"shared_wavefronts\":" << c.shared_wavefronts << ",\"bank_conflicts\":" << c.bank_conflicts
-      << ",\"worst_ways\":" << c.worst_ways << ",\"mma\":" << c.mma;
+      << ",\"worst_ways\":" << c.worst_ways << ",\"mma\":" << c.mma << ",\"wgmma\":" << c.wgmma
+      << ",\"wgmma_flops\":" << c.wgmma_flops << ",\"wgmma_shared_bytes\":" << c.wgmma_shared_bytes << ",\"tma\":" << c.tma
+      << ",\"tma_bytes\":" << c.tma_bytes;
 }
 
 static void write_json(std::ostream& out, const dim3& d) { out << "[" << d.x << "," << d.y << "," << d.z << "]"; }

@@ -52,7 +52,11 @@ static struct Stacks {
 
 // --- Scheduling: seed 0 runs threads and blocks in order, other seeds shuffle both
 
+// TMA copies complete at random times, or with seed 0 only when every thread waits.
 static Thread* next_thread() {
+  if (machine.seed && !machine.copies.empty() && machine.random() % 64 == 0) complete_copy();
+  while (machine.ready.empty() && complete_copy()) {
+  }
   if (machine.ready.empty()) return nullptr;
   if (machine.seed) std::swap(machine.ready.front(), machine.ready[machine.random() % machine.ready.size()]);
   Thread* next = machine.ready.front();
@@ -100,6 +104,12 @@ static void thread_main() {
   if (self->block->read_remotely && self->block->read_remotely >= self->block->cluster_synced) {
     fail("this block ends while another block of its cluster may still read its shared memory: call cluster_sync() first");
   }
+  if (self->id % kWarpgroupSize == 0 && !self->block->warpgroups.empty()) {
+    for (const Warpgroup& warpgroup : self->block->warpgroups) {
+      if (warpgroup.threads[0] == self && !warpgroup.products.empty())
+        fail("a wgmma is in flight at the end: its wait is missing");
+    }
+  }
   leave_barrier(self->block->barrier);
   leave_barrier(self->block->cluster->barrier);
   leave_barrier(machine.grid);
@@ -126,6 +136,7 @@ static bool arrive(Barrier& barrier, const char* what, int line, bool wide) {
     return false;
   }
   ++machine.clock;
+  acquire_from_all(barrier.waiting);
   for (Thread* t : barrier.waiting) {
     t->block->synced = machine.clock;
     if (wide) t->block->cluster_synced = machine.clock;
@@ -211,6 +222,34 @@ void gather(unsigned mask, const char* what, void* argument, void (*together)(Wa
   yield();
 }
 
+void gather_warpgroup(const char* what, void* argument, void (*together)(Warpgroup&, WarpgroupArguments)) {
+  Thread* self = machine.running;
+  const unsigned linear = self - self->block->threads.data();
+  if (linear / kWarpgroupSize >= self->block->warpgroups.size()) fail(std::string(what) + " needs a warpgroup of 128 threads");
+  Warpgroup& group = self->block->warpgroups[linear / kWarpgroupSize];
+  if (group.arrived.empty()) {
+    group.what = what;
+  } else if (std::strcmp(group.what, what)) {
+    fail("divergent warpgroup: this thread is at " + std::string(what) + ", others are at " + group.what);
+  }
+  for (const Thread* t : group.threads) {
+    if (t->finished) fail("divergent warpgroup: " + std::string(what) + " needs a thread that has returned");
+  }
+  group.arrived.push_back(self);
+  group.arguments[linear % kWarpgroupSize] = argument;
+  if (group.arrived.size() < kWarpgroupSize) {
+    suspend(what);
+    return;
+  }
+  const std::vector<Thread*> arrived = std::move(group.arrived);
+  group.arrived.clear();
+  together(group, group.arguments);
+  for (Thread* t : arrived) {
+    if (t != self) wake(t);
+  }
+  yield();
+}
+
 // --- Launches
 
 // Blocks that run at the same time: one, a cluster, or a whole cooperative grid.
@@ -229,6 +268,10 @@ static void add_block(Residents& residents, Cluster& cluster, const Shape& shape
   block.shadow.assign(shape.shared_bytes, Shadow());
   block.threads.resize(threads);
   block.warps.resize((threads + kWarpSize - 1) / kWarpSize);
+  block.warpgroups.resize(threads / kWarpgroupSize);
+  const int registers = std::min<int>(65536 / threads / 8 * 8, 255);  // what a kernel has with __launch_bounds__(threads, 1)
+  block.spare_registers = 0;
+  for (Warpgroup& warpgroup : block.warpgroups) warpgroup.registers = registers;
   cluster.blocks.push_back(&block);
   cluster.barrier.size += threads;
   machine.grid.size += threads;
@@ -243,6 +286,7 @@ static void add_block(Residents& residents, Cluster& cluster, const Shape& shape
     t.id = block.rank * threads + i;
     t.lane = i % kWarpSize;
     t.warp->lanes.push_back(&t);
+    if (i / kWarpgroupSize < block.warpgroups.size()) block.warpgroups[i / kWarpgroupSize].threads.push_back(&t);
     prepare(t.fiber, stacks.at(stack++), thread_main);
     wake(&t);
   }
@@ -252,6 +296,7 @@ static void run_together(const Shape& shape, const std::vector<unsigned>& first_
   Residents residents;
   size_t stack = 0;
   machine.ready.clear();
+  machine.copies.clear();
   machine.grid = Barrier();
   for (unsigned first : first_blocks) {
     Cluster& cluster = residents.clusters.emplace_back();
@@ -272,10 +317,13 @@ static void run_together(const Shape& shape, const std::vector<unsigned>& first_
       }
     }
     for (auto& [where, threads] : waiting) {
-      machine.failure += (machine.failure.empty() ? "deadlock at a divergent barrier: " : "; ") + std::to_string(threads.size()) +
-                         " threads wait at " + where + " [" + describe(*threads[0]) + "]";
+      machine.failure += (machine.failure.empty() ? "deadlock: " : "; ") + std::to_string(threads.size()) + " threads wait at " +
+                         where + " [" + describe(*threads[0]) + "]";
     }
   }
+  for (size_t i = 0; i < residents.blocks.size() && machine.failure.empty(); ++i)
+    machine.failure = find_unawaited_copy(residents.blocks[i]);
+  machine.copies.clear();
   if (!machine.failure.empty()) {
     stacks.scrub_all();  // their frames will never return
     std::string failure;

@@ -39,6 +39,18 @@ struct Copy {
   int group;
 };
 
+// A product in flight. Its result is known, but the registers hold poison until the wait.
+struct Product {
+  int group, n;
+  std::vector<float*> d;         // of each thread of the warpgroup
+  std::vector<float> result;     // [thread][n / 2]
+  std::vector<unsigned> chunks;  // of shared memory, 16 bytes each, that it reads
+};
+
+// What other agents have done that a thread knows of: everything before known[agent], by Machine::clock. Agents are the threads
+// of the cluster and, after them, the mbarriers, which stand for the copies that complete on them. Empty until it is needed.
+using Knowledge = std::vector<uint32_t>;
+
 struct Thread : Builtins {
   Fiber fiber;
   Block* block;
@@ -49,6 +61,8 @@ struct Thread : Builtins {
   const char* waits_at = nullptr;  // while suspended: the operation, and its line if known
   int waits_line = 0;
   uint32_t met[kWarpSize] = {};  // the time of the last __syncwarp with each lane
+  Knowledge known;               // through mbarriers and named barriers
+  std::vector<uint32_t> fences;  // the times of its fence.proxy.async
   std::vector<Copy> copies;
   int groups = 0;  // committed cp.async groups
   std::vector<Access> log;
@@ -65,6 +79,37 @@ struct Warp {
   std::vector<Thread*> lanes;
   std::vector<Gathering> gatherings;
   unsigned mask() const { return lanes.size() == kWarpSize ? ~0u : (1u << lanes.size()) - 1; }
+};
+
+constexpr unsigned kWarpgroupSize = 4 * kWarpSize;
+
+struct Warpgroup {
+  std::vector<Thread*> threads;
+  const char* what = nullptr;  // the operation at which its threads gather
+  std::vector<Thread*> arrived;
+  void* arguments[kWarpgroupSize];
+  std::vector<Product> products;  // in flight
+  int groups = 0;                 // committed
+  bool fenced = false;            // since the last wait
+  int registers = 0;              // of each thread
+};
+
+struct MBarrier {
+  unsigned arrivals = 0;           // of each phase
+  int64_t missing = 0, bytes = 0;  // until the phase completes: arrivals, and bytes of copies
+  unsigned phase = 0;
+  uint16_t agent = 0;  // its copies, in Knowledge
+  uint16_t creator = 0;
+  uint32_t created = 0, copied = 0;  // times of init and of the last copy
+  Knowledge released;                // by those who have arrived
+  std::vector<Thread*> waiting;
+};
+
+// A barrier of some warps (`barrier.cta`).
+struct NamedBarrier {
+  int threads = 0, arrived = 0;
+  Knowledge released;
+  std::vector<Thread*> waiting;
 };
 
 // Threads that wait for each other at a barrier of a block, a cluster or the grid.
@@ -89,8 +134,22 @@ struct Shadow {
   State state = kUnwritten;
   Readers readers = kNone;
   uint16_t writer = 0, reader = 0;  // with several readers, `reader` is one of their warp, block or cluster
-  uint16_t unused = 0;              // instead of padding, because shadows are compared as bytes
+  uint16_t proxy = 0;               // 1 if an ordinary store wrote it, 0 if a copy did
   uint32_t written = 0, read = 0;
+};
+
+// The wgmmas that read 16 bytes of shared memory, by warpgroup.
+struct ProductReaders {
+  uint8_t in_flight[8] = {};
+  uint32_t read[8] = {};  // when a wait last completed one
+};
+
+// A TMA copy in flight.
+struct BoxCopy {
+  Block* block;
+  unsigned to, bytes, barrier;
+  TensorMap map;
+  int from[4];
 };
 
 struct Block {
@@ -103,6 +162,12 @@ struct Block {
   std::vector<Shadow> shadow;
   uint32_t synced = 0, cluster_synced = 0;  // times of the last barriers of the block and of its cluster
   uint32_t read_remotely = 0;               // when another block last read its shared memory
+  std::vector<Warpgroup> warpgroups;
+  std::map<unsigned, MBarrier> mbarriers;  // by address
+  NamedBarrier named_barriers[16];
+  std::vector<ProductReaders> product_readers;  // by chunk of 16 bytes; empty until it is needed
+  int spare_registers = 0;                      // that setmaxnreg may give to a warpgroup
+  std::vector<Thread*> waits_for_registers;
 };
 
 struct Counters {
@@ -113,6 +178,8 @@ struct Counters {
   uint64_t bank_conflicts = 0;  // wavefronts beyond the fewest possible
   unsigned worst_ways = 1;      // the most wavefronts of one phase of a request
   uint64_t mma = 0;
+  uint64_t wgmma = 0, wgmma_flops = 0, wgmma_shared_bytes = 0;  // bytes of operands read from shared memory
+  uint64_t tma = 0, tma_bytes = 0;                              // copies, and bytes that they write to shared memory
 };
 
 struct LaunchRecord {
@@ -137,6 +204,7 @@ struct Machine {
   Fiber host;
   std::deque<Thread*> ready;
   Barrier grid;
+  std::vector<BoxCopy> copies;
   uint32_t clock = 1;  // counts synchronizations, which order the accesses before them and after them
   std::string failure;
 
@@ -163,6 +231,31 @@ void wake(Thread* thread);
 // Waits until every lane in `mask` is at `what`. The last to arrive runs `together` with the arguments of all lanes.
 using Arguments = void* const (&)[kWarpSize];
 void gather(unsigned mask, const char* what, void* argument, void (*together)(Warp& warp, unsigned mask, Arguments lanes));
+
+// Waits until every thread of the warpgroup is at `what`. The last to arrive runs `together`, with the arguments in the order of
+// the threads.
+using WarpgroupArguments = void* const (&)[kWarpgroupSize];
+void gather_warpgroup(const char* what, void* argument, void (*together)(Warpgroup& warpgroup, WarpgroupArguments threads));
+
+// Ordering (ordering.cpp): what a thread did before release() comes before what another does after acquire().
+constexpr uint16_t kFirstMBarrier = 0x8000;  // ids of agents that are not threads
+void release(const Thread& thread, Knowledge& to);
+void acquire(Thread& thread, const Knowledge& from);
+void acquire_from_all(const std::vector<Thread*>& threads);  // each of the others' knowledge
+void know(Knowledge& knowledge, const Block& block, uint16_t agent);
+uint32_t known(const Thread& thread, uint16_t agent);  // everything that the agent did before this time
+bool ordered(const Thread& thread, uint16_t agent, uint32_t time);
+std::string describe_agent(const Block& block, uint16_t agent);
+
+// Shared memory (memory.cpp).
+void check_shared(const Block& block, unsigned address, int bytes, int alignment, const char* what);
+void start_copy_to(unsigned address, int bytes);                     // marks shared memory as in flight
+void check_product_operand(const Thread& thread, unsigned address);  // 16 bytes that wgmma reads
+void count_global_read(const void* from, int bytes);                 // one access of at most 16 bytes, by a copy
+
+// Copies in flight (copies.cpp). Completes one, or returns false if there is none.
+bool complete_copy();
+std::string find_unawaited_copy(const Block& block);  // a report at the end of a block, or ""
 
 std::string describe(const Thread& thread);
 Thread& thread_of(Cluster& cluster, uint16_t id);

@@ -95,35 +95,28 @@ void copy_to_device(void* to, const void* from, size_t bytes) { copy_bytes(to, f
 
 // --- Shared memory: which accesses are ordered
 
-// True if what thread `id` did at `time` comes before what the running thread does now, on every schedule.
-static bool ordered(uint16_t id, uint32_t time) {
-  const Thread& self = *machine.running;
-  if (id == self.id) return true;
-  const Thread& other = thread_of(*self.block->cluster, id);
-  if (other.block != self.block) return time < self.block->cluster_synced;
-  return time < self.block->synced || (other.warp == self.warp && time < self.met[other.lane]);
-}
-
 static bool readers_ordered(const Shadow& s) {
   const Thread& self = *machine.running;
   switch (s.readers) {
     case Shadow::kNone: return true;
-    case Shadow::kOneThread: return ordered(s.reader, s.read);
+    case Shadow::kOneThread: return ordered(self, s.reader, s.read);
     case Shadow::kOneCluster: return s.read < self.block->cluster_synced;
     default: break;
   }
   const Thread& one = thread_of(*self.block->cluster, s.reader);
   if (one.block != self.block) return s.read < self.block->cluster_synced;
   if (s.read < self.block->synced) return true;
-  if (s.readers == Shadow::kOneBlock || one.warp != self.warp) return false;
-  return std::all_of(self.warp->lanes.begin(), self.warp->lanes.end(),
-                     [&](const Thread* lane) { return lane == &self || s.read < self.met[lane->lane]; });
+  if (s.readers == Shadow::kOneBlock) return false;
+  return std::all_of(one.warp->lanes.begin(), one.warp->lanes.end(),
+                     [&](const Thread* lane) { return ordered(self, lane->id, s.read); });
 }
 
+static const char* copy_name(const Shadow& s) { return s.writer >= kFirstMBarrier ? "TMA copy" : "cp.async"; }
+
 [[noreturn]] static void fail_race(const Shadow& s, unsigned address, const char* now, bool with_reader) {
-  const Thread& other = thread_of(*machine.running->block->cluster, with_reader ? s.reader : s.writer);
+  const std::string other = describe_agent(*machine.running->block, with_reader ? s.reader : s.writer);
   fail(std::string("race: shared byte ") + std::to_string(address) + " is " + now + " here and " +
-       (with_reader ? "read" : "written") + " by " + describe(other) + " with no barrier in between");
+       (with_reader ? "read" : "written") + " by " + other + " with no barrier in between");
 }
 
 static void add_reader(Shadow& s) {
@@ -141,23 +134,46 @@ static void add_reader(Shadow& s) {
   s.read = machine.clock;
 }
 
-static void read_once(Shadow& s, unsigned address) {
+static void check_read(const Thread& self, const Shadow& s, unsigned address) {
   if (s.state == Shadow::kUnwritten) fail("read of unwritten shared memory: byte " + std::to_string(address));
   if (s.state == Shadow::kInFlight) {
-    fail("read of shared byte " + std::to_string(address) + ", to which a cp.async by " +
-         describe(thread_of(*machine.running->block->cluster, s.writer)) + " is still in flight: its wait is missing");
+    fail("read of shared byte " + std::to_string(address) + ", to which a " + copy_name(s) + " by " +
+         describe_agent(*self.block, s.writer) + " is still in flight: its wait is missing");
   }
-  if (!ordered(s.writer, s.written)) fail_race(s, address, "read", false);
+  if (!ordered(self, s.writer, s.written)) fail_race(s, address, "read", false);
+}
+
+static void read_once(Shadow& s, unsigned address) {
+  check_read(*machine.running, s, address);
   add_reader(s);
+}
+
+// Every warp of the warpgroup must be known to have waited for its wgmma.
+static void check_product_readers(const Block& block, unsigned address) {
+  if (block.product_readers.empty()) return;
+  const ProductReaders& readers = block.product_readers[address / 16];
+  const std::string written =
+      "race: shared byte " + std::to_string(address) + " is written here and read by a wgmma of warpgroup ";
+  for (size_t i = 0; i < block.warpgroups.size(); ++i) {
+    if (readers.in_flight[i]) fail(written + std::to_string(i) + ", which is still in flight");
+    for (unsigned first = 0; readers.read[i] && first < kWarpgroupSize; first += kWarpSize) {
+      auto begin = block.warpgroups[i].threads.begin() + first;
+      if (std::none_of(begin, begin + kWarpSize,
+                       [&](const Thread* lane) { return ordered(*machine.running, lane->id, readers.read[i]); })) {
+        fail(written + std::to_string(i) + ", with no barrier after its wait");
+      }
+    }
+  }
 }
 
 static void write_once(Shadow& s, unsigned address, Shadow::State state) {
   if (s.state == Shadow::kInFlight)
-    fail("write to shared byte " + std::to_string(address) + ", to which a cp.async is still in flight");
-  if (s.state == Shadow::kWritten && !ordered(s.writer, s.written)) fail_race(s, address, "written", false);
+    fail("write to shared byte " + std::to_string(address) + ", to which a " + copy_name(s) + " is still in flight");
+  if (s.state == Shadow::kWritten && !ordered(*machine.running, s.writer, s.written)) fail_race(s, address, "written", false);
   if (!readers_ordered(s)) fail_race(s, address, "written", true);
   s = Shadow();
   s.state = state;
+  s.proxy = 1;
   s.writer = machine.running->id;
   s.written = machine.clock;
 }
@@ -178,12 +194,12 @@ static void for_each_byte(Block& block, unsigned address, int bytes, Check check
   }
 }
 
-static void check_shared(const Block& block, unsigned address, int bytes, const char* what) {
+void check_shared(const Block& block, unsigned address, int bytes, int alignment, const char* what) {
   if (size_t(address) + bytes > block.shared.size()) {
     fail(std::string("shared ") + what + " of " + std::to_string(bytes) + " bytes at byte " + std::to_string(address) +
          ": out of bounds of the block's " + std::to_string(block.shared.size()));
   }
-  if (address % bytes)
+  if (address % alignment)
     fail(std::string("misaligned shared ") + what + " of " + std::to_string(bytes) + " bytes at byte " + std::to_string(address));
 }
 
@@ -198,7 +214,7 @@ void check_view(unsigned first, unsigned elements, unsigned count) {
 
 void shared_read(unsigned address, void* to, int bytes) {
   Block& block = *machine.running->block;
-  check_shared(block, address, bytes, "read");
+  check_shared(block, address, bytes, bytes, "read");
   for_each_byte(block, address, bytes, read_once);
   log_access(__builtin_return_address(0), Kind::kSharedRead, address, bytes);
   copy_bytes(to, &block.shared[address], bytes);
@@ -206,7 +222,8 @@ void shared_read(unsigned address, void* to, int bytes) {
 
 void shared_write(unsigned address, const void* from, int bytes) {
   Block& block = *machine.running->block;
-  check_shared(block, address, bytes, "write");
+  check_shared(block, address, bytes, bytes, "write");
+  check_product_readers(block, address);
   for_each_byte(block, address, bytes, [](Shadow& s, unsigned at) { write_once(s, at, Shadow::kWritten); });
   log_access(__builtin_return_address(0), Kind::kSharedWrite, address, bytes);
   copy_bytes(&block.shared[address], from, bytes);
@@ -217,7 +234,7 @@ void cluster_read(unsigned address, unsigned rank, void* to, int bytes) {
   if (rank >= cluster.blocks.size())
     fail("a cluster of " + std::to_string(cluster.blocks.size()) + " has no block " + std::to_string(rank));
   Block& block = *cluster.blocks[rank];
-  check_shared(block, address, bytes, "read");
+  check_shared(block, address, bytes, bytes, "read");
   if (&block != machine.running->block) {
     if (block.barrier.finished) fail("read of another block's shared memory after that block has begun to end");
     block.read_remotely = machine.clock;
@@ -226,11 +243,42 @@ void cluster_read(unsigned address, unsigned rank, void* to, int bytes) {
   copy_bytes(to, &block.shared[address], bytes);
 }
 
+// --- Shared memory: what the async proxy does
+
+void start_copy_to(unsigned address, int bytes) {
+  Block& block = *machine.running->block;
+  for (int i = 0; i < bytes; i += 16) check_product_readers(block, address + i);
+  for_each_byte(block, address, bytes, [](Shadow& s, unsigned at) { write_once(s, at, Shadow::kInFlight); });
+  std::memset(&block.shared[address], 0xff, bytes);
+}
+
+void check_product_operand(const Thread& thread, unsigned address) {
+  for_each_byte(*thread.block, address, 16, [&](Shadow& s, unsigned at) {
+    check_read(thread, s, at);
+    if (!s.proxy) return;
+    const Thread& writer = thread_of(*thread.block->cluster, s.writer);
+    const auto fence = std::upper_bound(writer.fences.begin(), writer.fences.end(), s.written);
+    if (fence == writer.fences.end() || !ordered(thread, writer.id, *fence - 1)) {
+      fail("shared byte " + std::to_string(at) + ", which wgmma reads, was stored by " + describe(writer) +
+           " with no fence.proxy.async before the barrier");
+    }
+  });
+}
+
+void count_global_read(const void* from, int bytes) {
+  const int buffer = find_buffer(from, bytes, "read");
+  for (Counters* c : {&machine.buffers[buffer].counters, &counters()}) {
+    c->read_bytes += bytes;
+    // A copy reads rows from left to right, so that the second half of a sector follows its first half.
+    c->read_sectors += reinterpret_cast<uintptr_t>(from) % 32 == 0;
+  }
+}
+
 // --- cp.async: the destination is poisoned until the wait, which reads the source
 
 void cp_async(unsigned to, const void* from, int bytes, bool valid) {
   Thread& self = *machine.running;
-  check_shared(*self.block, to, bytes, "write");
+  check_shared(*self.block, to, bytes, bytes, "write");
   if (valid) check_global_read(__builtin_return_address(0), from, bytes);
   else if (reinterpret_cast<uintptr_t>(from) % bytes)
     fail("misaligned source of a cp.async, which must be aligned even where it is not read");

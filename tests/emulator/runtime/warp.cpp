@@ -16,6 +16,11 @@ static bool has(unsigned mask, unsigned lane) { return mask >> lane & 1; }
 void warp_sync(unsigned mask) {
   gather(mask, "__syncwarp", nullptr, [](Warp& warp, unsigned mask, Arguments) {
     ++machine.clock;
+    std::vector<Thread*> met;
+    for (Thread* lane : warp.lanes) {
+      if (has(mask, lane->lane)) met.push_back(lane);
+    }
+    acquire_from_all(met);
     for (Thread* lane : warp.lanes) {
       for (unsigned other = 0; other < kWarpSize && has(mask, lane->lane); ++other) {
         if (has(mask, other)) lane->met[other] = machine.clock;
