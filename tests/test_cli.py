@@ -3,7 +3,10 @@
 import argparse
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -183,6 +186,7 @@ def test_interrupted_encoding_saves_finished_images(model, photographs, tmp_path
     codes = tmp_path / "codes.safetensors"
     monkeypatch.setattr("movq_ext.bulk.image_encoder.encode_image", encode_two)
     assert encode(model, photographs, codes) == 130
+    assert capsys.readouterr().err.endswith("interrupted; run the same command again to continue\n")
     assert len(CodeFile.load(codes).codes) == 2
     monkeypatch.undo()
     assert encode(model, photographs, codes) == 0
@@ -354,4 +358,33 @@ def test_interruption(monkeypatch, capsys):
 
     monkeypatch.setattr("movq_ext.cli.info.build_info", interrupted)
     assert call("info") == 130
-    assert capsys.readouterr().err == "interrupted; run the same command again to continue\n"
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def call_under_an_ascii_locale(folder, *command):
+    locale = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "PYTHONIOENCODING": "ascii:strict"}
+    arguments = [sys.executable, "-P", "-m", "movq_ext", *map(str, command), "--device", "cpu"]
+    return subprocess.run(arguments, env={**os.environ, **locale}, capture_output=True, encoding="ascii", cwd=folder)
+
+
+def test_names_outside_ascii_under_an_ascii_locale(model, photographs, tmp_path):
+    """Their bytes are those of UTF-8."""
+    (photographs / "größe.png").write_bytes((photographs / "a.png").read_bytes())
+    codes, out = tmp_path / "é.safetensors", tmp_path / "é"
+    for command in (("encode", photographs, "-o", codes), ("decode", codes, "-o", out, "--engine", "process")):
+        result = call_under_an_ascii_locale(tmp_path, *command, "--model", model)
+        assert result.returncode == 0, result.stderr
+    assert "photographs/größe.png" in CodeFile.load(codes).codes
+    assert (out / "photographs/größe.png").exists()
+
+
+def test_output_that_standard_output_cannot_encode_is_escaped(model, photographs, tmp_path):
+    """The exit status is that of the command: one image failed."""
+    (photographs / "größe.png").touch()
+    (photographs / "notes.größe").touch()
+    result = call_under_an_ascii_locale(tmp_path, "encode", photographs, "-o", tmp_path / "codes.safetensors", "--model", model)
+    assert result.returncode == 1, result.stderr
+    assert result.stdout.startswith("encoded 3, already there 0, failed 1\n") and ".gr\\udcc3\\udcb6" in result.stdout
+    assert "photographs/gr\\udcc3\\udcb6\\udcc3\\udc9fe.png" in result.stderr
+    result = call_under_an_ascii_locale(tmp_path, "demo", tmp_path / "é", "--size", 16)
+    assert result.returncode == 0 and f"written     {tmp_path}/\\udcc3\\udca9: " in result.stdout

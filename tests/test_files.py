@@ -13,10 +13,12 @@ from movq_ext.io.files import (
     MAX_JSON_CHARACTERS,
     atomic_write,
     parse_json,
+    path_to_text,
     printable,
     read_json,
     remove_partial_files,
     require_file,
+    text_to_path,
     wrap_errors,
 )
 
@@ -282,3 +284,23 @@ def test_read_json(tmp_path):
 
 def test_printable():
     assert printable("a\x1b\n\udcffé\u202e", 9) == "a\\x1b\n\\udcffé\\u202e" and printable("abc", 2) == "ab..."
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+@pytest.mark.parametrize("name", ["a/b.png", "größe/é.png", "日本.png"])
+def test_names_are_unicode_and_paths_follow_the_locale(monkeypatch, encoding, name):
+    """A path has the bytes of UTF-8 under an ASCII locale too, so that codes and images have the same names on every machine."""
+    on_disk = name.encode(encoding if encoding == "latin-1" and "日" not in name else "utf-8")
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: encoding)
+    monkeypatch.setattr(os, "fsencode", lambda text: text.encode(encoding, "surrogateescape"))
+    monkeypatch.setattr(os, "fsdecode", lambda data: data.decode(encoding, "surrogateescape"))
+    path = text_to_path(name)
+    assert str(path).encode(encoding, "surrogateescape") == on_disk
+    if (encoding, name) != ("latin-1", "日本.png"):
+        assert path_to_text(path) == name
+
+
+def test_names_that_are_not_unicode():
+    assert path_to_text(text_to_path("a\udcff.png")) == "a\udcff.png"
+    with pytest.raises(UnicodeEncodeError):
+        text_to_path("a\ud800.png")

@@ -160,9 +160,15 @@ def test_a_second_interruption_stops_at_once(train, config_file, monkeypatch, re
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
+    train_step = Trainer.train_step
     monkeypatch.setattr(Trainer, "train_step", interrupt_twice)
     assert train(*OPTIONS, "--config", config_file) == 130
-    assert "stopping after this step; interrupt again to stop at once" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "stopping after this step; interrupt again to stop at once" in error and "interrupted; nothing is saved yet\n" in error
+    monkeypatch.setattr(Trainer, "train_step", lambda self: train_step(self) if self.step == 0 else interrupt_twice(self))
+    assert train(*OPTIONS, "--config", config_file, "--save-every", 1) == 130
+    expected = "interrupted; not saved; run the same command again to continue from the last checkpoint\n"
+    assert expected in capsys.readouterr().err
 
 
 def test_two_runs_in_one_folder(trained, train, tmp_path, capsys):

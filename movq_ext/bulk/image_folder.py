@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from ..io.files import MAX_REASON_CHARACTERS, MAX_SHOWN_CHARACTERS, atomic_write, printable
+from ..io.files import MAX_REASON_CHARACTERS, MAX_SHOWN_CHARACTERS, atomic_write, printable, text_to_path
 from .shards import CopyImage, FinishedImages, Sample, SampleError, Shard
 
 # Errors that concern one path. All others, such as a full disk, would stop every image.
@@ -41,7 +41,7 @@ class ImageFolderShard(Shard):
         return False
 
     def image_path(self, sample: Sample) -> Path:
-        return self.target / str(sample.payload)
+        return self.target / text_to_path(str(sample.payload))
 
     def open_images(self, weights_digest: bytes) -> AbstractContextManager[FinishedImages]:
         return nullcontext(ImageFolder(self.image_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 
 from .. import ExportError, __version__
@@ -34,6 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     0 if everything was done, 1 if some files failed and the rest were done, 2 for invalid arguments, 130 if interrupted.
     Without a command, print the help.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # under an ASCII locale, a name would raise UnicodeEncodeError
     top = parser()
     args = top.parse_args(argv)
     if not hasattr(args, "run"):
@@ -45,6 +49,6 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, TypeError, FloatingPointError, ExportError) as error:
         print_error(str(error))
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue", file=sys.stderr)
+    except KeyboardInterrupt as error:  # its message, if it has one, says how to continue
+        print("; ".join(["interrupted", *map(str, error.args)]), file=sys.stderr)
         return 130  # 128 + SIGINT, as shells report it

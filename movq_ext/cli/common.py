@@ -5,11 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -70,29 +66,6 @@ def raise_pillow_limit(max_pixels: int) -> None:
 def print_error(message: str) -> None:
     """Print an error to stderr, above the progress bar if there is one."""
     tqdm.write(f"error: {printable(message)}", file=sys.stderr)
-
-
-@contextmanager
-def exit_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM, which schedulers send before they kill a job, into SystemExit: finished work is then written.
-
-    Has no effect outside the main thread, as no other may handle signals.
-    """
-
-    def exit_process(number: int, frame: object) -> None:
-        sys.exit(128 + number)  # as shells report it
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, exit_process)
-    try:
-        yield
-    except SystemExit:
-        print("terminated; run the same command again to continue", file=sys.stderr)
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def device_name(text: str) -> str:

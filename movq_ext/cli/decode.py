@@ -17,7 +17,8 @@ from ..bulk.find import find_shards
 from ..bulk.run import Report, run_in_process
 from ..bulk.shards import FieldNames, Shard
 from ..io.files import remove_partial_files
-from .common import DTYPES, add_max_pixels, add_model, exit_on_sigterm, memory_size, print_error, thread_count
+from .common import DTYPES, add_max_pixels, add_model, memory_size, print_error, thread_count
+from .interruption import resumable
 
 SUMMARY = "Decode codes to images, shard by shard. Images that already exist are skipped."
 MAX_COUNTED_SHARDS = 1000  # opened at the start to count their images for the progress bar
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(args.model, args.device, DTYPES[args.dtype], args.max_memory, args.max_pixels, args.threads)
     use_ray = args.engine == "ray" or (args.engine == "auto" and len(pending) > 1 and find_spec("ray") is not None)
     start = time.monotonic()
-    with exit_on_sigterm():
+    with resumable():
         reports = decode_shards(pending, settings, use_ray) if pending else []
     seconds = time.monotonic() - start
 

@@ -20,7 +20,6 @@ from .common import (
     add_model,
     add_threads,
     colour,
-    exit_on_sigterm,
     load_model,
     memory_size,
     positive,
@@ -28,6 +27,7 @@ from .common import (
     raise_pillow_limit,
     set_threads,
 )
+from .interruption import resumable
 
 SUMMARY = "Encode images to codes: to one file, or to a folder of shards. Images that are already there are skipped."
 FORMATS = {"safetensors": ".safetensors", "webdataset": ".tar", "parquet": ".parquet"}
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args)
     encoder = ImageEncoder(model, args.max_memory)
     encoded, skipped, multi_frame, failed = 0, 0, 0, len(found.unreadable)
-    with exit_on_sigterm(), open_output(args, writes_file, Codebook.from_model(model, args.max_pixels)) as output:
+    with resumable(), open_output(args, writes_file, Codebook.from_model(model, args.max_pixels)) as output:
         output.require_room(file.name for file in found.files)
         for path, name in tqdm(found.files, unit="image", file=sys.stderr):
             try:

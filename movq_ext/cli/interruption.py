@@ -1,16 +1,40 @@
-"""Delay an interruption to a point where the work can be saved."""
+"""SIGINT and SIGTERM: save the work before the process ends, and say whether the same command continues."""
 
 from __future__ import annotations
 
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+CONTINUE = "run the same command again to continue"
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Turn SIGTERM, which schedulers send before they kill a job, into SystemExit: the block can write finished work.
+
+    For a command that continues when it is repeated: the message of this SystemExit, or of a KeyboardInterrupt, says so.
+    """
+
+    def exit_process(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)  # as shells report it
+
+    handlers = _set_handlers(exit_process, signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:
+        print(f"terminated; {CONTINUE}", file=sys.stderr)
+        raise
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(CONTINUE) from error
+    finally:
+        _restore_handlers(handlers)
 
 
 class Interruption:
@@ -22,25 +46,32 @@ class Interruption:
     def __init__(self, message: str) -> None:
         self.message = message
         self.signal_number = 0  # of the first signal, once it has arrived
-        self._previous: dict[signal.Signals, Any] = {}
+        self._handlers: dict[signal.Signals, Any] = {}
 
     def requested(self) -> bool:
         """Return True if a signal arrived."""
         return self.signal_number != 0
 
     def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():  # others cannot set handlers
-            self._previous = {number: signal.signal(number, self._request) for number in SIGNALS}
+        self._handlers = _set_handlers(self._request, signal.SIGINT, signal.SIGTERM)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._restore()
+        _restore_handlers(self._handlers)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.signal_number = number
-        self._restore()
+        _restore_handlers(self._handlers)
         tqdm.write(self.message, file=sys.stderr)
 
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+
+def _set_handlers(handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> dict[signal.Signals, Any]:
+    """Handle signals. Return the previous handlers, or nothing outside the main thread, as no other may set them."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+def _restore_handlers(handlers: dict[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

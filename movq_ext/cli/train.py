@@ -22,7 +22,7 @@ from ..training import SMALL_MODEL_CONFIG, Trainer, TrainingConfig
 from ..training.checkpoint import CHECKPOINT_NAME, read_checkpoint, require_same_model
 from ..training.config import OptionError, changed_options
 from .common import add_device, add_threads, raise_pillow_limit, set_threads
-from .interruption import Interruption
+from .interruption import CONTINUE, Interruption
 
 SUMMARY = "Train a model. Run it again with the same --out to resume from the last checkpoint."
 OPTIONS = fields(TrainingConfig)
@@ -95,10 +95,15 @@ def train(args: argparse.Namespace, is_first_process: bool) -> int:
     with logging_redirect_tqdm(), Interruption("stopping after this step; interrupt again to stop at once") as interruption:
         trainer = create_trainer(args)
         first_step = trainer.step
-        trainer.run(interruption.requested)
+        try:
+            trainer.run(interruption.requested)
+        except KeyboardInterrupt as error:  # the second one
+            saved = trainer.checkpoint.exists()
+            problem = f"not saved; {CONTINUE} from the last checkpoint" if saved else "nothing is saved yet"
+            raise KeyboardInterrupt(problem) from error
     if trainer.step < trainer.config.steps:  # interrupted
         if is_first_process:
-            print(f"interrupted and saved at step {trainer.step}; run the same command again to continue", file=sys.stderr)
+            print(f"interrupted and saved at step {trainer.step}; {CONTINUE}", file=sys.stderr)
         return 128 + (interruption.signal_number or signal.SIGTERM)  # as shells report it; 0 if another process got the signal
     if is_first_process:
         print_result(trainer, first_step)

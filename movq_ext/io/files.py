@@ -8,9 +8,10 @@ import json
 import os
 import secrets
 import stat
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 MAX_JSON_CHARACTERS = 1 << 20  # of a config; published ones have about a thousand
@@ -113,6 +114,32 @@ def _partial_stem(name: str) -> str:
     """Return name, or its hash if it is longer than MAX_NAME_BYTES."""
     encoded = os.fsencode(name)
     return name if len(encoded) <= MAX_NAME_BYTES else hashlib.sha256(encoded).hexdigest()
+
+
+def path_to_text(path: str | PurePath) -> str:
+    """Return a path as Unicode text. Bytes that are not UTF-8 stay surrogates.
+
+    Under an ASCII locale, Python reads every byte of a non-ASCII name as a surrogate.
+    """
+    text = str(path)
+    return text if _is_encodable(text, "utf-8") else os.fsencode(text).decode("utf-8", "surrogateescape")
+
+
+def text_to_path(text: str) -> Path:
+    """Return the path of a name in Unicode: the inverse of `path_to_text`.
+
+    Raises ValueError for text that has no UTF-8.
+    """
+    fits = _is_encodable(text, sys.getfilesystemencoding())
+    return Path(text if fits else os.fsdecode(text.encode("utf-8", "surrogateescape")))
+
+
+def _is_encodable(text: str, encoding: str) -> bool:
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def require_file(path: str | Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from .files import path_to_text
 from .folders import FolderSearch, describe_passed_over, search_folder
 from .images import SUFFIXES
 
@@ -61,13 +62,13 @@ def find_images(paths: Iterable[str | Path]) -> ImageFiles:
             files = [(path, PurePosixPath(folder.parent.name, path.name))]
         else:
             raise FileNotFoundError(f"no such file or folder: {path}")
-        for file, name in files:
+        for file, name in ((file, path_to_text(name)) for file, name in files):
             if (absolute := os.path.abspath(file)) in seen:
                 continue
             seen.add(absolute)
-            other = by_name.setdefault(str(name), file)
+            other = by_name.setdefault(name, file)
             if other is file:
-                found.files.append(ImageFile(file, str(name)))
+                found.files.append(ImageFile(file, name))
             elif os.path.realpath(other) != os.path.realpath(file):
                 problem = f"{other} and {file} would both be named {name}"
                 raise ValueError(f"{problem}: pass a folder that contains both, or encode each to its own output")
