@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from .files import require_file, wrap_errors
-from .tensor_files import CheckpointError, check_tensors, is_safetensors, read_safetensors
+from .stored_tensors import load_entries
+from .tensor_files import CheckpointError, is_safetensors, read_safetensors
 from .torch_files import read_torch_file
 
 
@@ -34,4 +35,4 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     keys = ("state_dict",) if ("state_dict",) in dictionaries else next(iter(dictionaries), ())
     if keys not in dictionaries or (len(dictionaries) > 1 and keys not in ((), ("state_dict",))):
         raise CheckpointError(f"{path}: expected one dictionary of tensors or a state_dict, got {len(dictionaries)}")
-    return check_tensors(dictionaries[keys], path)
+    return load_entries(dictionaries[keys], path)

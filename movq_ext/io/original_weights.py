@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .files import MAX_SHOWN_CHARACTERS, printable
-from .tensor_files import CheckpointError, check_tensors, format_names
+from .stored_tensors import load_entries
+from .tensor_files import CheckpointError, format_names
 
 Weights = Literal["model", "ema"]
 Dictionaries = Mapping[tuple[str, ...], Mapping[str, Any]]  # by the keys that lead to them in the file
@@ -68,7 +69,7 @@ def select_model(dictionaries: Dictionaries, path: Path, weights: Weights = "mod
         raise CheckpointError(f"{path} contains EMA weights only: pass weights='ema'")
     else:
         _raise_not_one_model(dictionaries, models, path)
-    return rename(check_tensors(state, path), _published_norm, path)
+    return rename(load_entries(state, path), _published_norm, path)
 
 
 def rename(entries: Mapping[str, Any], new_name: Callable[[str], str], path: Path) -> dict[str, Any]:

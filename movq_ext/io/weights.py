@@ -120,8 +120,8 @@ def from_pretrained(
         _check_config_size(keywords, len(state))
         model = MOVQ(**keywords)
     _check_entries(model.state_dict(), state, file)
-    model.quantize.stored_codebook = state[CODEBOOK].clone()  # a view would keep the whole file mapped
-    state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
+    model.quantize.stored_codebook = state[CODEBOOK].clone()
+    state = {name: state.pop(name).to(device, dtype) for name in list(state)}  # frees each tensor of another dtype at once
     model.load_state_dict(state, assign=True)
     return model.eval()
 
