@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from checkpoints import CODES, DDCONFIG, make_movq, same_weights
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from movq_ext import CheckpointError, from_pretrained, save_pretrained
+from movq_ext import MOVQ, CheckpointError, from_pretrained, save_pretrained
 from movq_ext.io import weights
 
 DEEP = "[" * 10**6 + "]" * 10**6
@@ -37,6 +38,45 @@ def test_dtypes(tmp_path):
     assert same_weights(from_pretrained(tmp_path), make_movq().half().float())
     assert {p.dtype for p in from_pretrained(tmp_path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
     assert from_pretrained(tmp_path, device="meta").quant_conv.weight.is_meta
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "movq.ckpt", "legacy.pt"])
+def test_a_loaded_model_does_not_follow_its_file(tmp_path, name):
+    """Overwritten in place and cut off, while the model is used."""
+    model, path = make_movq(), tmp_path / name
+    save_pretrained(model, tmp_path)
+    if name != "model.safetensors":
+        torch.save(model.state_dict(), path, _use_new_zipfile_serialization=name == "movq.ckpt")
+    loaded = from_pretrained(path)
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert same_weights(loaded, model)
+    os.truncate(path, 10)
+    assert torch.equal(loaded.decode_code(CODES), model.decode_code(CODES))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_of_loading(tmp_path):
+    """One copy of the weights, and nothing for an optimiser's state. In a fresh process, whose peak is that of the load."""
+    model = MOVQ({**DDCONFIG, "ch": 384, "ch_mult": [1]}, 16, 5)
+    save_pretrained(model, tmp_path)
+    averages = {i: {"exp_avg": torch.zeros_like(parameter)} for i, parameter in enumerate(model.parameters())}
+    torch.save({"state_dict": model.state_dict(), "optimizer_states": [{"state": averages}]}, tmp_path / "last.ckpt")
+    size = (tmp_path / "model.safetensors").stat().st_size
+    script = """
+import re, sys
+from pathlib import Path
+from movq_ext import from_pretrained
+from movq_ext.demo import SMALL_MODEL_PATH
+peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
+from_pretrained(SMALL_MODEL_PATH)  # imports what every load needs
+before = peak()
+from_pretrained(sys.argv[1])
+print(peak() - before)
+"""
+    for name in ("model.safetensors", "last.ckpt"):
+        run = subprocess.run([sys.executable, "-c", script, tmp_path / name], capture_output=True, text=True, check=True)
+        assert size > 50 << 20 and 0.5 * size < int(run.stdout) < 1.4 * size, (name, int(run.stdout) / size)
 
 
 def test_a_config_can_be_given(tmp_path):
