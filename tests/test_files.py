@@ -57,6 +57,19 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     assert path.read_text() == "old" and names(tmp_path) == ["a.txt"]
 
 
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def fail(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '.*/a.txt'") as raised,
+        atomic_write(tmp_path / "a.txt") as partial,
+    ):
+        partial.write_text("new")
+    assert raised.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
+
+
 def test_contents_reach_the_disk_before_the_name(tmp_path, monkeypatch):
     calls, fsync, replace = [], os.fsync, os.replace
 

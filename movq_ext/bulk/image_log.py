@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
-from ..io.files import create_partial_file, find_partial_files
+from ..io.files import create_partial_file, find_partial_files, name_in_errors
 from .shards import Sample, Shard
 
 LABEL = "images"  # in the names of logs: .x.parquet.<random>.images.partial
@@ -67,8 +67,9 @@ class ImageLog:
             if self._own_log is None:
                 self._own_log = self._create_log()
             try:
-                for data in (RECORD.pack(key, len(png), zlib.crc32(png)), png):
-                    _write_all(self._own_log, data)
+                with name_in_errors(self._target):
+                    for data in (RECORD.pack(key, len(png), zlib.crc32(png)), png):
+                        _write_all(self._own_log, data)
             except OSError:
                 os.ftruncate(self._own_log, self._own_size)
                 raise

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from ..io.codes import CodeFile
-from ..io.files import wrap_errors
+from ..io.files import name_in_errors, wrap_errors
 from .codebook import Codebook
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,8 @@ class Journal:
                 damaged += 1
         if damaged:
             logger.warning("%s: skipped damaged lines: %d; their images are encoded again", self.path, damaged)
-        self._file.truncate(end)
+        with name_in_errors(self.path):
+            self._file.truncate(end)
         return recovered
 
     def append(self, codebook: str, name: str, codes: Tensor, size: tuple[int, int], source_hash: str) -> None:
@@ -77,7 +78,8 @@ class Journal:
 
     def clear(self) -> None:
         """Delete all images: a finished file holds them."""
-        self._file.truncate(0)
+        with name_in_errors(self.path):
+            self._file.truncate(0)
 
     def delete(self) -> None:
         """Delete the file and unlock it."""

@@ -39,14 +39,26 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     try:
         mode = stat.S_IMODE(partial.stat().st_mode if old_mode is None else old_mode)  # reading the umask would change it
         partial.chmod(mode | stat.S_IRUSR | stat.S_IWUSR)  # before anything is written: the old file may be private
-        yield partial
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())  # contents before the name: a crash must not leave an empty file under it
+        with name_in_errors(path):
+            yield partial
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())  # contents before the name: a crash must not leave an empty file under it
         partial.chmod(mode)  # some libraries create files readable by their owner only
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+@contextmanager
+def name_in_errors(path: str | Path) -> Iterator[None]:
+    """Add path to an OSError of the block that names no file. Errors of write() and fsync() name none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def create_partial_file(path: Path, label: str) -> tuple[Path, int]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..io.files import atomic_write
+from ..io.files import atomic_write, name_in_errors
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,9 @@ class TrainingLog:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write one row. Columns without a value stay empty. Raises OSError if the disk is full."""
-        self._writer.writerow({"step": step, **{name: f"{value:.6g}" for name, value in values.items()}})
-        self._file.flush()  # so that the file can be tailed, and is complete if the run is killed
+        with name_in_errors(self._file.name):
+            self._writer.writerow({"step": step, **{name: f"{value:.6g}" for name, value in values.items()}})
+            self._file.flush()  # so that the file can be tailed, and is complete if the run is killed
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -56,8 +57,9 @@ class TrainingLog:
             self._tensorboard.add_image("validation", np.asarray(picture), step, dataformats="HWC")
 
     def close(self) -> None:
-        """Write what is buffered."""
-        self._file.close()
+        """Write what is buffered. Raises OSError if the disk is full."""
+        with name_in_errors(self._file.name):
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 
