@@ -1,217 +1,211 @@
-// Kills the process, or makes a call fail, at the n-th system call that changes a file below a folder. Loaded with LD_PRELOAD, so that it
-// sees the writers of Python, torch (C++), safetensors (Rust) and Arrow alike. A process arms it after fork().
+// Kills the process, or makes a call fail, at the n-th system call that changes a file below a folder.
+//
+// seccomp turns these calls into SIGSYS, whose handler decides what becomes of them. This catches every writer in the process: Python, C++,
+// and Rust libraries that call the kernel without libc. The filter lasts as long as the process, so a process arms it after fork().
 #include <cerrno>
 #include <csignal>
-#include <cstdarg>
+#include <cstddef>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <dlfcn.h>
 #include <fcntl.h>
-#include <sys/stat.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <ucontext.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <atomic>
+#include <initializer_list>
 
 namespace {
 
 enum Fault { NONE, KILL, FAIL, FULL };
 
 Fault fault = NONE;
-long target = 0;       // the call at which it happens, counted from 1
-bool halves = false;   // if that call is a write, its first half happens
-int error = EIO;       // of FAIL, and of all calls from the target on with FULL
-int log_file = -1;     // receives a line per call
+long target = 0;      // the call at which it happens, counted from 1
+bool halves = false;  // if that call is a write, its first half happens
+int error = EIO;      // of the target; with FULL, of all later calls that take space too
+int log_file = -1;    // receives a line per call
 char folder[4096] = "";
 std::atomic<long> calls{0};
 
-enum Outcome { PASSES, FAILS, HALF };
+enum Kind { OPENS, WRITES, TAKES_SPACE, FREES_SPACE };
 
-bool below(const char* path) {
-    const size_t length = strlen(folder);
-    return length > 0 && strncmp(path, folder, length) == 0 && (path[length] == '/' || path[length] == 0);
+struct Call {
+  long number;
+  const char* name;
+  Kind kind;
+  int file;  // index of the argument that is a descriptor: of the changed file or, if it has a path, of the folder; -1 if none
+  int path;  // index of the argument that is a path; -1 if none
+};
+
+const Call CALLS[] = {
+    {SYS_openat, "open", OPENS, 0, 1},
+    {SYS_write, "write", WRITES, 0, -1},
+    {SYS_pwrite64, "write", WRITES, 0, -1},
+    {SYS_writev, "write", WRITES, 0, -1},
+    {SYS_pwritev, "write", WRITES, 0, -1},
+    {SYS_sendfile, "write", TAKES_SPACE, 0, -1},
+    {SYS_fallocate, "allocate", TAKES_SPACE, 0, -1},
+    {SYS_ftruncate, "truncate", FREES_SPACE, 0, -1},
+    {SYS_truncate, "truncate", FREES_SPACE, -1, 0},
+    {SYS_fsync, "sync", TAKES_SPACE, 0, -1},  // file systems that allocate late notice a full disk here
+    {SYS_fdatasync, "sync", TAKES_SPACE, 0, -1},
+    {SYS_renameat, "rename", TAKES_SPACE, 2, 3},
+    {SYS_renameat2, "rename", TAKES_SPACE, 2, 3},
+    {SYS_linkat, "link", TAKES_SPACE, 2, 3},
+    {SYS_symlinkat, "link", TAKES_SPACE, 1, 2},
+    {SYS_unlinkat, "unlink", FREES_SPACE, 0, 1},
+    {SYS_mkdirat, "mkdir", TAKES_SPACE, 0, 1},
+    {SYS_fchmod, "chmod", FREES_SPACE, 0, -1},
+    {SYS_fchmodat, "chmod", FREES_SPACE, 0, 1},
+#ifdef __x86_64__  // the calls that newer architectures lack
+    {SYS_open, "open", OPENS, -1, 0},
+    {SYS_creat, "open", TAKES_SPACE, -1, 0},
+    {SYS_rename, "rename", TAKES_SPACE, -1, 1},
+    {SYS_link, "link", TAKES_SPACE, -1, 1},
+    {SYS_symlink, "link", TAKES_SPACE, -1, 1},
+    {SYS_unlink, "unlink", FREES_SPACE, -1, 0},
+    {SYS_rmdir, "unlink", FREES_SPACE, -1, 0},
+    {SYS_mkdir, "mkdir", TAKES_SPACE, -1, 0},
+    {SYS_chmod, "chmod", FREES_SPACE, -1, 0},
+#endif
+};
+constexpr int COUNT = sizeof CALLS / sizeof CALLS[0];
+constexpr unsigned PASS = 0x6d6f7671;  // the sixth argument of calls that the filter lets through; none of CALLS has six
+
+long pass(long number, const long (&a)[6]) {
+  const long result = syscall(number, a[0], a[1], a[2], a[3], a[4], static_cast<long>(PASS));
+  return result < 0 ? -errno : result;
 }
 
-// Counts a call that changes this file, and decides what becomes of it. Calls that free space succeed on a full disk.
-Outcome meet(const char* name, const char* path, bool is_write, bool takes_space) {
-    if (!below(path)) return PASSES;
-    const long call = ++calls;
-    if (log_file >= 0) {
-        char line[4200];
-        const int size = snprintf(line, sizeof line, "%s %s\n", name, path);
-        syscall(SYS_write, log_file, line, size);
-    }
-    if (fault == KILL && call == target) {
-        if (is_write && halves) return HALF;
-        syscall(SYS_kill, getpid(), SIGKILL);
-    }
-    const bool fails = (fault == FAIL && call == target) || (fault == FULL && call >= target && takes_space);
-    if (!fails) return PASSES;
-    errno = error;
-    return is_write && halves && call == target ? HALF : FAILS;
+long descriptor_path(int file, char* out, size_t size) {
+  char link[64];
+  snprintf(link, sizeof link, file == AT_FDCWD ? "/proc/self/cwd" : "/proc/self/fd/%d", file);
+  const long length = syscall(SYS_readlinkat, AT_FDCWD, link, out, size - 1);
+  out[length < 0 ? 0 : length] = 0;
+  return length;
 }
 
-void absolute(char (&out)[4096], int at, const char* path) {
-    char base[2048] = "";
-    if (path[0] != '/') {
-        char link[64];
-        snprintf(link, sizeof link, at == AT_FDCWD ? "/proc/self/cwd" : "/proc/self/fd/%d", at);
-        base[std::max<ssize_t>(0, syscall(SYS_readlinkat, AT_FDCWD, link, base, sizeof base - 1))] = 0;
-    }
-    snprintf(out, sizeof out, "%s%s%.2000s", base, base[0] ? "/" : "", path);
+// Writes the absolute path that a call changes to out.
+void changed_path(const Call& call, const long (&a)[6], char (&out)[8192]) {
+  const char* path = call.path < 0 ? nullptr : reinterpret_cast<const char*>(a[call.path]);
+  size_t used = 0;
+  out[0] = 0;
+  if (!path || path[0] != '/') {
+    descriptor_path(call.file < 0 ? AT_FDCWD : static_cast<int>(a[call.file]), out, 4096);
+    used = strlen(out);
+  }
+  if (path) snprintf(out + used, sizeof out - used, "%s%.4000s", used ? "/" : "", path);
 }
 
-Outcome meet_path(const char* name, int at, const char* path, bool takes_space) {
-    if (!folder[0] || !path) return PASSES;
-    const int before = errno;
-    char whole[4096];
-    absolute(whole, at, path);
-    errno = before;
-    return meet(name, whole, false, takes_space);
+bool is_below(const char* path) {
+  const size_t length = strlen(folder);
+  return length > 0 && strncmp(path, folder, length) == 0 && (path[length] == '/' || path[length] == 0);
 }
 
-Outcome meet_file(const char* name, int file, bool is_write, bool takes_space = true) {
-    if (!folder[0]) return PASSES;
-    const int before = errno;
-    char link[64], path[4096];
-    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
-    const ssize_t size = syscall(SYS_readlinkat, AT_FDCWD, link, path, sizeof path - 1);
-    errno = before;
-    if (size < 0) return PASSES;
-    path[size] = 0;
-    return meet(name, path, is_write, takes_space);
+// Writes the first half of what the call would write.
+long write_half(const Call& call, long (&a)[6]) {
+  if (call.number == SYS_writev || call.number == SYS_pwritev) {
+    const iovec& part = *reinterpret_cast<const iovec*>(a[1]);
+    const iovec half = {part.iov_base, (part.iov_len + 1) / 2};
+    a[1] = reinterpret_cast<long>(&half), a[2] = 1;
+    return pass(call.number, a);
+  }
+  a[2] = (a[2] + 1) / 2;
+  return pass(call.number, a);
 }
 
-// After the first half of a write: dies, or returns what a nearly full disk returns.
-ssize_t after_half(ssize_t written) {
-    if (fault == KILL) syscall(SYS_kill, getpid(), SIGKILL);
-    return written;
+// Returns what a call returns to its caller: a result, or a negative error number.
+long outcome(const Call& call, long (&a)[6]) {
+  char path[8192];
+  changed_path(call, a, path);
+  if (!is_below(path)) return pass(call.number, a);
+  const long n = ++calls;
+  if (log_file >= 0) {
+    char line[8300];
+    const long size = snprintf(line, sizeof line, "%s %s\n", call.name, path);
+    pass(SYS_write, {log_file, reinterpret_cast<long>(line), size, 0, 0, 0});
+  }
+  const bool takes_half = halves && n == target && call.kind == WRITES;
+  if (fault == KILL && n == target) {
+    if (takes_half) write_half(call, a);
+    syscall(SYS_kill, getpid(), SIGKILL);
+  }
+  if ((fault == FAIL && n == target) || (fault == FULL && n >= target && call.kind != FREES_SPACE)) {
+    return takes_half ? write_half(call, a) : -error;
+  }
+  return pass(call.number, a);
 }
 
-int open_file(int at, const char* path, int flags, mode_t mode) {
-    if (flags & (O_CREAT | O_TRUNC)) {
-        if (meet_path("open", at, path, flags & O_CREAT) != PASSES) return -1;
-    }
-    return syscall(SYS_openat, at, path, flags, mode);
+void on_call(int, siginfo_t* info, void* context) {
+  const int before = errno;
+  auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext;
+#ifdef __x86_64__
+  const auto& r = registers.gregs;
+  long arguments[6] = {r[REG_RDI], r[REG_RSI], r[REG_RDX], r[REG_R10], r[REG_R8], r[REG_R9]};
+  auto& result = registers.gregs[REG_RAX];
+#else
+  long arguments[6];
+  for (int i = 0; i < 6; ++i) arguments[i] = registers.regs[i];
+  auto& result = registers.regs[0];
+#endif
+  result = -ENOSYS;  // of calls that are not in CALLS: their callers have other ways
+  for (const Call& call : CALLS) {
+    if (call.number == info->si_syscall) result = outcome(call, arguments);
+  }
+  errno = before;
 }
 
-ssize_t write_vector(const char* name, int file, const iovec* parts, int count, off_t offset, bool at_offset) {
-    const Outcome outcome = meet_file(name, file, true);
-    if (outcome == FAILS) return -1;
-    iovec first = {parts[0].iov_base, (parts[0].iov_len + 1) / 2};
-    const iovec* what = outcome == HALF ? &first : parts;
-    const int many = outcome == HALF ? 1 : count;
-    const ssize_t written =
-        at_offset ? syscall(SYS_pwritev, file, what, many, offset, 0) : syscall(SYS_writev, file, what, many);
-    return outcome == HALF ? after_half(written) : written;
-}
-
-FILE* open_stream(const char* symbol, const char* path, const char* mode) {
-    using Function = FILE* (*)(const char*, const char*);
-    if (strpbrk(mode, "wa") && meet_path("open", AT_FDCWD, path, true) != PASSES) return nullptr;
-    return reinterpret_cast<Function>(dlsym(RTLD_NEXT, symbol))(path, mode);
+// Runs in programs that the process starts with this library in LD_PRELOAD: they inherit the filter, and all their calls pass.
+__attribute__((constructor)) void handle_calls() {
+  struct sigaction action = {};
+  action.sa_sigaction = on_call;
+  action.sa_flags = SA_SIGINFO | SA_NODEFER | SA_RESTART;
+  sigaction(SIGSYS, &action, nullptr);
 }
 
 }  // namespace
 
-extern "C" {
+// Arms the fault in this process. Returns 0, or an error number if the kernel has no seccomp.
+extern "C" int arm(const char* below, int kind, long at, int half, int error_number, int log_descriptor) {
+  snprintf(folder, sizeof folder, "%s", below);
+  fault = static_cast<Fault>(kind), target = at, halves = half, error = error_number, log_file = log_descriptor;
 
-void faults_arm(const char* below_folder, int kind, long at, int split_writes, int error_number, int log_descriptor) {
-    snprintf(folder, sizeof folder, "%s", below_folder);
-    fault = static_cast<Fault>(kind);
-    target = at, halves = split_writes, error = error_number, log_file = log_descriptor;
-    calls = 0;
-}
-
-#define OPEN_ARGUMENTS                                  \
-    mode_t mode = 0;                                    \
-    if (flags & (O_CREAT | __O_TMPFILE)) {              \
-        va_list rest;                                   \
-        va_start(rest, flags);                          \
-        mode = static_cast<mode_t>(va_arg(rest, int));  \
-        va_end(rest);                                   \
+  // The program: load the number of the call. For a number in the table, trap unless the sixth argument is PASS or the call opens a
+  // file that exists, to read it or write to it in place.
+  sock_filter code[4 * COUNT + 16];
+  int n = 0;
+  const auto load = [&](size_t offset) { code[n++] = BPF_STMT(BPF_LD | BPF_W | BPF_ABS, static_cast<unsigned>(offset)); };
+  const auto skip = [&](unsigned short test, unsigned value, int if_true, int if_false) {
+    code[n++] =
+        BPF_JUMP(BPF_JMP | test | BPF_K, value, static_cast<unsigned char>(if_true), static_cast<unsigned char>(if_false));
+  };
+  const auto end = [&](unsigned action) { code[n++] = BPF_STMT(BPF_RET | BPF_K, action); };
+  const auto argument = [](int i) { return offsetof(seccomp_data, args) + 8 * i; };
+  load(argument(5));
+  skip(BPF_JEQ, PASS, 0, 1);
+  end(SECCOMP_RET_ALLOW);
+  load(offsetof(seccomp_data, nr));
+  for (const Call& call : CALLS) {
+    if (call.kind == OPENS) {
+      skip(BPF_JEQ, static_cast<unsigned>(call.number), 0, 4);
+      load(argument(call.path + 1));
+      skip(BPF_JSET, O_CREAT | O_TRUNC, 1, 0);
+      end(SECCOMP_RET_ALLOW);
+    } else {
+      skip(BPF_JEQ, static_cast<unsigned>(call.number), 0, 1);
     }
-int open(const char* path, int flags, ...) { OPEN_ARGUMENTS return open_file(AT_FDCWD, path, flags, mode); }
-int open64(const char* path, int flags, ...) { OPEN_ARGUMENTS return open_file(AT_FDCWD, path, flags, mode); }
-int openat(int at, const char* path, int flags, ...) { OPEN_ARGUMENTS return open_file(at, path, flags, mode); }
-int openat64(int at, const char* path, int flags, ...) { OPEN_ARGUMENTS return open_file(at, path, flags, mode); }
-int creat(const char* path, mode_t mode) { return open_file(AT_FDCWD, path, O_CREAT | O_WRONLY | O_TRUNC, mode); }
-FILE* fopen(const char* path, const char* mode) { return open_stream("fopen", path, mode); }
-FILE* fopen64(const char* path, const char* mode) { return open_stream("fopen64", path, mode); }
-
-ssize_t write(int file, const void* data, size_t size) {
-    const Outcome outcome = meet_file("write", file, true);
-    if (outcome == FAILS) return -1;
-    const ssize_t written = syscall(SYS_write, file, data, outcome == HALF ? (size + 1) / 2 : size);
-    return outcome == HALF ? after_half(written) : written;
+    end(SECCOMP_RET_TRAP);
+  }
+  for (const long number : {SYS_copy_file_range, SYS_pwritev2}) {  // have six arguments; Python and Rust do without
+    skip(BPF_JEQ, static_cast<unsigned>(number), 0, 1);
+    end(SECCOMP_RET_TRAP);
+  }
+  end(SECCOMP_RET_ALLOW);
+  const sock_fprog program = {static_cast<unsigned short>(n), code};
+  if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)) return errno;
+  return syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC, &program) ? errno : 0;
 }
-ssize_t pwrite(int file, const void* data, size_t size, off_t offset) {
-    const iovec part = {const_cast<void*>(data), size};
-    return write_vector("pwrite", file, &part, 1, offset, true);
-}
-ssize_t pwrite64(int file, const void* data, size_t size, off_t offset) { return pwrite(file, data, size, offset); }
-ssize_t writev(int file, const iovec* parts, int count) { return write_vector("writev", file, parts, count, 0, false); }
-ssize_t pwritev(int file, const iovec* parts, int count, off_t at) { return write_vector("pwritev", file, parts, count, at, true); }
-ssize_t pwritev64(int file, const iovec* parts, int count, off_t at) { return pwritev(file, parts, count, at); }
-ssize_t sendfile(int to, int from, off_t* offset, size_t size) {
-    return meet_file("sendfile", to, false) != PASSES ? -1 : syscall(SYS_sendfile, to, from, offset, size);
-}
-ssize_t sendfile64(int to, int from, off_t* offset, size_t size) { return sendfile(to, from, offset, size); }
-ssize_t copy_file_range(int from, off64_t* in, int to, off64_t* out, size_t size, unsigned flags) {
-    if (meet_file("copy_file_range", to, false) != PASSES) return -1;
-    return syscall(SYS_copy_file_range, from, in, to, out, size, flags);
-}
-
-int fsync(int file) { return meet_file("fsync", file, false) != PASSES ? -1 : syscall(SYS_fsync, file); }
-int fdatasync(int file) { return meet_file("fsync", file, false) != PASSES ? -1 : syscall(SYS_fdatasync, file); }
-int ftruncate(int file, off_t size) {
-    return meet_file("truncate", file, false, false) != PASSES ? -1 : syscall(SYS_ftruncate, file, size);
-}
-int ftruncate64(int file, off_t size) { return ftruncate(file, size); }
-int truncate(const char* path, off_t size) {
-    return meet_path("truncate", AT_FDCWD, path, false) != PASSES ? -1 : syscall(SYS_truncate, path, size);
-}
-int truncate64(const char* path, off_t size) { return truncate(path, size); }
-int fallocate(int file, int mode, off_t offset, off_t size) {
-    return meet_file("allocate", file, false) != PASSES ? -1 : syscall(SYS_fallocate, file, mode, offset, size);
-}
-int fallocate64(int file, int mode, off_t offset, off_t size) { return fallocate(file, mode, offset, size); }
-int posix_fallocate(int file, off_t offset, off_t size) { return fallocate(file, 0, offset, size) ? errno : 0; }
-int posix_fallocate64(int file, off_t offset, off_t size) { return posix_fallocate(file, offset, size); }
-
-int renameat2(int from_at, const char* from, int to_at, const char* to, unsigned flags) {
-    return meet_path("rename", to_at, to, true) != PASSES ? -1 : syscall(SYS_renameat2, from_at, from, to_at, to, flags);
-}
-int renameat(int from_at, const char* from, int to_at, const char* to) { return renameat2(from_at, from, to_at, to, 0); }
-int rename(const char* from, const char* to) { return renameat2(AT_FDCWD, from, AT_FDCWD, to, 0); }
-int linkat(int from_at, const char* from, int to_at, const char* to, int flags) {
-    return meet_path("link", to_at, to, true) != PASSES ? -1 : syscall(SYS_linkat, from_at, from, to_at, to, flags);
-}
-int link(const char* from, const char* to) { return linkat(AT_FDCWD, from, AT_FDCWD, to, 0); }
-int symlinkat(const char* to, int at, const char* path) {
-    return meet_path("link", at, path, true) != PASSES ? -1 : syscall(SYS_symlinkat, to, at, path);
-}
-int symlink(const char* to, const char* path) { return symlinkat(to, AT_FDCWD, path); }
-int unlinkat(int at, const char* path, int flags) {
-    return meet_path("unlink", at, path, false) != PASSES ? -1 : syscall(SYS_unlinkat, at, path, flags);
-}
-int unlink(const char* path) { return unlinkat(AT_FDCWD, path, 0); }
-int rmdir(const char* path) { return unlinkat(AT_FDCWD, path, AT_REMOVEDIR); }
-int mkdirat(int at, const char* path, mode_t mode) {
-    return meet_path("mkdir", at, path, true) != PASSES ? -1 : syscall(SYS_mkdirat, at, path, mode);
-}
-int mkdir(const char* path, mode_t mode) { return mkdirat(AT_FDCWD, path, mode); }
-int fchmodat(int at, const char* path, mode_t mode, int flags) {
-    if (meet_path("chmod", at, path, false) != PASSES) return -1;
-    (void)flags;
-    return syscall(SYS_fchmodat, at, path, mode);
-}
-int chmod(const char* path, mode_t mode) { return fchmodat(AT_FDCWD, path, mode, 0); }
-int fchmod(int file, mode_t mode) {
-    return meet_file("chmod", file, false, false) != PASSES ? -1 : syscall(SYS_fchmod, file, mode);
-}
-
-}  // extern "C"
