@@ -93,7 +93,7 @@ def test_a_folder_at_the_path_of_the_output(model_folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", [ParquetShard, WebDatasetShard])
 def test_two_runs_at_once(model_folder, decoder, tmp_path, monkeypatch, kind):
-    """The run that finishes first removes the other's partial file as stale. Its images and rejects stay."""
+    """The run that finishes first leaves the other's partial files alone, and the other does not need its images."""
     if kind is ParquetShard:
         source = write_parquet(tmp_path / "x.parquet", pa.array([[1], [CODES], [2]]))
     else:
@@ -110,8 +110,9 @@ def test_two_runs_at_once(model_folder, decoder, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(decoder, "decode", decode)
     report = decode_shard(shard, decoder)
     assert (other[0].decoded, other[0].rejected) == (2, 1)
-    assert (report.decoded + report.present, report.rejected, report.error) == (2, 1, "")
+    assert (report.decoded, report.present, report.rejected, report.error) == (2, 0, 1, "")
     assert shard.target in other[1][0] and read_rejects(shard.rejects_path) == other[1][1]
+    assert [path.name.split(".")[-2:] for path in other[1][0] if path.name.startswith(".")] == [["output", "partial"]]
     assert file_names(tmp_path / "out") == [source.name, f"{source.name}.rejects.jsonl"]
 
 
@@ -202,7 +203,7 @@ def test_a_full_disk_fails_the_shard_of_images(model, model_folder, tmp_path, mo
 
 
 def test_two_runs_in_one_folder_of_images(model, model_folder, decoder, tmp_path, monkeypatch):
-    """The run that finishes first removes the other's partial files as stale; the images are there, so neither fails."""
+    """The run that finishes first leaves the other's partial files alone, even if that has not written them to its slow disk."""
     source = write_code_file(model, tmp_path / "x.safetensors")
     shard, real, other = CodeFileShard(source, tmp_path / "out"), Path.write_bytes, []
 
@@ -211,6 +212,7 @@ def test_two_runs_in_one_folder_of_images(model, model_folder, decoder, tmp_path
         if not other:
             other.append(None)
             other[0] = decode_shard(shard, BatchDecoder(Settings(model_folder, "cpu")))
+            assert path.exists()
 
     monkeypatch.setattr(decoder, "threads", 1)
     monkeypatch.setattr(Path, "write_bytes", write_bytes)
@@ -261,3 +263,19 @@ def test_more_rejects_than_fit_in_memory(model_folder, tmp_path, monkeypatch):
     assert run_decode(model_folder, source, "-o", tmp_path / "out") == 1
     reasons = [reject["reason"] for reject in read_rejects(tmp_path / "out/x.parquet.rejects.jsonl")]
     assert len(reasons) == 100 and all(f"values from {CODES + i}" in reason for i, reason in enumerate(reasons))
+
+
+@pytest.mark.parametrize("kind", [ParquetShard, WebDatasetShard])
+def test_a_locked_log_of_a_finished_shard_stays(model_folder, tmp_path, kind):
+    """Its run is alive and has not noticed yet that another has finished the shard."""
+    name = "x.parquet" if kind is ParquetShard else "x.tar"
+    write = write_parquet if kind is ParquetShard else lambda path: write_tar(path, [("0.npy", npy_bytes(GRIDS[0]))])
+    source = write(tmp_path / name)
+    shard = kind(source, tmp_path / "out" / name)
+    with shard.open_images(b"weights") as images:
+        images.add(Sample("0", torch.from_numpy(GRIDS[0]), (8, 8)), b"png")
+        for _ in range(2):  # the first run decodes the shard, the second finds it finished
+            assert run_decode(model_folder, source, "-o", tmp_path / "out") == 0
+            assert len(file_names(tmp_path / "out")) == 2
+    assert run_decode(model_folder, source, "-o", tmp_path / "out") == 0
+    assert file_names(tmp_path / "out") == [name]
