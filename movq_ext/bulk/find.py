@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def find_shards(
             if target in shards:
                 both = f"{shards[target].source} and {source}"
                 raise ValueError(f"{both} would both be written to {target}: pass their folder, or decode each to its own output")
-            shards[target] = make_shard(source, target, names)
+            shards[target] = make_shard(source.absolute(), target.absolute(), names)  # Ray's workers have another working folder
     _require_sources_kept(shards, out)
     _require_separate_folders(shards)
     return list(shards.values())
@@ -79,7 +80,8 @@ def _locate_file(path: Path, out: Path) -> tuple[Path, Path]:
 
 def _search_folder(folder: Path, out: Path, on_unreadable: Callable[[OSError], object]) -> Iterator[tuple[Path, Path]]:
     """Yield (source, target) of every shard in a folder."""
-    if out.resolve().is_relative_to(folder.resolve()):
+    real_out, real_folder = _real_path(out), _real_path(folder)
+    if real_out.is_relative_to(real_folder):
         raise ValueError(f"output {out} is inside input {folder}: the next run would read the images as codes")
     suffixes = [suffix for shard_format in FORMATS for suffix in shard_format.suffixes]
     search = search_folder(folder, suffixes, hidden=(".", "_"))
@@ -92,17 +94,22 @@ def _search_folder(folder: Path, out: Path, on_unreadable: Callable[[OSError], o
     if set(search.passed_over) - {"hidden"}:
         logger.warning("%s: %s", folder, describe_passed_over(search.passed_over))
     for file in search.files:
-        resolved = file.resolve()
-        if resolved.is_relative_to(out.resolve()) and not resolved.is_relative_to(folder.resolve()):
+        real_file = _real_path(file)
+        if real_file.is_relative_to(real_out) and not real_file.is_relative_to(real_folder):
             raise ValueError(f"{file} is a link into output {out}: the next run would read the images as codes")
         yield file, out / format_of(file).target_of(file.relative_to(folder))
 
 
+def _real_path(path: Path) -> Path:
+    """Follow links. Unlike Path.resolve, leave a circle of links to the error that reading the file raises."""
+    return Path(os.path.realpath(path))
+
+
 def _require_sources_kept(shards: dict[Path, Shard], out: Path) -> None:
     """Raise ValueError if a shard's images would overwrite a source."""
-    sources = {shard.source.resolve(): shard.source for shard in shards.values()}
+    sources = {_real_path(shard.source): shard.source for shard in shards.values()}
     for target, shard in shards.items():
-        if (overwritten := sources.get(target.resolve())) is not None:
+        if (overwritten := sources.get(_real_path(target))) is not None:
             whose = "its own images" if overwritten == shard.source else f"the images of {shard.source}"
             raise ValueError(f"{overwritten} would be overwritten by {whose}: choose an output other than {out}")
 

@@ -25,18 +25,19 @@ logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 4  # at a shard: one that kills its worker would otherwise be retried forever
 CORES_PER_WORKER = 4  # by default, if a machine has as many
+LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0: as by default on these systems, Ray listens on 127.0.0.1
 
 
 class Attempts:
-    """A Ray actor that counts the attempts at each shard. It outlives the workers; if it dies, the count restarts at zero."""
+    """A Ray actor that counts the attempts at each target. It outlives the workers; if it dies, the count restarts at zero."""
 
     def __init__(self) -> None:
         self.count: Counter[str] = Counter()
 
-    def increment(self, source: str) -> int:
-        """Count one more attempt at a shard, and return how many there have been."""
-        self.count[source] += 1
-        return self.count[source]
+    def increment(self, target: str) -> int:
+        """Count one more attempt at a target, and return how many there have been."""
+        self.count[target] += 1
+        return self.count[target]
 
 
 class Worker:
@@ -46,15 +47,14 @@ class Worker:
         self.decoder, self.attempts = BatchDecoder(settings), attempts
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        """Decode the one shard of a batch with columns ``source``, ``target`` and ``names``. Return its report as JSON."""
+        """Decode the one shard of a batch with a column ``shard``. Return its report as JSON."""
         import ray
 
-        source, target = str(batch["source"][0]), str(batch["target"][0])
-        if ray.get(self.attempts.increment.remote(source)) > MAX_ATTEMPTS:
+        source, target, names = json.loads(str(batch["shard"][0]))
+        if ray.get(self.attempts.increment.remote(target)) > MAX_ATTEMPTS:
             report = Report(source, error=f"{source}: the workers that decoded it died {MAX_ATTEMPTS} times")
         else:
-            names = FieldNames(**json.loads(str(batch["names"][0])))
-            report = self.decode(make_shard(Path(source), Path(target), names))
+            report = self.decode(make_shard(Path(source), Path(target), FieldNames(**names)))
         return {"report": [json.dumps(asdict(report))]}
 
     def decode(self, shard: Shard) -> Report:
@@ -82,11 +82,7 @@ def run_with_ray(shards: Sequence[Shard], settings: Settings, on_progress: OnPro
 
     Starts one worker per GPU or, without GPUs, one per ``settings.threads`` cores. Yields reports as shards finish.
     """
-    try:
-        import ray.data
-    except ImportError as error:
-        raise ValueError("the Ray engine needs Ray Data: pip install 'movq_ext[ray]'") from error
-
+    ray = _import_ray()
     from_pretrained(settings.model)  # report a bad model here, once, rather than from every worker
     start_ray = not ray.is_initialized()
     if start_ray:
@@ -96,6 +92,23 @@ def run_with_ray(shards: Sequence[Shard], settings: Settings, on_progress: OnPro
     finally:
         if start_ray:
             ray.shutdown()
+
+
+def _import_ray() -> Any:
+    """Import Ray so that a cluster which it starts on this machine listens on the loopback interface alone.
+
+    Ray reads the variable on import. It has no effect on a cluster that is already running.
+    """
+    chosen = os.environ.get(LOOPBACK_VARIABLE)
+    os.environ.setdefault(LOOPBACK_VARIABLE, "0")
+    try:
+        import ray.data
+    except ImportError as error:
+        raise ValueError("the Ray engine needs Ray Data: pip install 'movq_ext[ray]'") from error
+    finally:
+        if chosen is None:
+            del os.environ[LOOPBACK_VARIABLE]
+    return ray
 
 
 def plan_workers(nodes: Sequence[dict[str, float]], settings: Settings, shards: int) -> WorkerPlan:
@@ -129,12 +142,9 @@ def _run_on_cluster(ray: Any, shards: Sequence[Shard], settings: Settings, on_pr
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     attempts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Attempts).remote()
     device = "cuda" if plan.with_gpu else "cpu"
-    # Paths are made absolute: workers have another working directory.
-    settings = replace(settings, model=settings.model.resolve(), device=device, threads=plan.cores)
-    rows = [
-        {"source": str(shard.source.resolve()), "target": str(shard.target.resolve()), "names": json.dumps(asdict(shard.names))}
-        for shard in shards
-    ]
+    settings = replace(settings, model=settings.model.absolute(), device=device, threads=plan.cores)
+    # Links are not resolved: a link's name has the suffix, its target may not. JSON escapes names that are not UTF-8.
+    rows = [{"shard": json.dumps([str(shard.source), str(shard.target), asdict(shard.names)])} for shard in shards]
     reports = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Worker,
         fn_constructor_args=[settings, attempts],
