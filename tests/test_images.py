@@ -5,8 +5,8 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL import Image, ImageFile, ImageOps
+from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
 from movq_ext.io import images
 from movq_ext.io.images import ImageError, has_later_frames, load_image, pad_to_multiple, save_image, to_image, to_tensor
@@ -54,6 +54,48 @@ def test_orientation_is_applied_once(tmp_path, suffix):
     assert loaded.size == (5, 7)
     if suffix != "jpg":
         assert np.array_equal(np.asarray(loaded), np.rot90(pixels(), -1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels()).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    assert np.array_equal(np.asarray(load_image(tmp_path / "a.png")), expected)
+
+
+def exif_bytes(*entries):
+    """An EXIF block with these (tag, type, count, value)."""
+    directory = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + directory + bytes(4)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("entry", [
+    (0x0112, 2, 2, 54), (0x0112, 5, 1, 9999), (0x0112, 3, 2, 6), (0x0112, 11, 1, 6), (0x0112, 200, 1, 6), (0x0112, 4, 1, 2**31),
+    (0x011A, 2, 2, 54), (0x8769, 9, 1, 2**32 - 1), (0xA005, 2, 1, 6), (0x014A, 11, 1, 6), (0x0111, 5, 1, 6),
+])  # fmt: skip
+def test_exif_data_of_wrong_types_are_ignored(tmp_path, suffix, entry):
+    """The orientation beside them is applied."""
+    path, options = tmp_path / f"a.{suffix}", {"lossless": True} if suffix == "webp" else {}
+    Image.fromarray(pixels()).save(path, exif=exif_bytes(entry), **options)
+    assert load_image(path).size in ((7, 5), (5, 7))
+    if entry[0] != 0x0112:
+        Image.fromarray(pixels()).save(path, exif=exif_bytes((0x0112, 3, 1, 6), entry), **options)
+        assert load_image(path).size == (5, 7)
+
+
+@pytest.mark.parametrize("tag", [0x02BC, 0x8773])
+@pytest.mark.parametrize("kind", [2, 3, 4, 11])
+def test_tiff_metadata_of_wrong_types_are_ignored(tmp_path, tag, kind):
+    """XMP and a colour profile."""
+    directory = ImageFileDirectory_v2()
+    directory[0x0112], directory.tagtype[tag] = 6, kind
+    directory[tag] = "text" if kind == 2 else 7
+    Image.fromarray(pixels()).save(tmp_path / "a.tif", tiffinfo=directory)
+    assert np.array_equal(np.asarray(load_image(tmp_path / "a.tif")), np.rot90(pixels(), -1))
 
 
 @pytest.mark.parametrize("suffix", ["gif", "png", "tif", "webp"])
@@ -204,7 +246,7 @@ def test_every_error_of_pillow_becomes_an_image_error(tmp_path, monkeypatch):
         RecursionError("x"),
         OSError("x"),
     ):
-        monkeypatch.setattr(Image.Image, "getexif", lambda self, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self, error=error: (_ for _ in ()).throw(error))
         with pytest.raises(ImageError, match=f"cannot read .*a.png: {type(error).__name__}: "):
             load_image(tmp_path / "a.png")
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from .files import atomic_write, require_file, wrap_errors
@@ -20,6 +20,15 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # a subset of Pi
 SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 DEFAULT_MAX_PIXELS = 8192 * 8192  # of an image; 34 bytes can claim 179 million
 STRIP_PIXELS = 1 << 22  # that `to_image` converts at once
+TRANSPOSITIONS = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class ImageError(OSError):
@@ -36,8 +45,19 @@ def load_image(path: str | Path, background: str = "white", max_pixels: int = DE
     be read. The header says how many pixels there are: none is decoded before the check.
     """
     with _open_image(path, max_pixels) as image:
-        ImageOps.exif_transpose(image, in_place=True)
-        return to_rgb(image, background)
+        if image.format == "TIFF":
+            image.info.pop("xmp", None)  # load() would parse it, and fail if it is not text
+        image.load()
+        return to_rgb(_orient(image), background)
+
+
+def _orient(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF data say. Invalid EXIF data are ignored, as viewers do. Pillow turns TIFF images itself."""
+    orientation = None
+    with suppress(Exception):  # of many types; those of the pixels were raised by load()
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    method = TRANSPOSITIONS.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
 
 
 def has_later_frames(path: str | Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> bool:

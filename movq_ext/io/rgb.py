@@ -69,7 +69,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     if image.mode not in ("L", "CMYK"):
         image = image.convert("RGB")
     if profile:
-        with suppress(ImageCms.PyCMSError, OSError, ValueError):
+        with suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):  # TypeError: a TIFF tag that holds no bytes
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), image.mode, "RGB")
             if image.mode == "CMYK" or _changes_colours(transform, image.mode):
