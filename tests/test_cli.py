@@ -152,12 +152,12 @@ def test_what_was_not_encoded_is_reported(model, photographs, tmp_path, monkeypa
     (photographs / "notes.txt").touch()
     (photographs / "new.HEIC").touch()
     assert encode(model, photographs, tmp_path / "codes.safetensors") == 0
-    assert capsys.readouterr().out == "encoded 3, already there 0, failed 0\npassed over 2: .heic 1, .txt 1\n"
+    assert capsys.readouterr().out == "encoded 3, already there 0, failed 0\nignored 2: .heic 1, .txt 1\n"
     (photographs / "gone.png").symlink_to("nowhere.png")
     deny_reading(monkeypatch, "deep")
     assert encode(model, photographs, tmp_path / "again.safetensors") == 1
     captured = capsys.readouterr()
-    assert captured.out == "encoded 2, already there 0, failed 2\npassed over 2: .heic 1, .txt 1\n"
+    assert captured.out == "encoded 2, already there 0, failed 2\nignored 2: .heic 1, .txt 1\n"
     assert re.search("Permission denied: .*deep", captured.err) and re.search("no such file: .*gone.png", captured.err)
     (tmp_path / "empty").mkdir()
     assert encode(model, [photographs, tmp_path / "empty"], tmp_path / "more.safetensors") == 2

@@ -8,7 +8,7 @@ import torch
 from shard_files import CODES, file_names, modification_times, random_codes
 
 from movq_ext.bulk import code_output
-from movq_ext.bulk.code_output import OutputError, ShardFolder, SingleFile
+from movq_ext.bulk.code_output import ShardFolder, SingleFile
 from movq_ext.bulk.code_writers import WRITERS, read_image_hashes
 from movq_ext.bulk.codebook import Codebook
 from movq_ext.io.codes import CodeFile
@@ -135,7 +135,7 @@ def test_a_full_disk_loses_nothing(tmp_path, suffix):
     output, journal = ShardFolder(tmp_path, BOOK, suffix, 50), tmp_path / ".unfinished.jsonl"
     add(output, range(70))
     message = rf"cannot write .*codes-00001\{suffix}; its images are in {journal} for the next run: .*File too large"
-    with pytest.raises(OutputError, match=message), file_size_limit(1000), output:
+    with pytest.raises(OSError, match=message), file_size_limit(1000), output:
         with file_size_limit(journal.stat().st_size + 50), pytest.raises(OSError, match=r"\.jsonl: File too large"):
             add(output, [70])
     assert images_by_file(tmp_path) == {f"codes-00000{suffix}": list(range(50))}
@@ -232,7 +232,7 @@ def test_too_many_images_for_a_single_file(tmp_path):
 
 def test_a_library_error_becomes_an_os_error(tmp_path):
     """safetensors has errors of its own."""
-    with file_size_limit(200), pytest.raises(OutputError, match="cannot write"):
+    with file_size_limit(200), pytest.raises(OSError, match="cannot write"):
         with SingleFile(tmp_path / "x.safetensors", BOOK) as output:
             output._file.add("big", torch.zeros(100, 100), (200, 200))
             output._changed = True

@@ -48,7 +48,7 @@ def test_hidden_folders_and_links(model_folder, tmp_path, caplog):
     assert file_names(tmp_path / "out") == ["dangling.parquet.rejects.jsonl", "linked/d.parquet", "split=train/a.parquet"]
     assert "no such file" in read_rejects(tmp_path / "out/dangling.parquet.rejects.jsonl")[0]["reason"]
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path}/in: passed over 4: hidden 2, .md 1, links to folders already searched 1"
+        f"{tmp_path}/in: ignored 4: hidden 2, .md 1, links to folders already searched 1"
     ]
 
 

@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 from image_folders import deny_reading
 
-from movq_ext.io.folders import describe_passed_over, search_folder
+from movq_ext.io.folders import describe_ignored, search_folder
 
 
 def create(folder, *names):
@@ -20,7 +20,7 @@ def test_files_are_found_by_suffix_and_sorted(tmp_path):
     create(tmp_path, "b.PNG", "a.png", "deep/er/c.png", "notes.txt", "more/notes.TXT", "odd", ".hidden.png", ".cache/d.png")
     search = search_folder(tmp_path, {".png"})
     assert relative(search, tmp_path) == ["a.png", "b.PNG", "deep/er/c.png"]
-    assert search.passed_over == {".txt": 2, "hidden": 2, "no suffix": 1} and search.unreadable == []
+    assert search.ignored == {".txt": 2, "hidden": 2, "no suffix": 1} and search.unreadable == []
 
 
 def test_links_are_followed_and_each_folder_is_searched_once(tmp_path):
@@ -34,7 +34,7 @@ def test_links_are_followed_and_each_folder_is_searched_once(tmp_path):
     (tmp_path / "in/file.png").symlink_to(tmp_path / "elsewhere/deep/b.png")
     search = search_folder(tmp_path / "in", {".png"})
     assert relative(search, tmp_path / "in") == ["file.png", "outside/deep/b.png", "real/a.png"]
-    assert search.passed_over == {"links to folders already searched": 4} and search.unreadable == []
+    assert search.ignored == {"links to folders already searched": 4} and search.unreadable == []
 
 
 @pytest.mark.parametrize("target", ["nowhere", "loop"])
@@ -56,8 +56,8 @@ def test_an_unreadable_folder_does_not_hide_the_others(tmp_path, monkeypatch):
     assert [error.filename for error in search.unreadable] == [str(tmp_path / "closed")]
 
 
-def test_the_line_of_what_was_passed_over():
-    assert describe_passed_over(Counter({".txt": 2, "hidden": 1})) == "passed over 3: .txt 2, hidden 1"
-    many = describe_passed_over(Counter({f".{i}": 100 - i for i in range(50)}))
-    assert many.startswith("passed over 3775: .0 100, .1 99, ") and many.endswith(".9 91, ...")
-    assert describe_passed_over(Counter({".\x1b\udcff" + "x" * 300: 1})) == rf"passed over 1: .\x1b\udcff{'x' * 37}... 1"
+def test_the_line_of_ignored_files():
+    assert describe_ignored(Counter({".txt": 2, "hidden": 1})) == "ignored 3: .txt 2, hidden 1"
+    many = describe_ignored(Counter({f".{i}": 100 - i for i in range(50)}))
+    assert many.startswith("ignored 3775: .0 100, .1 99, ") and many.endswith(".9 91, ...")
+    assert describe_ignored(Counter({".\x1b\udcff" + "x" * 300: 1})) == rf"ignored 1: .\x1b\udcff{'x' * 37}... 1"

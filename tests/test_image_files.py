@@ -16,7 +16,7 @@ def test_find_images(tmp_path):
     expected = ("a.jpg", "b.PNG", "d.jfif", "deep/er/c.webp", "e.pgm", "odd")
     assert [file.name for file in found.files] == [f"in/{name}" for name in expected]
     assert [file.path for file in found.files] == [tmp_path / file.name for file in found.files]
-    assert found.passed_over == {".txt": 1, "no suffix": 1}
+    assert found.ignored == {".txt": 1, "no suffix": 1}
     with pytest.raises(FileNotFoundError, match=r"no such file or folder: .*missing"):
         find_images([tmp_path / "missing"])
 
@@ -64,7 +64,7 @@ def test_a_folder_without_images_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"found no images in .*/a$"):
         find_images([tmp_path / "a"])
     (tmp_path / "a/x.heic").touch()
-    with pytest.raises(ValueError, match=r"found no images in .*/a \(passed over 1: .heic 1\)"):
+    with pytest.raises(ValueError, match=r"found no images in .*/a \(ignored 1: .heic 1\)"):
         find_images([tmp_path / "a"])
     deny_reading(monkeypatch, "a")
     with pytest.raises(PermissionError, match=r"Permission denied: .*/a"):

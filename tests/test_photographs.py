@@ -59,7 +59,7 @@ def test_what_the_folder_holds_besides_readable_images_is_logged(photo_folder, t
         assert len(Photographs(tmp_path, 8).files) == 3
     warning, info = caplog.records
     assert warning.levelname == "WARNING" and f"Permission denied: '{tmp_path}/closed'" in warning.getMessage()
-    assert info.levelname == "INFO" and info.getMessage() == f"{tmp_path}: passed over 1: .txt 1"
+    assert info.levelname == "INFO" and info.getMessage() == f"{tmp_path}: ignored 1: .txt 1"
 
 
 def test_a_folder_without_images_is_refused(tmp_path):

@@ -17,7 +17,7 @@ from typing import Self
 from torch import Tensor
 
 from ..io.codes import MAX_HEADER_BYTES, CodeFile, name_problem
-from ..io.files import remove_partial_files, wrap_errors
+from ..io.files import MAX_REASON_CHARACTERS, printable, remove_partial_files
 from ..io.folders import search_folder
 from .code_writers import WRITERS, read_image_hashes, save_codes
 from .codebook import Codebook
@@ -27,10 +27,6 @@ from .parquet_reader import import_pyarrow
 DEFAULT_SHARD_SIZE = 10_000  # images
 MAX_SHARD_BYTES = 1 << 30  # of codes, which are in memory until the shard is written
 JOURNAL_SUFFIX = ".unfinished.jsonl"
-
-
-class OutputError(OSError):
-    """A file of codes cannot be written."""
 
 
 class CodeOutput(ABC):
@@ -109,8 +105,12 @@ class CodeOutput(ABC):
         self._journal.clear()
 
     def _save(self, file: CodeFile, path: Path) -> None:
-        with wrap_errors(OutputError, f"cannot write {path}; its images are in {self._journal.path} for the next run"):
+        try:
             save_codes(file, path)
+        except Exception as error:  # pyarrow has errors of its own
+            reason = printable(str(error), MAX_REASON_CHARACTERS)
+            kept = f"its images are in {self._journal.path} for the next run"
+            raise OSError(f"cannot write {path}; {kept}: {reason}") from error
 
     @abstractmethod
     def _load(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ..io.files import require_file
-from ..io.folders import describe_passed_over, search_folder
+from ..io.folders import describe_ignored, search_folder
 from .code_files import CodeFileShard
 from .image_folder import ImageFolderShard
 from .npz import NpzShard
@@ -40,7 +40,7 @@ def find_shards(
 ) -> list[Shard]:
     """Return the shards among files and folders.
 
-    Folders are searched as `search_folder` does; names that start with ``.`` or ``_`` are passed over. The output mirrors the
+    Folders are searched as `search_folder` does; names that start with ``.`` or ``_`` are ignored. The output mirrors the
     folder. A code file or ``.npz`` that is given by its path is decoded straight to ``out``.
 
     Args:
@@ -91,8 +91,8 @@ def _search_folder(folder: Path, out: Path, on_unreadable: Callable[[OSError], o
         on_unreadable(error)
     if not search.files:
         raise ValueError(f"{folder} has no shards ({', '.join(suffixes)})")
-    if set(search.passed_over) - {"hidden"}:
-        logger.warning("%s: %s", folder, describe_passed_over(search.passed_over))
+    if set(search.ignored) - {"hidden"}:
+        logger.warning("%s: %s", folder, describe_ignored(search.ignored))
     for file in search.files:
         real_file = _real_path(file)
         if real_file.is_relative_to(real_out) and not real_file.is_relative_to(real_folder):

@@ -12,7 +12,7 @@ from ..bulk.code_output import DEFAULT_SHARD_SIZE, CodeOutput, ShardFolder, Sing
 from ..bulk.codebook import Codebook
 from ..bulk.image_encoder import ImageEncoder
 from ..io.files import content_hash
-from ..io.folders import describe_passed_over
+from ..io.folders import describe_ignored
 from ..io.image_files import find_images
 from ..io.images import has_later_frames, load_image
 from .common import (
@@ -85,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"encoded {encoded}, already there {skipped}, failed {failed}")
     if multi_frame:
         print(f"images with more than one frame or page, encoded from the first: {multi_frame}")
-    if found.passed_over:
-        print(describe_passed_over(found.passed_over))
+    if found.ignored:
+        print(describe_ignored(found.ignored))
     return 1 if failed else 0
 
 

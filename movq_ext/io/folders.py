@@ -1,4 +1,4 @@
-"""Search folders for files, and count what was passed over."""
+"""Search folders for files, and count what was ignored."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class FolderSearch:
     Args:
         files: files with a wanted suffix, sorted. One may be a broken link or a pipe: reading it raises an error.
         unreadable: the errors of folders that could not be read and of links that could not be followed.
-        passed_over: number of other files and folders by reason, such as a suffix.
+        ignored: number of other files and folders by reason, such as a suffix.
     """
 
     files: list[Path] = field(default_factory=list)
     unreadable: list[OSError] = field(default_factory=list)
-    passed_over: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[str] = field(default_factory=Counter)
 
 
 def search_folder(folder: Path, suffixes: Collection[str], hidden: tuple[str, ...] = (".",)) -> FolderSearch:
     """Search a folder recursively for files with one of the suffixes (lower case).
 
     Links are followed, and each folder is searched once, by a path without links if it has one. Names that start with one of
-    ``hidden`` are passed over.
+    ``hidden`` are ignored.
     """
     found, wanted = FolderSearch(), tuple(suffixes)
     folders, links = [folder], list[Path]()
@@ -44,7 +44,7 @@ def search_folder(folder: Path, suffixes: Collection[str], hidden: tuple[str, ..
             status = current.stat()
             identity = (status.st_dev, status.st_ino)
             if identity in searched:  # also a link to a parent, which would lead round in circles
-                found.passed_over["links to folders already searched"] += 1
+                found.ignored["links to folders already searched"] += 1
                 continue
             searched.add(identity)
             with os.scandir(current) as entries:
@@ -55,7 +55,7 @@ def search_folder(folder: Path, suffixes: Collection[str], hidden: tuple[str, ..
         for entry in children:
             path, is_link = Path(entry.path), entry.is_symlink()
             if entry.name.startswith(hidden):
-                found.passed_over["hidden"] += 1
+                found.ignored["hidden"] += 1
             elif os.path.isdir(path) if is_link else entry.is_dir():
                 (links if is_link else folders).append(path)
             elif entry.name.lower().endswith(wanted):
@@ -63,15 +63,15 @@ def search_folder(folder: Path, suffixes: Collection[str], hidden: tuple[str, ..
             elif is_link and not os.path.exists(path):  # perhaps to a folder of files
                 found.unreadable.append(FileNotFoundError(f"cannot follow link: {path}"))
             else:
-                found.passed_over[path.suffix.lower() or "no suffix"] += 1
+                found.ignored[path.suffix.lower() or "no suffix"] += 1
     found.files.sort()
     return found
 
 
-def describe_passed_over(passed_over: Counter[str]) -> str:
-    """Return a line such as ``passed over 3: .txt 2, hidden 1``."""
-    most_common = passed_over.most_common(MAX_SHOWN_SUFFIXES)
+def describe_ignored(ignored: Counter[str]) -> str:
+    """Return a line such as ``ignored 3: .txt 2, hidden 1``."""
+    most_common = ignored.most_common(MAX_SHOWN_SUFFIXES)
     shown = [f"{printable(reason, MAX_SUFFIX_CHARACTERS)} {count}" for reason, count in most_common]
-    if len(passed_over) > MAX_SHOWN_SUFFIXES:
+    if len(ignored) > MAX_SHOWN_SUFFIXES:
         shown.append("...")
-    return f"passed over {passed_over.total()}: {', '.join(shown)}"
+    return f"ignored {ignored.total()}: {', '.join(shown)}"

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from .files import path_to_text
-from .folders import FolderSearch, describe_passed_over, search_folder
+from .folders import FolderSearch, describe_ignored, search_folder
 from .images import SUFFIXES
 
 
@@ -28,12 +28,12 @@ class ImageFiles:
     Args:
         files: the image files, in the order of the arguments and sorted within a folder.
         unreadable: the errors of folders that could not be read and of links that could not be followed.
-        passed_over: number of other files and folders by reason; see `describe_passed_over`.
+        ignored: number of other files and folders by reason; see `describe_ignored`.
     """
 
     files: list[ImageFile] = field(default_factory=list)
     unreadable: list[OSError] = field(default_factory=list)
-    passed_over: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[str] = field(default_factory=Counter)
 
 
 def find_images(paths: Iterable[str | Path]) -> ImageFiles:
@@ -56,7 +56,7 @@ def find_images(paths: Iterable[str | Path]) -> ImageFiles:
         if path.is_dir():
             search = _search_for_images(path)
             found.unreadable += search.unreadable
-            found.passed_over += search.passed_over
+            found.ignored += search.ignored
             files = [(file, folder.name / PurePosixPath(file.relative_to(path))) for file in search.files]
         elif path.exists():
             files = [(path, PurePosixPath(folder.parent.name, path.name))]
@@ -81,5 +81,5 @@ def _search_for_images(folder: Path) -> FolderSearch:
         return search
     if search.unreadable:
         raise search.unreadable[0]
-    suffix = f" ({describe_passed_over(search.passed_over)})" if search.passed_over else ""
+    suffix = f" ({describe_ignored(search.ignored)})" if search.ignored else ""
     raise ValueError(f"found no images in {folder}{suffix}")

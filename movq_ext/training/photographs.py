@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..io.folders import describe_passed_over
+from ..io.folders import describe_ignored
 from ..io.image_files import find_images
 from ..io.images import DEFAULT_MAX_PIXELS, load_image, to_tensor
 
@@ -32,8 +32,8 @@ class Photographs:
         found = find_images([folder])
         for unreadable in found.unreadable:
             logger.warning("skipping an unreadable folder or link: %s", unreadable)
-        if found.passed_over:
-            logger.info("%s: %s", folder, describe_passed_over(found.passed_over))
+        if found.ignored:
+            logger.info("%s: %s", folder, describe_ignored(found.ignored))
         self.files = [file.path for file in found.files]
         self.crop, self.max_pixels = crop, max_pixels
         self._cache: dict[Path, Image.Image] = {}
