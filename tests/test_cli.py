@@ -361,6 +361,19 @@ def test_interruption(monkeypatch, capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+@pytest.mark.parametrize(("error", "message"), [
+    (MemoryError(), "out of memory"), (torch.OutOfMemoryError("CUDA out of memory"), "out of memory: CUDA out of memory"),
+    (RuntimeError("can't allocate memory: 9 bytes"), "out of memory: can't allocate memory: 9 bytes"),
+])  # fmt: skip
+def test_running_out_of_memory_is_no_traceback(monkeypatch, capsys, error, message):
+    def fail():
+        raise error
+
+    monkeypatch.setattr("movq_ext.cli.info.build_info", fail)
+    assert call("info") == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
 def call_under_an_ascii_locale(folder, *command):
     locale = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "PYTHONIOENCODING": "ascii:strict"}
     arguments = [sys.executable, "-P", "-m", "movq_ext", *map(str, command), "--device", "cpu"]

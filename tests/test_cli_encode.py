@@ -10,7 +10,9 @@ import pytest
 from image_folders import write_image
 from PIL import Image
 from shard_files import AWAY_FROM_SOURCE, file_names, read_tar, run_decode
+from spies import record_calls
 
+from movq_ext.bulk import code_output
 from movq_ext.bulk.code_output import ShardFolder, SingleFile
 from movq_ext.bulk.codebook import Codebook
 from movq_ext.cli import main
@@ -109,6 +111,20 @@ def test_sigterm_writes_the_encoded_images(model_folder, photos, tmp_path, capsy
     assert len(CodeFile.load(path).codes) == 7 and not list(path.parent.glob(".*"))
     assert main(command) == 0
     assert capsys.readouterr().out == "encoded 5, already there 7, failed 0\n"
+
+
+def test_the_output_may_be_a_link(model_folder, photos, tmp_path, monkeypatch):
+    """The file that it points to is written, keeps its permissions, and is locked under each of its names."""
+    (tmp_path / "there").mkdir()
+    link, file = tmp_path / "codes.safetensors", tmp_path / "there/codes.safetensors"
+    link.symlink_to(file)
+    assert main(arguments(model_folder, photos / "00.png", link)) == 0
+    file.chmod(0o600)
+    journals = record_calls(monkeypatch, code_output, "Journal", lambda journal, path, out: path)
+    assert main(arguments(model_folder, photos, link)) == main(arguments(model_folder, photos, file)) == 0
+    assert journals == [file.with_name(".codes.safetensors.unfinished.jsonl")] * 2
+    assert link.is_symlink() and len(CodeFile.load(file).codes) == IMAGES and file.stat().st_mode & 0o777 == 0o600
+    assert file_names(tmp_path / "there") == ["codes.safetensors"]
 
 
 @pytest.mark.parametrize("out", ["codes", "codes.safetensors"])

@@ -219,6 +219,18 @@ def test_a_disk_too_full_for_the_model_is_an_os_error(photo_folder, tmp_path, mo
         trainer(photo_folder, tmp_path).save()
 
 
+@pytest.mark.parametrize("name", ["model", "validation"])
+@pytest.mark.parametrize("target", ["a file", "/proc/self"])
+def test_a_folder_that_cannot_be_written_is_noticed_at_the_start(photo_folder, tmp_path, monkeypatch, name, target):
+    """Not by the first checkpoint. Even root cannot create files in /proc."""
+    run = trainer(photo_folder, tmp_path)
+    monkeypatch.setattr(run, "train_step", lambda: pytest.fail("a step was taken"))
+    (tmp_path / "a file").touch()
+    (tmp_path / name).symlink_to(target)
+    with pytest.raises(OSError, match=f"cannot write to {tmp_path}/{name}: "):
+        run.run()
+
+
 def test_a_crop_that_the_model_cannot_downsample_is_refused(photo_folder, tmp_path):
     with pytest.raises(ValueError, match="crop must be a multiple of the model's downsampling 2, got 9"):
         trainer(photo_folder, tmp_path, crop=9)
@@ -245,6 +257,15 @@ def test_a_checkpoint_that_lacks_an_entry_is_refused(photo_folder, tmp_path, key
     state = torch.load(run.checkpoint, weights_only=True)
     torch.save({name: value for name, value in state.items() if name != key}, run.checkpoint)
     with pytest.raises(ValueError, match=rf"training\.pt lacks {key}: expected a checkpoint that movq-ext train wrote"):
+        run.resume()
+
+
+@pytest.mark.parametrize("config", [None, {}, {"ddconfig": 1}, [1]])
+def test_a_checkpoint_with_a_damaged_config_of_the_model_is_refused(photo_folder, tmp_path, config):
+    run = trainer(photo_folder, tmp_path)
+    run.save()
+    torch.save({**torch.load(run.checkpoint, weights_only=True), "model_config": config}, run.checkpoint)
+    with pytest.raises(ValueError, match=r"training\.pt is damaged: "):
         run.resume()
 
 

@@ -17,6 +17,8 @@ from movq_ext.training.checkpoint import KEYS, read_checkpoint, write_checkpoint
     ("batch_size", -1, "must be positive"),
     ("learning_rate", float("nan"), "must be positive"),
     ("warmup_steps", -1, "must not be negative"),
+    ("max_pixels", 0, "must be positive"),
+    ("seed", (1 << 31) + 1, "must be between -2147483648 and 2147483648, got 2147483649"),
     ("ema_decay", 1.0, r"must be in \[0, 1\)"),
 ])  # fmt: skip
 def test_numbers_out_of_range_are_refused(name, value, message):

@@ -17,7 +17,7 @@ from typing import Self
 from torch import Tensor
 
 from ..io.codes import MAX_HEADER_BYTES, CodeFile, name_problem
-from ..io.files import MAX_REASON_CHARACTERS, printable, remove_partial_files
+from ..io.files import MAX_REASON_CHARACTERS, follow_link, printable, remove_partial_files
 from ..io.folders import search_folder
 from .code_writers import WRITERS, read_image_hashes, save_codes
 from .codebook import Codebook
@@ -185,6 +185,7 @@ class SingleFile(CodeOutput):
 
     def __init__(self, out: Path, codebook: Codebook) -> None:
         self._file, self._changed = CodeFile(codebook.fingerprint), False
+        out = follow_link(out)  # the journal, which is the lock, is beside the file
         super().__init__(out, out.with_name(f".{out.name}{JOURNAL_SUFFIX}"), codebook)
 
     def _load(self) -> None:

@@ -7,6 +7,7 @@ import io
 import sys
 
 from .. import ExportError, __version__
+from ..bulk.memory import is_out_of_memory
 from . import decode, demo, encode, export, info, train
 from .common import print_error
 
@@ -48,6 +49,11 @@ def main(argv: list[str] | None = None) -> int:
         return status
     except (OSError, ValueError, TypeError, FloatingPointError, ExportError) as error:
         print_error(str(error))
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print_error(f"out of memory: {error}" if str(error) else "out of memory")
         return 2
     except KeyboardInterrupt as error:  # its message, if it has one, says how to continue
         print("; ".join(["interrupted", *map(str, error.args)]), file=sys.stderr)

@@ -9,6 +9,7 @@ import os
 import secrets
 import stat
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
@@ -31,7 +32,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
     Raises OSError if path is a pipe or a device.
     """
-    path = _follow_link(Path(path))
+    path = follow_link(Path(path))
     old_mode = path.stat().st_mode if path.exists() else None
     if old_mode is not None and not (stat.S_ISREG(old_mode) or stat.S_ISDIR(old_mode)):  # os.replace refuses a folder
         raise OSError(f"expected a regular file to overwrite, got a pipe or device: {path}")
@@ -66,7 +67,7 @@ def create_partial_file(path: Path, label: str) -> tuple[Path, int]:
 
     The file is locked while the descriptor is open: `remove_partial_files` leaves it alone.
     """
-    path = _follow_link(path)
+    path = follow_link(path)
     while True:
         partial = path.with_name(f".{_partial_stem(path.name)}.{secrets.token_hex(8)}.{label}.partial")
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666)
@@ -82,10 +83,19 @@ def create_partial_file(path: Path, label: str) -> tuple[Path, int]:
         os.close(descriptor)  # remove_partial_files was faster than the lock
 
 
+def require_writable(folder: Path) -> None:
+    """Raise OSError if files cannot be created in a folder."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write to {folder}: {error.strerror}") from error
+
+
 def find_partial_files(paths: Iterable[Path]) -> Iterator[Path]:
     """Yield the partial files beside these paths."""
     stems: dict[Path, set[str]] = {}
-    for path in map(_follow_link, paths):
+    for path in map(follow_link, paths):
         stems.setdefault(path.parent, set()).add(_partial_stem(path.name))
     for folder, known in stems.items():
         yield from (partial for partial in folder.glob(".*.partial") if partial.name[1:].rsplit(".", 3)[0] in known)
@@ -118,7 +128,8 @@ def _is_locked(descriptor: int) -> bool:
     return False
 
 
-def _follow_link(path: Path) -> Path:
+def follow_link(path: Path) -> Path:
+    """Return the file that a symbolic link points to, or path itself if it is not a link."""
     return Path(os.path.realpath(path)) if os.path.islink(path) else path  # Path.is_symlink raises for a name that is too long
 
 

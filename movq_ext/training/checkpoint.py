@@ -68,7 +68,8 @@ def read_checkpoint(path: Path, device: torch.device | str) -> tuple[TrainingCon
 
 def require_same_model(path: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Raise ValueError if a checkpoint's model has other arguments than the one that is to resume."""
-    before, now = _flatten(saved), _flatten(own)
+    with wrap_errors(ValueError, f"{path} is damaged"):
+        before, now = _flatten(saved), _flatten(own)
     if changed := [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]:
         listed = "; ".join(f"{name}={before.get(name)}, now {now.get(name)}" for name in changed)
         raise ValueError(f"{path} has a model with {listed}")

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from ..io.images import DEFAULT_MAX_PIXELS
 
+MAX_SEED = 1 << 31  # the seeds of all steps then fit in 64 bits
+
 T = TypeVar("T")
 
 #: Keyword arguments of MOVQ for the shipped model (8x downsampling, 4 latent channels, 3.1 million parameters).
@@ -57,7 +59,7 @@ class TrainingConfig:
         steps: optimiser steps.
         batch_size: crops per step in each process.
         crop: height and width of a crop in pixels; a multiple of the model's downsampling factor.
-        max_pixels: largest photograph, in pixels; larger ones are skipped.
+        max_pixels: largest photograph, in pixels; larger ones are skipped and counted in the log.
         learning_rate: peak learning rate of AdamW; decays to zero along a half cosine.
         warmup_steps: steps of linear learning-rate warm-up.
         continuous_steps: steps before quantisation starts.
@@ -132,6 +134,8 @@ class TrainingConfig:
         for name in not_negative:
             if not getattr(self, name) >= 0:
                 raise OptionError(name, f"must not be negative, got {getattr(self, name)}")
+        if abs(self.seed) > MAX_SEED:
+            raise OptionError("seed", f"must be between {-MAX_SEED} and {MAX_SEED}, got {self.seed}")
         if not 0 <= self.ema_decay < 1:
             raise OptionError("ema_decay", f"must be in [0, 1), got {self.ema_decay}")
         if self.adversarial_weight and self.adversarial_start >= self.steps:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..assets import PHOTO_FOLDER
-from ..io.files import remove_partial_files, wrap_errors
+from ..io.files import remove_partial_files, require_writable, wrap_errors
 from ..io.images import save_image
 from ..io.weights import from_pretrained, save_pretrained
 from ..model.autoencoder import MOVQ
@@ -97,7 +97,10 @@ class Trainer:
             self._run_steps(None, should_stop)
             return
         self.out.mkdir(parents=True, exist_ok=True)
-        model = self.out / "model"
+        model, validation = self.out / "model", self.out / "validation"
+        for folder in (self.out, model, validation):
+            if folder is self.out or folder.exists():
+                require_writable(folder)  # now rather than after the steps until the first checkpoint
         with lock_folder(self.out):
             remove_partial_files([self.checkpoint, self.out / "log.csv", model / "model.safetensors", model / "config.json"])
             if self.step > 0 and not self._model_is_saved():

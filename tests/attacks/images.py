@@ -14,7 +14,7 @@ IMAGES = [("png", "RGB"), ("png", "P"), ("png", "RGBA"), ("png", "I;16"), ("jpg"
 
 
 class ImageCases(Cases):
-    kinds = ("damaged_file", "damaged_file", "png")
+    kinds = ("damaged_file", "damaged_file", "png", "exif")
 
     def write_intact_files(self, folder):
         pixels = Image.fromarray(np.random.default_rng(0).integers(0, 256, (23, 31, 3), dtype=np.uint8))
@@ -35,6 +35,23 @@ class ImageCases(Cases):
             assert image.mode == "RGB" and to_tensor(image).shape == (3, image.height, image.width)
 
         return read, OSError
+
+    def exif(self, folder):
+        """Intact pixels with random EXIF data, which must not refuse them."""
+        tags = [0x0112, 0x8769, 0x8825, 0xA005, 0x014A, 0x0201, 0x0111, 0x011A, 0x02BC, 0x927C]
+        counts, values, entries = [0, 1, 2, 9, 2**31], [6, 99, 2**32 - 1], self.random.randrange(1, 5)
+        exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, entries)
+        for _ in range(entries):
+            tag, count, value = (self.random.choice(choices) for choices in (tags, counts, values))
+            exif += struct.pack("<HHII", tag, self.random.randrange(15), count, value)
+        exif += bytes(self.random.choice([0, 4]))
+        path = folder / f"a.{self.random.choice(['png', 'jpg', 'webp'])}"
+        Image.new("RGB", (7, 5)).save(path, exif=exif)
+
+        def read():
+            assert load_image(path).size in ((7, 5), (5, 7))
+
+        return read, ()
 
     def png(self, folder):
         """A PNG with unusual chunks and correct checksums."""
