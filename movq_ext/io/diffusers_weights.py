@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..model.checks import check_channels, check_count, check_flags
 from ..model.norms import NORM_GROUPS
 from .files import MAX_SHOWN_CHARACTERS, printable, read_json, require_file, wrap_errors
 from .original_weights import NOMINAL_RESOLUTION, rename
@@ -52,6 +53,8 @@ def published_entries(state: Mapping[str, Tensor], levels: int | None, path: Pat
 
 
 def _convert_config(config: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(config).__name__}")
     for key, default, expected in (
         ("_class_name", None, "VQModel"),
         ("norm_type", "group", "spatial"),
@@ -60,16 +63,22 @@ def _convert_config(config: Any, path: Path) -> dict[str, Any]:
     ):
         if config.get(key, default) != expected:
             advice = "; movq_ext.accelerate takes other models of diffusers" if key == "_class_name" else ""
-            found = printable(repr(config.get(key, default)), MAX_SHOWN_CHARACTERS)
-            raise CheckpointError(f"{path}: expected {key} {expected!r}, got {found}{advice}")
+            raise CheckpointError(f"{path}: expected {key} {expected!r}, got {_shown(config.get(key, default))}{advice}")
     widths = config["block_out_channels"]
-    attention = _levels_with_attention(config["down_block_types"], "DownEncoderBlock2D", path)
-    decoder_attention = _levels_with_attention(config["up_block_types"], "UpDecoderBlock2D", path)[::-1]
+    if not isinstance(widths, list) or not widths:
+        raise CheckpointError(f"{path}: expected block_out_channels to be a list of integers, got {_shown(widths)}")
+    check_channels(**{f"block_out_channels[{level}]": width for level, width in enumerate(widths)})
+    check_channels(**{name: config[name] for name in ("in_channels", "out_channels", "latent_channels")})
+    check_channels(vq_embed_dim=config.get("vq_embed_dim") or config["latent_channels"])
+    check_count("num_vq_embeddings", config["num_vq_embeddings"])
+    check_count("layers_per_block", config["layers_per_block"])
+    check_flags(mid_block_add_attention=config.get("mid_block_add_attention", True))
+    attention = _levels_with_attention(config, "down_block_types", "DownEncoderBlock2D", path)
+    decoder_attention = _levels_with_attention(config, "up_block_types", "UpDecoderBlock2D", path)[::-1]
     if len(attention) != len(widths) or attention != decoder_attention:
         raise CheckpointError(f"{path}: expected the same levels in block_out_channels, down_block_types and up_block_types")
     if any(width % widths[0] for width in widths):
-        found = printable(repr(widths), MAX_SHOWN_CHARACTERS)
-        raise CheckpointError(f"{path}: expected block_out_channels to be multiples of the first, got {found}")
+        raise CheckpointError(f"{path}: expected block_out_channels to be multiples of the first, got {_shown(widths)}")
     return {
         "ddconfig": {
             "ch": widths[0],
@@ -87,11 +96,17 @@ def _convert_config(config: Any, path: Path) -> dict[str, Any]:
     }
 
 
-def _levels_with_attention(blocks: list[str], plain: str, path: Path) -> list[bool]:
-    others = set(blocks) - {plain, f"Attn{plain}"}
-    if others:
-        raise CheckpointError(f"{path}: expected blocks {plain} or Attn{plain}, got {format_names(others)}")
+def _levels_with_attention(config: Mapping[str, Any], key: str, plain: str, path: Path) -> list[bool]:
+    blocks = config[key]
+    if not isinstance(blocks, list) or not all(isinstance(block, str) for block in blocks):
+        raise CheckpointError(f"{path}: expected {key} to be a list of names, got {_shown(blocks)}")
+    if others := set(blocks) - {plain, f"Attn{plain}"}:
+        raise CheckpointError(f"{path}: expected {key} to be {plain} or Attn{plain}, got {format_names(others)}")
     return [block != plain for block in blocks]
+
+
+def _shown(value: object) -> str:
+    return printable(repr(value), MAX_SHOWN_CHARACTERS)
 
 
 def _published_name(name: str, levels: int) -> str:

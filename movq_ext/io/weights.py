@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -153,9 +153,13 @@ def _parse_config(text: str) -> dict[str, Any]:
 
 def _check_config_size(config: Mapping[str, Any], entries: int) -> None:
     """Refuse a config with more levels or blocks than the file can have weights for: building the model would take forever."""
-    levels, blocks = len(config["ddconfig"].get("ch_mult", ())), config["ddconfig"]["num_res_blocks"]
+    sizes = config.get("ddconfig")
+    multipliers, blocks = (sizes.get("ch_mult", ()), sizes.get("num_res_blocks")) if isinstance(sizes, Mapping) else ((), 0)
+    if not isinstance(multipliers, Sequence) or not isinstance(blocks, int):
+        return  # MOVQ names the argument
+    levels = len(multipliers)
     if levels > MAX_LEVELS or max(levels, 1) * blocks > entries:
-        limits = f"at most {MAX_LEVELS} levels and {entries} blocks (the file has as many entries)"
+        limits = f"at most {MAX_LEVELS} levels (ch_mult) and {entries} blocks (num_res_blocks; the file has as many entries)"
         raise ValueError(f"expected {limits}, got {levels} levels of {blocks} blocks")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .checks import check_latent
+from .checks import check_channels, check_count, check_latent
 from .decoder import MOVQDecoder
 from .encoder import Encoder
 from .fusion import plain_weight
@@ -32,7 +32,7 @@ class MOVQ(nn.Module):
         beta, remap, sane_index_shape, legacy: see `VectorQuantizer`.
 
     Raises:
-        ValueError: `MOVQDecoder` or `Encoder` raises it.
+        ValueError: an argument is out of range, here or in ddconfig. The message names it.
     """
 
     def __init__(
@@ -46,7 +46,13 @@ class MOVQ(nn.Module):
         legacy: bool = True,
     ) -> None:
         super().__init__()
+        if not isinstance(ddconfig, Mapping):
+            raise ValueError(f"ddconfig must be a mapping of arguments, got {ddconfig!r}")
         ddconfig = dict(ddconfig)
+        if ddconfig.get("double_z") is True:
+            raise ValueError("double_z must be False for a MOVQ, whose latents have no variance, got True")
+        check_count("n_embed", n_embed)
+        check_channels(embed_dim=embed_dim)
         self.config = {
             "ddconfig": ddconfig, "n_embed": n_embed, "embed_dim": embed_dim,
             "beta": beta, "sane_index_shape": sane_index_shape, "legacy": legacy,

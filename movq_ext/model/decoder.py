@@ -10,11 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .activation_checkpointing import ActivationCheckpointing
-from .checks import check_batch, check_latent, check_levels, check_positive
+from .checks import (
+    check_attention_levels,
+    check_batch,
+    check_channels,
+    check_flags,
+    check_latent,
+    check_level_channels,
+    check_levels,
+    check_number,
+)
 from .fusion import plain_weight, run_fused, runs_inference
 from .layers import AttnBlock, MiddleBlock, ResnetBlock, Stage, Upsample, is_plain_network
 from .modulation import Modulations
-from .norms import SpatialNorm, make_norm
+from .norms import NORM_GROUPS, SpatialNorm, make_norm
 from .strips import STRIP_BYTES, decode_in_strips
 
 
@@ -56,8 +65,8 @@ class MOVQDecoder(ActivationCheckpointing):
         **ignorekwargs: ignored, since published configs hold keys of other classes.
 
     Raises:
-        ValueError: there is no level, a number of channels is not positive, the channels of a level are not a multiple of 32, or
-            num_res_blocks is negative.
+        ValueError: there is no level, a number of channels is not positive, the channels of a level are not a multiple of 32,
+            num_res_blocks is negative, or another argument is out of range. The message names the argument.
     """
 
     def __init__(
@@ -84,7 +93,12 @@ class MOVQDecoder(ActivationCheckpointing):
         self.gradient_checkpointing = gradient_checkpointing
         zq_ch = z_channels if zq_ch is None else zq_ch
         check_levels(ch_mult, num_res_blocks)
-        check_positive(ch=ch, out_ch=out_ch, z_channels=z_channels, zq_ch=zq_ch)
+        check_channels(ch=ch, out_ch=out_ch, z_channels=z_channels, zq_ch=zq_ch)
+        check_level_channels(ch, ch_mult, NORM_GROUPS)
+        check_attention_levels(resolution, attn_resolutions)
+        check_number("dropout", dropout, 0, 1)
+        check_flags(resamp_with_conv=resamp_with_conv, give_pre_end=give_pre_end, add_conv=add_conv, mid_attn=mid_attn,
+                    gradient_checkpointing=gradient_checkpointing)  # fmt: skip
         self.ch = ch
         self.num_resolutions = len(ch_mult)
         self.num_res_blocks = num_res_blocks

@@ -8,10 +8,18 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from .activation_checkpointing import ActivationCheckpointing
-from .checks import check_latent, check_levels, check_positive
+from .checks import (
+    check_attention_levels,
+    check_channels,
+    check_flags,
+    check_latent,
+    check_level_channels,
+    check_levels,
+    check_number,
+)
 from .fusion import plain_weight
 from .layers import AttnBlock, Downsample, MiddleBlock, ResnetBlock, Stage
-from .norms import make_norm
+from .norms import NORM_GROUPS, make_norm
 
 
 class Encoder(ActivationCheckpointing):
@@ -33,8 +41,8 @@ class Encoder(ActivationCheckpointing):
         **ignorekwargs: ignored, since published configs hold keys of other classes.
 
     Raises:
-        ValueError: there is no level, a number of channels is not positive, the channels of a level are not a multiple of 32, or
-            num_res_blocks is negative.
+        ValueError: there is no level, a number of channels is not positive, the channels of a level are not a multiple of 32,
+            num_res_blocks is negative, or another argument is out of range. The message names the argument.
     """
 
     def __init__(
@@ -57,7 +65,12 @@ class Encoder(ActivationCheckpointing):
         super().__init__()
         self.gradient_checkpointing = gradient_checkpointing
         check_levels(ch_mult, num_res_blocks)
-        check_positive(ch=ch, in_channels=in_channels, z_channels=z_channels)
+        check_channels(ch=ch, in_channels=in_channels, z_channels=z_channels)
+        check_level_channels(ch, ch_mult, NORM_GROUPS)
+        check_attention_levels(resolution, attn_resolutions)
+        check_number("dropout", dropout, 0, 1)
+        check_flags(resamp_with_conv=resamp_with_conv, double_z=double_z, mid_attn=mid_attn,
+                    gradient_checkpointing=gradient_checkpointing)  # fmt: skip
         self.in_channels = in_channels
         self.num_resolutions = len(ch_mult)
         self.conv_in = nn.Conv2d(in_channels, ch, kernel_size=3, padding=1)

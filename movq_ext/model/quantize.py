@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.native import traces_plain_operators
+from .checks import MAX_NUMBER, check_channels, check_count, check_flags, check_number
 from .fusion import plain_weight
 from .value_checks import can_read_values, is_finite, runs_training_step
 
@@ -71,6 +72,9 @@ class VectorQuantizer(nn.Module):
         unknown_index: the index returned for codes that remap lacks: ``"random"``, ``"extra"`` (one past the last) or a number.
         sane_index_shape: return indices as ``(B, h, w)`` rather than flat (with remap ``(B, h * w)``).
         legacy: weight the codebook term by beta instead of the commitment term, as the released code does.
+
+    Raises:
+        ValueError: an argument is out of range. The message names it.
     """
 
     used: Tensor  # with remap only
@@ -87,7 +91,11 @@ class VectorQuantizer(nn.Module):
         legacy: bool = True,
     ) -> None:
         super().__init__()
-        self.n_e, self.e_dim, self.beta = n_e, e_dim, beta
+        check_count("n_e", n_e)
+        check_channels(e_dim=e_dim)
+        check_number("beta", beta, 0, MAX_NUMBER)
+        check_flags(sane_index_shape=sane_index_shape, legacy=legacy)
+        self.n_e, self.e_dim, self.beta = n_e, e_dim, float(beta)
         self.legacy = legacy
         self.sane_index_shape = sane_index_shape
         self.embedding = nn.Embedding(n_e, e_dim)
