@@ -7,6 +7,9 @@ not count as a decoder's error. "relative L2" is ``||x - reference|| / ||referen
 Both are means over the seeds (latents, or photographs). Under autocast, weights and latents are float32. On a CPU the large model
 is not measured in float16, where the peers take minutes for a decode.
 
+The rows "attention blocks" are errors of these blocks alone, for their inputs in a decode, over all blocks and seeds. Both run
+our operators: "published order" projects keys and values, and "ours" may attend to the blocks' normalised input.
+
 Ours is compared with the best peer: the one with the smallest error in that dtype, in its fastest layout (channels_last).
 Compiled decoders are compared with each other. "of the best peer" is the geometric mean of the ratios of the errors. It may be at
 most 1.05 plus two standard errors of that mean over the seeds, which is "allowed". The exit status is 1 if ours is worse
@@ -17,6 +20,7 @@ them more accurate in float32.
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import sys
 import tempfile
@@ -25,6 +29,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+from unittest import mock
 
 import torch
 from peers import KINDS, load, peer, save_random
@@ -35,6 +40,7 @@ import movq_ext
 from movq_ext.demo import PHOTOS, SMALL_MODEL_PATH
 from movq_ext.io.codes import encode_image
 from movq_ext.io.images import load_image
+from movq_ext.model import layers
 
 MARGIN = 1.05
 VERDICT = "ours not worse than the best peer"
@@ -85,6 +91,9 @@ def main() -> int:
                     found[name] = "no time" if late else errors(name, folder, device, held, latents, references[held], context)
                     print(title, dtype, name, found[name], file=sys.stderr)
                 rows += compare_with_peers({"model": title, "dtype": f"autocast {dtype}" if autocast else dtype}, found)
+            for dtype in DTYPES:
+                case = {"model": f"{title}: attention blocks", "dtype": dtype}
+                rows += compare_with_peers(case, attention_errors(folder, latents, device, getattr(torch, dtype)))
     head = {**environment(device), "path": movq_ext.explain(torch.empty(0, device=device)), "seeds": options.seeds}
     head |= {"image": f"{size}x{size}, photographs 128x128", "TF32 in cuDNN": torch.backends.cudnn.allow_tf32 if gpu else "-"}
     worse = [f"{row['decoder']} ({row['model']}, {row['dtype']})" for row in rows if row[VERDICT] == "no"]
@@ -127,6 +136,36 @@ def errors(
         return found
     except (RuntimeError, ImportError) as error:
         return (str(error).strip().splitlines() or [type(error).__name__])[0][:60]
+
+
+def attention_errors(
+    folder: Path, latents: list[Tensor], device: torch.device, dtype: torch.dtype
+) -> dict[str, list[tuple[float, float]] | str]:
+    """Return the errors of every attention block for every latent, in the published order of projections and in ours."""
+    model, decode = load("ours", folder, device, torch.float32)
+    calls: list[tuple[movq_ext.AttnBlock, Tensor, Tensor]] = []
+    hooks = [
+        block.register_forward_pre_hook(lambda block, args, kwargs: calls.append((block, *args, kwargs["zq"])), with_kwargs=True)
+        for block in model.decoder.modules()
+        if isinstance(block, movq_ext.AttnBlock)
+    ]
+    for z in latents:
+        decode(z.to(device))
+    for hook in hooks:
+        hook.remove()
+    model.to(dtype=dtype, memory_format=torch.channels_last)
+    orders: dict[str, tuple[torch.dtype, ...]] = {"published order nhwc": (), "ours nhwc": layers.SHARED_KV_DTYPES}
+    found: dict[str, list[tuple[float, float]] | str] = {}
+    for name, dtypes in orders.items():
+        results = []
+        for block, *inputs in calls:
+            x, zq = (tensor.to(dtype=dtype, memory_format=torch.channels_last) for tensor in inputs)
+            wanted = copy.deepcopy(block).double()(x.double(), zq.double())
+            with mock.patch.object(layers, "SHARED_KV_DTYPES", dtypes):
+                difference = block(x, zq).double() - wanted
+            results.append((float(difference.norm() / wanted.norm()), float(difference.abs().max())))
+        found[name] = results
+    return found
 
 
 def compare_with_peers(case: dict[str, str], found: dict[str, list[tuple[float, float]] | str]) -> list[dict[str, Any]]:

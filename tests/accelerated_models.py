@@ -86,7 +86,8 @@ class Counted(contextlib.ExitStack):
 
     def __enter__(self):
         self.norms = [self._wrap(module, "fused_spatial_norm") for module in (norms, attention)]
-        self.attention, self.upsampling = self._wrap(attention, "attention"), self._wrap(torch.nn.functional, "conv_transpose2d")
+        self.attention = [self._wrap(attention, name) for name in ("attention", "shared_kv_attention")]
+        self.upsampling = self._wrap(torch.nn.functional, "conv_transpose2d")
         return super().__enter__()
 
     def _wrap(self, module, name):
@@ -95,4 +96,4 @@ class Counted(contextlib.ExitStack):
     @property
     def calls(self):
         """Number of calls of spatial norms, of attention and of upsampling."""
-        return sum(norm.call_count for norm in self.norms), self.attention.call_count, self.upsampling.call_count
+        return *(sum(op.call_count for op in ops) for ops in (self.norms, self.attention)), self.upsampling.call_count

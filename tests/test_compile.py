@@ -66,14 +66,16 @@ def test_compiled_and_exported_programs_fold_and_join_layers():
     assert [layers_of(graph) for graph in graphs] == 2 * [{"conv2d": convolutions, "conv_transpose2d": 1, "baddbmm": norms}]
 
 
-@pytest.fixture
-def fake_cuda(monkeypatch):
+@pytest.fixture(params=[torch.float32, torch.bfloat16])
+def fake_cuda(monkeypatch, request):
     """Fake GPU tensors, without data, for a machine without a GPU; the kernels count as compiled for it."""
     monkeypatch.setattr(functional, "device_reason", lambda index: None)
     mode = FakeTensorMode()
+    torch.set_default_dtype(request.param)
     with mode, torch.device("cuda"):
         decoder = MOVQDecoder(**TINY).eval()
         inputs = torch.empty(2, 4, 4, 6), torch.empty(2, 5, 4, 6)
+    torch.set_default_dtype(torch.float32)
     return mode, decoder, inputs
 
 
@@ -88,6 +90,10 @@ def operators(graph):
 NORMS = 2 * 6 + 3 + 1  # of TINY: two in each of six ResNet blocks, one in each of three attention blocks, norm_out
 FORWARD = {"movq_ext.spatial_norm_forward": NORMS, "movq_ext.attention_forward": 3}
 BACKWARD = {"movq_ext.spatial_norm_backward": NORMS, "movq_ext.attention_backward": 3}
+FORWARD_OF = {
+    torch.float32: FORWARD,
+    torch.bfloat16: {"movq_ext.spatial_norm_forward": NORMS, "movq_ext.shared_kv_attention_forward": 3},
+}
 
 
 @pytest.mark.skipif(not extension_available(), reason="needs the compiled extension")
@@ -97,7 +103,7 @@ def test_an_exported_gpu_decoder_calls_our_operators(fake_cuda, dynamic):
     sizes = {0: torch.export.Dim("batch", max=8), 2: torch.export.Dim("height", max=64), 3: torch.export.Dim("width", max=64)}
     with torch.no_grad():
         program = torch.export.export(decoder, inputs, dynamic_shapes=(sizes, sizes) if dynamic else None)
-    assert operators(program.graph) == FORWARD
+    assert operators(program.graph) == FORWARD_OF[inputs[0].dtype]
     assert not any("group_norm" in str(node.target) or "scaled_dot" in str(node.target) for node in program.graph.nodes)
 
 
@@ -123,7 +129,7 @@ def test_a_compiled_gpu_decoder_is_one_graph_that_calls_our_operators(fake_cuda)
     with mode, torch.no_grad():
         out = torch.compile(decoder, fullgraph=True, backend=backend)(*inputs)
     assert out.shape == (2, 3, 8, 12) and out.is_cuda and len(seen) == 1
-    assert operators(seen[0]) == FORWARD
+    assert operators(seen[0]) == FORWARD_OF[inputs[0].dtype]
 
 
 @needs_gpu

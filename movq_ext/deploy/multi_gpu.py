@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ..model.decoder import MOVQDecoder
 from ..model.feature_maps import FeatureMap, MapStore, Moments, Storage
-from ..model.layers import AttnBlock
 from ..model.strip_checks import LayeredDecoder, check_decoder_layers, check_no_dropout
 from ..model.strip_norms import NormalisedRows
 from ..model.strips import STRIP_BYTES, Strips, computes_in_float32, to_float32
@@ -49,7 +48,8 @@ def decode_sharded(
 
     The rows of the latent, and with them work and maps, are divided as evenly as possible. For each map, a process sends one row
     to each neighbour and the mean and variance of each channel to all. For each attention layer, every process receives the keys
-    and values of all positions, ``2 * h * w * C`` elements. If one process fails, the others wait until the group's timeout.
+    and values of all positions: ``2 * h * w * C`` elements, or half as many in 16-bit types, where one tensor holds both. If one
+    process fails, the others wait until the group's timeout.
 
     Args:
         decoder: whole in every process, not sharded by FSDP; in evaluation mode if it has dropout.
@@ -248,12 +248,12 @@ class BandStrips(Strips):
         first, last = self.band.rows(x.height)
         return super().output(norm, conv, x)[:, :, first:last]
 
-    def keys_and_values(self, block: AttnBlock, x: FeatureMap, normalised: NormalisedRows) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of all positions, gathered from all processes."""
-        k, v = super().keys_and_values(block, x, normalised)
-        for whole in (k, v):
+    def all_tokens(self, source: NormalisedRows, *layers: nn.Module) -> list[Tensor]:
+        """Return each layer's result for all positions, gathered from all processes."""
+        tokens = super().all_tokens(source, *layers)
+        for whole in tokens:
             self.band.all_gather_bands(whole[0, 0])
-        return k, v
+        return tokens
 
     def spans(self, x: FeatureMap, values_per_pixel: int) -> list[tuple[int, int]]:
         """Return the rows of each strip that lie in the band."""

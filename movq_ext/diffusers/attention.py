@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model.fusion import is_plain_group_norm
+from ..model.fusion import SHARED_KV_DTYPES, absorb_keys, compute_dtype, is_plain_group_norm
 from ..ops.cuda import MAX_HEAD_SIZE
-from ..ops.functional import attention, fused_spatial_norm
+from ..ops.functional import attention, fused_spatial_norm, shared_kv_attention
 from ..ops.options import NormOptions
 from .accelerated import Accelerated, can_compute, count_call, is_plain_instance, original_class
 from .norms import group_norm_reason, spatial_norm_reason
@@ -64,8 +64,12 @@ class Attention(Accelerated):
             return original_class(self).forward(self, x, encoder_hidden_states, attention_mask, **kwargs)  # type: ignore[no-any-return]
         h = x if self.spatial_norm is None else self.spatial_norm(x, kwargs.get("temb"))
         h = h if norm is None else fused_spatial_norm(h, None, None, NormOptions.from_layer(norm))
-        q, k, v = (tokens.unsqueeze(1) for tokens in self.project(h.flatten(2).transpose(1, 2)))
-        h = attention(q, k, v).squeeze(1)
+        tokens = h.flatten(2).transpose(1, 2)
+        if self.shares_keys_and_values(tokens):
+            h = self.attend_shared(tokens)
+        else:
+            q, k, v = (x.unsqueeze(1) for x in self.project(tokens))
+            h = attention(q, k, v).squeeze(1)
         for layer in self.to_out:
             h = layer(h)
         h = h.transpose(1, 2).reshape(x.shape)
@@ -79,3 +83,16 @@ class Attention(Accelerated):
             return [layer(tokens) for layer in layers]
         weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
         return F.linear(tokens, weight, bias).chunk(3, dim=2)
+
+    def shares_keys_and_values(self: Any, tokens: Tensor) -> bool:
+        """True if the tokens may serve as both keys and values, as in `AttnBlock`."""
+        plain = all(is_plain_instance(layer, nn.Linear) for layer in (self.to_k, self.to_v))
+        return plain and compute_dtype(tokens) in SHARED_KV_DTYPES and tokens.shape[2] <= MAX_HEAD_SIZE
+
+    def attend_shared(self: Any, tokens: Tensor) -> Tensor:
+        """Compute attention with the tokens as keys and values: to_k is applied to the queries, and to_v to the result."""
+        tokens = tokens.to(compute_dtype(tokens))
+        projection, scale = absorb_keys(self.to_k.weight, self.to_k.bias)
+        q = F.linear(self.to_q(tokens), projection)
+        h: Tensor = self.to_v(shared_kv_attention(q.unsqueeze(1), tokens.unsqueeze(1), scale).squeeze(1))
+        return h

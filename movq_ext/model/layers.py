@@ -11,13 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.functional import spatial_attention
+from ..ops.functional import spatial_attention, spatial_shared_kv_attention
 from ..profiling import FusedModule
 from .fusion import (
+    SHARED_KV_DTYPES,
+    absorb_keys,
     add_residual,
+    compute_dtype,
     conv_deferring_bias,
     fold_upsampling,
     is_plain_conv,
+    is_plain_conv1x1,
     is_plain_conv3x3,
     is_unmodified,
     run_fused,
@@ -161,6 +165,7 @@ class AttnBlock(nn.Module, FusedModule):
     """Self-attention block: ``x + proj_out(attention(q(n), k(n), v(n)))`` with ``n = norm(x)``.
 
     One head of size in_channels attends over all positions. q, k and v are three convolutions in the state dict and run as one.
+    In 16-bit types n itself serves as keys and values: k is applied to the queries, and v to attention's result.
 
     Args:
         in_channels: channels of the map, a multiple of 32.
@@ -184,8 +189,11 @@ class AttnBlock(nn.Module, FusedModule):
         if runs_inference(self, x, zq) and is_plain_norm(self.norm):
             return self._forward_fused(x, Modulations(zq))
         n = self.norm(x, zq)
-        q, k, v = self._project(n)
-        h: Tensor = self.proj_out(spatial_attention(q, k, v))
+        if self.shares_keys_and_values(compute_dtype(n)):
+            h: Tensor = self.proj_out(self._attend_shared(n))
+        else:
+            q, k, v = self._project(n)
+            h = self.proj_out(spatial_attention(q, k, v))
         return x + h
 
     def _forward_fused(self, x: Tensor, modulations: Modulations) -> Tensor:
@@ -194,11 +202,35 @@ class AttnBlock(nn.Module, FusedModule):
         Fused on a GPU: proj_out's bias, in the pass that adds x. On every device the sum overwrites proj_out's result. A hooked
         or replaced convolution is called and keeps its bias.
         """
-        q, k, v = self._project(run_fused(self.norm, x, modulations))
-        h = spatial_attention(q, k, v)
-        del q, k, v  # freed before proj_out allocates
+        n = run_fused(self.norm, x, modulations)
+        if self.shares_keys_and_values(compute_dtype(n)):
+            h = self._attend_shared(n)
+        else:
+            q, k, v = self._project(n)
+            del n  # each map is freed as soon as it is not needed
+            h = spatial_attention(q, k, v)
+            del q, k, v
         h, bias = conv_deferring_bias(self.proj_out, h)
         return add_residual(h, bias, x, self.proj_out)
+
+    def shares_keys_and_values(self, dtype: torch.dtype) -> bool:
+        """True if the normalised input, in this dtype, serves as both keys and values. k and v must be plain for that."""
+        return dtype in SHARED_KV_DTYPES and is_plain_conv1x1(self.k) and is_plain_conv1x1(self.v)
+
+    def shared_queries(self, n: Tensor) -> tuple[Tensor, float]:
+        """Return the queries that attend to n rather than to k(n), and the scale of their scores."""
+        projection, scale = absorb_keys(self.k.weight, self.k.bias)
+        return F.conv2d(self.q(n), projection), scale
+
+    def _attend_shared(self, n: Tensor) -> Tensor:
+        """Compute ``attention(q(n), k(n), v(n))`` with n as keys and values.
+
+        v commutes with attention, whose weights sum to one: ``sum(p * v(n)) = v(sum(p * n))``.
+        """
+        n = n.to(compute_dtype(n))  # once, rather than in q and in attention
+        q, scale = self.shared_queries(n)
+        h: Tensor = self.v(spatial_shared_kv_attention(q, n, scale))
+        return h
 
     def _project(self, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q(n), k(n) and v(n), from one convolution if all three are plain."""

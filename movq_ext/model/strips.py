@@ -4,7 +4,8 @@ The result matches that of whole maps, up to rounding, but working memory holds 
 
 - A convolution's strip has one more row of input above and below.
 - A norm uses the statistics of the whole map, which are gathered while the map is written.
-- Attention stores the keys and values of all positions and walks over strips of queries.
+- Attention stores the keys and values of all positions, or the normalised map that serves as both, and walks over strips of
+  queries.
 
 So strips leave no seams, unlike tiles that are decoded separately and blended.
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import profiling
-from ..ops.functional import attention
+from ..ops.functional import attention, shared_kv_attention
 from ..ops.onednn import Convolution
 from .feature_maps import FeatureMap, MapStore
 from .fusion import fold_windows, is_plain_conv3x3
@@ -175,15 +176,16 @@ class Strips:
             out.commit(first, rows)
         return out
 
-    def keys_and_values(self, block: AttnBlock, x: FeatureMap, normalised: NormalisedRows) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of all positions, ``(1, 1, H * W, C)`` each."""
-        k, v = (self.store.empty(1, 1, x.height * x.width, x.channels) for _ in range(2))
+    def all_tokens(self, source: NormalisedRows, *layers: nn.Module) -> list[Tensor]:
+        """Return each layer's result for all positions of a normalised map, ``(1, 1, H * W, C)``."""
+        x = source.x
+        tokens = [self.store.empty(1, 1, x.height * x.width, x.channels) for _ in layers]
         for first, last in self.spans(x, ATTENTION_VALUES * x.channels):
             n = self._buffer.rows(x, last - first)
-            normalised.write_rows(first, last, n)
-            for layer, whole in ((block.k, k), (block.v, v)):
-                whole[:, :, first * x.width : last * x.width] = _project(layer, n)
-        return k, v
+            source.write_rows(first, last, n)
+            for layer, whole in zip(layers, tokens, strict=True):
+                whole[:, :, first * x.width : last * x.width] = _as_tokens(layer(n))
+        return tokens
 
     def spans(self, x: FeatureMap, values_per_pixel: int) -> list[tuple[int, int]]:
         """Divide x into strips: return (first, last) for each, which has rows first to last - 1.
@@ -217,15 +219,28 @@ class Strips:
         return StoredRows(x)
 
     def _attn_block(self, block: AttnBlock, x: FeatureMap) -> FeatureMap:
-        normalised = self._normalised(block.norm, x, None)
-        k, v = self.keys_and_values(block, x, normalised)
+        attend = self._attend_shared if block.shares_keys_and_values(x.dtype) else self._attend
+        return attend(block, x, self._normalised(block.norm, x, None))
+
+    def _attend(self, block: AttnBlock, x: FeatureMap, normalised: NormalisedRows) -> FeatureMap:
+        k, v = self.all_tokens(normalised, block.k, block.v)
         out = x.reuse_storage(x.channels)
         for first, last in self.spans(x, ATTENTION_VALUES * x.channels):
             n = self._buffer.rows(x, last - first)
             normalised.write_rows(first, last, n)
-            tokens = attention(_project(block.q, n), k, v)
-            attended = tokens.flatten(0, 2).unflatten(0, (1, last - first, x.width)).permute(0, 3, 1, 2)
+            attended = _as_map(attention(_as_tokens(block.q(n)), k, v), x.width)
             out.write(first, block.proj_out(attended).add_(x.read(first, last)))
+        return out
+
+    def _attend_shared(self, block: AttnBlock, x: FeatureMap, normalised: NormalisedRows) -> FeatureMap:
+        """Compute `_attend` from one tensor instead of keys and values, as `AttnBlock` does."""
+        (all_n,) = self.all_tokens(normalised, nn.Identity())
+        out = x.reuse_storage(x.channels)
+        for first, last in self.spans(x, ATTENTION_VALUES * x.channels):
+            n = _as_map(all_n[:, :, first * x.width : last * x.width], x.width)
+            q, scale = block.shared_queries(n)
+            attended = _as_map(shared_kv_attention(_as_tokens(q), all_n, scale), x.width)
+            out.write(first, block.proj_out(block.v(attended)).add_(x.read(first, last)))
         return out
 
     def _upsample(self, layer: Upsample, x: FeatureMap) -> FeatureMap:
@@ -287,6 +302,12 @@ def convolution_values(channels: int, out_channels: int) -> int:
     return 5 * channels + 2 * out_channels
 
 
-def _project(layer: nn.Module, n: Tensor) -> Tensor:
-    """Return layer(n) as the tokens of one head, ``(1, 1, rows * W, C)``."""
-    return cast(Tensor, layer(n).permute(0, 2, 3, 1).flatten(1, 2).unsqueeze(1))
+def _as_tokens(rows: Tensor) -> Tensor:
+    """``(1, C, rows, W)`` as the tokens of one head, ``(1, 1, rows * W, C)``."""
+    return rows.permute(0, 2, 3, 1).flatten(1, 2).unsqueeze(1)
+
+
+def _as_map(tokens: Tensor, width: int) -> Tensor:
+    """``(1, 1, rows * W, C)`` as ``(1, C, rows, W)``."""
+    rows: Tensor = tokens.flatten(0, 2).unflatten(0, (1, -1, width)).permute(0, 3, 1, 2)
+    return rows

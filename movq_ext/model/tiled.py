@@ -27,7 +27,7 @@ def decode_tiled(decoder: MOVQDecoder, z: Tensor, zq: Tensor, *, max_memory: int
     before and in the last level. It does not cover:
 
     - weights, latents and the image;
-    - an attention layer's keys and values, ``2 * h * w * C`` elements;
+    - an attention layer's keys and values, ``2 * h * w * C`` elements, or half as many in 16-bit types;
     - a norm's scales and shifts, ``2 * h * w * C`` elements in float32;
     - for float16 on a CPU, float32 copies of the weights and maps.
 
@@ -66,7 +66,7 @@ def encode_tiled(encoder: Encoder, x: Tensor, *, max_memory: int, folder: str | 
     level. It does not cover:
 
     - weights, the image and the latents;
-    - an attention layer's keys and values, ``2 * h * w * C`` elements.
+    - an attention layer's keys and values, ``2 * h * w * C`` elements, or half as many in 16-bit types.
 
     The images of a batch are encoded one after another. No ``torch.no_grad()`` is needed.
 
