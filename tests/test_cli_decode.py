@@ -1,8 +1,13 @@
 """Options of the decode command."""
 
+import os
+import subprocess
+import sys
+
+import numpy as np
 import pyarrow as pa
 import pytest
-from shard_files import read_rejects, run_decode, size_columns, write_parquet
+from shard_files import CODES, file_names, read_rejects, run_decode, size_columns, write_parquet
 
 from movq_ext.bulk import ray_engine, run
 from movq_ext.cli import decode, main
@@ -56,3 +61,17 @@ def test_images_of_too_many_pixels(model_folder, tmp_path, capsys):
     assert [reject["name"] for reject in read_rejects(tmp_path / "small/x.parquet.rejects.jsonl")] == ["row 0", "row 2"]
     assert run_decode(model_folder, source, "-o", tmp_path / "large", "--max-pixels", str(1 << 28)) == 1
     assert "expected 8192 x 8192 codes" in read_rejects(tmp_path / "large/x.parquet.rejects.jsonl")[0]["reason"]
+
+
+def test_an_ascii_locale(model_folder, tmp_path):
+    """Names that are not ASCII, in files and of files, are written and printed."""
+    np.savez(tmp_path / "\u00e9.npz", **{"\u00fc": np.zeros((1, 1), int), "bad \u00e4": np.full((1, 1), CODES)})
+    write_parquet(tmp_path / "\u00e9.parquet", pa.array([[1], [CODES]]), name=["\u00fc", "bad \u00e4"])
+    out = tmp_path.with_name("ascii")
+    command = [sys.executable, "-P", "-m", "movq_ext", "decode", tmp_path, "-o", out, "--model", model_folder]
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    run = subprocess.run([*command, "--device", "cpu", "--engine", "process"], capture_output=True, text=True, env=env, cwd="/")
+    assert run.returncode == 1 and "decoded 2, already there 0, failed 2\nshards: done 2, " in run.stdout, run.stderr
+    assert run.stderr.count("bad \\xe4: codes must be in") == 2
+    outputs = ["\u00e9.parquet", "\u00e9.parquet.rejects.jsonl", "\u00e9/\u00e9.npz.rejects.jsonl", "\u00e9/\u00fc.png"]
+    assert file_names(out) == sorted(outputs)

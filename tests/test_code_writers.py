@@ -1,5 +1,7 @@
 """Every format that encode writes can be read by decode, and names its images."""
 
+import os
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -25,7 +27,8 @@ def code_file():
 
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_decode_reads_what_was_written(tmp_path, suffix):
-    file, path = code_file(), tmp_path / f"x{suffix}"
+    file, path = code_file(), tmp_path / os.fsdecode(b"\xff") / f"x{suffix}"
+    path.parent.mkdir()
     save_codes(file, path)
     samples = list(make_shard(path, tmp_path / "out").samples(BOOK))
     assert [sample.problem for sample in samples] == [""] * len(NAMES)

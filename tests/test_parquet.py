@@ -255,6 +255,14 @@ def test_a_list_in_place_of_a_name_or_number(model, tmp_path, column):
     assert problems == {f"{column}: expected text or a number, got list<element: int64>"}
 
 
+def test_a_path_that_is_not_utf8(model_folder, tmp_path):
+    source = write_parquet(tmp_path / "x.parquet", **size_columns()).rename(tmp_path / os.fsdecode(b"\xff.parquet"))
+    for _ in range(2):
+        assert run_decode(model_folder, source, "-o", tmp_path / "out") == 0
+    shard = ParquetShard(source, tmp_path / "out" / source.name)
+    assert shard.count_samples() == shard.count_images() == len(SIZES)
+
+
 def test_a_long_footer_is_not_counted(tmp_path, monkeypatch):
     """It could take several hundred times its size."""
     source = write_parquet(tmp_path / "x.parquet")

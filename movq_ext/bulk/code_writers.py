@@ -94,10 +94,12 @@ def _save_parquet(file: CodeFile, path: Path) -> None:
         "codes": pa.ListArray.from_arrays(_offsets([len(grid) for grid in grids]), rows),
     }
     table = pa.table(columns, metadata={CODEBOOK_KEY: file.codebook})
-    with atomic_write(path) as partial:
-        pq.write_table(table, partial, row_group_size=ROW_GROUP_ROWS)
-        if table.nbytes > max_expanded_bytes(partial.stat().st_size) // 2:  # images of one colour; readers refuse such a file
-            pq.write_table(table, partial, row_group_size=ROW_GROUP_ROWS, use_dictionary=False)
+    with atomic_write(path) as partial, open(partial, "wb") as output:  # pyarrow opens no path that is not UTF-8
+        pq.write_table(table, output, row_group_size=ROW_GROUP_ROWS)
+        if table.nbytes > max_expanded_bytes(output.tell()) // 2:  # images of one colour; readers refuse such a file
+            output.seek(0)
+            output.truncate()
+            pq.write_table(table, output, row_group_size=ROW_GROUP_ROWS, use_dictionary=False)
 
 
 def _offsets(lengths: list[int]) -> np.ndarray:

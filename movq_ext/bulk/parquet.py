@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -32,7 +31,9 @@ class ParquetShard(SingleFileShard):
             return None
 
     def count_images(self) -> int:
-        return int(import_pyarrow()[1].read_metadata(self.target).num_rows)
+        _, pq = import_pyarrow()
+        with open(self.target, "rb") as file:
+            return int(pq.read_metadata(file).num_rows)
 
     def samples(self, codebook: Codebook) -> Iterator[Sample]:
         with self._open() as (schema, batches):
@@ -54,7 +55,11 @@ class ParquetShard(SingleFileShard):
     @contextmanager
     def open_writer(self, images: FinishedImages) -> Iterator[CopyImage]:
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(self.target) as partial, _ImageTable(partial, self.names.image_column) as table:
+        with (
+            atomic_write(self.target) as partial,
+            open(partial, "wb") as file,  # pyarrow opens no path that is not UTF-8
+            _ImageTable(file, self.names.image_column) as table,
+        ):
             yield lambda sample: table.append(sample.payload, images.read(sample))
             if table.writer is None:
                 table.open(self._payload_schema())
@@ -78,9 +83,9 @@ class ParquetShard(SingleFileShard):
 class _ImageTable:
     """A Parquet file of payloads with an image each. Writes a row group whenever enough rows are in memory."""
 
-    def __init__(self, path: Path, image_column: str) -> None:
+    def __init__(self, file: IO[bytes], image_column: str) -> None:
         self.writer: Any = None  # opened with the first row's schema
-        self._path, self._image_column = path, image_column
+        self._file, self._image_column = file, image_column
         self._payloads: list[Any] = []
         self._pngs: list[bytes] = []
         self._bytes = 0
@@ -97,7 +102,7 @@ class _ImageTable:
     def open(self, schema: Any) -> None:
         """Create the file, with these columns besides the images."""
         pa, pq = import_pyarrow()
-        self.writer = pq.ParquetWriter(self._path, schema.append(pa.field(self._image_column, pa.binary())))
+        self.writer = pq.ParquetWriter(self._file, schema.append(pa.field(self._image_column, pa.binary())))
 
     def append(self, payload: Any, png: bytes) -> None:
         """Append a row."""

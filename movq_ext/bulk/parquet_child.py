@@ -17,7 +17,11 @@ def main(path: str, batch_rows: int, max_bytes: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which still writes finished images
     limit_memory(max_bytes)
     total = 0
-    with pq.ParquetFile(path, pre_buffer=False) as file, pa.ipc.new_stream(sys.stdout.buffer, file.schema_arrow) as stream:
+    with (
+        open(path, "rb") as source,  # pyarrow opens no path that is not UTF-8
+        pq.ParquetFile(source, pre_buffer=False) as file,
+        pa.ipc.new_stream(sys.stdout.buffer, file.schema_arrow) as stream,
+    ):
         if claimed_bytes(file.metadata) > max_bytes:  # before the first image is decoded rather than amid the last
             raise MemoryError
         for batch in file.iter_batches(batch_rows, use_threads=False):

@@ -68,10 +68,10 @@ def count_rows(path: Path) -> int | None:
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 8))
         footer_bytes = int.from_bytes(file.read(4), "little")
-    if footer_bytes > MAX_COUNTED_FOOTER_BYTES:
-        return None
-    with wrap_errors(ShardError, f"{path} is damaged or not a Parquet file"):
-        return int(pq.read_metadata(path).num_rows)
+        if footer_bytes > MAX_COUNTED_FOOTER_BYTES:
+            return None
+        with wrap_errors(ShardError, f"{path} is damaged or not a Parquet file"):
+            return int(pq.read_metadata(file).num_rows)
 
 
 def _batches(stream: Any, path: Path, child: subprocess.Popen[bytes], errors: IO[bytes]) -> Iterator[Any]:
