@@ -1,5 +1,6 @@
 """Exported decoders: their results, the arguments they accept, and files that cannot be written or loaded."""
 
+import json
 import subprocess
 import sys
 import zipfile
@@ -187,6 +188,59 @@ def test_files_that_cannot_be_loaded(tmp_path):
     torch._inductor.aoti_compile_and_package(linear, package_path=str(tmp_path / "other.pt2"))
     with pytest.raises(ValueError, match=r"other.pt2 was not written by export_decoder"):
         load_exported(tmp_path / "other.pt2")
+
+
+METADATA = {"version": "0.1.0", "channels": {"z": 4, "zq": 5}, "batch": [1, 2], "height": [4, 4], "width": [2, 8],
+            "dtype": "float32", "device": "cpu"}  # fmt: skip
+
+
+class Package:
+    """Stands for a loaded file: compiling one takes a minute."""
+
+    def __init__(self, metadata):
+        self.metadata = metadata
+
+    def get_metadata(self):
+        return {"movq_ext.decoder": self.metadata}
+
+
+def load_with_metadata(folder, monkeypatch, text):
+    with zipfile.ZipFile(folder / "a.pt2", "w") as archive:
+        archive.writestr("version", "1")
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path, device_index: Package(text))
+    return load_exported(folder / "a.pt2")
+
+
+def test_metadata_of_this_version(tmp_path, monkeypatch):
+    program = load_with_metadata(tmp_path, monkeypatch, json.dumps(METADATA))
+    assert (program.inputs, program.batch, program.dtype) == ({"z": 4, "zq": 5}, (1, 2), torch.float32)
+
+
+INVALID = [None, 0, "x", [], [1], {"z": 0}, {"a": 1}, "nn", "int8", [2, 1], [0, 1], [1.5, 2]]
+
+
+@pytest.mark.parametrize("text", [
+    "", "{", "[]", "3", "{}",
+    *(json.dumps({**METADATA, field: value}) for field in ("channels", "batch", "width", "dtype", "device") for value in INVALID),
+    *(json.dumps({name: METADATA[name] for name in METADATA if name != field}) for field in ("channels", "height", "dtype")),
+])  # fmt: skip
+def test_invalid_metadata_are_an_error(tmp_path, monkeypatch, text):
+    with pytest.raises(ValueError, match=r"a.pt2 has metadata that this version of movq_ext cannot read: \w+"):
+        load_with_metadata(tmp_path, monkeypatch, text)
+
+
+def test_a_file_that_is_no_package_of_torch(tmp_path):
+    """A text, an archive of other things, a truncated archive, and a folder."""
+    with zipfile.ZipFile(tmp_path / "archive.pt2", "w") as archive:
+        archive.writestr("readme", "x" * 1000)
+    (tmp_path / "cut.pt2").write_bytes((tmp_path / "archive.pt2").read_bytes()[:500])
+    (tmp_path / "empty.pt2").touch()
+    for name in ("archive.pt2", "cut.pt2", "empty.pt2"):
+        with pytest.raises(ValueError, match=rf"{name} cannot be loaded"):
+            load_exported(tmp_path / name)
+    (tmp_path / "folder.pt2").mkdir()
+    with pytest.raises(OSError, match="expected a regular file, got a folder"):
+        load_exported(tmp_path / "folder.pt2")
 
 
 @pytest.mark.skipif(not extension_available(), reason="needs the compiled extension")

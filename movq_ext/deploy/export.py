@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..io.files import atomic_write, remove_partial_files
+from ..io.files import atomic_write, parse_json, remove_partial_files, require_file, wrap_errors
 from ..model.autoencoder import MOVQ
+from ..model.checks import check_positive
 from ..model.decoder import MOVQDecoder
 
 SizeRange = int | tuple[int, int]  # one size, or (minimum, maximum)
@@ -159,7 +161,9 @@ class ExportedDecoder:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file was not written by `export_decoder`, is damaged, or was compiled for another type of device.
+        OSError: it is unreadable or not a regular file.
+        ValueError: the file was not written by `export_decoder`, is damaged, or was compiled for another type of device, machine
+            or version of torch.
 
     Attributes:
         inputs: channels of each latent, by name.
@@ -174,22 +178,26 @@ class ExportedDecoder:
         from torch._inductor import aoti_load_package
 
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no such file: {path}")
+        require_file(path)
+        if not zipfile.is_zipfile(path):
+            raise ValueError(f"{path} cannot be loaded: expected an archive that export_decoder wrote, or the file is damaged")
         device = None if device is None else torch.device(device)
-        try:
+        with wrap_errors(ValueError, f"{path} cannot be loaded: damaged, or compiled for another machine or version of torch"):
             self._run = aoti_load_package(str(path), device_index=-1 if device is None or device.index is None else device.index)
-            metadata = json.loads(self._run.get_metadata()[METADATA_KEY])
-        except KeyError as error:
-            raise ValueError(f"{path} was not written by export_decoder") from error
-        except RuntimeError as error:
-            raise ValueError(f"{path} cannot be loaded: {error}") from error
-        self.inputs: dict[str, int] = metadata["channels"]
-        self.batch, self.height, self.width = (tuple(metadata[name]) for name in ("batch", "height", "width"))
-        self.dtype: torch.dtype = getattr(torch, metadata["dtype"])
-        self.device = device or torch.device(metadata["device"])
-        if self.device.type != metadata["device"]:
-            raise ValueError(f"device must be a {metadata['device']} device, which {path} was compiled for, got {self.device}")
+            stored = self._run.get_metadata()
+        if METADATA_KEY not in stored:
+            raise ValueError(f"{path} was not written by export_decoder")
+        try:
+            metadata = parse_json(stored[METADATA_KEY])
+            self.inputs = _parse_inputs(metadata)
+            self.batch, self.height, self.width = (_as_range(name, tuple(metadata[name])) for name in DIMENSIONS)
+            self.dtype = _parse_dtype(metadata["dtype"])
+            compiled_for = torch.device(metadata["device"]).type
+        except Exception as error:  # of any type: a part may be missing or be anything
+            raise ValueError(f"{path} has metadata that this version of movq_ext cannot read: {error!r}") from error
+        self.device = device or torch.device(compiled_for)
+        if self.device.type != compiled_for:
+            raise ValueError(f"device must be a {compiled_for} device, which {path} was compiled for, got {self.device}")
 
     def __call__(self, *latents: Tensor) -> Tensor:
         """Decode latents ``(batch, channels, height, width)`` with any strides to images ``(batch, out_ch, H, W)``.
@@ -228,9 +236,26 @@ def load_exported(path: str | Path, device: torch.device | str | None = None) ->
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file was not written by `export_decoder`, is damaged, or was compiled for another type of device.
+        OSError: it is unreadable or not a regular file.
+        ValueError: the file was not written by `export_decoder`, is damaged, or was compiled for another type of device, machine
+            or version of torch.
     """
     return ExportedDecoder(path, device)
+
+
+def _parse_inputs(metadata: Mapping[str, Any]) -> dict[str, int]:
+    inputs = dict(metadata["channels"])
+    if list(inputs) not in (["quant"], ["z", "zq"]):
+        raise ValueError(f"channels must be those of quant, or of z and zq, got {inputs!r}")
+    check_positive(**inputs)
+    return inputs
+
+
+def _parse_dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be the name of a floating-point dtype, got {name!r}")
+    return dtype
 
 
 def _as_range(name: str, size: SizeRange) -> tuple[int, int]:
