@@ -9,6 +9,8 @@ NUMBERS = [0, 1, 2, 3, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63, 2*
 JUNK = [*NUMBERS, None, True, 0.5, 1e308, float("inf"), "", "x", "1", "\ud800", "\0", "../x", "__metadata__", [], {}, [1, 2],
         [[]], {"a": 1}]  # fmt: skip
 
+OPCODES = b"()]}NR\x81b\x85\x86\x87tesuaQ0.\x88h\0q\0\x8f"  # of pickles, mostly without arguments
+
 
 class Code:
     """Pickles to a call of os.mkdir(trace), which runs if the pickle is loaded unsafely."""
@@ -115,6 +117,15 @@ def change_numbers(random, pickled):
         width = {b"K": 1, b"M": 2, b"J": 4}[pickled[i : i + 1]]
         number = random.choice([-1, 0, 1, 2, 2**16, 2**31, 2**33, 10**12, 2**62])
         out[i : i + 1 + width] = b"\x8a\x08" + struct.pack("<q", number)
+    return bytes(out)
+
+
+def change_opcodes(random, pickled):
+    """Delete, repeat or replace bytes of a pickle without arguments, so that most of it stays a pickle."""
+    out = bytearray(pickled)
+    for _ in range(random.choice([0, 1, 1, 2, 8])):
+        at = random.randrange(len(out))
+        out[at : at + random.randrange(2)] = bytes([random.choice(OPCODES)]) * random.choice([0, 1, 1, 5, 10**4])
     return bytes(out)
 
 

@@ -1,17 +1,19 @@
 """Hostile weights: safetensors, `torch.save` in both layouts, and diffusers folders."""
 
 import collections
+import functools
 import io
 import json
 import pickle
 import warnings
 import zipfile
 
+import forged_checkpoints as forged
 import torch
 from safetensors.torch import save_file
 
 from attacks.cases import Cases, join_header, sort_header, split_header
-from attacks.mutations import NUMBERS, Code, ForeignCall, change_numbers, crafted_pickle, damage_json, nested
+from attacks.mutations import NUMBERS, Code, ForeignCall, change_numbers, change_opcodes, crafted_pickle, damage_json, nested
 from movq_ext import MOVQ, CheckpointError, from_pretrained, save_pretrained
 from movq_ext.io.weights import CONFIG_KEY
 
@@ -25,7 +27,7 @@ WEIGHTS = ["ours/model.safetensors", "original.safetensors", "zip.ckpt", "legacy
 
 
 class WeightCases(Cases):
-    kinds = ("damaged_weights", "header", "config", "entries", "pickle", "archive", "diffusers")
+    kinds = ("damaged_weights", "header", "config", "entries", "pickle", "opcodes", "archive", "directories", "diffusers")
 
     def __init__(self, folder):
         torch.manual_seed(0)
@@ -125,6 +127,29 @@ class WeightCases(Cases):
             path.write_bytes(pickle.dumps(value, protocol))
         else:
             path.write_bytes(crafted_pickle(self.random, self.trace))
+        return self.reading(path)
+
+    def opcodes(self, folder):
+        """A pickle of calls that torch.load allows, with some opcodes changed, in either layout."""
+        path = folder / "movq.ckpt"
+        values = [*forged.ALLOCATING_PICKLES.values(), forged.scalar(), forged.scalar(view=b"N")]
+        value = forged.dictionary(a=self.random.choice(values), b=self.random.choice(values))
+        value = change_opcodes(self.random, value if self.random.random() < 0.3 else change_numbers(self.random, value))
+        self.random.choice([forged.write_archive, forged.write_legacy])(path, value)
+        return self.reading(path)
+
+    def directories(self, folder):
+        """A zip archive with two directories: zipfile reads one, and torch the other. One may hold a bomb."""
+        path = folder / "movq.ckpt"
+        contents = [bytes(4), bytes(0), bytes(64 << 20)]
+        writers = [
+            functools.partial(forged.write_archive, value=forged.dictionary(a=forged.scalar()),
+                              storages=[self.random.choice(contents)], compression=zipfile.ZIP_DEFLATED)
+            for _ in range(2)
+        ]  # fmt: skip
+        forged.write_two_directories(path, *writers)
+        if self.random.random() < 0.5:
+            path.write_bytes(self.damaged(path.read_bytes()))
         return self.reading(path)
 
     def archive(self, folder):
