@@ -16,7 +16,10 @@ from ..ops.native import is_tracing
 
 
 class Accelerated(nn.Module):
-    """First base of every accelerated class; the second is the diffusers class that it replaces. Adds no state."""
+    """First base of every accelerated class; the second is the diffusers class that it replaces. Adds no state.
+
+    Another thread may restore a part while its forward runs, so a forward finds our methods through the class, not through self.
+    """
 
     diffusers_class: ClassVar[type[nn.Module]]
 
@@ -64,7 +67,8 @@ def forget_calls(part: nn.Module) -> None:
 
 def original_class(module: nn.Module) -> Any:
     """Return the module's diffusers class, whether the module is accelerated or not."""
-    return module.diffusers_class if isinstance(module, Accelerated) else type(module)
+    kind = type(module)  # read once: another thread may change it
+    return kind.diffusers_class if issubclass(kind, Accelerated) else kind
 
 
 def can_compute(module: nn.Module, x: Tensor) -> bool:

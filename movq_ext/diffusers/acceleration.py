@@ -117,7 +117,7 @@ def restore(model_or_pipeline: Any) -> None:
     for model in _models(model_or_pipeline).values():
         for module in model.modules():
             if isinstance(module, Accelerated):
-                module.__class__ = module.diffusers_class  # type: ignore[assignment]
+                module.__class__ = original_class(module)
                 forget_calls(module)
 
 

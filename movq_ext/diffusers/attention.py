@@ -29,7 +29,7 @@ class Attention(Accelerated):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         processors = import_module("diffusers.models.attention_processor")
-        cls.default_processors = (processors.AttnProcessor, processors.AttnProcessor2_0)
+        Attention.default_processors = (processors.AttnProcessor, processors.AttnProcessor2_0)
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:
@@ -44,7 +44,7 @@ class Attention(Accelerated):
             return "it normalises its queries, or does not scale its scores"
         if module.inner_dim != module.inner_kv_dim or module.out_dim != module.query_dim:
             return "its input, head and output differ in size"
-        if type(module.processor) not in cls.default_processors:
+        if type(module.processor) not in Attention.default_processors:
             return f"its processor is {type(module.processor).__name__}"
         reason = None if module.group_norm is None else group_norm_reason("group_norm", module.group_norm)
         return reason if reason or module.spatial_norm is None else spatial_norm_reason("spatial_norm", module.spatial_norm)
@@ -59,16 +59,16 @@ class Attention(Accelerated):
         x, norm = hidden_states, self.group_norm
         to_itself = encoder_hidden_states is None and attention_mask is None and all(name == "temb" for name in kwargs)
         plain_norm = norm is None or is_plain_group_norm(norm)
-        can_attend = can_compute(self, x) and type(self.processor) in self.default_processors
+        can_attend = can_compute(self, x) and type(self.processor) in Attention.default_processors
         if not count_call(self, to_itself and plain_norm and can_attend):
             return original_class(self).forward(self, x, encoder_hidden_states, attention_mask, **kwargs)  # type: ignore[no-any-return]
         h = x if self.spatial_norm is None else self.spatial_norm(x, kwargs.get("temb"))
         h = h if norm is None else fused_spatial_norm(h, None, None, NormOptions.from_layer(norm))
         tokens = h.flatten(2).transpose(1, 2)
-        if self.shares_keys_and_values(tokens):
-            h = self.attend_shared(tokens)
+        if Attention.shares_keys_and_values(self, tokens):
+            h = Attention.attend_shared(self, tokens)
         else:
-            q, k, v = (x.unsqueeze(1) for x in self.project(tokens))
+            q, k, v = (x.unsqueeze(1) for x in Attention.project(self, tokens))
             h = attention(q, k, v).squeeze(1)
         for layer in self.to_out:
             h = layer(h)

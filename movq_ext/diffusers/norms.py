@@ -40,10 +40,10 @@ class SpatialNorm(Accelerated):
         return None if plain else "its conv_y or conv_b is replaced or hooked"
 
     def forward(self: Any, f: Tensor, zq: Tensor) -> Tensor:
-        if not (can_compute(self, f) and self.can_modulate(f, zq)):
+        if not (can_compute(self, f) and SpatialNorm.can_modulate(self, f, zq)):
             count_call(self, False)
             return original_class(self).forward(self, f, zq)  # type: ignore[no-any-return]
-        return self.modulated(f, zq)  # type: ignore[no-any-return]
+        return SpatialNorm.modulated(self, f, zq)
 
     def can_modulate(self: Any, f: Tensor, zq: Tensor) -> bool:
         """True if f and zq fit and, in KVAE, whose blocks are diffusers' own, fewer elements are read and written than there."""
@@ -88,8 +88,8 @@ def can_fuse_group_norm(norm: Any, activation: Any) -> bool:
 def apply_group_norm(
     norm: Any, activation: Any, f: Tensor, y: Tensor | None = None, b: Tensor | None = None, f_bias: Tensor | None = None
 ) -> Tensor:
-    """``activation(norm(f + f_bias) * y + b)``; f_bias only if can_fuse_group_norm."""
-    if can_fuse_group_norm(norm, activation):
+    """``activation(norm(f + f_bias) * y + b)``; f_bias only if can_fuse_group_norm was True."""
+    if f_bias is not None or can_fuse_group_norm(norm, activation):
         return fused_spatial_norm(f, y, b, NormOptions.from_layer(norm, "silu", f_bias))
     out = norm(f)
     return activation(out if y is None or b is None else out * y + b)  # type: ignore[no-any-return]
@@ -97,11 +97,11 @@ def apply_group_norm(
 
 def can_fuse_spatial_norm(norm: Any, activation: Any, f: Tensor, zq: Tensor) -> bool:
     accelerated = isinstance(norm, SpatialNorm) and is_unmodified(norm)
-    return accelerated and norm.can_modulate(f, zq) and is_plain_instance(activation, nn.SiLU)
+    return accelerated and SpatialNorm.can_modulate(norm, f, zq) and is_plain_instance(activation, nn.SiLU)
 
 
 def apply_spatial_norm(norm: Any, activation: Any, f: Tensor, zq: Tensor, f_bias: Tensor | None = None) -> Tensor:
-    """``activation(norm(f + f_bias, zq))``; f_bias only if can_fuse_spatial_norm."""
-    if can_fuse_spatial_norm(norm, activation, f, zq):
-        return norm.modulated(f, zq, "silu", f_bias)  # type: ignore[no-any-return]
+    """``activation(norm(f + f_bias, zq))``; f_bias only if can_fuse_spatial_norm was True: it may be False by now."""
+    if f_bias is not None or can_fuse_spatial_norm(norm, activation, f, zq):
+        return SpatialNorm.modulated(norm, f, zq, "silu", f_bias)
     return activation(norm(f, zq))  # type: ignore[no-any-return]
