@@ -15,6 +15,7 @@ from .argument_checks import (
 )
 from .extension import device_reason, warn_once
 from .options import NormOptions
+from .self_test import self_test_failure
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_MAP_PIXELS = 2**31 - 1 - 2**16  # of one feature map; the same in csrc/kernels/spatial_norm.h
@@ -69,7 +70,7 @@ def fused_spatial_norm(f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, opti
     check_spatial_norm(f, zq_y, zq_b, options)
     if not f.is_cuda:
         return native.spatial_norm(f, zq_y, zq_b, options)
-    if reason := _why_native(f) or _why_native_parameters(f, options):
+    if reason := _why_native(f) or _why_native_parameters(f, options) or _failed_self_test("spatial_norm", f):
         warn_once(reason)
         return native.spatial_norm(f, zq_y, zq_b, options)
     if zq_y is not None and zq_b is not None:
@@ -103,7 +104,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         return native.attention(q, k, v, scale)
     if torch.is_autocast_enabled("cuda"):
         q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
-    if reason := _why_native(q) or _why_native_head(q.shape[3]):
+    if reason := _why_native(q) or _why_native_head(q.shape[3]) or _failed_self_test("attention", q):
         warn_once(reason)
         return native.attention(q, k, v, scale)
     return cuda.attention(q, k, v, q.shape[3] ** -0.5 if scale is None else scale)
@@ -134,7 +135,7 @@ def shared_kv_attention(q: Tensor, kv: Tensor, scale: float | None = None) -> Te
         return native.shared_kv_attention(q, kv, scale)
     if torch.is_autocast_enabled("cuda"):
         q, kv = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, kv))
-    if reason := _why_native(q) or _why_native_head(q.shape[3]):
+    if reason := _why_native(q) or _why_native_head(q.shape[3]) or _failed_self_test("attention", q):
         warn_once(reason)
         return native.shared_kv_attention(q, kv, scale)
     return cuda.shared_kv_attention(q, kv, q.shape[3] ** -0.5 if scale is None else scale)
@@ -204,7 +205,7 @@ def add_bias_residual_(x: Tensor, bias: Tensor | None, residual: Tensor | None) 
     check_add_bias_residual(x, bias, residual)
     if not x.is_cuda:
         return native.add_bias_residual_(x, bias, residual)
-    if reason := _why_native(x):
+    if reason := _why_native(x) or _failed_self_test("add_bias_residual_", x):
         warn_once(reason)
         return native.add_bias_residual_(x, bias, residual)
     return cuda.add_bias_residual_(x, bias, residual)
@@ -230,8 +231,10 @@ def explain(x: Tensor, operator: str = "spatial_norm") -> str:
     if not x.is_cuda:
         return f"native: the CUDA kernels do not run on {x.device.type} tensors"
     reason = _why_native(x)
-    if (dim := head_dim[operator]) is not None:
-        reason = reason or _why_native_head(x.shape[dim])
+    if (dim := head_dim[operator]) is None:
+        reason = reason or _failed_self_test("spatial_norm", x)
+    else:
+        reason = reason or _why_native_head(x.shape[dim]) or _failed_self_test("attention", x)
     return f"native: {reason}" if reason else f"cuda: compiled for {torch.cuda.get_device_name(x.device)}"
 
 
@@ -245,6 +248,12 @@ def _why_native(x: Tensor) -> str | None:
         return f"the CUDA kernels take at most {MAX_MAP_PIXELS} pixels, got shape {tuple(x.shape)}"
     reason: str | None = device_reason(x.device.index)
     return reason
+
+
+def _failed_self_test(operator: str, x: Tensor) -> str | None:
+    channels_last = operator != "attention" and not x.is_contiguous()
+    failure: str | None = self_test_failure(operator, x.device, x.dtype, channels_last)
+    return failure
 
 
 def _why_native_head(size: int) -> str | None:

@@ -6,6 +6,7 @@ csrc/bindings.cpp.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,17 +19,9 @@ from .options import NormOptions
 
 def register_implementations() -> None:
     """Register the CPU and fake implementations with PyTorch. The extension must be loaded."""
-    for name, cpu, fake in (
-        ("spatial_norm_forward", spatial_norm_forward_cpu, spatial_norm_forward_fake),
-        ("spatial_norm_backward", spatial_norm_backward_cpu, spatial_norm_backward_fake),
-        ("attention_forward", attention_forward_cpu, attention_forward_fake),
-        ("attention_backward", attention_backward_cpu, attention_backward_fake),
-        ("shared_kv_attention_forward", shared_kv_attention_forward_cpu, shared_kv_attention_forward_fake),
-        ("shared_kv_attention_backward", shared_kv_attention_backward_cpu, shared_kv_attention_backward_fake),
-        ("add_bias_residual_", add_bias_residual_cpu, add_bias_residual_fake),
-    ):
-        torch.library.register_kernel(f"movq_ext::{name}", "cpu", cpu)
-        torch.library.register_fake(f"movq_ext::{name}", fake)
+    for name, implementation in CPU_IMPLEMENTATIONS.items():
+        torch.library.register_kernel(f"movq_ext::{name}", "cpu", implementation)
+        torch.library.register_fake(f"movq_ext::{name}", FAKE_IMPLEMENTATIONS[name])
 
 
 # --- Spatial norm
@@ -172,3 +165,23 @@ def add_bias_residual_cpu(x: Tensor, bias: Tensor | None, residual: Tensor | Non
 
 def add_bias_residual_fake(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
     """Do nothing: x is modified in place, and its shape stays."""
+
+
+CPU_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "spatial_norm_forward": spatial_norm_forward_cpu,
+    "spatial_norm_backward": spatial_norm_backward_cpu,
+    "attention_forward": attention_forward_cpu,
+    "attention_backward": attention_backward_cpu,
+    "shared_kv_attention_forward": shared_kv_attention_forward_cpu,
+    "shared_kv_attention_backward": shared_kv_attention_backward_cpu,
+    "add_bias_residual_": add_bias_residual_cpu,
+}
+FAKE_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "spatial_norm_forward": spatial_norm_forward_fake,
+    "spatial_norm_backward": spatial_norm_backward_fake,
+    "attention_forward": attention_forward_fake,
+    "attention_backward": attention_backward_fake,
+    "shared_kv_attention_forward": shared_kv_attention_forward_fake,
+    "shared_kv_attention_backward": shared_kv_attention_backward_fake,
+    "add_bias_residual_": add_bias_residual_fake,
+}

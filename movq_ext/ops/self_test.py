@@ -1,0 +1,142 @@
+"""Compare every CUDA kernel with the native path before it is used: once per device, dtype and layout, on small inputs.
+
+A kernel may be wrong on a GPU that it was never run on. Then the native path runs instead, with a warning.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .registration import CPU_IMPLEMENTATIONS
+
+Call = tuple[str, list[Any]]  # the name of a compiled operator, and its arguments
+Results = dict[tuple[str, torch.device, torch.dtype, bool], str | None]
+
+VARIABLE = "MOVQ_EXT_SELF_TEST"
+# Largest ``||kernel - native|| / ||native||``: far above rounding, far below the effect of a wrong index.
+TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+HEAD_SIZES = (512, 256, 128, 40)
+
+_results: Results = {}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def self_test_failure(operator: str, device: torch.device, dtype: torch.dtype, channels_last: bool) -> str | None:
+    """Return how the kernels of an operator differ from the native path, or None if they agree.
+
+    Tests them in the first call for a device, dtype and layout, which takes a few milliseconds. Does not test while a CUDA graph
+    is captured, or without the device: a program for a GPU may be traced on another machine.
+
+    Args:
+        operator: one of CALLS.
+        device, dtype, channels_last: of the operator's first argument.
+
+    Raises:
+        ValueError: the environment variable MOVQ_EXT_SELF_TEST is neither 0, 1 nor empty.
+    """
+    key = operator, device, dtype, channels_last
+    if key not in _results:
+        if not _is_enabled() or (device.type == "cuda" and (not torch.cuda.is_available() or _is_capturing())):
+            return None
+        # The caller's modes (fake tensors, profilers, default devices) must not see the test.
+        with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            _results[key] = next(_failures(operator, device, dtype, channels_last), None)
+    return _results[key]
+
+
+def _is_enabled() -> bool:
+    setting = os.environ.get(VARIABLE, "")
+    if setting not in ("", "0", "1"):
+        raise ValueError(f"{VARIABLE} must be 0, 1 or unset, got {setting!r}")
+    return setting != "0"
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
+
+
+def _failures(operator: str, device: torch.device, dtype: torch.dtype, channels_last: bool) -> Iterator[str]:
+    """Yield a description of every call that fails."""
+    layout = f", {'channels_last' if channels_last else 'NCHW'}" if operator != "attention" else ""
+    where = f"on {device} in {str(dtype).removeprefix('torch.')}{layout}"
+    for name, arguments in CALLS[operator](_Inputs(dtype, channels_last)):
+        expected = _outputs(CPU_IMPLEMENTATIONS[name], arguments)
+        try:
+            actual = _outputs(getattr(torch.ops.movq_ext, name), [_to(device, argument) for argument in arguments])
+        except RuntimeError as error:
+            yield f"the self test of {name} {where} failed: {(str(error).splitlines() or ['unknown error'])[0]}"
+            return
+        for index, (result, wanted) in enumerate(zip(actual, expected, strict=True)):
+            result, wanted = result.cpu().double(), wanted.double()
+            difference, allowed = float((result - wanted).norm() / wanted.norm()), TOLERANCES[dtype]
+            if not difference <= allowed:  # also if it is NaN
+                figures = f"relative error {difference:.2g} in result {index}, expected at most {allowed:.2g}"
+                norms = f"norm {float(result.norm()):.4g}, expected {float(wanted.norm()):.4g}"
+                yield f"the self test of {name} {where} found {figures} ({norms})"
+
+
+def _outputs(function: Callable[..., Any], arguments: list[Any]) -> list[Tensor]:
+    """Return the results of an operator, or its first argument if it works in place."""
+    arguments = [argument.clone() if isinstance(argument, Tensor) else argument for argument in arguments]
+    results = function(*arguments)
+    return [arguments[0]] if results is None else list(results)
+
+
+def _to(device: torch.device, argument: Any) -> Any:
+    return argument.to(device) if isinstance(argument, Tensor) else argument
+
+
+class _Inputs:
+    """Draws random tensors in a dtype, and maps in a layout, always the same ones."""
+
+    def __init__(self, dtype: torch.dtype, channels_last: bool) -> None:
+        self.dtype = dtype
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.generator = torch.Generator().manual_seed(0)
+
+    def tensor(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device="cpu").to(self.dtype)
+
+    def map(self, *shape: int) -> Tensor:
+        return self.tensor(*shape).contiguous(memory_format=self.memory_format)
+
+
+def _spatial_norm_calls(inputs: _Inputs) -> Iterator[Call]:
+    groups, eps, silu = 8, 1e-6, True
+    f, dout = inputs.map(2, 64, 12, 16), inputs.map(2, 64, 12, 16)
+    zq_y, zq_b = inputs.map(2, 64, 3, 4), inputs.map(2, 64, 3, 4)
+    weight, bias, f_bias = (inputs.tensor(64) for _ in range(3))
+    norm = [f, zq_y, zq_b, weight, bias]
+    yield "spatial_norm_forward", [*norm, groups, eps, silu]
+    yield "spatial_norm_forward", [f, None, None, weight, bias, groups, eps, silu, f_bias]
+    bordered = [inputs.map(2, 64, 9, 12) for _ in range(2)]  # three rows and columns for each of 3x4 cells
+    yield "spatial_norm_forward", [f, *bordered, weight, bias, groups, eps, silu, f_bias, True]
+    _, mean, rstd = CPU_IMPLEMENTATIONS["spatial_norm_forward"](*norm, groups, eps, silu)
+    yield "spatial_norm_backward", [dout, *norm, mean, rstd, groups, silu]
+
+
+def _attention_calls(inputs: _Inputs) -> Iterator[Call]:
+    for size in HEAD_SIZES:
+        q, dout = inputs.tensor(1, 1, 70, size), inputs.tensor(1, 1, 70, size)
+        k, v = inputs.tensor(1, 1, 150, size), inputs.tensor(1, 1, 150, size)
+        for name, keys_and_values in (("attention", [k, v]), ("shared_kv_attention", [k])):
+            yield f"{name}_forward", [q, *keys_and_values, size**-0.5]
+            out, lse = CPU_IMPLEMENTATIONS[f"{name}_forward"](q, *keys_and_values, size**-0.5)
+            yield f"{name}_backward", [dout, q, *keys_and_values, out, lse, size**-0.5]
+
+
+def _add_bias_residual_calls(inputs: _Inputs) -> Iterator[Call]:
+    yield "add_bias_residual_", [inputs.map(2, 24, 6, 10), inputs.tensor(24), inputs.map(2, 24, 6, 10)]
+
+
+CALLS: dict[str, Callable[[_Inputs], Iterator[Call]]] = {
+    "spatial_norm": _spatial_norm_calls,
+    "attention": _attention_calls,
+    "add_bias_residual_": _add_bias_residual_calls,
+}
