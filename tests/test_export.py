@@ -137,6 +137,7 @@ BAD = {
     "model": (TypeError, "model must be a MOVQDecoder or a MOVQ, got Identity", dict(model=nn.Identity())),
     "suffix": (ValueError, "path must end in .pt2, got '.*decoder.so'", dict(path="decoder.so")),
     "folder": (FileNotFoundError, "path must be in an existing folder, got '.*missing'", dict(path="missing/decoder.pt2")),
+    "unwritable": (OSError, "cannot write to /proc/self: ", dict(path="/proc/self/decoder.pt2")),
     "zero": (ValueError, "height must be positive, with minimum <= maximum, got 0", dict(height=0)),
     "order": (ValueError, r"batch must be positive, with .*, got \(3, 2\)", dict(batch=(3, 2))),
     "three": (TypeError, r"width must be an integer or \(minimum, maximum\), got \(1, 2, 3\)", dict(width=(1, 2, 3))),

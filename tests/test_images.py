@@ -175,6 +175,20 @@ def test_the_size_is_checked_before_pixels_are_decoded(tmp_path, monkeypatch, su
         read(path, max_pixels=599)
 
 
+def test_the_second_frame_of_a_gif_takes_no_memory(tmp_path, monkeypatch):
+    """It may be larger than the first one."""
+
+    def frame(side):
+        return b"\x21\xf9\x04\x08\0\0\0\0\x2c" + struct.pack("<HHHHB", 0, 0, side, side, 0) + b"\x02\x02\x44\x01\0"
+
+    header = b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
+    (tmp_path / "a.gif").write_bytes(header + frame(1) + frame(9999) + b"\x3b")
+    allocated, fill = [], Image.core.fill
+    monkeypatch.setattr(Image.core, "fill", lambda mode, size, color: allocated.append(size) or fill(mode, size, color))
+    assert load_image(tmp_path / "a.gif").size == (1, 1) and has_later_frames(tmp_path / "a.gif")
+    assert max(allocated, default=(0, 0)) <= (1, 1)
+
+
 def test_a_small_file_that_claims_many_pixels(tmp_path, recwarn):
     (tmp_path / "a.webp").write_bytes(tiny_webp(16383, 10923))
     with pytest.raises(ImageError, match="expected at most 67108864 pixels, got 16383 x 10923"):

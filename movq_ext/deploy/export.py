@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..io.files import atomic_write, parse_json, remove_partial_files, require_file, wrap_errors
+from ..io.files import (
+    atomic_write,
+    follow_link,
+    parse_json,
+    remove_partial_files,
+    require_file,
+    require_writable,
+    wrap_errors,
+)
 from ..model.autoencoder import MOVQ
 from ..model.checks import check_positive
 from ..model.decoder import MOVQDecoder
@@ -91,6 +99,7 @@ def export_decoder(
         TypeError: model is neither class, a size is not an integer, or dtype is not floating point.
         ValueError: path does not end in .pt2, or a size or range is not positive.
         FileNotFoundError: path's folder does not exist.
+        OSError: path cannot be written.
         ExportError: no C++ compiler is found, or PyTorch's compiler fails.
     """
     from torch._inductor.cpp_builder import get_cpp_compiler  # imported late: this takes a second
@@ -103,6 +112,7 @@ def export_decoder(
         raise ValueError(f"path must end in .pt2, got {str(path)!r}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path must be in an existing folder, got {str(path.parent)!r}")
+    require_writable(follow_link(path).parent)  # compiling takes minutes
     sizes = {"batch": batch, "height": height, "width": height if width is None else width}
     ranges = {name: _as_range(name, size) for name, size in sizes.items()}
     weight = next(model.parameters())

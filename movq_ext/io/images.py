@@ -69,6 +69,8 @@ def has_later_frames(path: str | Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> 
         if image.format == "MPO":  # a photograph and, say, its depth map
             return False
         try:
+            if image.format == "GIF":  # seek() would allocate the second frame, which may be larger than the first
+                return bool(getattr(image, "is_animated", False))
             image.seek(1)  # n_frames would read the headers of all frames
         except Exception:  # EOFError if there is no second frame; many types if it is damaged
             return False
