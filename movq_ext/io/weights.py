@@ -84,7 +84,7 @@ def from_pretrained(
             - a diffusers ``VQModel`` with ``norm_type="spatial"`` (Kandinsky 2.1, 2.2 and 3): its folder, its weight file alone,
               or the folder of a pipeline, whose ``movq/`` or ``vae/`` is loaded;
             - an original or training checkpoint of Kandinsky 2.x, Kandinsky 3 or CogVideo, whatever prefix and dictionaries its
-              entries are in. Pickles are read with ``weights_only=True``. Objects of other classes in them are not created.
+              entries are in. Pickles are interpreted without calling anything in them. Objects other than tensors become inert.
 
             The format is recognised by the file's first bytes, not by its name.
         config: keyword arguments of `MOVQ` for an original checkpoint; inferred from the entries' shapes if None.
