@@ -3,7 +3,7 @@
     python benchmarks/resources.py --out benchmarks/results/resources.md
 
 Needs nvcc and cuobjdump (from a CUDA toolkit, or from the triton that torch installs) but no GPU. Exits with 1 if a kernel
-spills.
+spills, or if the compiler serialises its wgmma.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "csrc" / "kernels"
 # Warps and blocks per multiprocessor (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"). All targets
 # have 65536 registers, allocated to warps in units of 256.
-LIMITS = {"80": (64, 32), "86": (48, 16), "89": (48, 24), "90": (64, 32), "100": (64, 32), "120": (48, 24)}
+LIMITS = {"80": (64, 32), "86": (48, 16), "89": (48, 24), "90": (64, 32), "90a": (64, 32), "100": (64, 32), "120": (48, 24)}
+HOPPER = "shared_kv_*.cu"  # compiled for 9.0a; empty for other targets
 ACCESS = re.compile(r"\b(LDGSTS|LDG|STG|LDSM|LDS|STS|LDL|STL)((?:\.\w+)*)")
 
 
@@ -70,11 +71,14 @@ def compile_source(source: Path, target: str) -> list[Kernel]:
     nvcc, cuobjdump = find_tool("nvcc"), find_tool("cuobjdump")
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
-        options = ["-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", f"-arch=sm_{target}", "-Xptxas=-v", "-cubin"]
+        code = f"-gencode=arch=compute_{target},code=sm_{target}"
+        options = ["-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", code, "-Xptxas=-v", "-cubin"]
         command = [nvcc, *options, "-o", cubin, source]
         compiler = subprocess.run(command, capture_output=True, text=True)
         if compiler.returncode:
             sys.exit(f"{source.name} does not compile for sm_{target}:\n{compiler.stderr}")
+        if "wgmma.mma_async instructions are serialized" in compiler.stderr:
+            sys.exit(f"{source.name} waits after every wgmma:\n{compiler.stderr}")
         sass = subprocess.run([cuobjdump, "-sass", cubin], check=True, capture_output=True, text=True).stdout
     launch_bounds = dict(re.findall(r"\.entry (\w+).*?\.maxntid (\d+)", compile_to_ptx(source, target), re.S))
     accesses: dict[str, Counter[str]] = {}
@@ -112,7 +116,7 @@ def format_table(kernels: list[Kernel]) -> str:
         ]
         for name in sorted({k.name for k in kernels if k.source == source}):
             rows = [k for k in kernels if (k.source, k.name) == (source, name)]
-            widths = next((k for k in rows if k.target == "90"), rows[0]).accesses
+            widths = next((k for k in rows if k.target.startswith("90")), rows[0]).accesses
             listed = [" ".join(f"{w} x{n}" for w, n in sorted(widths.items()) if w.startswith(kinds)) for kinds in
                       (("LDG", "STG"), ("LDS", "STS"))]  # fmt: skip
             lines.append(
@@ -129,15 +133,22 @@ def main() -> None:
         "--targets", nargs="+", choices=LIMITS, default=list(LIMITS), metavar="SM", help="compute capabilities, such as 90"
     )
     options = parser.parse_args()
-    jobs = [(source, target) for source in sorted(KERNELS.glob("*.cu")) for target in options.targets]
+    jobs = [
+        (source, target)
+        for source in sorted(KERNELS.glob("*.cu"))
+        for target in options.targets
+        if (target == "90a") == source.match(HOPPER)
+    ]
+    targets = [target for target in options.targets if target != "90a"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         kernels = [kernel for found in pool.map(lambda job: compile_source(*job), jobs) for kernel in found]
     version = subprocess.run([find_tool("nvcc"), "--version"], check=True, capture_output=True, text=True).stdout
     release = re.search(r"release ([\d.]+)", version)
     text = (
         f"# Resources of the kernels, from `benchmarks/resources.py` with nvcc {release[1] if release else '?'}\n\n"
-        f"Registers and resident warps are for sm_{', sm_'.join(options.targets)}, in this order. A multiprocessor holds "
-        f"{', '.join(str(LIMITS[t][0]) for t in options.targets)} warps; registers and threads reduce that to the number given. "
+        f"Registers and resident warps are for sm_{', sm_'.join(targets)}, in this order; `shared_kv_*` is for sm_90a only. A "
+        f"multiprocessor holds {', '.join(str(LIMITS[t][0]) for t in targets)} warps; registers and threads reduce that to the "
+        "number given. "
         "Accesses are `.128` for 16 bytes, `.64` for 8 and without a suffix for 4; x counts instructions in the code, not "
         "executions. Shared memory is requested at launch, by the size of the problem; the tests check that it leaves room for "
         f"these warps.\n{format_table(kernels)}\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # also where PYTHONSAFEPATH keeps Python from doing so
 
-from drawing import attention, decode, spatial_norm, upsampling  # noqa: E402
+from drawing import attention, decode, hopper, spatial_norm, upsampling  # noqa: E402
 
 FIGURES = {
     "spatial_norm_broadcast": spatial_norm.broadcast,
@@ -20,6 +20,7 @@ FIGURES = {
     "attention_tile": attention.tile,
     "attention_budget": attention.budget,
     "attention_units": attention.units,
+    "hopper_seesaw": hopper.seesaw,
     "upsample_phases": upsampling.phases,
     "upsample_windows": upsampling.windows,
     "strips": decode.strips,

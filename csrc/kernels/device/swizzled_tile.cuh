@@ -50,6 +50,15 @@ class SwizzledTile {
     return column / kPanelColumns * kPanelElements + row * kPanelColumns + chunk * 8 + column % 8;
   }
 
+  // Stores two elements from an even column on, the first in the low half.
+  MOVQ_DEVICE void store_pair(int row, int column, uint32_t pair) const {
+    union {
+      uint32_t bits;
+      Vec<T, 2> values;
+    } packed = {pair};
+    elements.template store_vec<2>(index(row, column), packed.values);
+  }
+
   Shared<T> elements;
 };
 

@@ -7,7 +7,8 @@ namespace movq {
 
 constexpr int kWarpgroupSize = 4 * kWarpSize;
 
-MOVQ_DEVICE int warpgroup_id() { return threadIdx.x / kWarpgroupSize; }
+// Taken from one lane, so that the compiler knows that a branch on it does not divide a warp.
+MOVQ_DEVICE int warpgroup_id() { return __shfl_sync(kAllLanes, int(threadIdx.x) / kWarpgroupSize, 0); }
 
 // Changes the registers that each thread of this warpgroup may use; all its threads call. A block starts with as many as its
 // launch bounds allow, returns some in one warpgroup and then takes them in another. `Registers` is a multiple of 8.

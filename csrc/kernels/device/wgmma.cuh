@@ -7,7 +7,7 @@
 // So d[8 k .. 8 k + 7], rounded to 16 bits, is the fragment a of columns 16 k to 16 k + 15. b, and a if not in registers, come from
 // shared memory by a descriptor (swizzled_tile.cuh).
 //
-// The order of calls: wgmma_fence(), any number of wgmma(), wgmma_commit(), wgmma_wait(d...). Until the wait, nobody may touch the
+// The order of calls: wgmma_fence(), any number of wgmma(), wgmma_commit(), wgmma_wait(d...). Until the wait, no thread may touch the
 // registers of d and a, or overwrite the shared memory of a and b. Products that add to the same d need no wait in between.
 #pragma once
 

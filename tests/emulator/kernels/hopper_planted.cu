@@ -52,7 +52,7 @@ EXPORT(products, const void* a, const void* b, float* d, int bug) {
 // d = sum of x x^T over the 64 x 64 tiles x that one warpgroup loads through two stages and another multiplies. Bugs: 1 no wait for
 // the copy, 2 too few and 3 too many bytes expected, 4 no wait for the stage to be empty, 5 the stage released before the wait for
 // its products, 6 no fence.proxy.async and 7 no barrier after the barriers' initialisation, 8 a wrong parity, 9 more arrivals than
-// expected, 10 a misaligned destination, 11 a copy that nobody waits for, 12 a copy that completes on the other stage's barrier,
+// expected, 10 a misaligned destination, 11 a copy that no thread waits for, 12 a copy that completes on the other stage's barrier,
 // 13 an ordinary read before the copy is complete.
 __global__ void pipeline(const __grid_constant__ TensorMap map, int tiles, float* d, int bug) {
   const Tile64 stages[2] = {Tile64(0), Tile64(Tile64::kBytes)};

@@ -198,7 +198,7 @@ std::string find_unawaited_copy(const Block& block) {
   for (const auto& [address, barrier] : block.mbarriers) {
     const bool awaited = std::any_of(block.threads.begin(), block.threads.end(),
                                      [&](const Thread& t) { return ordered(t, barrier.agent, barrier.copied); });
-    if (barrier.copied && !awaited) return "nobody waited for a TMA copy that completes on " + name(address);
+    if (barrier.copied && !awaited) return "no thread waited for a TMA copy that completes on " + name(address);
   }
   return "";
 }

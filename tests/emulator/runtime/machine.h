@@ -1,6 +1,7 @@
 // The state of the emulated GPU. There is one, in one operating-system thread; emulated threads are fibers that take turns.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -136,6 +137,7 @@ struct Shadow {
   uint16_t writer = 0, reader = 0;  // with several readers, `reader` is one of their warp, block or cluster
   uint16_t proxy = 0;               // 1 if an ordinary store wrote it, 0 if a copy did
   uint32_t written = 0, read = 0;
+  uint32_t reader_set = 0;  // in Block::reader_sets, if several threads read it in a block with mbarriers
 };
 
 // The wgmmas that read 16 bytes of shared memory, by warpgroup.
@@ -165,6 +167,7 @@ struct Block {
   std::vector<Warpgroup> warpgroups;
   std::map<unsigned, MBarrier> mbarriers;  // by address
   NamedBarrier named_barriers[16];
+  std::vector<std::array<uint32_t, kMaxThreads / kWarpSize>> reader_sets = {{}};  // when each warp last read a byte
   std::vector<ProductReaders> product_readers;  // by chunk of 16 bytes; empty until it is needed
   int spare_registers = 0;                      // that setmaxnreg may give to a warpgroup
   std::vector<Thread*> waits_for_registers;

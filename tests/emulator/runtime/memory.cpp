@@ -103,6 +103,13 @@ static bool readers_ordered(const Shadow& s) {
     case Shadow::kOneCluster: return s.read < self.block->cluster_synced;
     default: break;
   }
+  if (s.reader_set) {
+    const auto& times = self.block->reader_sets[s.reader_set];
+    return std::all_of(self.block->threads.begin(), self.block->threads.end(), [&](const Thread& t) {
+      const uint32_t time = times[t.warp - self.block->warps.data()];
+      return !time || ordered(self, t.id, time);
+    });
+  }
   const Thread& one = thread_of(*self.block->cluster, s.reader);
   if (one.block != self.block) return s.read < self.block->cluster_synced;
   if (s.read < self.block->synced) return true;
@@ -119,11 +126,23 @@ static const char* copy_name(const Shadow& s) { return s.writer >= kFirstMBarrie
        (with_reader ? "read" : "written") + " by " + other + " with no barrier in between");
 }
 
+// The readers of a byte with the running thread: barriers of some warps only order each of them at its own time.
+static uint32_t add_to_set(const Shadow& s, Block& block) {
+  auto warp_of = [&](uint16_t id) { return thread_of(*block.cluster, id).warp - block.warps.data(); };
+  auto times = block.reader_sets[s.reader_set];
+  if (!s.reader_set) times[warp_of(s.reader)] = s.read;
+  times[warp_of(machine.running->id)] = machine.clock;
+  if (times != block.reader_sets.back()) block.reader_sets.push_back(times);
+  return block.reader_sets.size() - 1;
+}
+
 static void add_reader(Shadow& s) {
   const Thread& self = *machine.running;
   if (s.readers == Shadow::kNone || (s.readers == Shadow::kOneThread && s.reader == self.id) || readers_ordered(s)) {
     s.readers = Shadow::kOneThread;
+    s.reader_set = 0;
   } else {
+    if (!self.block->mbarriers.empty()) s.reader_set = add_to_set(s, *self.block);
     const Thread& one = thread_of(*self.block->cluster, s.reader);
     const auto span = one.warp == self.warp     ? Shadow::kOneWarp
                       : one.block == self.block ? Shadow::kOneBlock
