@@ -30,6 +30,14 @@ def assert_images(model, folder, expected):
         assert np.array_equal(png_pixels((folder / f"{name}.png").read_bytes()), expected_pixels(model, i)), name
 
 
+@pytest.mark.parametrize("array", [np.array(["a"], object), np.zeros((2, 0), np.int32), np.zeros((1, 9000, 9000), np.uint8)])
+def test_an_error_shortens_the_name_of_an_array(tmp_path, array):
+    source = write_npz(tmp_path / "x.npz", np.savez_compressed, **{"x" * 50_000: array})
+    with pytest.raises(ShardError, match=r"^x{200}\.\.\.") as raised:
+        list(make_shard(source, tmp_path / "out").samples(Codebook("", 1 << 14, 8)))
+    assert len(str(raised.value)) < 1000
+
+
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("dtype", ["uint8", "int16", ">i4", "int64"])
 @pytest.mark.parametrize("order", ["C", "F"])

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from ..io.files import max_expanded_bytes, wrap_errors
+from ..io.files import MAX_SHOWN_CHARACTERS, max_expanded_bytes, printable, wrap_errors
 from .shards import ShardError
 
 MAX_ARRAY_BYTES = 256 << 20  # read at once
@@ -23,7 +23,7 @@ NPY_VERSION = (1, 0)  # later ones are for structured types; their headers may c
 class NpyStream:
     """An array that is read whole, or item by item along its first axis."""
 
-    name: str
+    name: str  # shortened, for errors
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     column_major: bool
@@ -50,10 +50,11 @@ class NpyStream:
 
 
 @contextmanager
-def open_npy(archive: zipfile.ZipFile, name: str) -> Iterator[NpyStream]:
+def open_npy(archive: zipfile.ZipFile, key: str) -> Iterator[NpyStream]:
     """Open an array of an ``.npz`` file. Raises ShardError if it is damaged, an object array or expands too much."""
+    name = printable(key, MAX_SHOWN_CHARACTERS)
     with wrap_errors(ShardError, f"{name} is damaged"):
-        info = archive.getinfo(f"{name}.npy")
+        info = archive.getinfo(f"{key}.npy")
         if info.compress_type not in COMPRESSION or info.file_size > max_expanded_bytes(info.compress_size):
             found = f"{info.compress_size} bytes that expand to {info.file_size} with method {info.compress_type}"
             raise ShardError(f"{name}: expected at most {max_expanded_bytes(info.compress_size)} bytes of DEFLATE, got {found}")
