@@ -101,10 +101,12 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   return {without_padding(out, q.size(3)), lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& given_dout, const Tensor& q, const Tensor& k, const Tensor& v,
-                                            const Tensor& given_out, const Tensor& lse, double scale) {
+// The gradients of q, k and v. With `shared_kv`, k and v are one tensor, whose gradient takes dk's place, and dv is undefined.
+std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& given_dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                                             const Tensor& given_out, const Tensor& lse, double scale, bool shared_kv) {
   const c10::cuda::CUDAGuard guard(q.device());
-  const Inputs inputs(q, k, v, scale);
+  Inputs inputs(q, k, v, scale);
+  inputs.problem.shared_kv = shared_kv;
   for (const auto& [name, tensor] : {std::pair("dout", &given_dout), std::pair("out", &given_out)}) {
     TORCH_CHECK_VALUE(tensor->sizes() == q.sizes(), name, " must have q's shape ", q.sizes(), ", got ", tensor->sizes());
     movq::check_device(name, *tensor, "q", q);
@@ -116,7 +118,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& given_dout, const Tens
   TORCH_CHECK_TYPE(lse.scalar_type() == at::kFloat, "lse must be float32, got ", lse.scalar_type());
   movq::check_device("lse", lse, "q", q);
   const Tensor dout = aligned(given_dout), out = aligned(given_out);
-  const Tensor dq = empty_contiguous_like(inputs.q), dk = empty_contiguous_like(inputs.k), dv = empty_contiguous_like(inputs.v);
+  const Tensor dq = empty_contiguous_like(inputs.q), dk = empty_contiguous_like(inputs.k);
+  const Tensor dv = shared_kv ? Tensor() : empty_contiguous_like(inputs.v);
   const Tensor workspace = movq::allocate_workspace(movq::attention_backward_workspace(inputs.problem), q);
   const movq::AttentionBackward arguments = {
       .dout = tokens(dout),
@@ -127,11 +130,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& given_dout, const Tens
       .lse = lse.const_data_ptr<float>(),
       .dq = tokens(dq),
       .dk = tokens(dk),
-      .dv = tokens(dv),
+      .dv = shared_kv ? movq::Tokens() : tokens(dv),
       .workspace = workspace.mutable_data_ptr(),
   };
   movq::attention_backward(inputs.problem, arguments, c10::cuda::getCurrentCUDAStream());
-  return {without_padding(dq, q.size(3)), without_padding(dk, q.size(3)), without_padding(dv, q.size(3))};
+  return {without_padding(dq, q.size(3)), without_padding(dk, q.size(3)), shared_kv ? dv : without_padding(dv, q.size(3))};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                                            const Tensor& out, const Tensor& lse, double scale) {
+  return gradients(dout, q, k, v, out, lse, scale, /*shared_kv=*/false);
 }
 
 // Attention whose keys are also its values.
@@ -142,8 +150,8 @@ std::tuple<Tensor, Tensor> shared_kv_forward(const Tensor& q, const Tensor& kv, 
 
 std::tuple<Tensor, Tensor> shared_kv_backward(const Tensor& dout, const Tensor& q, const Tensor& kv, const Tensor& out,
                                               const Tensor& lse, double scale) {
-  auto [dq, dk, dv] = backward(dout, q, kv, kv, out, lse, scale);
-  return {dq, dk.add_(dv)};
+  const auto [dq, dkv, none] = gradients(dout, q, kv, kv, out, lse, scale, /*shared_kv=*/true);
+  return {dq, dkv};
 }
 
 }  // namespace

@@ -33,6 +33,13 @@ def assert_close(name, actual, wanted, slack=1.0):
     assert error <= allowed, f"{name}: relative error {error:.2e} > {allowed:.2e} ({actual.dtype})"
 
 
+def assert_gradient_close(name, grad, wanted, slack):
+    if float(wanted.abs().max()) < 1e-12:  # with one key its weight is 1 for any q and k
+        assert float(grad.abs().max()) < slack * RELATIVE[grad.dtype]
+    else:
+        assert_close(f"gradient of {name}", grad, wanted, slack)
+
+
 def assert_right(backend, q, k, v, dout, scale=None, slack=1.0):
     scale = q.shape[3] ** -0.5 if scale is None else scale
     wanted_out, wanted_lse, wanted_grads = expected(q, k, v, dout, scale)
@@ -40,10 +47,7 @@ def assert_right(backend, q, k, v, dout, scale=None, slack=1.0):
     assert_close("out", out, wanted_out, slack)
     torch.testing.assert_close(lse, wanted_lse.float(), rtol=1e-5, atol=1e-5)
     for name, grad, wanted in zip("qkv", backend.backward(dout, q, k, v, out, lse, scale), wanted_grads, strict=True):
-        if float(wanted.abs().max()) < 1e-12:  # with one key its weight is 1 for any q and k
-            assert float(grad.abs().max()) < 2 * slack * RELATIVE[grad.dtype]
-        else:
-            assert_close(f"gradient of {name}", grad, wanted, 2 * slack)
+        assert_gradient_close(name, grad, wanted, 2 * slack)
 
 
 # (batch, heads, queries, keys, head size). The cases named `small` are for slow sanitizers.
@@ -85,6 +89,29 @@ def test_parts_of_one_projection_are_read_in_place(backend):
     q, k, v = (x.unflatten(2, (2, 64)).transpose(1, 2) for x in fused.chunk(3, dim=2))
     assert not q.is_contiguous()
     assert_right(backend, q, k, v, torch.randn(2, 70, 2, 64).to(BF16).transpose(1, 2))
+
+
+def assert_shared_kv_is_right(backend, q, kv, dout, scale):
+    """The gradient of kv is the sum of those of k and v."""
+    _, _, (wanted_dq, dk, dv) = expected(q, kv, kv, dout, scale)
+    out, lse = backend.forward(q, kv, kv, scale)
+    dq, dkv = backend.shared_kv_backward(dout, q, kv, out, lse, scale)
+    assert_gradient_close("q", dq, wanted_dq, slack=2.0)
+    assert_gradient_close("kv", dkv, dk + dv, slack=2.0)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_backward_of_shared_keys_and_values(backend, shape, dtype):
+    q, kv, _, dout = case(*shape, dtype)
+    assert_shared_kv_is_right(backend, q, kv, dout, shape[-1] ** -0.5)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 2.0, 1e-4])
+def test_any_scale_of_shared_keys_and_values(backend, scale):
+    """The weights of both gradients are scaled, so that their sum needs one factor."""
+    q, kv, _, dout = case(1, 1, 40, 150, 32, F16)
+    assert_shared_kv_is_right(backend, q, kv, dout, scale)
 
 
 @pytest.mark.parametrize("multiprocessors, shared", [(1, 227), (3, 163), (3, 99), (132, 99)])
@@ -270,6 +297,58 @@ def test_backward_is_eight_products_without_bank_conflicts(counted, dtype):
     assert sum(launch.bank_conflicts for launch in launches) == 0
 
 
+def test_backward_of_shared_keys_and_values_is_seven_products(counted):
+    """The walk of dkv has one operand of rows, which stays in the 163 KB of an sm_80 and is read once."""
+    counted.device = {"multiprocessors": 2, "shared_limit": 163 << 10}
+    q, kv, _, dout = case(1, 1, 128, 128, 512, BF16)
+    out, lse = counted.forward(q, kv, kv, 0.1)
+    counted.shared_kv_backward(dout, q, kv, out, lse, 0.1)
+    launches = {launch.kernel: launch for launch in counted.cost.launches}
+    assert sum(launch.mma for launch in launches.values()) == 7 * 128 * 128 * 512 / (16 * 8 * 16)
+    assert sum(launch.bank_conflicts for launch in launches.values()) == 0
+    tensor, statistics = 128 * 512 * 2, 2 * 2 * 128 * 4  # lse and delta of each of two row tiles
+    # Each of the two row tiles reads its own half of kv, and all of q and dout twice.
+    assert launches["attention dkv"].read_bytes == tensor + 2 * 4 * tensor + statistics
+    assert launches["attention dkv"].written_bytes == tensor
+
+
+@pytest.mark.parametrize("multiprocessors, blocks, share", [(108, 64, 0.25), (132, 128, 0.5)], ids=["A100", "H100"])
+def test_blocks_that_share_rows_leave_few_parts(counted, multiprocessors, blocks, share):
+    """1024 tokens are 128 units. 108 blocks would take as long as 64 with two units each, and leave nearly twice the parts."""
+    counted.device = {
+        "multiprocessors": multiprocessors,
+        "shared_limit": 163 << 10,
+        "run_blocks": {"attention forward": (0, 1), "attention combine": (0, 0)},
+    }
+    q, k, v, _ = case(1, 1, 1024, 1024, 512, BF16)
+    counted.forward(q, k, v, 0.1)
+    walk, buffers = counted.cost.launches[0], counted.cost.buffers
+    assert walk.grid[0] == blocks
+    streamed = buffers["k"].read_bytes + buffers["v"].read_bytes  # of the first block: all have equal shares
+    part = buffers["workspace"].written_bytes
+    assert part == 64 * (512 + 1) * 4 and part <= share * 1.01 * streamed
+
+
+@pytest.mark.parametrize(
+    "limit, used", [(99 << 10, 99 << 10), (163 << 10, 158_720), (227 << 10, 195_584)], ids=["RTX 4090", "A100", "H100"]
+)
+def test_stages_fill_the_shared_memory(counted, limit, used):
+    """Three stages, with the rows streamed too; four; or six, of which two are read after each barrier."""
+    counted.device = {"multiprocessors": 2, "shared_limit": limit}
+    q, k, v, _ = case(1, 1, 64, 128, 512, BF16)
+    counted.forward(q, k, v, 0.1)
+    assert counted.cost.launches[0].shared_bytes == used
+
+
+@pytest.mark.parametrize("size", [96, 160])
+def test_a_padded_head_is_read_without_its_padding(counted, size):
+    """Heads run in tiles of 128, 256 or 512 elements; the copies to shared memory write the zeros."""
+    q, k, v, _ = case(1, 1, 64, 128, size, BF16)
+    counted.forward(q, k, v, 0.1)
+    for name, tensor in zip("qkv", (q, k, v), strict=True):
+        assert counted.cost.buffers[name].read_bytes == tensor.numel() * 2
+
+
 @pytest.mark.parametrize("tokens", [64, 1000])
 def test_one_image_fills_a_gpu(counted, tokens):
     """One block per row tile would be 1 and 16 blocks for 132 multiprocessors."""
@@ -350,6 +429,41 @@ EXPORT(share_cache, int64_t* computed, int64_t* wrong, int threads, int keys) {
   const int64_t results[2] = {computations, errors};
   emu::copy_to_device(computed, &results[0], sizeof(int64_t));
   emu::copy_to_device(wrong, &results[1], sizeof(int64_t));
+}
+"""
+
+
+@pytest.mark.skipif(not usable("emulator"), reason="needs Linux and a host C++ compiler")
+def test_division_by_multiplication_is_exact():
+    """Small, large and random divisors; dividends around multiples of the divisor."""
+    wrong = torch.ones(1, dtype=torch.int64)
+    emulator.build(glue=DIVISOR_GLUE).call("count_wrong_quotients", wrong=wrong, seeds=(0,))
+    assert wrong == 0
+
+
+DIVISOR_GLUE = """
+#include <random>
+#include "device/divisor.cuh"
+#include "emulator.h"
+
+EXPORT(count_wrong_quotients, int64_t* wrong) {
+  std::mt19937 random(1);
+  int64_t count = 0;
+  for (int i = 0; i < 2000; ++i) {
+    const int divisor = i < 1000 ? i + 1 : i < 1100 ? INT32_MAX - (i - 1000) : int(random() % INT32_MAX) + 1;
+    const movq::Divisor fast(divisor);
+    auto check = [&](int64_t dividend) {
+      if (dividend >= 0 && dividend <= INT32_MAX) count += int(dividend) / fast != int(dividend) / divisor;
+    };
+    for (int power = 0; power < 31; ++power) {
+      const int64_t multiple = int64_t(divisor) << power;
+      for (int64_t dividend : {multiple - 1, multiple, multiple + 1}) check(dividend);
+    }
+    for (int k = 0; k < 100; ++k) check(random() >> 1);
+    check(INT32_MAX);
+    check(INT32_MAX / divisor * int64_t(divisor) - 1);
+  }
+  emu::copy_to_device(wrong, &count, sizeof count);
 }
 """
 

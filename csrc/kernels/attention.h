@@ -26,6 +26,7 @@ struct AttentionProblem {
   int64_t head_size = 0;                                // at most kMaxHeadSize
   DType dtype = DType::float32;
   float scale = 1;
+  bool shared_kv = false;  // k and v are one tensor: backward writes the sum of both gradients to dk, and ignores dv
 };
 
 struct AttentionForward {

@@ -11,14 +11,16 @@ namespace attention {
 namespace {
 
 // All exponents and maxima are in powers of two.
-template <class T>
+template <class Shape>
 class Softmax {
-  using Sizes = Tile<T>;
-  static constexpr int kScoreTiles = Sizes::kScoreTiles, kRows = Sizes::kRows;
+  using T = typename Shape::T;
+  using Scores = typename Shape::Scores;
+  using Sums = typename Shape::Sums;
+  static constexpr int kScoreTiles = Shape::kScoreTiles, kRows = Shape::kRows;
   static constexpr float kSlack = 8;
 
  public:
-  static constexpr int kProducts = 1;
+  static constexpr int kProducts = 1, kRowOperands = 1, kValues = 1;
   static constexpr bool kRowsAreKeys = false;
   struct Arguments {
     Destination<T> to;
@@ -31,14 +33,14 @@ class Softmax {
         arguments_(arguments),
         segment_(segment),
         warp_values_(0, 4 * kRows),
-        row_values_(warp_values_.end(), kRows) {
+        row_values_(Shape::kWeights + kColumns * sizeof(T), (kRows - 1) * kRowValuePitch + 1) {
 #pragma unroll
     for (int m = 0; m < kScoreTiles; ++m) max_[m][0] = max_[m][1] = -INFINITY;
   }
 
   MOVQ_DEVICE void load_statistics(Synced, int) {}
 
-  MOVQ_DEVICE void weigh(const Stream<T>& stream, int tile, Scores<T>& s, Scores<T>&) {
+  MOVQ_DEVICE void weigh(const Stream<Shape, Softmax>& stream, int tile, Scores& s, Scores&) {
     const float scale = arguments_.scale * kLog2e;
     const int columns = plan_.extents.columns - tile * kColumns;
     for_each_row([&](int m, int half, int row) {
@@ -48,7 +50,7 @@ class Softmax {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& score = s[m][n][2 * half + i];
-          score = score_column(n) + i < columns ? score * scale : -INFINITY;
+          score = Shape::score_column(n) + i < columns ? score * scale : -INFINITY;
           peak = max(peak, score);
         }
       }
@@ -64,27 +66,27 @@ class Softmax {
         max_[m][half] = peak;
         total_[m][half] *= shrink;
       }
-      if (warp_id() % 4 == 0 && leads_row()) row_values_.store(row, shrink);
+      if (warp_id() % 4 == 0 && leads_row()) row_values_.store(row * kRowValuePitch, shrink);
       const float base = finite_base(max_[m][half]);
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         const float left = fast_exp2(s[m][n][2 * half] - base);
         const float right = fast_exp2(s[m][n][2 * half + 1] - base);
         total_[m][half] += left + right;
-        stream.store_weights(synced, row, score_column(n), left, right);
+        stream.store_weights(synced, row, Shape::score_column(n), left, right);
       }
     });
   }
 
-  MOVQ_DEVICE void rescale(Synced, Sums<T>& sums) const {
+  MOVQ_DEVICE void rescale(Synced, Sums& sums) const {
 #pragma unroll
-    for (int m = 0; m < Sizes::kSumTiles; ++m) {
+    for (int m = 0; m < Shape::kSumTiles; ++m) {
 #pragma unroll
       for (int e = 0; e < 4; e += 2) {
-        const float shrink = row_values_.load(sum_row(m, e));
+        const float shrink = row_values_.load(Shape::sum_row(m, e) * kRowValuePitch);
         if (shrink == 1) continue;
 #pragma unroll
-        for (int n = 0; n < kMaxStripes; ++n) {
+        for (int n = 0; n < Shape::kStripes; ++n) {
           sums[m][n][e] *= shrink;
           sums[m][n][e + 1] *= shrink;
         }
@@ -92,30 +94,29 @@ class Softmax {
     }
   }
 
-  MOVQ_DEVICE void write(Synced, const Sums<T>& sums) {
+  MOVQ_DEVICE void write(Synced, const Sums& sums) {
     for_each_row([&](int m, int half, int row) {
       const float total = warp_all_reduce<4>(total_[m][half], Sum());
       if (leads_row()) warp_values_.store(warp_id() % 4 * kRows + row, total);
-      if (warp_id() % 4 == 0 && leads_row()) row_values_.store(row, max_[m][half]);
+      if (warp_id() % 4 == 0 && leads_row()) row_values_.store(row * kRowValuePitch, max_[m][half]);
     });
     const Synced synced = block_barrier();
-    float factor[Sizes::kSumTiles][2];
+    float factor[Shape::kSumTiles][2];
 #pragma unroll
-    for (int m = 0; m < Sizes::kSumTiles; ++m) {
+    for (int m = 0; m < Shape::kSumTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = sum_row(m, 2 * half), token = segment_.row_tile * kRows + row;
+        const int row = Shape::sum_row(m, 2 * half), token = segment_.row_tile * kRows + row;
         const float total = reduce_warps(synced, row, Sum());
         factor[m][half] = inverse_total(total);
         if (warp_id() == 0 && leads_row() && token < plan_.extents.rows) {
-          const float lse = (row_values_.load(row) + log2f(total)) * kLn2;
-          if (segment_.part < 0)
-            store(arguments_.lse + int64_t(segment_.image_head(plan_.counts)) * plan_.extents.rows + token, lse);
+          const float lse = (row_values_.load(row * kRowValuePitch) + log2f(total)) * kLn2;
+          if (segment_.part < 0) store(arguments_.lse + segment_.token_index(plan_.extents, plan_.extents.rows, token), lse);
           else store(arguments_.part_lse + int64_t(segment_.part) * kRows + row, lse);
         }
       }
     }
-    arguments_.to.write(plan_, segment_, sums, [&](int m, int e, float sum) { return sum * factor[m][e / 2]; });
+    arguments_.to.template write<Shape>(plan_, segment_, sums, [&](int m, int e, float sum) { return sum * factor[m][e / 2]; });
   }
 
  private:
@@ -128,7 +129,7 @@ class Softmax {
 #pragma unroll
     for (int m = 0; m < kScoreTiles; ++m) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) function(m, half, score_row<T>(m, 2 * half));
+      for (int half = 0; half < 2; ++half) function(m, half, Shape::score_row(m, 2 * half));
     }
   }
 
@@ -140,18 +141,20 @@ class Softmax {
     return result;
   }
 
+  static constexpr int kRowValuePitch = Shape::kWeightPitch / sizeof(float);
+
   const Plan& plan_;
   const Arguments& arguments_;
   const Segment& segment_;
   const Shared<float> warp_values_;   // one value per row from each of the four warps that share its columns
-  const Shared<float> row_values_;    // one value per row
+  const Shared<float> row_values_;    // one value per row, in the padding of the weights
   float max_[kScoreTiles][2];         // the row's maximum when it was last raised
   float total_[kScoreTiles][2] = {};  // the sum of this thread's weights
 };
 
-template <class T>
+template <class Shape>
 Plan forward_plan(const AttentionProblem& problem) {
-  return cached_plan<T, Softmax<T>>(problem, "attention forward");
+  return cached_plan<Shape, Softmax<Shape>>(problem, "attention forward");
 }
 
 }  // namespace
@@ -159,23 +162,28 @@ Plan forward_plan(const AttentionProblem& problem) {
 
 size_t attention_forward_workspace(const AttentionProblem& problem) {
   size_t size = 0;
-  with_type(problem.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    size = attention::part_rows<T>(attention::forward_plan<T>(problem)) * (problem.head_size + 1) * sizeof(float);
+  attention::with_shape(problem, [&](auto shape) {
+    using Shape = decltype(shape);
+    size = attention::part_rows<Shape>(attention::forward_plan<Shape>(problem)) * (problem.head_size + 1) * sizeof(float);
   });
   return size;
 }
 
 void attention_forward(const AttentionProblem& problem, const AttentionForward& tensors, cudaStream_t stream) {
   using namespace attention;
-  with_type(problem.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    const Plan plan = forward_plan<T>(problem);
+  constexpr const char* kName = "attention forward";
+  with_shape(problem, [&](auto shape) {
+    using Shape = decltype(shape);
+    using T = typename Shape::T;
+    const Plan plan = forward_plan<Shape>(problem);
     auto* parts = static_cast<float*>(tensors.workspace);
-    float* part_lse = parts + part_rows<T>(plan) * problem.head_size;
-    const Operands<T> operands = {{source<T>(tensors.q), {}}, {source<T>(tensors.k), {}}, source<T>(tensors.v)};
-    const typename Softmax<T>::Arguments arguments = {destination<T>(tensors.out, parts), problem.scale, tensors.lse, part_lse};
-    run<T, Softmax<T>>(plan, operands, arguments, part_lse, tensors.lse, "attention forward", stream);
+    float* part_lse = parts + part_rows<Shape>(plan) * problem.head_size;
+    const Operands<T> operands = {{view<const T>(tensors.q, problem, problem.queries, kName), {}},
+                                  {view<const T>(tensors.k, problem, problem.keys, kName), {}},
+                                  {view<const T>(tensors.v, problem, problem.keys, kName), {}}};
+    const typename Softmax<Shape>::Arguments arguments = {
+        {view<T>(tensors.out, problem, problem.queries, kName), parts}, problem.scale, tensors.lse, part_lse};
+    run<Shape, Softmax<Shape>>(plan, operands, arguments, part_lse, tensors.lse, kName, stream);
   });
 }
 

@@ -9,155 +9,110 @@
 #include <string>
 
 #include "attention.h"
-#include "attention_walk.cuh"
+#include "attention_combine.cuh"
 #include "bounded_cache.h"
 #include "device/launch.cuh"
-#include "device/reduce.cuh"
 
 namespace movq {
 namespace attention {
 
-template <class T>
-Chunks cut_chunks(int products, int head_size) {
-  Chunks chunks = {};
-  chunks.products = products;
-  chunks.score_chunks = ceil_div(head_size * int(sizeof(T)), kScoreChunk);
-  chunks.stripes = round_up(head_size, 2 * kStripe) / kStripe;
-  chunks.block_copy_tokens = kThreads / (chunks.stripes * kStripe / Tile<T>::kAccessElements);
-  return chunks;
+// Calls function(Shape()) with the smallest shape that holds a head.
+template <class Function>
+void with_shape(const AttentionProblem& problem, Function&& function) {
+  with_type(problem.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if (problem.head_size <= 128) function(Shape<T, 128>());
+    else if (problem.head_size <= 256) function(Shape<T, 256>());
+    else function(Shape<T, kMaxHeadSize>());
+  });
 }
 
-// Lays out shared memory and sets the value tokens of a chunk. As many row operands stay resident as leave room for three stages;
-// if none do, two stages are enough.
-template <class T>
-SharedLayout plan_shared_memory(Chunks& chunks, const char* name) {
-  using Sizes = Tile<T>;
-  SharedLayout shared = {};
-  shared.row_pitch = chunks.score_chunks * kScoreChunk + kBankOffset;
-  shared.value_pitch =
-      (chunks.stripes * kStripe + 8) * int(sizeof(T));  // 8 elements, of float too, put the rows in different banks
-  const int score_stage = kColumns * kScorePitch, resident_bytes = Sizes::kRows * shared.row_pitch;
-  chunks.value_tokens = kColumns;
-  while (chunks.value_tokens * shared.value_pitch > score_stage) chunks.value_tokens /= 2;
-  shared.weights = kStatistics;
-  shared.rows = shared.weights + Sizes::kRows * Sizes::kWeightPitch;
+// As many row operands stay resident as leave room for three stages. If there is room for six, half of the barriers go.
+template <class Shape, class Pass>
+Ring plan_ring(const char* name) {
   const int limit = shared_memory_limit(name);
-  for (shared.resident_operands = chunks.products; shared.resident_operands >= 0; --shared.resident_operands) {
-    shared.ring = shared.rows + shared.resident_operands * resident_bytes;
-    shared.stage_bytes = score_stage + (shared.resident_operands < chunks.products ? Sizes::kRows * kScorePitch : 0);
-    shared.stages = std::min((limit - shared.ring) / shared.stage_bytes, 4);
-    if (shared.stages >= (shared.resident_operands ? 3 : 2)) break;
+  Ring ring = {};
+  for (ring.resident_operands = Pass::kRowOperands; ring.resident_operands >= 0; --ring.resident_operands) {
+    ring.start = Shape::kResidentRows + ring.resident_operands * Shape::kOperandBytes;
+    ring.stage_bytes = Shape::kColumnStage + (ring.resident_operands < Pass::kRowOperands ? Shape::kStreamedRows : 0);
+    ring.stages = (limit - ring.start) / ring.stage_bytes;
+    ring.stages = ring.stages >= 6 && Pass::kProducts == 1 ? 6 : std::min(ring.stages, 4);
+    ring.chunks_per_barrier = ring.stages == 6 ? 2 : 1;
+    ring.end = ring.start + ring.stages * ring.stage_bytes;
+    if (ring.stages >= 3) return ring;
   }
-  if (shared.resident_operands < 0) {
-    throw std::runtime_error(std::string(name) + ": needs " + std::to_string(shared.rows + 2 * shared.stage_bytes) +
-                             " bytes of shared memory per block, the device has " + std::to_string(limit));
-  }
-  shared.total_bytes = shared.ring + shared.stages * shared.stage_bytes;
-  return shared;
+  throw std::runtime_error(std::string(name) + ": needs " + std::to_string(ring.start + 3 * ring.stage_bytes) +
+                           " bytes of shared memory per block, the device has " + std::to_string(limit));
 }
 
-template <class T, class Pass>
+// Blocks take equal shares, and no more blocks are launched than the longest share needs: each block that shares a row tile
+// leaves parts, which are as many bytes as half of a unit's columns and are written and read.
+inline Schedule plan_schedule(int64_t units, int resident) {
+  const int64_t share = ceil_div<int64_t>(units, resident);
+  return {int(units), int(share), int(ceil_div(units, share))};
+}
+
+template <class Shape, class Pass>
 Plan make_plan(const AttentionProblem& problem, const char* name) {
   Plan plan = {};
   plan.extents.rows = int(Pass::kRowsAreKeys ? problem.keys : problem.queries);
   plan.extents.columns = int(Pass::kRowsAreKeys ? problem.queries : problem.keys);
   plan.extents.head_size = int(problem.head_size);
-  plan.extents.heads = int(problem.heads);
-  plan.counts.row_tiles = ceil_div(plan.extents.rows, Tile<T>::kRows);
-  plan.counts.column_tiles = ceil_div(plan.extents.columns, kColumns);
-  const int64_t row_tiles = problem.batch * problem.heads * plan.counts.row_tiles;
-  const int64_t units = row_tiles * plan.counts.column_tiles;
+  plan.extents.head_pieces = int(problem.head_size * sizeof(typename Shape::T) / 16);
+  plan.extents.heads = Divisor(int(problem.heads));
+  plan.counts.row_tiles = Divisor(ceil_div(plan.extents.rows, Shape::kRows));
+  plan.counts.column_tiles = Divisor(ceil_div(plan.extents.columns, kColumns));
+  const int64_t row_tiles = problem.batch * problem.heads * plan.counts.row_tiles.value;
+  const int64_t units = row_tiles * plan.counts.column_tiles.value;
   if (units > INT32_MAX) {
     throw std::runtime_error(std::string(name) + ": expected at most 2^31 - 1 tiles of scores, got " + std::to_string(units));
   }
   plan.counts.all_row_tiles = int(row_tiles);
-  plan.chunks = cut_chunks<T>(Pass::kProducts, plan.extents.head_size);
-  plan.shared = plan_shared_memory<T>(plan.chunks, name);
-  const int resident = resident_blocks(walk<T, Pass>, name, kThreads, plan.shared.total_bytes);
+  plan.ring = plan_ring<Shape, Pass>(name);
+  const int resident = resident_blocks(walk<Shape, Pass>, name, kThreads, plan.ring.end);
   if (resident < 1) throw std::runtime_error(std::string(name) + ": a block does not fit on the device");
-  plan.schedule.blocks = int(std::min<int64_t>(units, resident));
-  plan.schedule.share = int(units / plan.schedule.blocks);
-  plan.schedule.remainder = int(units % plan.schedule.blocks);
+  plan.schedule = plan_schedule(units, resident);
   return plan;
 }
 
 // make_plan(), once per device and shape.
-template <class T, class Pass>
+template <class Shape, class Pass>
 Plan cached_plan(const AttentionProblem& problem, const char* name) {
   using Key = std::array<int64_t, 6>;
   static auto& plans = *new BoundedCache<Key, Plan, 256>;  // never destroyed: threads may outlive main()
   const Key key = {current_device(name), problem.batch, problem.heads, problem.queries, problem.keys, problem.head_size};
-  return plans.get(key, [&] { return make_plan<T, Pass>(problem, name); });
+  return plans.get(key, [&] { return make_plan<Shape, Pass>(problem, name); });
 }
 
 // True if blocks share a row tile, whose parts must then be combined.
 inline bool has_parts(const Plan& plan) {
-  for (int block = 1; block < plan.schedule.blocks; ++block) {
-    if (plan.schedule.first_unit(block) % plan.counts.column_tiles) return true;
-  }
-  return false;
+  return plan.schedule.blocks > 1 && plan.schedule.share % plan.counts.column_tiles.value;
 }
 
 // Rows of all partial results: a block may leave two, of its first and of its last row tile.
-template <class T>
+template <class Shape>
 int64_t part_rows(const Plan& plan) {
-  return has_parts(plan) ? 2 * int64_t(plan.schedule.blocks) * Tile<T>::kRows : 0;
+  return has_parts(plan) ? 2 * int64_t(plan.schedule.blocks) * Shape::kRows : 0;
 }
 
+// `T` is const for an input.
 template <class T>
-Source<T> source(const Tokens& tokens) {
-  return {static_cast<const T*>(tokens.data), tokens.batch_stride, tokens.head_stride, tokens.token_stride};
+TokenView<T> view(const Tokens& tokens, const AttentionProblem& problem, int64_t count, const char* name) {
+  constexpr int64_t kUnit = 16 / sizeof(T);
+  const int64_t strides[3] = {tokens.batch_stride / kUnit, tokens.head_stride / kUnit, tokens.token_stride / kUnit};
+  const int64_t extent = problem.batch * strides[0] + problem.heads * strides[1] + count * strides[2];
+  if (extent > UINT32_MAX) throw std::runtime_error(std::string(name) + ": expected tensors that span less than 64 GB");
+  return {static_cast<T*>(tokens.data), uint32_t(strides[0]), uint32_t(strides[1]), uint32_t(strides[2])};
 }
 
-template <class T>
-Destination<T> destination(const Tokens& tokens, float* parts) {
-  return {static_cast<T*>(tokens.data), tokens.batch_stride, tokens.head_stride, tokens.token_stride, parts};
-}
-
-// Combines the row tiles that blocks share, one warp per row: the sum of the parts, each times exp(part_lse - lse) if there is a
-// part_lse.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    combine(const __grid_constant__ Plan plan, const __grid_constant__ Destination<T> to, const float* part_lse, float* lse) {
-  constexpr int kRows = Tile<T>::kRows, kBlocksPerTile = kRows / kWarps;
-  const TileCounts& counts = plan.counts;
-  const int tile = blockIdx.x / kBlocksPerTile, row = blockIdx.x % kBlocksPerTile * kWarps + warp_id();
-  const int first_unit = tile * counts.column_tiles, end_unit = first_unit + counts.column_tiles;
-  const int first_block = plan.schedule.block_of(first_unit), last_block = plan.schedule.block_of(end_unit - 1);
-  const int image_head = tile / counts.row_tiles, token = (tile - image_head * counts.row_tiles) * kRows + row;
-  if (first_block == last_block || token >= plan.extents.rows) return;
-  // Where a block left the row: this is its first part, unless it started in an earlier row tile.
-  auto part_row = [&](int block) { return int64_t(2 * block + (plan.schedule.first_unit(block) < first_unit)) * kRows + row; };
-
-  float max_lse = -INFINITY, total = 0;
-  if (part_lse) {
-    for (int block = first_block; block <= last_block; ++block) max_lse = max(max_lse, load(part_lse + part_row(block)));
-    max_lse = finite_base(max_lse);
-    for (int block = first_block; block <= last_block; ++block) total += expf(load(part_lse + part_row(block)) - max_lse);
-    if (lane_id() == 0) store(lse + int64_t(image_head) * plan.extents.rows + token, max_lse + logf(total));
-  }
-  const float normalisation = inverse_total(total);
-  const int image = image_head / plan.extents.heads, head = image_head - image * plan.extents.heads;
-  T* out = to.out + image * to.batch_stride + head * to.head_stride + token * to.token_stride;
-  for (int column = lane_id() * 4; column < plan.extents.head_size; column += kWarpSize * 4) {
-    Vec<float, 4> sum = {};
-    for (int block = first_block; block <= last_block; ++block) {
-      const float weight = part_lse ? expf(load(part_lse + part_row(block)) - max_lse) * normalisation : 1.0f;
-      const Vec<float, 4> part = load_vec<4>(to.parts + part_row(block) * plan.extents.head_size + column);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sum[i] += weight * part[i];
-    }
-    store_vec(out + column, from_float<T>(sum));
-  }
-}
-
-template <class T, class Pass>
-void run(const Plan& plan, const Operands<T>& operands, const typename Pass::Arguments& arguments, const float* part_lse,
-         float* lse, const char* name, cudaStream_t stream) {
-  const LaunchConfig walk_config = {unsigned(plan.schedule.blocks), kThreads, size_t(plan.shared.total_bytes)};
-  launch(walk<T, Pass>, name, walk_config, stream, plan, operands, arguments);
+template <class Shape, class Pass>
+void run(const Plan& plan, const Operands<typename Shape::T>& operands, const typename Pass::Arguments& arguments,
+         const float* part_lse, float* lse, const char* name, cudaStream_t stream) {
+  using T = typename Shape::T;
+  const LaunchConfig walk_config = {unsigned(plan.schedule.blocks), kThreads, size_t(plan.ring.end)};
+  launch(walk<Shape, Pass>, name, walk_config, stream, plan, operands, arguments);
   if (has_parts(plan)) {
-    const int64_t blocks = int64_t(plan.counts.all_row_tiles) * (Tile<T>::kRows / kWarps);
+    const int64_t blocks = int64_t(plan.counts.all_row_tiles) * (Shape::kRows / kWarps);
     const LaunchConfig combine_config = {grid_size("attention combine", blocks), kThreads};
     launch(combine<T>, "attention combine", combine_config, stream, plan, arguments.to, part_lse, lse);
   }

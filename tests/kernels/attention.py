@@ -26,7 +26,8 @@ def _export(name):
     return f"""
 EXPORT({name}, {PROBLEM}, {", ".join(map(parameter, TENSORS[name]))}, {"" if name == "forward" else "const "}float* lse,
        void* workspace, int64_t* bytes) {{
-  const movq::AttentionProblem p = {{batch, heads, queries, keys, head_size, movq::DType(dtype), scale}};
+  movq::AttentionProblem p = {{batch, heads, queries, keys, head_size, movq::DType(dtype), scale}};
+  {"p.shared_kv = !dv;" if name == "backward" else ""}
   if (workspace) {{
     movq::attention_{name}(p, {{{", ".join(fields)}, workspace}}, nullptr);
   }} else {{
@@ -45,7 +46,11 @@ def library():
 
 
 def with_strides(tensors):
-    strides = {f"{name}_{side}": x.stride(i) for name, x in tensors.items() for i, side in enumerate(("batch", "head", "token"))}
+    strides = {
+        f"{name}_{side}": 0 if x is None else x.stride(i)
+        for name, x in tensors.items()
+        for i, side in enumerate(("batch", "head", "token"))
+    }
     return {**tensors, **strides}
 
 
@@ -64,6 +69,11 @@ class Emulator:
     def backward(self, dout, q, k, v, out, lse, scale):
         grads = [poisoned(x, x.shape) for x in (q, k, v)]
         self._call("backward", scale, lse, dout=dout, q=q, k=k, v=v, out=out, dq=grads[0], dk=grads[1], dv=grads[2])
+        return grads
+
+    def shared_kv_backward(self, dout, q, kv, out, lse, scale):
+        grads = [poisoned(x, x.shape) for x in (q, kv)]
+        self._call("backward", scale, lse, dout=dout, q=q, k=kv, v=kv, out=out, dq=grads[0], dk=grads[1], dv=None)
         return grads
 
     def _call(self, function, scale, lse, **tensors):
@@ -95,6 +105,9 @@ class Gpu:
 
     def backward(self, dout, q, k, v, out, lse, scale):
         return self._repeat(torch.ops.movq_ext.attention_backward, dout, q, k, v, out, lse, scale)
+
+    def shared_kv_backward(self, dout, q, kv, out, lse, scale):
+        return self._repeat(torch.ops.movq_ext.shared_kv_attention_backward, dout, q, kv, out, lse, scale)
 
     @staticmethod
     def _repeat(op, *arguments):

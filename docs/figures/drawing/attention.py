@@ -42,21 +42,26 @@ def tile() -> Figure:
 
 def budget() -> Figure:
     figure = Figure(860, 452, "The memory of one block of attention")
-    figure.text(24, 32, "One block on a multiprocessor (head 512, 16-bit types, 227 KiB of shared memory per block)", bold=True)
-    scale = 812 / (227 * 1024)
+    figure.text(
+        24,
+        32,
+        "One block on a multiprocessor (head 512, 16-bit types, the 163 KiB of shared memory of an A100)",
+        bold=True,
+    )
+    scale = 812 / (163 * 1024)
     parts = [
-        ("", 1280, GREY),
+        ("", 1024, GREY),
         ("weights", 17408, PURPLE),
         ("rows: q, 64 x 512", 66560, BLUE),
         *((f"stage {i}", 18432, GREEN) for i in range(4)),
     ]
-    figure.text(24, 66, "Shared memory: 158976 bytes requested", size=13, bold=True)
+    figure.text(24, 66, "Shared memory: 158720 bytes requested", size=13, bold=True)
     x = 24.0
     for name, size, colour in parts:
         figure.box(x, 78, size * scale, 48, colour, name, size=12)
         x += size * scale
     figure.box(x, 78, 836 - x, 48, WHITE, "not used", size=12, dashed=True)
-    figure.note(24, 146, "1280 statistics | 17408 weights | 66560 rows | 4 stages of 18432")
+    figure.note(24, 146, "1024 statistics | 17408 weights | 66560 rows | 4 stages of 18432")
 
     figure.text(
         24,
@@ -70,12 +75,12 @@ def budget() -> Figure:
         ("sums: 128", 128, ORANGE),
         ("s: 32", 32, ORANGE),
         ("t: 32", 32, ORANGE),
-        ("24", 24, GREEN),
-        ("the rest", 39, WHITE),
+        ("32", 32, GREEN),
+        ("the rest", 31, WHITE),
     ):
         figure.box(x, 198, count * 812 / 255, 48, colour, name, size=12)
         x += count * 812 / 255
-    figure.note(24, 266, "s and t are tiles of scores; only two of the gradients need t. 24 registers hold the operands of mma.")
+    figure.note(24, 266, "s and t are tiles of scores; only two of the gradients need t. 32 registers hold the operands of mma.")
 
     figure.text(24, 306, "The ring: while one stage is read, three are in flight (cp.async)", size=13, bold=True)
     for row, (label, first) in enumerate((("step 5", 1), ("step 6", 2))):
@@ -99,19 +104,19 @@ def budget() -> Figure:
         620,
         336,
         "A step: wait for the oldest",
-        "copies; barrier; request the",
-        "chunk three ahead, into the",
-        "stage of the last step;",
-        "multiply.",
+        "copies; barrier; first products;",
+        "request the chunk three ahead,",
+        "into the stage of the last",
+        "step; the other products.",
     )
     return figure
 
 
 def units() -> Figure:
     figure = Figure(860, 372, "How blocks share the line of units of attention")
-    figure.text(24, 32, "3 row tiles x 7 column tiles = 21 units in one line; 4 blocks take 6, 5, 5 and 5", bold=True)
+    figure.text(24, 32, "3 row tiles x 7 column tiles = 21 units in one line; 4 blocks take 6, 6, 6 and 3", bold=True)
     colours = (BLUE, ORANGE, GREEN, PURPLE)
-    shares = [6, 5, 5, 5]
+    shares = [6, 6, 6, 3]
     owner = [block for block, share in enumerate(shares) for _ in range(share)]
     for row in range(3):
         figure.text(24, 76 + row * 46, f"row tile {row}", size=13)
