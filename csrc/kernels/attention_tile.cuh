@@ -43,8 +43,8 @@ constexpr int kColumns = 128;        // tokens of a column tile
 constexpr int kStripe = kWarps * 8;  // elements of the head that all warps cover together, 8 each
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// The tile of one dtype and head size, and its layout in shared memory. Smaller heads run in the next size, padded with zeros: the
-// copies to shared memory write them and read nothing.
+// The tile of one dtype and head size, and its layout in shared memory. Smaller heads run in the next size, padded with zeros:
+// the copies to shared memory write them and read nothing.
 template <class T_, int kHeadSize>
 struct Shape {
   using T = T_;

@@ -4,8 +4,8 @@
 //   s = q kv^T, t = dout kv^T, p = exp(scale s - lse), ds = p (t - delta), dq = scale ds kv, dkv = scale ds^T q + p^T dout,
 //   with delta = sum(dout out) over a query's elements (FlashAttention-2, arXiv:2307.08691, algorithm 2).
 //
-// Two walks over tiles that no other block adds to: there are no atomics, and every run gives the same bits. That is 7 products of
-// 2 N^2 head_size operations, where the count for peak rates is 5.
+// Two walks over tiles that no other block adds to: there are no atomics, and every run gives the same bits. That is 7 products
+// of 2 N^2 head_size operations, where the count for peak rates is 5.
 #include "shared_kv_plan.h"
 
 namespace movq {
@@ -24,8 +24,8 @@ struct Statistics {
   }
 };
 
-// The gradient of kv. A stage has 32 tokens of dout and below them the same 32 tokens of q; so columns 0 to 31 of a tile of scores
-// are t, and columns 32 to 63 are s of the same queries.
+// The gradient of kv. A stage has 32 tokens of dout and below them the same 32 tokens of q; so columns 0 to 31 of a tile of
+// scores are t, and columns 32 to 63 are s of the same queries.
 template <class T, int Head>
 class KeyValueGradient {
   static constexpr int kQueries = kRows / 2;

@@ -1,6 +1,6 @@
-// Forward attention with shared keys and values on Hopper. The tile, its budget and its limits are in shared_kv_tile.cuh; this file
-// has the online softmax, as in attention_forward.cu: the maximum of a row is raised only when it would grow by more than 2^8, so
-// that the sums are almost never rescaled.
+// Forward attention with shared keys and values on Hopper. The tile, its budget and its limits are in shared_kv_tile.cuh; this
+// file has the online softmax, as in attention_forward.cu: the maximum of a row is raised only when it would grow by more than
+// 2^8, so that the sums are almost never rescaled.
 //
 // Both computing warpgroups hold all rows, so they must agree on each row's maximum. The one that computes the scores of a stage
 // decides, and hands the maximum and the factor by which the sums shrink to the other together with the weights.

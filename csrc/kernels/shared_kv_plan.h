@@ -1,5 +1,5 @@
-// Host side of the Hopper kernels: how a problem is cut, tensor maps, launches. The number of blocks depends on the device, so the
-// last bits of a result may differ between devices, but not between runs on one device.
+// Host side of the Hopper kernels: how a problem is cut, tensor maps, launches. The number of blocks depends on the device, so
+// the last bits of a result may differ between devices, but not between runs on one device.
 #pragma once
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// The Hopper kernel of attention with shared keys and values: one block walks over its units of work. A Pass says what the weights
-// are. The tile and its budget are in shared_kv_tile.cuh.
+// The Hopper kernel of attention with shared keys and values: one block walks over its units of work. A Pass says what the
+// weights are. The tile and its budget are in shared_kv_tile.cuh.
 #pragma once
 
 #include "shared_kv_tile.cuh"
