@@ -153,8 +153,10 @@ def test_the_compiler_neither_spills_nor_serialises(source, tmp_path):
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
     hopper = compile_for("90a")
-    assert "serialized" not in hopper and set(re.findall(r"(\d+) bytes spill", hopper)) == {"0"}, hopper
+    assert set(re.findall(r"(\d+) bytes spill", hopper)) == {"0"}, hopper
+    for loss in ("serialized", "setmaxnreg", "Potential Performance Loss"):  # "setmaxnreg ignored" is only an info
+        assert loss not in hopper, hopper
     registers = dict(re.findall(r"entry function '\w*?(walk|combine|sum_dout_out)\w*'.*?Used (\d+) registers", hopper, re.S))
     assert registers["walk"] == "168"  # what 384 threads have before setmaxnreg
     walks = re.findall(r"entry function '\w*?walk\w*'.*?Used (\d+) registers", compile_for("90"), re.S)
-    assert walks and max(map(int, walks)) < 64  # empty: has_shared_kv_kernels() tells by it
+    assert walks and max(map(int, walks)) < 64  # a trap: has_shared_kv_kernels() tells by it

@@ -127,7 +127,7 @@ namespace {
 #ifdef MOVQ_EMULATOR
 bool has_code() { return true; }
 #else
-// Code for other targets than 9.0a has an empty body, which needs few registers.
+// Code for other targets than 9.0a consists of a trap, which needs few registers.
 bool has_code() {
   const char* name = "shared_kv";
   if (device_attribute(cudaDevAttrComputeCapabilityMajor, name) != 9) return false;

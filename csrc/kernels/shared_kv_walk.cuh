@@ -78,13 +78,13 @@ class Computing {
         if constexpr (Side == 0) {
           start_scores(s, n);
           pass.load_statistics(tile);
-          wait_scores(s);
+          wgmma_wait<0>(s);
           pass.weigh(tile, n, s);
           store_weights(s[0], weights, n);
           own_weights.arrive();
           pass.rescale(sums);
           start_own_values(sums, weights, n);
-          wgmma_wait<0>(sums);
+          wgmma_wait<0>(sums, weights);
           release_stage(n);
           if (is_pair) {
             other_weights.sync();
@@ -98,7 +98,7 @@ class Computing {
           if (is_pair) {
             start_scores(s, n + 1);
             pass.load_statistics(tile + 1);
-            wait_scores(s);
+            wgmma_wait<0>(s);
           }
           other_weights.sync();
           pass.follow(n);
@@ -114,7 +114,7 @@ class Computing {
           if (is_pair) {
             pass.rescale(sums);
             start_own_values(sums, weights, n + 1);
-            wgmma_wait<0>(sums);
+            wgmma_wait<0>(sums, weights);
             release_stage(n + 1);
           }
         }
@@ -130,7 +130,7 @@ class Computing {
   // s = resident . stage^T
   MOVQ_DEVICE static void start_scores(Scores& s, int n) {
     const auto stage = Memory::stage(n);
-    wgmma_fence();
+    wgmma_fence(s);
 #pragma unroll
     for (int panel = 0; panel < Memory::kPanels; ++panel) {
       Memory::panel_full(n, panel).wait(Memory::parity(n));
@@ -143,11 +143,6 @@ class Computing {
       }
     }
     wgmma_commit();
-  }
-
-  MOVQ_DEVICE static void wait_scores(Scores& s) {
-    if constexpr (Pass::kResidents == 1) wgmma_wait<0>(s[0]);
-    else wgmma_wait<0>(s[0], s[1]);
   }
 
   // Rounds the weights and stores them for the other warpgroup.
@@ -163,8 +158,8 @@ class Computing {
   }
 
   // sums += weights . (this half of the stage)
-  MOVQ_DEVICE static void start_own_values(Sums& sums, const Fragments& weights, int n) {
-    wgmma_fence();
+  MOVQ_DEVICE static void start_own_values(Sums& sums, Fragments& weights, int n) {
+    wgmma_fence(sums, weights);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
       wgmma<T, Major::kMN>(sums, weights[step], Memory::stage(n).rows_are_k(16 * step, Side * kHalf));
@@ -175,7 +170,7 @@ class Computing {
 #pragma unroll
     for (int panel = Side * Memory::kPanels / 2; panel < (Side + 1) * Memory::kPanels / 2; ++panel)
       Memory::panel_full(n, panel).wait(Memory::parity(n));
-    wgmma_fence();
+    wgmma_fence(sums);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       wgmma<T, Major::kMN>(sums, Memory::weights(n).columns_are_k(16 * step),
@@ -207,6 +202,8 @@ __global__ void __launch_bounds__(kThreads, 1) walk(const __grid_constant__ Plan
     if (warpgroup_id() == 0) Computing<T, Head, Pass, 0>::run(plan, arguments);
     else Computing<T, Head, Pass, 1>::run(plan, arguments);
   }
+#else
+  __trap();  // rather than leave the output unwritten
 #endif
 }
 

@@ -1,5 +1,6 @@
 """Tests of the emulator's Hopper instructions: wgmma, TMA, mbarriers, named barriers and setmaxnreg."""
 
+import re
 import shutil
 import subprocess
 from itertools import product
@@ -44,6 +45,13 @@ BUGS = [
     ("products", 8, "wgmma descriptor: byte 128 is not in the first row of a swizzle pattern of 1024 bytes"),
     ("products", 9, "the threads of the warpgroup pass different descriptors"),
     ("products", 10, "divergent warpgroup: wgmma.* needs a thread that has returned|deadlock: .* threads wait at wgmma"),
+    ("fragments", 1, "registers of a were written after the wgmma.fence"),
+    ("fragments", 2, "registers of d were written after the wgmma.fence"),
+    ("fragments", 3, "wgmma.fence is missing, or does not name the registers of d"),
+    ("fragments", 4, "wgmma.fence is missing, or does not name the registers of a"),
+    ("fragments", 5, "registers of a of a wgmma in flight were written"),
+    ("fragments", 6, "completes a wgmma, but does not name its registers of a"),
+    ("fragments", 7, "completes a wgmma, but does not name its registers of d"),
     ("pipeline", 1, "to which a TMA copy by the mbarrier .* is still in flight|unwritten|race: shared byte"),
     ("pipeline", 2, "to which a TMA copy by the mbarrier at byte 16384 is still in flight|race: shared byte|deadlock"),
     ("pipeline", 3, "deadlock: .* threads? waits? at the mbarrier at byte 16384, parity 0"),
@@ -66,11 +74,11 @@ BUGS = [
     ("roles", 7, "race: shared byte|unwritten shared memory"),
 ]
 A, B, TILES = values(64, 64), values(64, 64, seed=1), values(5 * 64, 64, seed=2)
-ARGUMENTS = {"products": dict(a=A, b=B), "pipeline": dict(x=TILES, tiles=5), "roles": {}}
+ARGUMENTS = {"products": dict(a=A, b=B), "fragments": dict(a=A, b=B), "pipeline": dict(x=TILES, tiles=5), "roles": {}}
 
 
 def expected(kernel):
-    if kernel == "products":
+    if kernel in ("products", "fragments"):
         return A.astype(np.float64) @ B.astype(np.float64).T
     if kernel == "pipeline":
         return sum(tile @ tile.T for tile in TILES.astype(np.float64).reshape(5, 64, 64))
@@ -232,10 +240,10 @@ def test_a_box_is_swizzled_and_zero_beyond_the_tensor(sound, start):
         (dict(rows=257), "a box of 1 to 256"),
         (dict(t1=200), "multiples of 16 bytes"),
         (dict(s2=0), "sizes from 1"),
-        (dict(c0=1), "a column that is no multiple of 16 bytes"),
+        (dict(c0=1), "to start at a multiple of 16 bytes of a row"),
     ],
 )
-def test_tensor_maps_and_boxes_that_hardware_refuses(sound, change, report):
+def test_invalid_tensor_maps_and_boxes_are_reported(sound, change, report):
     given = dict(s0=64, s1=8, s2=1, s3=1, t1=128, t2=1024, t3=1024, rows=8, planes=1, c0=0, c1=0, c2=0, c3=0)
     x, y = values(8, 64), emulator.empty((8, 32), np.uint32)
     sound.call("box", **given, x=x, y=y)
@@ -252,14 +260,29 @@ def test_a_box_outside_the_allocation_is_reported(sound):
 # --- nvcc compiles every primitive
 
 
+@pytest.fixture
+def nvcc():
+    found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    return found or pytest.skip("no nvcc")
+
+
 @pytest.mark.parametrize("code", ["compute_90a,code=sm_90a", "compute_90,code=sm_90", "compute_80,code=sm_80"])
-def test_nvcc_compiles_every_hopper_primitive(code, tmp_path):
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if not nvcc:
-        pytest.skip("no nvcc")
+def test_nvcc_compiles_every_hopper_primitive(nvcc, code, tmp_path):
     command = [nvcc, "-std=c++17", "-Werror", "all-warnings", f"-I{emulator.KERNELS}", f"-gencode=arch={code}", "-Xptxas", "-v",
                "-c", str(HERE / "every_hopper_primitive.cu"), "-o", str(tmp_path / "out.o")]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "bytes spill" not in done.stderr.replace("0 bytes spill", ""), done.stderr
-    assert "serialized" not in done.stderr, done.stderr
+    for loss in ("serialized", "setmaxnreg", "Potential Performance Loss"):
+        assert loss not in done.stderr, done.stderr
+
+
+def test_the_compiler_writes_no_register_of_wgmma_after_its_fence(nvcc):
+    command = [nvcc, "-std=c++17", f"-I{emulator.KERNELS}", "-arch=compute_90a", "-ptx", str(HERE / "every_hopper_primitive.cu")]
+    ptx = subprocess.run([*command, "-o", "-"], capture_output=True, text=True, check=True).stdout
+    groups = re.findall(r"wgmma\.fence\.sync\.aligned;(.*?)wgmma\.commit_group", ptx, re.S)
+    assert len(groups) == 2 * 4
+    for group in groups:
+        used = set(re.findall(r"%\w+", "".join(re.findall(r"wgmma\.mma_async[^{]*(\{[^}]*\}[^}]*);", group))))
+        written = set(re.findall(r"^\s*(?:@\S+ )?(?!wgmma)[a-z][\w.]*\s+(%[fr]\d+),", group, re.M))
+        assert not (moved := sorted(used & written)), f"{moved} are written after the fence:\n{group}"

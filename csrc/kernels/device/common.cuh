@@ -9,7 +9,7 @@
 #define MOVQ_DEVICE __device__ __forceinline__
 #define MOVQ_HOST_DEVICE __host__ __device__ __forceinline__
 
-// Defined where wgmma and setmaxnreg exist. Kernels that use them have an empty body elsewhere.
+// Defined where wgmma and setmaxnreg exist. Elsewhere kernels that use them consist of __trap().
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(MOVQ_EMULATOR)
 #define MOVQ_SM90A
 #endif

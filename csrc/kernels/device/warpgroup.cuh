@@ -11,7 +11,8 @@ constexpr int kWarpgroupSize = 4 * kWarpSize;
 MOVQ_DEVICE int warpgroup_id() { return __shfl_sync(kAllLanes, int(threadIdx.x) / kWarpgroupSize, 0); }
 
 // Changes the registers that each thread of this warpgroup may use; all its threads call. A block starts with as many as its
-// launch bounds allow, returns some in one warpgroup and then takes them in another. `Registers` is a multiple of 8.
+// launch bounds allow, returns some in one warpgroup and then takes them in another. `Registers` is a multiple of 8. The kernel
+// needs __launch_bounds__(threads, 1): without it ptxas ignores setmaxnreg and only reports that in its output.
 template <int Registers>
 MOVQ_DEVICE void release_registers() {
 #ifdef MOVQ_EMULATOR

@@ -7,8 +7,9 @@
 // So d[8 k .. 8 k + 7], rounded to 16 bits, is the fragment a of columns 16 k to 16 k + 15. b, and a if not in registers, come from
 // shared memory by a descriptor (swizzled_tile.cuh).
 //
-// The order of calls: wgmma_fence(), any number of wgmma(), wgmma_commit(), wgmma_wait(d...). Until the wait, no thread may touch the
-// registers of d and a, or overwrite the shared memory of a and b. Products that add to the same d need no wait in between.
+// The order of calls: wgmma_fence(d, a), any number of wgmma(), wgmma_commit(), wgmma_wait(d, a). Fence and wait name every array
+// of registers that the products use, so that the compiler moves no access past them. Between the two, no thread may touch these
+// registers, or overwrite the shared memory of a and b. Products that add to the same d need no fence or wait in between.
 #pragma once
 
 #include <type_traits>
@@ -20,11 +21,28 @@ namespace movq {
 // Where the k of an operand in shared memory runs: along its columns (K-major) or its rows (MN-major); see SwizzledTile.
 enum class Major { kK, kMN };
 
-// Before the first wgmma, and after this warpgroup has touched registers of d or a.
-MOVQ_DEVICE void wgmma_fence() {
+namespace detail {
+
+// Tell the compiler that registers are read and written here.
+MOVQ_DEVICE void pin(float& value) { asm volatile("" : "+f"(value)); }
+MOVQ_DEVICE void pin(uint32_t& value) { asm volatile("" : "+r"(value)); }
+template <class T, int Count>
+MOVQ_DEVICE void pin(T (&registers)[Count]) {
+#pragma unroll
+  for (int i = 0; i < Count; ++i) pin(registers[i]);
+}
+
+}  // namespace detail
+
+// Orders accesses to d, and to a if in registers, before the wgmmas that use them: call it before the first wgmma, and whenever
+// this warpgroup has touched these registers. Takes arrays of float and uint32_t.
+template <class... Registers>
+MOVQ_DEVICE void wgmma_fence(Registers&... registers) {
+  static_assert(sizeof...(registers) > 0, "expected the registers of d and a");
 #ifdef MOVQ_EMULATOR
-  emu::wgmma_fence();
+  emu::wgmma_fence({emu::Registers{&registers, sizeof registers}...});
 #else
+  (detail::pin(registers), ...);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
 }
@@ -38,28 +56,17 @@ MOVQ_DEVICE void wgmma_commit() {
 #endif
 }
 
-namespace detail {
-
-// Tells the compiler that registers change here, so that it moves no access to them across a wait.
-template <int Count>
-MOVQ_DEVICE void pin(float (&registers)[Count]) {
-#ifndef MOVQ_EMULATOR
-#pragma unroll
-  for (int i = 0; i < Count; ++i) asm volatile("" : "+f"(registers[i])::"memory");
-#endif
-}
-
-}  // namespace detail
-
-// Waits until at most `Pending` groups are in flight. `sums` are the accumulators of the groups that are then complete.
-template <int Pending, int... Counts>
-MOVQ_DEVICE void wgmma_wait(float (&... sums)[Counts]) {
+// Waits until at most `Pending` groups are in flight. `registers` are d, and a if in registers, of the groups that are then
+// complete.
+template <int Pending, class... Registers>
+MOVQ_DEVICE void wgmma_wait(Registers&... registers) {
+  static_assert(0 <= Pending && Pending <= 7, "expected 0 to 7 pending groups");
 #ifdef MOVQ_EMULATOR
-  emu::wgmma_wait(Pending);
+  emu::wgmma_wait(Pending, {emu::Registers{&registers, sizeof registers}...});
 #else
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
+  (detail::pin(registers), ...);
 #endif
-  (detail::pin(sums), ...);
 }
 
 // "%t0, %t1, ..., %t9": ten operands of an asm statement.
@@ -82,18 +89,18 @@ MOVQ_DEVICE void wgmma_wait(float (&... sums)[Counts]) {
 // The instruction for N columns, with `count` = N / 2 sums a thread. Operands after the sums: a, b, whether to add to d, and whether
 // b is MN-major. first, second, ... are the numbers of those operands.
 #define MOVQ_WGMMA_SHARED(n, type, count, first, second, third, fourth)                                \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #third                                         \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #third                                             \
                ", 0;\n"                                                                                \
                "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" MOVQ_NAMES_##count \
-               "}, %" #first ", %" #second ", add, 1, 1, 0, %" #fourth ";\n}"                          \
+               "}, %" #first ", %" #second ", p, 1, 1, 0, %" #fourth ";\n}"                            \
                : MOVQ_SUMS_##count(d, 0)                                                               \
                : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(b_major == Major::kMN)))
-#define MOVQ_WGMMA_REGISTERS(n, type, count, first, second, third, fourth, fifth, sixth, seventh)                  \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #sixth                                                     \
-               ", 0;\n"                                                                                            \
-               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" MOVQ_NAMES_##count             \
-               "}, {%" #first ",%" #second ",%" #third ",%" #fourth "}, %" #fifth ", add, 1, 1, %" #seventh ";\n}" \
-               : MOVQ_SUMS_##count(d, 0)                                                                           \
+#define MOVQ_WGMMA_REGISTERS(n, type, count, first, second, third, fourth, fifth, sixth, seventh)                \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #sixth                                                       \
+               ", 0;\n"                                                                                          \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" MOVQ_NAMES_##count           \
+               "}, {%" #first ",%" #second ",%" #third ",%" #fourth "}, %" #fifth ", p, 1, 1, %" #seventh ";\n}" \
+               : MOVQ_SUMS_##count(d, 0)                                                                         \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(int(b_major == Major::kMN)))
 
 // Starts d += a * b, or d = a * b if not `accumulate`; both operands in shared memory, a K-major. T is __half or __nv_bfloat16.

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <initializer_list>
 
 struct uint2 { unsigned x, y; };
 struct uint3 { unsigned x, y, z; };
@@ -88,10 +89,14 @@ void mma_m16n8k8_tf32(float* d, const uint32_t* a, const uint32_t* b);
 uint32_t to_tf32(float v);
 
 // Warpgroup-wide operations, wgmma.cuh. `a` is in registers, or null and then in shared memory at a_descriptor.
-void wgmma_fence();
+struct Registers {
+  const void* data;
+  size_t bytes;
+};
+void wgmma_fence(std::initializer_list<Registers> registers);
 void wgmma(float* d, int n, const uint32_t* a, uint64_t a_descriptor, uint64_t b_descriptor, bool b_mn_major, bool is_half,
            bool accumulate);
 void wgmma_commit();
-void wgmma_wait(int pending);
+void wgmma_wait(int pending, std::initializer_list<Registers> registers);
 
 }  // namespace emu

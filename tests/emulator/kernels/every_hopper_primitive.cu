@@ -10,14 +10,14 @@ using namespace movq;
 template <class T, int N>
 MOVQ_DEVICE float products(const SwizzledTile<T, 64, 64>& a, const SwizzledTile<T, 64, N>& b, const SwizzledTile<T, N, 64>& c) {
   float d[N / 2];
-  const uint32_t registers[4] = {threadIdx.x, 1, 2, 3};
-  wgmma_fence();
+  uint32_t registers[4] = {threadIdx.x, 1, 2, 3};
+  wgmma_fence(d, registers);
   wgmma<T, Major::kMN>(d, a.columns_are_k(0), b.rows_are_k(0, 0), false);
   wgmma<T, Major::kK>(d, a.columns_are_k(16), c.columns_are_k(16));
   wgmma<T, Major::kMN>(d, registers, b.rows_are_k(16, 0));
   wgmma<T, Major::kK>(d, registers, c.columns_are_k(16));
   wgmma_commit();
-  wgmma_wait<0>(d);
+  wgmma_wait<0>(d, registers);
   float sum = 0;
   for (float value : d) sum += value;
   return sum;
@@ -30,17 +30,18 @@ __global__ void __launch_bounds__(128, 1) multiply(float* out) {
   float sum = products<T, 64>(a, SwizzledTile<T, 64, 64>(a.kBytes), SwizzledTile<T, 64, 64>(a.kBytes));
   sum += products<T, 128>(a, SwizzledTile<T, 64, 128>(a.kBytes), SwizzledTile<T, 128, 64>(a.kBytes));
   sum += products<T, 256>(a, SwizzledTile<T, 64, 256>(a.kBytes), SwizzledTile<T, 256, 64>(a.kBytes));
-  float d[16];
-  const uint32_t registers[4] = {1, 2, 3, 4};
+  float d[16] = {1.0f};
+  uint32_t registers[4] = {1, 2, 3, 4};
   const SwizzledTile<T, 32, 64> few(a.kBytes);
-  wgmma_fence();
-  wgmma<T, Major::kK>(d, a.columns_are_k(0), few.columns_are_k(0), false);
+  wgmma_fence(d, registers);
+  wgmma<T, Major::kK>(d, a.columns_are_k(0), few.columns_are_k(0));
   wgmma<T, Major::kK>(d, registers, few.columns_are_k(0));
   wgmma_commit();
-  wgmma_wait<0>(d);
+  wgmma_wait<0>(d, registers);
   store(out + threadIdx.x, sum + d[0] + d[15]);
 #else
   (void)out;
+  __trap();
 #endif
 }
 
@@ -64,6 +65,7 @@ __global__ void __launch_bounds__(256, 1) copy(const __grid_constant__ TensorMap
       full.arrive_expecting(a.kBytes);
       tma_load(a.elements, 0, map, {0, 0, 0, 0}, full);
     }
+    __syncwarp();
     done.arrive();
   } else {
     acquire_registers<248>();
@@ -74,6 +76,7 @@ __global__ void __launch_bounds__(256, 1) copy(const __grid_constant__ TensorMap
   }
 #else
   (void)map, (void)out;
+  __trap();
 #endif
 }
 

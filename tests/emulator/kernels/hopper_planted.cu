@@ -31,7 +31,7 @@ __global__ void products(const __half* a, const __half* b, float* d, int bug) {
   if (bug == 2) fence_proxy_async();
   if (bug == 10 && threadIdx.x >= 64) return;
   float sums[32] = {};
-  if (bug != 3) wgmma_fence();
+  if (bug != 3) wgmma_fence(sums);
   for (int k = 0; k < 64; k += 16) {
     uint64_t operand = left.columns_are_k(k);
     if (bug == 8) operand += 128 / 16;
@@ -46,6 +46,42 @@ __global__ void products(const __half* a, const __half* b, float* d, int bug) {
 }
 EXPORT(products, const void* a, const void* b, float* d, int bug) {
   launch(::products, "products", LaunchConfig{1, 128, 2 * Tile64::kBytes}, nullptr, static_cast<const __half*>(a),
+         static_cast<const __half*>(b), d, bug);
+}
+
+// d = a b^T as above, with a in registers and 32 columns in each of two sums. Bugs: 1 a or 2 sums written after the fence, 3 a
+// fence that names one of the two sums, 4 a fence that does not name a, 5 a written in flight, 6 a wait that does not name a, 7 a
+// wait that does not name the sums.
+__global__ void fragments(const __half* a, const __half* b, float* d, int bug) {
+  const Tile64 right(0);
+  for (int i = threadIdx.x; i < 64 * 64; i += blockDim.x) right.elements.store(right.index(i / 64, i % 64), load(b + i));
+  fence_proxy_async();
+  __syncthreads();
+  float sums[2][16] = {};
+  uint32_t registers[4][4];
+  for (int i = 0; i < 16; ++i) {
+    const __half* at = a + (warp_id() * 16 + lane_id() / 4 + i % 2 * 8) * 64 + i / 2 * 8 + lane_id() % 4 * 2;
+    registers[i / 4][i % 4] = pack<__half>(to_float(load(at)), to_float(load(at + 1)));
+  }
+  if (bug == 3) wgmma_fence(sums[0], registers);
+  else if (bug == 4) wgmma_fence(sums);
+  else wgmma_fence(sums, registers);
+  if (bug == 1) registers[2][1] ^= 1;
+  if (bug == 2) sums[1][3] = 1;
+  for (int k = 0; k < 4; ++k) {
+    for (int i = 0; i < 2; ++i) wgmma<__half, Major::kK>(sums[i], registers[k], right.columns_are_k(16 * k) + i * 32 * 128 / 16);
+  }
+  wgmma_commit();
+  if (bug == 5) registers[3][0] ^= 1;
+  if (bug == 6) wgmma_wait<0>(sums);
+  else if (bug == 7) wgmma_wait<0>(registers);
+  else wgmma_wait<0>(sums, registers);
+  float all[32];
+  for (int i = 0; i < 32; ++i) all[i] = sums[i / 16][i % 16];
+  store_sums<64>(d, all);
+}
+EXPORT(fragments, const void* a, const void* b, float* d, int bug) {
+  launch(::fragments, "fragments", LaunchConfig{1, 128, Tile64::kBytes}, nullptr, static_cast<const __half*>(a),
          static_cast<const __half*>(b), d, bug);
 }
 
@@ -76,7 +112,7 @@ __global__ void pipeline(const __grid_constant__ TensorMap map, int tiles, float
     for (int i = 0; i < tiles; ++i) {
       if (bug == 13 && threadIdx.x % 32 == 0) (void)stages[i % 2].elements.load(0);
       if (bug != 1) full(i).wait(i / 2 % 2);
-      wgmma_fence();
+      wgmma_fence(sums);
       for (int k = 0; k < 64; k += 16) {
         const uint64_t operand = stages[i % 2].columns_are_k(k);
         wgmma<__half, Major::kK>(sums, operand, operand);

@@ -19,19 +19,16 @@ __global__ void product(const uint4* image, int chunks, const T* a_rows, uint64_
   const int row = warp_id() * 16 + lane_id() / 4, column = lane_id() % 4 * 2;
   float sums[N / 2];
   for (float& sum : sums) sum = 1e30f;
-  wgmma_fence();
-  if (a_rows) {
-    uint32_t registers[4];
-    for (int i = 0; i < 4; ++i) {
-      const T* at = a_rows + (row + i % 2 * 8) * 16 + column + i / 2 * 8;
-      registers[i] = pack<T>(to_float(load(at)), to_float(load(at + 1)));
-    }
-    wgmma<T, b_major>(sums, registers, b, false);
-  } else {
-    wgmma<T, b_major>(sums, a, b, false);
+  uint32_t registers[4] = {};
+  for (int i = 0; a_rows && i < 4; ++i) {
+    const T* at = a_rows + (row + i % 2 * 8) * 16 + column + i / 2 * 8;
+    registers[i] = pack<T>(to_float(load(at)), to_float(load(at + 1)));
   }
+  wgmma_fence(sums, registers);
+  if (a_rows) wgmma<T, b_major>(sums, registers, b, false);
+  else wgmma<T, b_major>(sums, a, b, false);
   wgmma_commit();
-  wgmma_wait<0>(sums);
+  wgmma_wait<0>(sums, registers);
   for (int i = 0; i < N / 2; ++i) store(d + (row + i / 2 % 2 * 8) * N + i / 4 * 8 + column + i % 2, sums[i]);
 }
 

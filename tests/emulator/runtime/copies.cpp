@@ -154,7 +154,8 @@ void tma_load(unsigned to, const TensorMap& map, const int (&from)[4], unsigned 
     fail("no fence.proxy.async follows the initialisation of " + name(barrier_address));
   BoxCopy copy = {self.block, to, map.box[0] * map.box[1] * map.box[2] * map.box[3] * map.element_size, barrier_address, map, {}};
   std::copy(from, from + 4, copy.from);
-  if (copy.from[0] * map.element_size % 16) fail("a TMA copy starts at a column that is no multiple of 16 bytes");
+  // A rule of this project, not of the hardware: the emulator copies chunks of 16 bytes.
+  if (copy.from[0] * map.element_size % 16) fail("expected a TMA copy to start at a multiple of 16 bytes of a row");
   check_shared(*self.block, to, copy.bytes, 1024, "TMA write");
   for_each_chunk(copy, [](unsigned, const char* address, int valid) {
     for (int byte = 0; byte < valid; byte += valid == 16 ? 16 : 2) count_global_read(address + byte, valid == 16 ? 16 : 2);

@@ -269,7 +269,8 @@ static void add_block(Residents& residents, Cluster& cluster, const Shape& shape
   block.threads.resize(threads);
   block.warps.resize((threads + kWarpSize - 1) / kWarpSize);
   block.warpgroups.resize(threads / kWarpgroupSize);
-  const int registers = std::min<int>(65536 / threads / 8 * 8, 255);  // what a kernel has with __launch_bounds__(threads, 1)
+  // What ptxas gives a kernel that has __launch_bounds__(threads, 1) and setmaxnreg.
+  const int registers = std::min<int>(65536 / threads / 8 * 8, 248);
   block.spare_registers = 0;
   for (Warpgroup& warpgroup : block.warpgroups) warpgroup.registers = registers;
   cluster.blocks.push_back(&block);

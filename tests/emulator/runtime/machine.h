@@ -40,12 +40,20 @@ struct Copy {
   int group;
 };
 
+// Registers of one thread that a wgmma.fence named, and what they held then.
+struct FencedRegisters {
+  const char* data;
+  std::vector<char> contents;
+};
+
 // A product in flight. Its result is known, but the registers hold poison until the wait.
 struct Product {
   int group, n;
-  std::vector<float*> d;         // of each thread of the warpgroup
-  std::vector<float> result;     // [thread][n / 2]
-  std::vector<unsigned> chunks;  // of shared memory, 16 bytes each, that it reads
+  std::vector<float*> d;           // of each thread of the warpgroup
+  std::vector<const uint32_t*> a;  // of each thread, if in registers
+  std::vector<uint32_t> a_values;  // [thread][4]
+  std::vector<float> result;       // [thread][n / 2]
+  std::vector<unsigned> chunks;    // of shared memory, 16 bytes each, that it reads
 };
 
 // What other agents have done that a thread knows of: everything before known[agent], by Machine::clock. Agents are the threads
@@ -89,10 +97,10 @@ struct Warpgroup {
   const char* what = nullptr;  // the operation at which its threads gather
   std::vector<Thread*> arrived;
   void* arguments[kWarpgroupSize];
-  std::vector<Product> products;  // in flight
-  int groups = 0;                 // committed
-  bool fenced = false;            // since the last wait
-  int registers = 0;              // of each thread
+  std::vector<Product> products;                        // in flight
+  int groups = 0;                                       // committed
+  std::vector<FencedRegisters> fenced[kWarpgroupSize];  // by thread, until no product is in flight
+  int registers = 0;                                    // of each thread
 };
 
 struct MBarrier {

@@ -64,6 +64,7 @@ struct WgmmaArguments {
 };
 
 static constexpr int kRows = 64, kDepth = 16;
+static constexpr int kFragment = 4;              // registers of a in each thread
 static constexpr uint32_t kPoison = 0xffffdead;  // NaN
 
 static float value_of(uint16_t bits, bool is_half) { return is_half ? __half2float({bits}) : __bfloat162float({bits}); }
@@ -105,6 +106,18 @@ static void load_operand(const Warpgroup& warpgroup, Product& product, uint64_t 
   machine.launches.back().counters.wgmma_shared_bytes += count * kDepth * 2;
 }
 
+// A fence must name the registers of a wgmma, which must not change between the two.
+static void check_fenced(const Warpgroup& warpgroup, unsigned t, const void* registers, size_t bytes, const std::string& name) {
+  const auto* data = static_cast<const char*>(registers);
+  const auto& fenced = warpgroup.fenced[t];
+  const auto found = std::find_if(fenced.rbegin(), fenced.rend(), [&](const FencedRegisters& f) {
+    return f.data <= data && data + bytes <= f.data + f.contents.size();
+  });
+  if (found == fenced.rend()) fail("wgmma.fence is missing, or does not name the registers of " + name);
+  if (std::memcmp(data, &found->contents[data - found->data], bytes))
+    fail("registers of " + name + " were written after the wgmma.fence");
+}
+
 static float truncated(double value) {
   const float nearest = static_cast<float>(value);
   return std::isfinite(nearest) && std::abs(double{nearest}) > std::abs(value) ? std::nextafterf(nearest, 0.0f) : nearest;
@@ -119,8 +132,7 @@ static void multiply(Warpgroup& warpgroup, WarpgroupArguments arguments) {
     if (of(t).a_descriptor != first.a_descriptor || of(t).b_descriptor != first.b_descriptor)
       fail("wgmma: the threads of the warpgroup pass different descriptors");
   }
-  if (!warpgroup.fenced) fail("wgmma.fence is missing: registers may have changed since the last wait");
-  Product product = {warpgroup.groups, first.n, {}, {}, {}};
+  Product product = {warpgroup.groups, first.n, {}, {}, {}, {}, {}};
   static float a[kRows][kDepth], b[256][kDepth];
   static double sums[kRows][256];
   load_operand(warpgroup, product, first.b_descriptor, first.n, first.b_mn_major, first.is_half, b);
@@ -128,7 +140,10 @@ static void multiply(Warpgroup& warpgroup, WarpgroupArguments arguments) {
     load_operand(warpgroup, product, first.a_descriptor, kRows, false, first.is_half, a);
   } else {
     for (unsigned t = 0; t < kWarpgroupSize; ++t) {
-      for (int i = 0; i < 8; ++i)
+      check_fenced(warpgroup, t, of(t).a, kFragment * sizeof *first.a, "a");
+      product.a.push_back(of(t).a);
+      product.a_values.insert(product.a_values.end(), of(t).a, of(t).a + kFragment);
+      for (int i = 0; i < 2 * kFragment; ++i)
         a[a_row(t, i)][a_column(t, i)] = value_of(static_cast<uint16_t>(of(t).a[i / 2] >> i % 2 * 16), first.is_half);
     }
   }
@@ -140,6 +155,7 @@ static void multiply(Warpgroup& warpgroup, WarpgroupArguments arguments) {
   const int count = first.n / 2;
   for (unsigned t = 0; t < kWarpgroupSize; ++t) {
     product.d.push_back(of(t).d);
+    if (!chained) check_fenced(warpgroup, t, of(t).d, count * sizeof *first.d, "d");
     for (int i = 0; i < count; ++i) {
       const float value = chained ? earlier->result[t * count + i] : of(t).d[i];
       sums[d_row(t, i)][d_column(t, i)] = first.accumulate ? value : 0;
@@ -176,15 +192,39 @@ void wgmma(float* d, int n, const uint32_t* a, uint64_t a_descriptor, uint64_t b
   gather_warpgroup("wgmma.mma_async", &mine, multiply);
 }
 
-void wgmma_fence() {
-  gather_warpgroup("wgmma.fence", nullptr, [](Warpgroup& warpgroup, WarpgroupArguments) { warpgroup.fenced = true; });
+void wgmma_fence(std::initializer_list<Registers> registers) {
+  gather_warpgroup("wgmma.fence", &registers, [](Warpgroup& warpgroup, WarpgroupArguments arguments) {
+    for (unsigned t = 0; t < kWarpgroupSize; ++t) {
+      for (const Registers& r : *static_cast<const std::initializer_list<Registers>*>(arguments[t])) {
+        const auto* data = static_cast<const char*>(r.data);
+        auto& fenced = warpgroup.fenced[t];
+        fenced.erase(std::remove_if(fenced.begin(), fenced.end(), [&](const FencedRegisters& f) { return f.data == data; }),
+                     fenced.end());
+        fenced.push_back({data, {data, data + r.bytes}});
+      }
+    }
+  });
 }
 
 void wgmma_commit() {
   gather_warpgroup("wgmma.commit_group", nullptr, [](Warpgroup& warpgroup, WarpgroupArguments) { ++warpgroup.groups; });
 }
 
-static void complete(Warpgroup& warpgroup, const Product& product, bool is_last) {
+struct WaitArguments {
+  int pending;
+  std::initializer_list<Registers> registers;
+};
+
+static void check_named(const WaitArguments& wait, const void* registers, size_t bytes, const char* name) {
+  const auto* data = static_cast<const char*>(registers);
+  const bool found = std::any_of(wait.registers.begin(), wait.registers.end(), [&](const Registers& r) {
+    const auto* first = static_cast<const char*>(r.data);
+    return first <= data && data + bytes <= first + r.bytes;
+  });
+  if (!found) fail(std::string("wgmma.wait_group completes a wgmma, but does not name its registers of ") + name);
+}
+
+static void complete(Warpgroup& warpgroup, const Product& product, bool is_last, WarpgroupArguments arguments) {
   Block& block = *machine.running->block;
   const size_t index = &warpgroup - block.warpgroups.data();
   for (unsigned chunk : product.chunks) {
@@ -193,7 +233,13 @@ static void complete(Warpgroup& warpgroup, const Product& product, bool is_last)
     readers.read[index] = machine.clock;
   }
   const int count = product.n / 2;
+  for (unsigned t = 0; t < product.a.size(); ++t) {
+    check_named(*static_cast<const WaitArguments*>(arguments[t]), product.a[t], kFragment * sizeof(uint32_t), "a");
+    if (!std::equal(product.a[t], product.a[t] + kFragment, &product.a_values[t * kFragment]))
+      fail("registers of a of a wgmma in flight were written: its wait is missing");
+  }
   for (unsigned t = 0; is_last && t < kWarpgroupSize; ++t) {
+    check_named(*static_cast<const WaitArguments*>(arguments[t]), product.d[t], count * sizeof(float), "d");
     for (int i = 0; i < count; ++i) {
       if (bits_of(product.d[t][i]) != kPoison) fail("sums of a wgmma in flight were written: its wait is missing");
       product.d[t][i] = product.result[t * count + i];
@@ -201,19 +247,22 @@ static void complete(Warpgroup& warpgroup, const Product& product, bool is_last)
   }
 }
 
-void wgmma_wait(int pending) {
-  gather_warpgroup("wgmma.wait_group", &pending, [](Warpgroup& warpgroup, WarpgroupArguments arguments) {
-    const int pending = *static_cast<const int*>(arguments[0]);
+void wgmma_wait(int pending, std::initializer_list<Registers> registers) {
+  WaitArguments mine = {pending, registers};
+  gather_warpgroup("wgmma.wait_group", &mine, [](Warpgroup& warpgroup, WarpgroupArguments arguments) {
+    const int pending = static_cast<const WaitArguments*>(arguments[0])->pending;
     auto& products = warpgroup.products;
     size_t done = 0;
     while (done < products.size() && products[done].group < warpgroup.groups - pending) ++done;
     for (size_t i = 0; i < done; ++i) {
       const bool is_last = std::none_of(products.begin() + i + 1, products.end(),
                                         [&](const Product& later) { return later.d[0] == products[i].d[0]; });
-      complete(warpgroup, products[i], is_last);
+      complete(warpgroup, products[i], is_last, arguments);
     }
     products.erase(products.begin(), products.begin() + done);
-    warpgroup.fenced = false;
+    if (products.empty()) {
+      for (auto& fenced : warpgroup.fenced) fenced.clear();
+    }
   });
 }
 
