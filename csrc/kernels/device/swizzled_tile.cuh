@@ -35,13 +35,14 @@ class SwizzledTile {
 
   // 16 columns from `column` on, for all rows.
   MOVQ_DEVICE uint64_t columns_are_k(int column) const {
-    return swizzled_descriptor(elements.address(column / kPanelColumns * kPanelElements + column % kPanelColumns, 8), 16, 1024);
+    const unsigned first = column / kPanelColumns * kPanelElements + column % kPanelColumns;
+    return swizzled_descriptor(elements.address(first, (Rows - 1) * kPanelColumns + 16), 16, 1024);
   }
 
   // 16 rows from `row` on, for the columns from `column` on, which is a multiple of 64.
   MOVQ_DEVICE uint64_t rows_are_k(int row, int column) const {
-    return swizzled_descriptor(elements.address(column / kPanelColumns * kPanelElements + row * kPanelColumns, 8), kPanelBytes,
-                               1024);
+    const unsigned first = column / kPanelColumns * kPanelElements + row * kPanelColumns;
+    return swizzled_descriptor(elements.address(first, 16 * kPanelColumns), kPanelBytes, 1024);
   }
 
   // The index of an element in `elements`. It and its neighbours up to the next multiple of 8 columns are adjacent.

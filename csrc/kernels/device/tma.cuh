@@ -60,11 +60,12 @@ struct Coordinates { int x, y, z, w; };  // innermost first
 template <class T>
 MOVQ_DEVICE void tma_load(const Shared<T>& to, unsigned i, const TensorMap& map, const Coordinates& from,
                           const MBarrier& barrier) {
-  const unsigned address = to.address(i, 1);
 #ifdef MOVQ_EMULATOR
+  const unsigned address = to.address(i, map.box_bytes() / sizeof(T));
   const int coordinates[] = {from.x, from.y, from.z, from.w};
   emu::tma_load(address, map, coordinates, barrier.address());
 #else
+  const unsigned address = to.address(i, 1);
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::
           "r"(address),

@@ -67,6 +67,8 @@ struct TensorMap {
   int element_size;
   uint64_t sizes[4], strides[3];
   uint32_t box[4];
+
+  unsigned box_bytes() const { return box[0] * box[1] * box[2] * box[3] * element_size; }
 };
 TensorMap make_tensor_map(const void* data, int element_size, const uint64_t (&sizes)[4], const uint64_t (&strides)[3],
                           const uint32_t (&box)[4]);

@@ -89,7 +89,8 @@ EXPORT(fragments, const void* a, const void* b, float* d, int bug) {
 // the copy, 2 too few and 3 too many bytes expected, 4 no wait for the stage to be empty, 5 the stage released before the wait for
 // its products, 6 no fence.proxy.async and 7 no barrier after the barriers' initialisation, 8 a wrong parity, 9 more arrivals than
 // expected, 10 a misaligned destination, 11 a copy that no thread waits for, 12 a copy that completes on the other stage's barrier,
-// 13 an ordinary read before the copy is complete.
+// 13 an ordinary read before the copy is complete, 14 a copy over an ordinary store with no fence.proxy.async, 15 a store to an
+// mbarrier, 16 a copy over an mbarrier, 17 a copy beyond its view, 18 an operand beyond its tile.
 __global__ void pipeline(const __grid_constant__ TensorMap map, int tiles, float* d, int bug) {
   const Tile64 stages[2] = {Tile64(0), Tile64(Tile64::kBytes)};
   const Shared<uint64_t> barriers(2 * Tile64::kBytes, 4);
@@ -104,8 +105,11 @@ __global__ void pipeline(const __grid_constant__ TensorMap map, int tiles, float
     for (int i = 0; threadIdx.x == 0 && i < tiles + (bug == 11); ++i) {
       const unsigned parity = i / 2 % 2;
       if (bug != 4) empty(i).wait(bug == 8 ? parity : !parity);
+      if (bug == 14 && i == 0) stages[0].elements.store(100, from_float<__half>(1));
+      if (bug == 15 && i == 0) Shared<float>(2 * Tile64::kBytes, 1).store(0, 0);
       full(i).arrive_expecting(bug == 2 ? 0 : bug == 3 ? Tile64::kBytes + 16 : Tile64::kBytes);
-      tma_load(stages[i % 2].elements, bug == 10 ? 64 : 0, map, {0, i * 64, 0, 0}, full(i + (bug == 12 && i == 0)));
+      const Shared<__half> to(bug == 16 ? 2 * Tile64::kBytes : i % 2 * Tile64::kBytes, bug == 10 ? 128 * 64 : 64 * 64);
+      tma_load(to, bug == 10 ? 64 : bug == 17 ? 32 * 64 : 0, map, {0, i * 64, 0, 0}, full(i + (bug == 12 && i == 0)));
     }
   } else {
     float sums[32] = {};
@@ -114,7 +118,7 @@ __global__ void pipeline(const __grid_constant__ TensorMap map, int tiles, float
       if (bug != 1) full(i).wait(i / 2 % 2);
       wgmma_fence(sums);
       for (int k = 0; k < 64; k += 16) {
-        const uint64_t operand = stages[i % 2].columns_are_k(k);
+        const uint64_t operand = stages[i % 2].columns_are_k(bug == 18 ? k + 8 : k);
         wgmma<__half, Major::kK>(sums, operand, operand);
       }
       wgmma_commit();
@@ -128,12 +132,37 @@ __global__ void pipeline(const __grid_constant__ TensorMap map, int tiles, float
 EXPORT(pipeline, const void* x, int tiles, float* d, int bug) {
   const uint64_t rows = uint64_t(tiles) * 64;
   const TensorMap map = make_tensor_map(x, {{64, rows, 1, 1}, {128, rows * 128, rows * 128}, {64, 64, 1, 1}}, "pipeline");
-  launch(::pipeline, "pipeline", LaunchConfig{1, 256, 2 * Tile64::kBytes + 32}, nullptr, map, tiles, d, bug);
+  launch(::pipeline, "pipeline", LaunchConfig{1, 256, 2 * Tile64::kBytes + (bug == 16 ? Tile64::kBytes : 32)}, nullptr, map,
+         tiles, d, bug);
 }
+
+// One thread waits for what another stored before an mbarrier's first phase. Bug: 1 it reads what comes with the second phase.
+__global__ void phases(float* d, int bug) {
+  const Shared<float> values(0, 2);
+  const MBarrier stored(Shared<uint64_t>(8, 1), 0);
+  if (threadIdx.x == 0) {
+    stored.init(2);
+    fence_proxy_async();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    values.store(0, 1);
+    stored.arrive();
+    stored.wait(0);
+    values.store(1, 2);
+    stored.arrive();
+  }
+  if (threadIdx.x == 32) stored.arrive();
+  if (threadIdx.x == 64) {
+    stored.wait(0);
+    store(d, values.load(bug));
+  }
+}
+EXPORT(phases, float* d, int bug) { launch(::phases, "phases", LaunchConfig{1, 96, 16}, nullptr, d, bug); }
 
 // One warpgroup writes a number for each thread of another. Bugs: 1 more registers than the block has, 2 an increase that is a
 // decrease, 3 a missing arrival, 4 different numbers of threads, 5 no barrier, 6 setmaxnreg in half of the warpgroup, 7 an arrival
-// before the store.
+// before the store, 8 a lane that waits while the others of its warp arrive.
 __global__ void roles(float* d, int bug) {
   const Shared<float> values(0, 128);
   const NamedBarrier written(1, 256);
@@ -142,6 +171,7 @@ __global__ void roles(float* d, int bug) {
     if (bug == 7) written.arrive();
     values.store(threadIdx.x, float(threadIdx.x));
     if (bug == 4) NamedBarrier(1, 384).arrive();
+    else if (bug == 8 && threadIdx.x == 3) written.sync();
     else if (bug != 7 && (bug != 3 || threadIdx.x >= 32)) written.arrive();
   } else if (warpgroup_id() == 1) {
     if (bug == 2) acquire_registers<160>();

@@ -44,6 +44,7 @@ static MBarrier& mbarrier_at(unsigned address) {
 static void complete_phase_if_due(MBarrier& barrier) {
   if (barrier.missing || barrier.bytes) return;
   ++barrier.phase;
+  barrier.completed = barrier.released;
   barrier.missing = barrier.arrivals;
   for (Thread* thread : barrier.waiting) wake(thread);
   barrier.waiting.clear();
@@ -67,7 +68,7 @@ void mbarrier_wait(unsigned address, unsigned parity) {
     barrier.waiting.push_back(machine.running);
     suspend(where);
   }
-  acquire(*machine.running, barrier.released);
+  acquire(*machine.running, barrier.completed);
 }
 
 void fence_proxy_async() { machine.running->fences.push_back(++machine.clock); }
@@ -85,6 +86,7 @@ void named_barrier(int id, int threads, bool wait) {
     fail(std::string(where) + " is of " + std::to_string(threads) + " threads here and of " + std::to_string(barrier.threads) +
          " elsewhere");
   }
+  gather(~0u, wait ? where : interned(std::string("the arrival at ") + where), nullptr, [](Warp&, unsigned, Arguments) {});
   barrier.threads = threads;
   ++barrier.arrived;
   release(self, barrier.released);
@@ -152,7 +154,7 @@ void tma_load(unsigned to, const TensorMap& map, const int (&from)[4], unsigned 
   const auto fence = std::upper_bound(creator.fences.begin(), creator.fences.end(), barrier.created);
   if (fence == creator.fences.end() || !ordered(self, creator.id, *fence - 1))
     fail("no fence.proxy.async follows the initialisation of " + name(barrier_address));
-  BoxCopy copy = {self.block, to, map.box[0] * map.box[1] * map.box[2] * map.box[3] * map.element_size, barrier_address, map, {}};
+  BoxCopy copy = {self.block, to, map.box_bytes(), barrier_address, map, {}};
   std::copy(from, from + 4, copy.from);
   // A rule of this project, not of the hardware: the emulator copies chunks of 16 bytes.
   if (copy.from[0] * map.element_size % 16) fail("expected a TMA copy to start at a multiple of 16 bytes of a row");

@@ -111,6 +111,7 @@ struct MBarrier {
   uint16_t creator = 0;
   uint32_t created = 0, copied = 0;  // times of init and of the last copy
   Knowledge released;                // by those who have arrived
+  Knowledge completed;               // `released` when the last phase completed
   std::vector<Thread*> waiting;
 };
 
@@ -260,7 +261,7 @@ std::string describe_agent(const Block& block, uint16_t agent);
 
 // Shared memory (memory.cpp).
 void check_shared(const Block& block, unsigned address, int bytes, int alignment, const char* what);
-void start_copy_to(unsigned address, int bytes);                     // marks shared memory as in flight
+void start_copy_to(unsigned address, int bytes);                     // by TMA: marks shared memory as in flight
 void check_product_operand(const Thread& thread, unsigned address);  // 16 bytes that wgmma reads
 void count_global_read(const void* from, int bytes);                 // one access of at most 16 bytes, by a copy
 

@@ -197,6 +197,24 @@ static void write_once(Shadow& s, unsigned address, Shadow::State state) {
   s.written = machine.clock;
 }
 
+static void check_no_mbarrier(const Block& block, unsigned address, unsigned bytes) {
+  const auto next = block.mbarriers.lower_bound(address < 8 ? 0 : address - 7);
+  if (next != block.mbarriers.end() && next->first < address + bytes)
+    fail("write to shared byte " + std::to_string(std::max(address, next->first)) + ", which belongs to the mbarrier at byte " +
+         std::to_string(next->first));
+}
+
+// What the generic proxy wrote needs a fence before the async proxy uses it in `thread`.
+static void check_proxy(const Thread& thread, const Shadow& s, unsigned address, const char* user) {
+  if (!s.proxy) return;
+  const Thread& writer = thread_of(*thread.block->cluster, s.writer);
+  const auto fence = std::upper_bound(writer.fences.begin(), writer.fences.end(), s.written);
+  if (fence == writer.fences.end() || !ordered(thread, writer.id, *fence - 1)) {
+    fail("shared byte " + std::to_string(address) + ", which " + user + ", was stored by " + describe(writer) +
+         " with no fence.proxy.async before the barrier");
+  }
+}
+
 // The bytes of one access usually share one history, which is then checked once.
 template <class Check>
 static void for_each_byte(Block& block, unsigned address, int bytes, Check check) {
@@ -243,6 +261,7 @@ void shared_write(unsigned address, const void* from, int bytes) {
   Block& block = *machine.running->block;
   check_shared(block, address, bytes, bytes, "write");
   check_product_readers(block, address);
+  check_no_mbarrier(block, address, bytes);
   for_each_byte(block, address, bytes, [](Shadow& s, unsigned at) { write_once(s, at, Shadow::kWritten); });
   log_access(__builtin_return_address(0), Kind::kSharedWrite, address, bytes);
   copy_bytes(&block.shared[address], from, bytes);
@@ -267,20 +286,19 @@ void cluster_read(unsigned address, unsigned rank, void* to, int bytes) {
 void start_copy_to(unsigned address, int bytes) {
   Block& block = *machine.running->block;
   for (int i = 0; i < bytes; i += 16) check_product_readers(block, address + i);
-  for_each_byte(block, address, bytes, [](Shadow& s, unsigned at) { write_once(s, at, Shadow::kInFlight); });
+  check_no_mbarrier(block, address, bytes);
+  for_each_byte(block, address, bytes, [](Shadow& s, unsigned at) {
+    const Shadow before = s;
+    write_once(s, at, Shadow::kInFlight);
+    check_proxy(*machine.running, before, at, "a TMA copy overwrites");
+  });
   std::memset(&block.shared[address], 0xff, bytes);
 }
 
 void check_product_operand(const Thread& thread, unsigned address) {
   for_each_byte(*thread.block, address, 16, [&](Shadow& s, unsigned at) {
     check_read(thread, s, at);
-    if (!s.proxy) return;
-    const Thread& writer = thread_of(*thread.block->cluster, s.writer);
-    const auto fence = std::upper_bound(writer.fences.begin(), writer.fences.end(), s.written);
-    if (fence == writer.fences.end() || !ordered(thread, writer.id, *fence - 1)) {
-      fail("shared byte " + std::to_string(at) + ", which wgmma reads, was stored by " + describe(writer) +
-           " with no fence.proxy.async before the barrier");
-    }
+    check_proxy(thread, s, at, "wgmma reads");
   });
 }
 
@@ -301,6 +319,7 @@ void cp_async(unsigned to, const void* from, int bytes, bool valid) {
   if (valid) check_global_read(__builtin_return_address(0), from, bytes);
   else if (reinterpret_cast<uintptr_t>(from) % bytes)
     fail("misaligned source of a cp.async, which must be aligned even where it is not read");
+  check_no_mbarrier(*self.block, to, bytes);
   for_each_byte(*self.block, to, bytes, [](Shadow& s, unsigned at) { write_once(s, at, Shadow::kInFlight); });
   log_access(__builtin_return_address(0), Kind::kSharedWrite, to, bytes);
   for (int i = 0; i < bytes; ++i) self.block->shared[to + i] = 0xff;
