@@ -1,8 +1,8 @@
 // A matrix of 16-bit elements in shared memory, in the layout that TMA writes and wgmma reads with 128-byte swizzle.
 //
-// The tile is cut into panels of 64 columns, one after the other. A panel has a row of 128 bytes for each row of the matrix. Within
-// 8 rows, which are 1024 bytes, the eight 16-byte chunks of row r are permuted: chunk c lies at c ^ r. So eight chunks of one
-// column and eight chunks of one row both lie in 32 different banks.
+// The tile is cut into panels of 64 columns, one after the other. A panel has a row of 128 bytes for each row of the matrix.
+// Within 8 rows, which are 1024 bytes, the eight 16-byte chunks of row r are permuted: chunk c lies at c ^ r. So eight chunks of
+// one column and eight chunks of one row both lie in 32 different banks.
 //
 //   operand of wgmma         K runs along   16 values of k are    leading byte offset      stride byte offset
 //   columns_are_k (K-major)  the columns    32 bytes of a row     unused                   8 rows: 1024

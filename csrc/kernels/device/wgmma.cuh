@@ -4,8 +4,8 @@
 // row = 16 warp + lane / 4 and pair = lane % 4:
 //   d     d[4 n], d[4 n + 1] at (row, 8 n + 2 pair) and the next column; d[4 n + 2], d[4 n + 3] eight rows below
 //   a     a[0] at (row, 2 pair) and the next column; a[1] eight rows below; a[2], a[3] eight columns to the right
-// So d[8 k .. 8 k + 7], rounded to 16 bits, is the fragment a of columns 16 k to 16 k + 15. b, and a if not in registers, come from
-// shared memory by a descriptor (swizzled_tile.cuh).
+// So d[8 k .. 8 k + 7], rounded to 16 bits, is the fragment a of columns 16 k to 16 k + 15. b, and a if not in registers, come
+// from shared memory by a descriptor (swizzled_tile.cuh).
 //
 // The order of calls: wgmma_fence(d, a), any number of wgmma(), wgmma_commit(), wgmma_wait(d, a). Fence and wait name every array
 // of registers that the products use, so that the compiler moves no access past them. Between the two, no thread may touch these
@@ -86,8 +86,8 @@ MOVQ_DEVICE void wgmma_wait(Registers&... registers) {
 #define MOVQ_SUMS_64(d, i) MOVQ_SUMS_32(d, i), MOVQ_SUMS_32(d, (i) + 32)
 #define MOVQ_SUMS_128(d, i) MOVQ_SUMS_64(d, i), MOVQ_SUMS_64(d, (i) + 64)
 
-// The instruction for N columns, with `count` = N / 2 sums a thread. Operands after the sums: a, b, whether to add to d, and whether
-// b is MN-major. first, second, ... are the numbers of those operands.
+// The instruction for N columns, with `count` = N / 2 sums a thread. Operands after the sums: a, b, whether to add to d, and
+// whether b is MN-major. first, second, ... are the numbers of those operands.
 #define MOVQ_WGMMA_SHARED(n, type, count, first, second, third, fourth)                                \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #third                                             \
                ", 0;\n"                                                                                \

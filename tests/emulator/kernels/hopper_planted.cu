@@ -1,5 +1,5 @@
-// Hopper kernels with one bug each, which the argument `bug` turns on; 0 is the right kernel. test_hopper.py checks that each bug is
-// reported.
+// Hopper kernels with one bug each, which the argument `bug` turns on; 0 is the right kernel. test_hopper.py checks that each bug
+// is reported.
 #include "device/launch.cuh"
 #include "device/memory.cuh"
 #include "device/swizzled_tile.cuh"
@@ -85,12 +85,12 @@ EXPORT(fragments, const void* a, const void* b, float* d, int bug) {
          static_cast<const __half*>(b), d, bug);
 }
 
-// d = sum of x x^T over the 64 x 64 tiles x that one warpgroup loads through two stages and another multiplies. Bugs: 1 no wait for
-// the copy, 2 too few and 3 too many bytes expected, 4 no wait for the stage to be empty, 5 the stage released before the wait for
-// its products, 6 no fence.proxy.async and 7 no barrier after the barriers' initialisation, 8 a wrong parity, 9 more arrivals than
-// expected, 10 a misaligned destination, 11 a copy that no thread waits for, 12 a copy that completes on the other stage's barrier,
-// 13 an ordinary read before the copy is complete, 14 a copy over an ordinary store with no fence.proxy.async, 15 a store to an
-// mbarrier, 16 a copy over an mbarrier, 17 a copy beyond its view, 18 an operand beyond its tile.
+// d = sum of x x^T over the 64 x 64 tiles x that one warpgroup loads through two stages and another multiplies. Bugs: 1 no wait
+// for the copy, 2 too few and 3 too many bytes expected, 4 no wait for the stage to be empty, 5 the stage released before the
+// wait for its products, 6 no fence.proxy.async and 7 no barrier after the barriers' initialisation, 8 a wrong parity, 9 more
+// arrivals than expected, 10 a misaligned destination, 11 a copy that no thread waits for, 12 a copy that completes on the other
+// stage's barrier, 13 an ordinary read before the copy is complete, 14 a copy over an ordinary store with no fence.proxy.async,
+// 15 a store to an mbarrier, 16 a copy over an mbarrier, 17 a copy beyond its view, 18 an operand beyond its tile.
 __global__ void pipeline(const __grid_constant__ TensorMap map, int tiles, float* d, int bug) {
   const Tile64 stages[2] = {Tile64(0), Tile64(Tile64::kBytes)};
   const Shared<uint64_t> barriers(2 * Tile64::kBytes, 4);
@@ -161,8 +161,8 @@ __global__ void phases(float* d, int bug) {
 EXPORT(phases, float* d, int bug) { launch(::phases, "phases", LaunchConfig{1, 96, 16}, nullptr, d, bug); }
 
 // One warpgroup writes a number for each thread of another. Bugs: 1 more registers than the block has, 2 an increase that is a
-// decrease, 3 a missing arrival, 4 different numbers of threads, 5 no barrier, 6 setmaxnreg in half of the warpgroup, 7 an arrival
-// before the store, 8 a lane that waits while the others of its warp arrive.
+// decrease, 3 a missing arrival, 4 different numbers of threads, 5 no barrier, 6 setmaxnreg in half of the warpgroup, 7 an
+// arrival before the store, 8 a lane that waits while the others of its warp arrive.
 __global__ void roles(float* d, int bug) {
   const Shared<float> values(0, 128);
   const NamedBarrier written(1, 256);
