@@ -103,7 +103,7 @@ def default_arch_list(toolkit):
 
 
 def with_hopper_instructions(arch_list):
-    """Replace 9.0 with 9.0a. Its code runs on the same GPUs and may use wgmma, which attention_hopper.cu does.
+    """Replace 9.0 with 9.0a. Its code runs on the same GPUs and may use wgmma, as shared_kv_forward.cu and its backward do.
 
     PTX stays 9.0: newer GPUs cannot compile PTX of 9.0a.
     """

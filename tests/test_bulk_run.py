@@ -226,7 +226,7 @@ def test_logs_of_a_finished_shard_are_removed(model_folder, decoder, tmp_path, i
     """A run can be killed after it wrote the output and before it removed its log."""
     source = write_parquet(tmp_path / "x.parquet", **size_columns())
     assert run_decode(model_folder, source, "-o", tmp_path / "out") == 0
-    (tmp_path / "out/.x.parquet.0123.images.partial").touch()
+    (tmp_path / "out/.x.parquet.0123456789abcdef.images.partial").touch()
     if in_worker:
         decode_shard(ParquetShard(source, tmp_path / "out/x.parquet"), decoder)
     else:

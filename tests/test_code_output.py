@@ -121,7 +121,9 @@ def test_a_process_killed_before_it_clears_the_journal(tmp_path, monkeypatch):
             add(output, range(5))
 
     for suffix in WRITERS:
-        (tmp_path / f".codes-00000{suffix}.1.1.partial").touch()  # from a process that was killed while it wrote
+        (
+            tmp_path / f".codes-00000{suffix}.0123456789abcdef.output.partial"
+        ).touch()  # from a process that was killed while it wrote
     run_and_die(die_after_the_first_shard)
     with ShardFolder(tmp_path, BOOK, ".safetensors", 2) as output:
         add(output, range(2, 5))

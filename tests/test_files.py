@@ -8,6 +8,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from spies import record_calls
 
 from movq_ext.io.files import (
     MAX_JSON_CHARACTERS,
@@ -102,12 +103,14 @@ def test_a_private_file_gets_the_permissions_of_the_umask(tmp_path, mask):
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o444, 0o664])
-def test_an_overwritten_file_keeps_its_permissions(tmp_path, mode):
-    """A private file is private while it is written, too."""
+def test_an_overwritten_file_keeps_its_permissions(tmp_path, monkeypatch, mode):
+    """A private file is private from the start: whoever opens it before chmod could read what is written later."""
     path = tmp_path / "a.txt"
     path.touch()
     path.chmod(mode)
+    created = record_calls(monkeypatch, os, "open", lambda result, path, flags, mode=None: mode if flags & os.O_CREAT else None)
     with atomic_write(path) as partial:
+        assert [value for value in created if value is not None] == [0o600]
         assert partial.stat().st_mode & 0o777 == mode | 0o600
         partial.write_text("new")
     assert path.stat().st_mode & 0o777 == mode and path.read_text() == "new"
@@ -161,11 +164,34 @@ def test_concurrent_writers(tmp_path, monkeypatch):
 # --- remove_partial_files
 
 
+def test_only_partial_files_are_removed(tmp_path):
+    """Other names, folders and links stay; they are no error either."""
+    target = tmp_path / "target"
+    target.touch()
+    for name in (".x.a.b.partial", ".x.0123456789abcdef.partial", ".x.0123456789abcdeg.output.partial"):
+        (tmp_path / name).touch()
+    (tmp_path / ".x.00000000000000aa.output.partial").mkdir()
+    (tmp_path / ".x.00000000000000bb.output.partial").symlink_to(target)
+    os.mkfifo(tmp_path / ".x.00000000000000cc.output.partial")
+    before = names(tmp_path)
+    remove_partial_files([tmp_path / "x"])
+    assert [name for name in before if name not in names(tmp_path)] == [".x.00000000000000cc.output.partial"]
+
+
 def test_partial_files_of_killed_processes(tmp_path):
-    for name in (".x.parquet.12.34.partial", ".y.parquet.12.34.partial", ".x.parquet", "x.parquet.12.34.partial"):
+    for name in (
+        ".x.parquet.0123456789abcdef.output.partial",
+        ".y.parquet.0123456789abcdef.output.partial",
+        ".x.parquet",
+        "x.parquet.0123456789abcdef.output.partial",
+    ):
         (tmp_path / name).touch()
     remove_partial_files([tmp_path / "x.parquet", tmp_path / "gone/x.parquet"])
-    assert names(tmp_path) == [".x.parquet", ".y.parquet.12.34.partial", "x.parquet.12.34.partial"]
+    assert names(tmp_path) == [
+        ".x.parquet",
+        ".y.parquet.0123456789abcdef.output.partial",
+        "x.parquet.0123456789abcdef.output.partial",
+    ]
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "link.parquet"])
@@ -214,7 +240,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", unsupported)
     with atomic_write(tmp_path / "x.parquet") as partial:
         partial.write_text("whole")
-    (tmp_path / ".x.parquet.12.34.partial").touch()
+    (tmp_path / ".x.parquet.0123456789abcdef.output.partial").touch()
     remove_partial_files([tmp_path / "x.parquet"])
     assert names(tmp_path) == ["x.parquet"]
 

@@ -45,4 +45,7 @@ def test_float16_on_a_cpu_needs_float32_copies(model, monkeypatch, limits):
 
 def test_images_that_cannot_be_read_in_the_free_memory_are_refused(model, monkeypatch):
     monkeypatch.setattr(image_encoder, "free_memory", lambda device: 1000 * LOADING_BYTES)
-    assert ImageEncoder(model).max_pixels() == 1000 * MEMORY_SHARE
+    encoder = ImageEncoder(model)
+    encoder.require_memory(20, 40)
+    with pytest.raises(ValueError, match=r"^20 x 41 pixels \(height x width\) do not fit in the free memory, 800 pixels do$"):
+        encoder.require_memory(20, 41)

@@ -19,8 +19,15 @@ def test_available_memory(model_folder, monkeypatch):
     found = [memory.available_memory(device, threads) for threads in (1, 4, 8)]
     assert found == [MACHINE_BYTES // 4, MACHINE_BYTES, MACHINE_BYTES]
     assert 0 < BatchDecoder(Settings(model_folder, "cpu", threads=1)).max_memory < MACHINE_BYTES // 4
+
+
+def test_free_memory_of_a_gpu(monkeypatch):
+    """Blocks in torch's cache are free: they are left over from the previous image."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
-    assert memory.available_memory(torch.device("cuda"), 1) == 1000
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 700)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 300)
+    gpu = torch.device("cuda")
+    assert memory.available_memory(gpu, 1) == memory.free_memory(gpu) == 1400
 
 
 @pytest.mark.parametrize(

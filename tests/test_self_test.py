@@ -107,6 +107,31 @@ def test_an_error_of_a_kernel_is_a_failure(kernels):
     assert failure == expected
 
 
+def test_an_error_that_appears_when_the_results_are_read_is_a_failure(kernels):
+    """Launches are asynchronous."""
+
+    class Unreadable(torch.Tensor):
+        def cpu(self):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    kernels.plant("attention_forward", lambda *arguments: [torch.zeros(1).as_subclass(Unreadable)])
+    assert self_test_failure("attention", CPU, torch.float32, False).endswith(
+        "failed: CUDA error: an illegal memory access was encountered"
+    )
+
+
+def test_running_out_of_memory_is_no_failure(kernels):
+    """It says nothing about the kernels: the next call tests them."""
+
+    def fails(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    kernels.plant("attention_forward", fails)
+    assert self_test_failure("attention", CPU, torch.float32, False) is None and not self_test._results
+    kernels.plant_error_of("attention_forward", lambda result: result.add_(1))
+    assert "attention_forward" in self_test_failure("attention", CPU, torch.float32, False)
+
+
 def test_a_wrong_kernel_is_replaced_by_the_native_path_with_one_warning(kernels):
     kernels.plant_error_of("attention_forward", lambda result: result.add_(1))
     q, k, v = attention_inputs()

@@ -179,7 +179,10 @@ def test_two_runs_in_one_folder(trained, train, tmp_path, capsys):
 
 
 def test_partial_files_of_killed_runs_are_removed(trained, train, tmp_path):
-    partial = [tmp_path / "out" / name for name in (".training.pt.1.1.partial", "model/.model.safetensors.1.1.partial")]
+    partial = [
+        tmp_path / "out" / name
+        for name in (".training.pt.0123456789abcdef.output.partial", "model/.model.safetensors.0123456789abcdef.output.partial")
+    ]
     for path in partial:
         path.touch()
     assert train("--device", "cpu") == 0

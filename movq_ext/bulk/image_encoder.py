@@ -30,9 +30,11 @@ class ImageEncoder:
         half_on_cpu = weight.dtype == torch.float16 and self.device.type == "cpu"  # computed in float32 copies
         self._bytes_per_pixel = peak_values_per_pixel(model.encoder) * (weight.element_size() + 4 * half_on_cpu)
 
-    def max_pixels(self) -> int:
-        """Return the pixels of the largest image that can be read in the memory that is free now."""
-        return int(MEMORY_SHARE * free_memory(torch.device("cpu"))) // LOADING_BYTES
+    def require_memory(self, height: int, width: int) -> None:
+        """Raise ValueError if an image of this size cannot be read in the memory that is free now."""
+        max_pixels = int(MEMORY_SHARE * free_memory(torch.device("cpu"))) // LOADING_BYTES
+        if height * width > max_pixels:
+            raise ValueError(f"{height} x {width} pixels (height x width) do not fit in the free memory, {max_pixels} pixels do")
 
     def encode(self, image: Image.Image) -> Tensor:
         """Return the code indices ``(h, w)`` of an RGB image. Raises what `encode_image` raises."""

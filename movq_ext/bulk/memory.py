@@ -25,17 +25,23 @@ CPU_OUT_OF_MEMORY = "can't allocate memory"  # torch raises a plain RuntimeError
 def available_memory(device: torch.device, threads: int) -> int:
     """Return the bytes available to decodes: a GPU's free memory, or the threads' share of the machine's memory."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        return _free_gpu_memory(device)
     return int(min(1.0, threads / (os.cpu_count() or 1)) * machine_memory())
 
 
 def free_memory(device: torch.device) -> int:
     """Return the bytes that this process can still allocate: of a GPU, or of the machine within a container's limit."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        return _free_gpu_memory(device)
     left = machine_memory() - (_read_kilobytes(PROCESS_STATUS, "VmRSS") or 0)
     free = _read_kilobytes(MACHINE_STATUS, "MemAvailable")
     return max(0, left if free is None else min(left, free))
+
+
+def _free_gpu_memory(device: torch.device) -> int:
+    """Return the bytes that the driver has left, and those that torch holds in its cache."""
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + cached
 
 
 def machine_memory() -> int:

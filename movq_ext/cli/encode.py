@@ -14,7 +14,7 @@ from ..bulk.image_encoder import ImageEncoder
 from ..io.files import content_hash
 from ..io.folders import describe_ignored
 from ..io.image_files import find_images
-from ..io.images import has_later_frames, load_image
+from ..io.images import has_later_frames, image_size, load_image
 from .common import (
     add_max_pixels,
     add_model,
@@ -71,8 +71,9 @@ def run(args: argparse.Namespace) -> int:
                 if output.holds(name, source_hash):
                     skipped += 1
                     continue
-                max_pixels = min(args.max_pixels, encoder.max_pixels())
-                image, has_more = load_image(path, args.background, max_pixels), has_later_frames(path, max_pixels)
+                encoder.require_memory(*image_size(path, args.max_pixels))
+                image = load_image(path, args.background, args.max_pixels)
+                has_more = has_later_frames(path, args.max_pixels)
                 codes = encoder.encode(image)
             except Exception as error:  # one bad image must not stop the rest
                 failed += 1

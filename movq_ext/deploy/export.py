@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..io.files import (
+    MAX_REASON_CHARACTERS,
     atomic_write,
     follow_link,
     parse_json,
+    printable,
     remove_partial_files,
     require_file,
     require_writable,
@@ -204,7 +206,8 @@ class ExportedDecoder:
             self.dtype = _parse_dtype(metadata["dtype"])
             compiled_for = torch.device(metadata["device"]).type
         except Exception as error:  # of any type: a part may be missing or be anything
-            raise ValueError(f"{path} has metadata that this version of movq_ext cannot read: {error!r}") from error
+            reason = printable(repr(error), MAX_REASON_CHARACTERS)
+            raise ValueError(f"{path} has metadata that this version of movq_ext cannot read: {reason}") from error
         self.device = device or torch.device(compiled_for)
         if self.device.type != compiled_for:
             raise ValueError(f"device must be a {compiled_for} device, which {path} was compiled for, got {self.device}")

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import stat
 import sys
@@ -21,6 +22,7 @@ MAX_SHOWN_CHARACTERS = 200  # of a value from a file, in an error
 MAX_EXPANSION = 100  # of compressed files: integers and text shrink less, but DEFLATE can expand 1032-fold
 MIN_EXPANDED_BYTES = 64 << 20  # allowed whatever the compressed size
 MAX_NAME_BYTES = 200  # file systems allow 255, and a partial file's name is up to 50 longer than the final one
+PARTIAL_NAME = re.compile(r"\.(.+)\.[0-9a-f]{16}\.[a-z]+\.partial", re.DOTALL)
 
 
 @contextmanager
@@ -36,10 +38,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     old_mode = path.stat().st_mode if path.exists() else None
     if old_mode is not None and not (stat.S_ISREG(old_mode) or stat.S_ISDIR(old_mode)):  # os.replace refuses a folder
         raise OSError(f"expected a regular file to overwrite, got a pipe or device: {path}")
-    partial, descriptor = create_partial_file(path, "output")
+    # Nobody may open the new contents of a private file, not even before they are written.
+    partial, descriptor = create_partial_file(path, "output", 0o666 if old_mode is None else 0o600)
     try:
         mode = stat.S_IMODE(partial.stat().st_mode if old_mode is None else old_mode)  # reading the umask would change it
-        partial.chmod(mode | stat.S_IRUSR | stat.S_IWUSR)  # before anything is written: the old file may be private
+        partial.chmod(mode | stat.S_IRUSR | stat.S_IWUSR)
         with name_in_errors(path):
             yield partial
             with open(partial, "rb") as file:
@@ -62,15 +65,15 @@ def name_in_errors(path: str | Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def create_partial_file(path: Path, label: str) -> tuple[Path, int]:
+def create_partial_file(path: Path, label: str, mode: int = 0o666) -> tuple[Path, int]:
     """Create a hidden file beside path, ``.NAME.<random>.LABEL.partial``. Return it, and a descriptor open for appending.
 
-    The file is locked while the descriptor is open: `remove_partial_files` leaves it alone.
+    The umask applies to mode. The file is locked while the descriptor is open: `remove_partial_files` leaves it alone.
     """
     path = follow_link(path)
     while True:
         partial = path.with_name(f".{_partial_stem(path.name)}.{secrets.token_hex(8)}.{label}.partial")
-        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, mode)
         try:
             with suppress(OSError):  # some network file systems have no locks
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -98,7 +101,9 @@ def find_partial_files(paths: Iterable[Path]) -> Iterator[Path]:
     for path in map(follow_link, paths):
         stems.setdefault(path.parent, set()).add(_partial_stem(path.name))
     for folder, known in stems.items():
-        yield from (partial for partial in folder.glob(".*.partial") if partial.name[1:].rsplit(".", 3)[0] in known)
+        for partial in folder.glob(".*.partial"):
+            if (match := PARTIAL_NAME.fullmatch(partial.name)) and match[1] in known:
+                yield partial
 
 
 def remove_partial_files(paths: Iterable[Path]) -> None:
@@ -108,8 +113,8 @@ def remove_partial_files(paths: Iterable[Path]) -> None:
     must not write to the same paths at once.
     """
     for partial in find_partial_files(paths):
-        with suppress(FileNotFoundError, PermissionError):  # another process was faster, or another user's file
-            descriptor = os.open(partial, os.O_RDWR | os.O_CLOEXEC)
+        with suppress(OSError):  # another process was faster, or another user's file, or no file at all
+            descriptor = os.open(partial, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 if not _is_locked(descriptor):
                     partial.unlink()

@@ -60,6 +60,12 @@ def _orient(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
+def image_size(path: str | Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
+    """Return (height, width) in pixels, as stored, without decoding pixels. Raises what `load_image` raises."""
+    with _open_image(path, max_pixels) as image:
+        return image.height, image.width
+
+
 def has_later_frames(path: str | Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> bool:
     """Return True if a readable frame or page follows the one that `load_image` reads.
 
@@ -86,7 +92,8 @@ def _open_image(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
         try:
             image = Image.open(path, formats=FORMATS)
         except Image.DecompressionBombError as error:  # Pillow's own limit
-            raise ImageError(f"cannot read {path}: expected at most {max_pixels} pixels. {error}") from error
+            limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
+            raise ImageError(f"cannot read {path}: expected at most {limit} pixels. {error}") from error
         with image:
             if image.width * image.height > max_pixels:
                 size = f"{image.width} x {image.height} (width x height)"

@@ -142,8 +142,8 @@ def absorb_keys(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, float]:
     ``q . k(n) = q . (weight @ n + bias) = (weight.T @ q) . n + q . bias``. The last term is the same for all keys of a query, so
     it cancels in the softmax.
 
-    The projected queries can be larger than q. So the projection includes the power of two in ``C ** -0.5``, which rounds
-    nothing: in float16 they are finite up to ``weight.T @ q * C ** -0.5`` of about 65504.
+    The projected queries can be larger than q. So the projection includes the power of two in ``C ** -0.5``, which rounds only
+    subnormal weights: in float16 they are finite up to ``weight.T @ q * C ** -0.5`` of about 65504.
 
     Args:
         weight: of k, ``(C, in)`` or ``(C, in, 1, 1)``.

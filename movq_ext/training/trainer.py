@@ -99,7 +99,7 @@ class Trainer:
         self.out.mkdir(parents=True, exist_ok=True)
         model, validation = self.out / "model", self.out / "validation"
         for folder in (self.out, model, validation):
-            if folder is self.out or folder.exists():
+            if folder.exists():
                 require_writable(folder)  # now rather than after the steps until the first checkpoint
         with lock_folder(self.out):
             remove_partial_files([self.checkpoint, self.out / "log.csv", model / "model.safetensors", model / "config.json"])
