@@ -74,10 +74,11 @@ MOVQ_DEVICE void wgmma_wait(Registers&... registers) {
 #define MOVQ_NAMES_16 MOVQ_TEN() "%10,%11,%12,%13,%14,%15"
 #define MOVQ_NAMES_32 MOVQ_TEN() MOVQ_TEN(1) MOVQ_TEN(2) "%30,%31"
 #define MOVQ_NAMES_64 MOVQ_TEN() MOVQ_TEN(1) MOVQ_TEN(2) MOVQ_TEN(3) MOVQ_TEN(4) MOVQ_TEN(5) "%60,%61,%62,%63"
-#define MOVQ_NAMES_128                                                                                         \
-  MOVQ_TEN()                                                                                                   \
-  MOVQ_TEN(1)                                                                                                  \
-  MOVQ_TEN(2) MOVQ_TEN(3) MOVQ_TEN(4) MOVQ_TEN(5) MOVQ_TEN(6) MOVQ_TEN(7) MOVQ_TEN(8) MOVQ_TEN(9) MOVQ_TEN(10) \
+#define MOVQ_NAMES_128                                                                             \
+  MOVQ_TEN()                                                                                       \
+  MOVQ_TEN(1)                                                                                      \
+  MOVQ_TEN(2)                                                                                      \
+  MOVQ_TEN(3) MOVQ_TEN(4) MOVQ_TEN(5) MOVQ_TEN(6) MOVQ_TEN(7) MOVQ_TEN(8) MOVQ_TEN(9) MOVQ_TEN(10) \
       MOVQ_TEN(11) "%120,%121,%122,%123,%124,%125,%126,%127"
 
 #define MOVQ_SUMS_4(d, i) "+f"(d[i]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3])
