@@ -1,4 +1,5 @@
-// The operators attention_* and shared_kv_attention_* for CUDA tensors: checks, layout, allocation and stream around the launchers.
+// The operators attention_* and shared_kv_attention_* for CUDA tensors: checks, layout, allocation and stream around the
+// launchers.
 #include "kernels/attention.h"
 
 #include <ATen/core/Tensor.h>

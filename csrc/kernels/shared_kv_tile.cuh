@@ -1,5 +1,5 @@
-// What the Hopper kernels of attention with shared keys and values (kv) have in common. Each holds a tile of 64 rows and walks over
-// stages of 64 or 32 tokens, which serve twice:
+// What the Hopper kernels of attention with shared keys and values (kv) have in common. Each holds a tile of 64 rows and walks
+// over stages of 64 or 32 tokens, which serve twice:
 //
 //   scores   s = resident . stage^T                 64 x (rows of a stage), in registers
 //   weights  a function of s, rounded to 16 bits    where the kernels differ
@@ -14,16 +14,16 @@
 //
 // Roles: warpgroups 0 and 1 compute, one thread of warpgroup 2 loads. Each of the computing warpgroups holds one half of the
 // columns of the sums, 64 x 256 for a head of 512, and computes the scores and weights of every other stage. It takes its own
-// weights from registers; the other's come through shared memory. While one warpgroup computes exponents, the tensor cores work for
-// the other (FlashMLA calls this a seesaw: github.com/deepseek-ai/FlashMLA, docs, April 2025).
+// weights from registers; the other's come through shared memory. While one warpgroup computes exponents, the tensor cores work
+// for the other (FlashMLA calls this a seesaw: github.com/deepseek-ai/FlashMLA, docs, April 2025).
 //
 // Budget for out, a head of 512, and a pair of stages (64 x 128 x 512 multiply-adds in each of the two products):
 //   registers      128 sums, 32 scores, 16 weights of each computing thread; at most 240 (setmaxnreg: 2 x 128 x 240 + 128 x 24)
 //   shared memory  resident 64 KB, two stages of 64 KB, two tiles of weights of 8 KB, and 2 KB: 211 KB of 227
 //   tensor cores   4096 cycles at 4096 flop a cycle (data sheet: 989 TFLOP/s, 132 multiprocessors at 1.83 GHz)
-//   shared memory  528 KB at 128 bytes a cycle: 4224 cycles. Scores read 4 KB (both operands) in the 32 cycles of m64n64k16, values
-//                  8 or 10 KB in the 128 cycles of m64n256k16; the copies write 128 KB
-//   L2             128 KB for 16.8 Mflop: 128 flop a byte, 704 TFLOP/s at 5.5 TB/s, the rate that attention_tile.cuh assumes of an H100
+//   shared memory  528 KB at 128 bytes a cycle: 4224 cycles. Scores read 4 KB (both operands) in the 32 cycles of m64n64k16,
+//                  values 8 or 10 KB in the 128 cycles of m64n256k16; the copies write 128 KB
+//   L2             128 KB for 16.8 Mflop: 128 flop a byte, 704 TFLOP/s at 5.5 TB/s, which attention_tile.cuh assumes of an H100
 // So L2 sets the limit: 71% of the peak. Two blocks of a cluster that share their loads would double it. dkv has the same budget.
 // dq has 192 flop for each byte of L2, but its scores take m64n32k16, which reads 3 KB in 16 cycles: at most 75% of the peak.
 // All this is calculated and counted by the emulator; it is not yet measured on a GPU.
@@ -81,8 +81,8 @@ struct Segment {
   MOVQ_DEVICE int units() const { return end - first; }
 };
 
-// The shared memory of a block. `n` counts stages or segments since the block began; it gives the place in the ring and the parity
-// of the barriers.
+// The shared memory of a block. `n` counts stages or segments since the block began; it gives the place in the ring and the
+// parity of the barriers.
 template <class T, int Head, int Residents>
 struct SharedMemory {
   static constexpr int kStageRows = kRows / Residents, kStages = Head == 512 ? 2 : 4;

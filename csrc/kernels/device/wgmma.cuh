@@ -73,13 +73,10 @@ MOVQ_DEVICE void wgmma_wait(Registers&... registers) {
 #define MOVQ_TEN(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9,"
 #define MOVQ_NAMES_16 MOVQ_TEN() "%10,%11,%12,%13,%14,%15"
 #define MOVQ_NAMES_32 MOVQ_TEN() MOVQ_TEN(1) MOVQ_TEN(2) "%30,%31"
-#define MOVQ_NAMES_64 MOVQ_TEN() MOVQ_TEN(1) MOVQ_TEN(2) MOVQ_TEN(3) MOVQ_TEN(4) MOVQ_TEN(5) "%60,%61,%62,%63"
-#define MOVQ_NAMES_128                                                                             \
-  MOVQ_TEN()                                                                                       \
-  MOVQ_TEN(1)                                                                                      \
-  MOVQ_TEN(2)                                                                                      \
-  MOVQ_TEN(3) MOVQ_TEN(4) MOVQ_TEN(5) MOVQ_TEN(6) MOVQ_TEN(7) MOVQ_TEN(8) MOVQ_TEN(9) MOVQ_TEN(10) \
-      MOVQ_TEN(11) "%120,%121,%122,%123,%124,%125,%126,%127"
+#define MOVQ_SIXTY MOVQ_TEN() MOVQ_TEN(1) MOVQ_TEN(2) MOVQ_TEN(3) MOVQ_TEN(4) MOVQ_TEN(5)
+#define MOVQ_NEXT_SIXTY MOVQ_TEN(6) MOVQ_TEN(7) MOVQ_TEN(8) MOVQ_TEN(9) MOVQ_TEN(10) MOVQ_TEN(11)
+#define MOVQ_NAMES_64 MOVQ_SIXTY "%60,%61,%62,%63"
+#define MOVQ_NAMES_128 MOVQ_SIXTY MOVQ_NEXT_SIXTY "%120,%121,%122,%123,%124,%125,%126,%127"
 
 #define MOVQ_SUMS_4(d, i) "+f"(d[i]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3])
 #define MOVQ_SUMS_16(d, i) MOVQ_SUMS_4(d, i), MOVQ_SUMS_4(d, (i) + 4), MOVQ_SUMS_4(d, (i) + 8), MOVQ_SUMS_4(d, (i) + 12)
@@ -145,6 +142,8 @@ MOVQ_DEVICE void wgmma(float (&d)[Sums], const uint32_t (&a)[4], uint64_t b, boo
 }
 
 #undef MOVQ_TEN
+#undef MOVQ_SIXTY
+#undef MOVQ_NEXT_SIXTY
 #undef MOVQ_NAMES_16
 #undef MOVQ_NAMES_32
 #undef MOVQ_NAMES_64
