@@ -2,7 +2,9 @@
 
 import gzip
 import os
+import re
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,12 +85,12 @@ def test_names_that_differ_in_case(model, model_folder, tmp_path):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
 def test_names_that_differ_in_case_on_other_file_systems(model, model_folder, tmp_path, monkeypatch, suffix):
-    """macOS and Windows would overwrite one image with another, or take it for finished."""
+    """exFAT and SMB would overwrite one image with another, or take it for finished."""
     if suffix == ".npz":
         np.savez(tmp_path / "x.npz", **{name: np.zeros((1, 1), int) for name in SIMILAR})
     else:
         write_named(model, tmp_path / "x.safetensors", SIMILAR)
-    monkeypatch.setattr(image_folder.PngNames, "_ignores_case", True)
+    simulate_file_system(monkeypatch, lambda path: re.sub(r"\.(/|$)", r"\1", unicodedata.normalize("NFC", path).lower()))
     for _ in range(2):
         assert run_decode(model_folder, tmp_path / f"x{suffix}", "-o", tmp_path / "out") == 1
         rejects = read_rejects(tmp_path / f"out/x{suffix}.rejects.jsonl")
@@ -97,28 +99,52 @@ def test_names_that_differ_in_case_on_other_file_systems(model, model_folder, tm
         assert all(reason.endswith(" of an earlier image are one file on this file system") for reason in reasons), reasons
 
 
-@pytest.mark.parametrize("ignore", [str.lower, lambda name: unicodedata.normalize("NFC", name)])
-def test_file_systems_that_ignore_case(tmp_path, monkeypatch, ignore):
+def simulate_file_system(monkeypatch, spelling):
+    """Make os.path.exists find a file that PngNames has created by every path of the same spelling."""
+    exists = os.path.exists
+
+    def exists_in_any_spelling(path):
+        probe = next((folder for folder in Path(path).parents if folder.name.startswith(".names.")), None)
+        return exists(path) if probe is None else spelling(str(path)) in map(spelling, map(str, probe.rglob("*")))
+
+    monkeypatch.setattr(os.path, "exists", exists_in_any_spelling)
+
+
+def test_names_that_only_some_file_systems_distinguish(tmp_path, monkeypatch):
+    """NTFS ignores case, but its \u00df differs from ss."""
+    simulate_file_system(monkeypatch, str.lower)
+    names = image_folder.PngNames(tmp_path)
+    for name in ("stra\u00dfe.png", "strasse.png", "\ufb01.png", "fi.png"):
+        names.add(name)
+    for name, other in (("STRASSE.png", "strasse.png"), ("Fi.png", "fi.png")):
+        with pytest.raises(SampleError, match=f"{name} and {other} of an earlier image are one file on this file system"):
+            names.add(name)
+    with pytest.raises(SampleError, match="an earlier image has the same name"):
+        names.add("strasse.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "ignore, name, other",
+    [(str.lower, "a.png", "A.png"), (lambda name: unicodedata.normalize("NFC", name), "\u00e9.png", "e\u0301.png")],
+)
+def test_file_systems_that_ignore_case(tmp_path, monkeypatch, ignore, name, other):
     """Found by looking for a file under another spelling."""
     names = image_folder.PngNames(tmp_path / "new")
-    names.add("a.png")
+    names.add(name)
     assert not (tmp_path / "new").exists()  # not looked at until two names are similar
-    names.add("A.png")
+    names.add(other)
     assert list((tmp_path / "new").iterdir()) == []
-    monkeypatch.setattr(os.path, "exists", lambda path: any(ignore(str(other)) == ignore(path) for other in tmp_path.iterdir()))
+    simulate_file_system(monkeypatch, ignore)
     names = image_folder.PngNames(tmp_path)
-    names.add("a.png")
-    with pytest.raises(SampleError, match=r"A\.png and a\.png of an earlier image are one file on this file system"):
-        names.add("A.png")
+    names.add(name)
+    with pytest.raises(SampleError, match=f"{other} and {name} of an earlier image are one file on this file system"):
+        names.add(other)
 
 
-@pytest.mark.parametrize("name", ["C:/x.jpg", "con.jpg", "a/NUL", "aux/x.jpg", "a:b", "a?.jpg", "a./b", "a /b", "LPT1.x/b"])
-def test_names_that_windows_reserves(model, model_folder, tmp_path, monkeypatch, name):
-    """Some of them name a device or a path on another drive."""
-    source = write_named(model, tmp_path / "x.safetensors", [name, "console.jpg"])
-    assert run_decode(model_folder, source, "-o", tmp_path / "here") == 0
-    monkeypatch.setattr(image_folder, "ON_WINDOWS", True)
-    assert run_decode(model_folder, source, "-o", tmp_path / "out") == 1
-    (reject,) = read_rejects(tmp_path / "out/x.safetensors.rejects.jsonl")
-    assert reject["reason"].startswith("the PNG cannot be written: Windows has no files named ")
-    assert file_names(tmp_path / "out") == ["console.png", "x.safetensors.rejects.jsonl"]
+def test_names_that_windows_reserves(model, model_folder, tmp_path):
+    """They are ordinary names here."""
+    names = ["C:/x.jpg", "con.jpg", "a/NUL", "aux/x.jpg", "a:b", "a?.jpg", "a./b", "a /b", "LPT1.x/b"]
+    source = write_named(model, tmp_path / "x.safetensors", names)
+    assert run_decode(model_folder, source, "-o", tmp_path / "out") == 0
+    assert len(file_names(tmp_path / "out")) == len(names)

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryDirectory
 
 from ..io.files import MAX_REASON_CHARACTERS, MAX_SHOWN_CHARACTERS, atomic_write, printable, text_to_path
 from .shards import CopyImage, FinishedImages, Sample, SampleError, Shard
 
 # Errors that concern one path. All others, such as a full disk, would stop every image.
 PATH_ERRORS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EILSEQ, errno.EINVAL}
-
-ON_WINDOWS = os.name == "nt"
-# In a part of a path: forbidden characters, a dot or space at its end, and names of devices with any suffix.
-WINDOWS_RESERVED = re.compile(r'[<>:"|?*\x00-\x1f]|[. ](/|$)|(^|/)(con|prn|aux|nul|com\d|lpt\d)(\.|/|$)', re.IGNORECASE)
 
 
 class ImageFolderShard(Shard):
@@ -91,34 +86,40 @@ class PngNames:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._names: dict[str, str] = {}  # by a spelling that ignores what file systems ignore
+        self._names: set[str] = set()
+        self._similar: dict[str, list[str]] = {}  # by a spelling that ignores what file systems ignore
 
     def add(self, name: str) -> None:
-        """Add a relative path with ``/``. Raises SampleError if it is taken, or reserved on Windows."""
-        shown = printable(name, MAX_SHOWN_CHARACTERS)
-        if ON_WINDOWS and WINDOWS_RESERVED.search(name):
-            raise SampleError(f"the PNG cannot be written: Windows has no files named {shown}")
-        other = self._names.get(spelling := _fold(name))
-        if other is None:
-            self._names[spelling] = name
-        elif other == name:
+        """Add a relative path with ``/``. Raises SampleError if it is taken."""
+        if name in self._names:
             raise SampleError("an earlier image has the same name")
-        elif self._ignores_case:
-            other = printable(other, MAX_SHOWN_CHARACTERS)
-            raise SampleError(f"{shown} and {other} of an earlier image are one file on this file system")
+        similar = self._similar.setdefault(_fold(name), [])
+        if similar and self._ignores_case:  # otherwise, many similar names would take long to compare
+            for other in similar:
+                if self._are_one_file(other, name):
+                    shown, other = (printable(text, MAX_SHOWN_CHARACTERS) for text in (name, other))
+                    raise SampleError(f"{shown} and {other} of an earlier image are one file on this file system")
+        self._names.add(name)
+        similar.append(name)
 
     @cached_property
     def _ignores_case(self) -> bool:
-        """True if the folder's file system ignores the case or the Unicode normal form of names."""
+        """True if the folder's file system ignores the case, the Unicode normal form or the last dot of names."""
+        return any(self._are_one_file(*names) for names in (("A", "a"), ("\u00e9", "e\u0301"), ("a.", "a")))
+
+    def _are_one_file(self, name: str, other: str) -> bool:
+        """Ask the folder's file system. False if it cannot have such names: writing the images reports that."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        for letter, other in (("A", "a"), ("\u00e9", "e\u0301")):
-            with (
-                suppress(UnicodeEncodeError),  # no name with such a letter can be written
-                NamedTemporaryFile(dir=self._folder, prefix=f".{letter}.", suffix=".partial") as file,
-            ):
-                if os.path.exists(file.name.replace(f".{letter}.", f".{other}.")):
-                    return True
-        return False
+        with TemporaryDirectory(dir=self._folder, prefix=".names.") as probe:
+            try:
+                path = probe / text_to_path(name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+                return os.path.exists(probe / text_to_path(other))
+            except (OSError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno not in PATH_ERRORS:
+                    raise
+                return False
 
 
 def _fold(name: str) -> str:
