@@ -1,9 +1,12 @@
 """Parquet shards, decoded by the command line."""
 
+import io
 import os
+import signal
 import subprocess
 import sys
 import tracemalloc
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +25,7 @@ from shard_files import (
     write_parquet,
 )
 
-from movq_ext.bulk import parquet, parquet_reader, run
+from movq_ext.bulk import parquet, parquet_child, parquet_reader, run
 from movq_ext.bulk.codebook import CODEBOOK_KEY, Codebook
 from movq_ext.bulk.parquet import ParquetShard
 from movq_ext.bulk.shards import ShardError
@@ -219,6 +222,86 @@ def test_a_file_may_expand_a_hundredfold(model, tmp_path):
     assert sum(sample.payload_bytes for sample in samples) > 80 << 20
 
 
+def test_batches_that_are_too_large_together(model, tmp_path, monkeypatch):
+    """Their footer claims little, and the child has memory for one of them."""
+    monkeypatch.setattr(parquet_reader, "BATCH_ROWS", 1)
+    starts = pa.array(range(0, (17 << 20) + 1, 1 << 20), pa.int32())
+    codes = pa.ListArray.from_arrays(starts, pa.array(np.zeros(17 << 20, np.int64)))
+    pq.write_table(pa.table({"codes": codes}), tmp_path / "x.parquet", row_group_size=1)
+    with (
+        pytest.raises(ShardError, match=r"expected at most 67108864 bytes after decompression, got more"),
+        parquet_reader.open_parquet(tmp_path / "x.parquet") as (_, batches),
+    ):
+        list(batches)
+
+
+def test_columns_with_a_dictionary(model_folder, tmp_path):
+    """Each batch refers to the whole dictionary, but it takes memory once."""
+    noise = np.random.default_rng(0)
+    labels = pa.array([noise.bytes(1000) for _ in range(2000)] * 20).dictionary_encode()
+    table = pa.table({"codes": [[1]] * 40_000, "label": labels})
+    pq.write_table(table, tmp_path / "x.parquet")
+    with parquet_reader.open_parquet(tmp_path / "x.parquet") as (_, batches):
+        batches = list(batches)
+    assert sum(batch.nbytes for batch in batches) > 100 * (tmp_path / "x.parquet").stat().st_size
+    assert pa.Table.from_batches(batches).equals(table)
+    columns = {"label": pa.array(list("aabbcc")).dictionary_encode(), "name": list("abcdef"), **size_columns()}
+    source = write_parquet(tmp_path / "y.parquet", **columns)
+    before = pq.read_table(source)
+    pq.write_table(before, source, row_group_size=2)
+    assert run_decode(model_folder, source, "-o", tmp_path / "out") == 0
+    assert pq.read_table(tmp_path / "out/y.parquet").drop_columns(["image"]).equals(before.drop_columns(["codes"]))
+
+
+def test_a_row_of_a_large_dictionary_does_not_fill_a_row_group(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "ROW_GROUP_BYTES", 1 << 16)
+    columns = {"label": pa.array([bytes([i]) * (1 << 16) for i in range(6)]).dictionary_encode(), **size_columns()}
+    assert run_decode(model_folder, write_parquet(tmp_path / "x.parquet", **columns), "-o", tmp_path / "out") == 0
+    assert pq.read_metadata(tmp_path / "out/x.parquet").num_row_groups == 1
+
+
+@pytest.mark.parametrize("number, hint", [(signal.SIGKILL, "; out of memory?"), (signal.SIGTERM, "")])
+def test_a_reader_that_is_killed(tmp_path, monkeypatch, number, hint):
+    """The file may be intact."""
+    monkeypatch.setattr(parquet_reader, "CHILD", tmp_path / "killed.py")
+    (tmp_path / "killed.py").write_text(f"import os\nos.kill(os.getpid(), {int(number)})\n")
+    with pytest.raises(ShardError) as info, parquet_reader.open_parquet(write_parquet(tmp_path / "x.parquet")):
+        pass
+    assert str(info.value) == f"{tmp_path}/x.parquet: the process that read it was killed (signal {int(number)}){hint}"
+
+
+@pytest.mark.parametrize("executable", [None, ""])
+def test_without_a_python_executable(model_folder, tmp_path, monkeypatch, capsys, executable):
+    """As in a program that embeds Python."""
+    monkeypatch.setattr(sys, "executable", executable)
+    assert run_decode(model_folder, write_parquet(tmp_path / "x.parquet"), "-o", tmp_path / "out") == 2
+    assert f"reading Parquet needs a Python executable, got sys.executable = {executable!r}" in capsys.readouterr().err
+
+
+def test_signals_and_printed_text_do_not_reach_the_stream(tmp_path, monkeypatch):
+    """Signals for the whole process group, sitecustomize and libraries that print."""
+    source, folder = write_parquet(tmp_path / "x.parquet"), tmp_path / "path"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text("print('hello')\n")
+    (folder / "pyarrow.py").write_text(
+        "import os, signal, sys\n"
+        "print('hello')\n"
+        "os.write(1, b'hello\\n')\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"sys.path.remove({str(folder)!r})\n"
+        "del sys.modules['pyarrow']\n"
+        "import pyarrow\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.syspath_prepend(folder)
+    with parquet_reader.open_parquet(source) as (_, batches):
+        assert pa.Table.from_batches(batches).equals(pq.read_table(source))
+    source.write_bytes(b"PAR1" * 9)
+    with pytest.raises(ShardError, match="is damaged or not a Parquet file: ArrowInvalid"), parquet_reader.open_parquet(source):
+        pass
+
+
 def test_a_file_that_crashes_pyarrow(model, tmp_path, monkeypatch):
     monkeypatch.setattr(parquet_reader, "CHILD", tmp_path / "crash.py")
     (tmp_path / "crash.py").write_text("import os\nos.abort()\n")
@@ -272,8 +355,9 @@ def test_a_long_footer_is_not_counted(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot limit memory")
-def test_a_footer_that_lies(tmp_path):
-    """The footer claims less than a page then takes: only the reader's memory limit helps."""
+@pytest.mark.parametrize("hard_limit", [None, 16 << 30])
+def test_a_footer_that_lies(tmp_path, hard_limit):
+    """The footer claims less than a page then takes: only the reader's memory limit helps, even below a hard one."""
     source, peak = tmp_path / "x.parquet", tmp_path / "peak"
     write_compressed_bomb(source)
     honest, data = pq.read_metadata(source).row_group(0).total_byte_size, source.read_bytes()
@@ -281,7 +365,8 @@ def test_a_footer_that_lies(tmp_path):
     source.write_bytes(data.replace(zigzag(honest), b"\xd0\x8f\x80\x80\0"))  # 1000 in as many bytes
     assert pq.read_metadata(source).row_group(0).total_byte_size == 1000
     program = (
-        "import atexit, re, runpy, sys\n"
+        "import atexit, re, resource, runpy, sys\n"
+        f"if {hard_limit}: resource.setrlimit(resource.RLIMIT_DATA, ({hard_limit}, {hard_limit}))\n"
         "status = lambda: open('/proc/self/status').read()\n"
         f"atexit.register(lambda: open({str(peak)!r}, 'w').write(re.search(r'VmHWM:\\s*(\\d+)', status())[1]))\n"
         "runpy.run_path(sys.argv.pop(1), run_name='__main__')\n"
@@ -290,6 +375,13 @@ def test_a_footer_that_lies(tmp_path):
     run = subprocess.run(command, capture_output=True, env={**os.environ, **parquet_reader.CHILD_ENVIRONMENT})
     assert b"expected at most 67108864 bytes after decompression, got more" in run.stderr
     assert int(peak.read_text()) << 10 < 192 << 20  # pyarrow itself takes 80 MiB
+
+
+def test_a_system_without_vmdata(monkeypatch):
+    """The limit then starts from the peak resident size."""
+    for status in (io.StringIO("Name: python\n"), FileNotFoundError()):
+        monkeypatch.setattr(parquet_child, "open", Mock(side_effect=[status]), raising=False)
+        assert parquet_child.allocated_bytes() > 1 << 20
 
 
 def zigzag(number):

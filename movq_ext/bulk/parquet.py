@@ -110,7 +110,7 @@ class _ImageTable:
             self.open(payload.schema)
         self._payloads.append(payload)
         self._pngs.append(png)
-        self._bytes += len(png) + payload.nbytes
+        self._bytes += len(png) + _row_bytes(payload)
         if len(self._pngs) >= ROW_GROUP_ROWS or self._bytes >= ROW_GROUP_BYTES:
             self._write_row_group()
 
@@ -120,6 +120,11 @@ class _ImageTable:
         images = pa.array(self._pngs, pa.binary())
         self.writer.write_table(pa.Table.from_batches(self._payloads).append_column(image_field, images))
         self._payloads, self._pngs, self._bytes = [], [], 0
+
+
+def _row_bytes(payload: Any) -> int:
+    """Return the size of a row without its columns' dictionaries, which all rows share."""
+    return sum(getattr(column, "indices", column).nbytes for column in payload.columns)
 
 
 def _parse_row(codes: Any, columns: dict[str, Any], row: int, sample: Sample, codebook: Codebook) -> None:

@@ -2,36 +2,65 @@
 
 from __future__ import annotations
 
+import io
+import os
+import resource
 import signal
 import sys
 from contextlib import suppress
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import IO, Any
 
 ROW_BYTES = 64  # that a row takes at least once it is a sample; a column of nulls takes no memory here
 
 
 def main(path: str, batch_rows: int, max_bytes: int) -> None:
     """Write the file's schema and batches as an Arrow stream. Raises MemoryError if they take more than max_bytes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which still writes finished images
+    for number in (signal.SIGINT, signal.SIGTERM):  # they are for the parent, which still writes finished images
+        signal.signal(number, signal.SIG_IGN)
+    output = LimitedOutput(os.fdopen(os.dup(1), "wb"), max_bytes)
+    os.dup2(2, 1)  # what libraries print must not get into the stream
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     limit_memory(max_bytes)
-    total = 0
     with (
         open(path, "rb") as source,  # pyarrow opens no path that is not UTF-8
         pq.ParquetFile(source, pre_buffer=False) as file,
-        pa.ipc.new_stream(sys.stdout.buffer, file.schema_arrow) as stream,
+        output.file,
+        pa.ipc.new_stream(output, file.schema_arrow) as stream,
     ):
         if claimed_bytes(file.metadata) > max_bytes:  # before the first image is decoded rather than amid the last
             raise MemoryError
         for batch in file.iter_batches(batch_rows, use_threads=False):
-            total += batch.nbytes + ROW_BYTES * batch.num_rows
-            if total > max_bytes:
-                raise MemoryError
+            output.count(ROW_BYTES * batch.num_rows)
             stream.write_batch(batch)
 
 
-def claimed_bytes(metadata: pq.FileMetaData) -> int:
+class LimitedOutput(io.RawIOBase):
+    """A file that takes at most max_bytes; more raises MemoryError.
+
+    `RecordBatch.nbytes` would count a dictionary once per batch. The stream has it once.
+    """
+
+    def __init__(self, file: IO[bytes], max_bytes: int) -> None:
+        self.file, self._bytes_left = file, max_bytes
+
+    def writable(self) -> bool:
+        return True
+
+    def count(self, size: int) -> None:
+        """Subtract size from the bytes left. Raises MemoryError if there are fewer."""
+        self._bytes_left -= size
+        if self._bytes_left < 0:
+            raise MemoryError
+
+    def write(self, data: Any) -> int:
+        self.count(len(data))
+        return self.file.write(data)
+
+
+def claimed_bytes(metadata: Any) -> int:
     """Return how many bytes the rows take at least, if the footer is right."""
     contents: int = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
     return max(contents, ROW_BYTES * int(metadata.num_rows))
@@ -39,12 +68,19 @@ def claimed_bytes(metadata: pq.FileMetaData) -> int:
 
 def limit_memory(more_bytes: int) -> None:
     """Make allocations fail once this process has allocated so many more bytes. Only Linux can."""
-    with suppress(OSError, ImportError, ValueError):
-        import resource
+    if sys.platform != "linux":
+        return
+    limit, hard = allocated_bytes() + more_bytes, resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
-        with open("/proc/self/status") as status:
-            allocated = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData:"))
-        resource.setrlimit(resource.RLIMIT_DATA, (allocated + more_bytes, resource.RLIM_INFINITY))
+
+def allocated_bytes() -> int:
+    """Return how many bytes count against RLIMIT_DATA, or the peak resident size where the system does not say."""
+    with suppress(OSError), open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("VmData:"):
+                return int(line.split()[1]) << 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Read Parquet files from strangers.
+"""Read untrusted Parquet files.
 
 A Parquet file of one kilobyte can make its reader allocate gigabytes: by a run of equal values, a compressed page or a header
 that lies. pyarrow has no limit for any of them. So a child process reads the file under a memory limit, and passes batches of
@@ -8,6 +8,7 @@ rows on through a pipe. If the file crashes pyarrow, it only ends the child.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from .shards import ShardError
 CHILD = Path(__file__).with_name("parquet_child.py")
 # Arrow's own allocator reserves memory in advance, and glibc does for every thread: both would count against the limit.
 CHILD_ENVIRONMENT = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+CRASHES = {signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV}  # other signals come from outside
 BATCH_ROWS = 256
 MAX_COUNTED_FOOTER_BYTES = 128 << 10  # a footer can take several hundred times its size
 
@@ -42,13 +44,17 @@ def open_parquet(path: Path) -> Iterator[ParquetRows]:
 
     Raises:
         OSError: the file cannot be read.
-        ShardError: the file is damaged or too large after decompression. The batches raise it too.
+        ShardError: the file is damaged or too large after decompression, or the child cannot run or was killed. The batches
+            raise it too.
     """
     pa, _ = import_pyarrow()
     require_file(path)
     limit = max_expanded_bytes(path.stat().st_size)
-    command = [sys.executable, "-P", str(CHILD), str(path), str(BATCH_ROWS), str(limit)]
-    env = {**os.environ, **CHILD_ENVIRONMENT}
+    if not sys.executable:
+        raise ShardError(f"reading Parquet needs a Python executable, got sys.executable = {sys.executable!r}")
+    command = [sys.executable, "-S", "-P", str(CHILD), str(path), str(BATCH_ROWS), str(limit)]
+    # -S skips .pth files and sitecustomize, which may print; our path already has the folders that they add.
+    env = {**os.environ, **CHILD_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(str(folder) for folder in sys.path if folder)}
     with (
         TemporaryFile() as errors,
         subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=env) as child,
@@ -96,7 +102,10 @@ def _explain_failure(path: Path, child: subprocess.Popen[bytes], errors: IO[byte
         status = child.wait()
         errors.seek(0)
         last_line = errors.read().decode(errors="replace").strip().rpartition("\n")[2]
-        if status < 0:
+        if status < 0 and -status not in CRASHES:
+            out_of_memory = "; out of memory?" if -status == signal.SIGKILL else ""
+            reason = f": the process that read it was killed (signal {-status}){out_of_memory}"
+        elif status < 0:
             reason = f" is damaged: reading it crashed pyarrow (signal {-status})"
         elif last_line.startswith("expected at most"):
             reason = f": {last_line}"
