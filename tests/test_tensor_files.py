@@ -68,7 +68,7 @@ def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path):
     ):
         for name in old.namelist():
             new.writestr(name, bytes(50 << 20) if name.endswith("/data/0") else old.read(name))
-    with pytest.raises(CheckpointError, match=r"a file of \d+ bytes claims to hold 5\d{7}"):
+    with pytest.raises(CheckpointError, match="is a compressed or encrypted archive: expected one"):
         from_pretrained(tmp_path / "bomb.ckpt")
 
 

@@ -12,7 +12,7 @@ from torch.utils import serialization
 
 from movq_ext import CheckpointError
 from movq_ext.io.checkpoint_files import read_tensors
-from movq_ext.io.stored_tensors import load_entries
+from movq_ext.io.stored_tensors import Storage, load_entries
 from movq_ext.io.torch_files import read_torch_file
 
 DENSE = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64",
@@ -85,6 +85,40 @@ def test_a_legacy_storage_may_be_a_view_of_another(tmp_path):
     assert read_tensors(tmp_path / "a.pt")["a"].tolist() == [2, 3]
 
 
+def test_views_of_one_legacy_storage_read_it_once(tmp_path, monkeypatch):
+    views = [forged.tuple_of(forged.text(str(i)), forged.number(i), forged.number(9 - i)) for i in range(8)]
+    tensors = {f"t{i}": forged.tensor(9, 1, b")", b")", view) for i, view in enumerate(views)}
+    forged.write_legacy(tmp_path / "a.pt", forged.dictionary(**tensors), [struct.pack("<9f", *range(9))])
+    reads, read = [], Storage.read
+    monkeypatch.setattr(Storage, "read", lambda storage: reads.append(storage) or read(storage))
+    assert [tensor.item() for tensor in read_tensors(tmp_path / "a.pt").values()] == list(range(1, 9))
+    assert len(reads) == 1
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_tied_weights_stay_tied(tmp_path, legacy):
+    """The file holds them once: they are larger than it together."""
+    weight = torch.arange(3000.0)
+    torch.save({f"t{i}": weight.detach() for i in range(9)} | {"view": weight[1:]}, tmp_path / "a.pt",
+               _use_new_zipfile_serialization=not legacy)  # fmt: skip
+    with pytest.raises(CheckpointError, match="claims to hold"):  # an overlapping tensor is not a tied one
+        read_tensors(tmp_path / "a.pt")
+    torch.save({f"t{i}": weight.detach() for i in range(9)}, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
+    state = read_tensors(tmp_path / "a.pt")
+    assert len(state) == 9 and all(tensor is state["t0"] and torch.equal(tensor, weight) for tensor in state.values())
+
+
+def test_conjugated_and_negated_tensors(tmp_path):
+    """torch.save stores the elements as they are, and the operation beside them."""
+    values = [torch.tensor([1 + 2j, 3 - 4j]) for _ in range(4)]
+    conj, neg, both, plain = values
+    state = {"conj": conj.conj(), "neg": neg.conj().imag, "both": torch._neg_view(both.conj()), "plain": plain}
+    torch.save(state, tmp_path / "a.pt")
+    found = read_tensors(tmp_path / "a.pt")
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {name: x.tolist() for name, x in state.items()}
+    assert not any(tensor.is_conj() or tensor.is_neg() for tensor in found.values())
+
+
 def test_only_one_directory_is_read(tmp_path):
     """torch reads one that zipfile does not see. Later versions of Python refuse the archive."""
     path = tmp_path / "a.pt"
@@ -116,6 +150,27 @@ def compress_pickle(path):
         archive.writestr("a/data/0", forged.ONE)
 
 
+def compress_again(path):
+    """As other programs zip a checkpoint."""
+    forged.write_archive(path, SCALAR, [bytes(10_000)], zipfile.ZIP_DEFLATED)
+
+
+def write_byteorder(path):
+    forged.write_archive(path, SCALAR)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("a/byteorder", "middle")
+
+
+def legacy_keys(keys):
+    """A legacy file with other opcodes for its list of keys."""
+
+    def write(path):
+        forged.write_legacy(path, LEGACY_SCALAR)
+        path.write_bytes(path.read_bytes().replace(b"](X\1\0\0\0" + b"0e.", keys + b"."))
+
+    return write
+
+
 def remove_header(path):
     forged.write_archive(path, SCALAR)
     with zipfile.ZipFile(path) as archive, open(path, "r+b") as file:
@@ -137,10 +192,24 @@ def archive(value, storages=(forged.ONE,)):
 
 
 VIEW = forged.tuple_of(forged.text("part"), forged.number(1), forged.number(1))
+DOUBLED_KEY = b")" + b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(16))  # 2**16 empty tuples
+OTHER_TYPE = forged.storage(1, kind="torch.IntStorage", view=VIEW)
+META = forged.call("torch._utils._rebuild_meta_tensor_no_storage", forged.name("torch.float32"), forged.sizes(2**62, 4),
+                   forged.sizes(4, 1), b"\x89")  # fmt: skip
 MODULE = forged.tuple_of(forged.text("module"), b"N", b"N", b"N") + b"Q"
 FORGED = {
     "repeated member": (repeat_member, "two members of the archive have the same name"),
     "compressed pickle": (compress_pickle, "is a compressed or encrypted archive: expected one that torch.save wrote"),
+    "compressed again": (compress_again, "is a compressed or encrypted archive"),
+    "unknown byte order": (write_byteorder, "expected byteorder little or big, got middle"),
+    "legacy keys that repeat themselves": (
+        legacy_keys(b"]" + DOUBLED_KEY + b"a"),
+        "expected a list of the storages' keys",
+    ),
+    "legacy keys that are text": (legacy_keys(forged.text("0")), "expected a list of the storages' keys after the tensors"),
+    "view of another type": (legacy(b"0".join([forged.scalar(1, b"N"), OTHER_TYPE])), "expected a view of torch.float32, as its"),
+    "meta tensor too large": (archive(META), "cannot load the tensors of .*a.pt: RuntimeError"),
+    "claim of many digits": (archive(forged.scalar(1 << 2000)), "expected a storage's name and its number of elements"),
     "encrypted": (mark_encrypted, "is a compressed or encrypted archive"),
     "no local header": (remove_header, "no header of data/0 at byte"),
     "storage without a member": (archive(forged.scalar(), []), "KeyError: 'a/data/0'"),

@@ -33,7 +33,7 @@ class Callback:
 
 
 class Sizes(dict):
-    pass
+    __hash__ = object.__hash__
 
 
 class Names(list):
@@ -183,14 +183,29 @@ def test_a_placeholder_only_stores_items_and_state(tmp_path):
     assert names == {"test_torch_files.Sizes", "builtins.dict", "builtins.print"}
 
 
+def tuple_in_itself(length):
+    inner = []
+    outer = (inner,) * length
+    inner.append(outer)
+    return outer
+
+
 @pytest.mark.parametrize("value", [
     Sizes(a=1), Names(["a"]), collections.deque([1, 2], maxlen=3), collections.Counter("aab"), {(1, 2): {3, 4}},
     np.float64(0.5), np.zeros(3), bytearray(b"x"), 1j, torch.optim.SGD([torch.zeros(1)], 0.1), torch.device("cpu"),
-    torch.bfloat16, torch.Generator().get_state(), Kind.A, Keywords(a=1),
+    torch.bfloat16, torch.Generator().get_state(), Kind.A, Keywords(a=1), torch.eye(3).to_sparse(), 1 << 3000,
+    tuple_in_itself(1), tuple_in_itself(4),
 ], ids=lambda value: type(value).__name__)  # fmt: skip
 def test_any_value_may_stand_beside_the_weights(tmp_path, value):
     """As in checkpoints of yacs and EasyDict (subclasses of dict), and of training loops that log NumPy scalars."""
     torch.save({"state_dict": make_movq().state_dict(), "value": value}, tmp_path / "last.ckpt")
+    assert same_weights(from_pretrained(tmp_path / "last.ckpt"), make_movq())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("layout", ["to_sparse_csr", "to_sparse_csc"])
+def test_a_compressed_sparse_tensor_may_stand_beside_the_weights(tmp_path, layout):
+    torch.save({"state_dict": make_movq().state_dict(), "value": getattr(torch.eye(3), layout)()}, tmp_path / "last.ckpt")
     assert same_weights(from_pretrained(tmp_path / "last.ckpt"), make_movq())
 
 
@@ -231,6 +246,23 @@ def test_limits(tmp_path, monkeypatch):
     nested["self"] = nested
     torch.save(nested, tmp_path / "nested.pt")
     assert list(read_torch_file(tmp_path / "nested.pt")) == [()]
+
+
+def test_another_protocol_is_named(tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "a.pt", pickle_protocol=4)
+    with pytest.raises(CheckpointError, match=r"expected pickle protocol 2, torch\.save's default, got opcode FRAME"):
+        from_pretrained(tmp_path / "a.pt")
+
+
+def test_a_forged_module_is_refused_or_read(tmp_path):
+    model = torch.nn.BatchNorm1d(1)
+    model._non_persistent_buffers_set = ["running_mean"]  # PyTorch's is a set: a long list would be searched for every name
+    torch.save(model, tmp_path / "list.pt")
+    assert "running_mean" in read_torch_file(tmp_path / "list.pt")[()]
+    model._modules[Sizes(a=1)] = torch.nn.Linear(1, 1)  # the text of a key may be longer than the file
+    torch.save(model, tmp_path / "key.pt")
+    with pytest.raises(CheckpointError, match="expected text as the names of a saved module's entries"):
+        read_torch_file(tmp_path / "key.pt")
 
 
 def test_entries_of_modules_are_limited_in_all(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import time
 import zipfile
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from movq_ext.io.stored_tensors import Storage
 from movq_ext.io.torch_pickles import PickleReader, Placeholder, storage_dtype
 
 HERE = Path(__file__).parent
+FLOAT = forged.name("torch.float32")
 STORAGE = Storage(Path("a.pt"), (), torch.float32, 48)
 
 
@@ -76,10 +78,40 @@ def test_a_key_that_holds_itself_many_times_takes_no_time():
     assert isinstance(key, Placeholder)
 
 
+def doubled_list(times):
+    """A list that holds itself 2**times times."""
+    return b"]" + b"".join(b"q" + bytes([i]) + b"0](h" + bytes([i]) + b"h" + bytes([i]) + b"e" for i in range(times))
+
+
+def test_keys_of_equal_hashes_become_placeholders():
+    """Python's integers and floats repeat their hashes; a dictionary of equal hashes takes quadratic time."""
+    period = sys.hash_info.modulus
+    large = b"".join(forged.number(i * period) + b"N" for i in range(1, 9))
+    value = read(b"}(" + large + b"G" + bytes(8) + b"NK\1N" + forged.number(-1) + b"Nu")
+    assert [key for key in value if not isinstance(key, Placeholder)] == [1, -1]
+    assert [key.original for key in value if isinstance(key, Placeholder)] == ["int"] * 8 + ["float"]
+    items = b"](K\1" + forged.number(period) + b"G" + bytes(8) + forged.text("a") + b"Ne"
+    assert read(forged.call("builtins.set", items)) == {1, "a", None}
+
+
+@pytest.mark.parametrize("function", ["torch._utils._rebuild_tensor_v2", "builtins.set"])
+def test_unused_arguments_take_no_time(function):
+    """They would take seconds if each of the calls copied them."""
+    first = forged.storage(1) + b"K\0))" if "tensor" in function else b"]" * 4
+    many = forged.name(function) + b"q\1" + b"(" + first + (b"N" if "tensor" in function else b"]") * 100_000 + b"tq\2R"
+    start = time.process_time()
+    read(many + b"h\1h\2R" * 20_000, max_opcodes=200_000)
+    assert time.process_time() - start < 2
+
+
 def test_opcodes_are_limited():
     assert len(read(b"](" + b"}" * 90 + b"e", max_opcodes=95)) == 90
     with pytest.raises(ValueError, match="expected a pickle of at most 93 opcodes for a file of this size, got more"):
         read(b"](" + b"}" * 90 + b"e", max_opcodes=93)
+    many = forged.sizes(*[1] * 50)
+    with pytest.raises(ValueError, match="at most 500 opcodes"):  # one shape in many tensors
+        read(forged.list_of(forged.tuple_of(forged.storage(1), b"K\0", many, many),
+                            forged.name("torch._utils._rebuild_tensor") + b"h\0R", 9), max_opcodes=500)  # fmt: skip
     pairs = b"](" + forged.tuple_of(forged.text("a"), b"N") * 50 + b"e"
     with pytest.raises(ValueError, match="at most 500 opcodes"):  # one list in many dictionaries
         read(forged.list_of(pairs, b"ccollections\nOrderedDict\nh\0\x85R", 10), max_opcodes=500)
@@ -113,14 +145,27 @@ def test_tensors():
 @pytest.mark.parametrize(("value", "message"), [
     (b"c__builtin__\neval\n\x85R.", "stack|tuple|index"), (b"N)R", "expected a function, got NoneType"),
     (b"ca\nb\nNR", "expected a tuple of arguments, got NoneType"), (b"N(NNu", "expected a dictionary, got NoneType"),
-    (b"N(Ne", "expected a list to append to, got NoneType"), (b"\x8c\1a", "opcode SHORT_BINUNICODE, which"),
+    (b"N(Ne", "expected a list to append to, got NoneType"), (b"\x8c\1a", "got opcode SHORT_BINUNICODE"),
     (b"\xff", "opcode b'\\\\xff' unknown"), (b"h\7", "7"), (b"e", "pop"),
     (forged.tensor(1, 0, forged.sizes(13), forged.sizes(1)), r"a tensor of shape \(13,\) does not lie within its storage"),
     (forged.tensor(1, 11, forged.sizes(2, 1), forged.sizes(1, 9)), r"shape \(2, 1\) does not lie within"),
-    (forged.tensor(1, 0, forged.sizes(2), forged.sizes(-1)), r"expected at most 64 sizes and as many strides, got \(0, 2, -1\)"),
-    (forged.tensor(1, 0, forged.sizes(1), forged.sizes()), "as many strides"),
-    (forged.tensor(1, 0, forged.sizes(*[1] * 65), forged.sizes(*[1] * 65)), "at most 64 sizes"),
-    (forged.tensor(1, 0, b"\x88\x85", forged.sizes(1)), "as many strides, got"),
+    (forged.tensor(1, 0, forged.sizes(2), forged.sizes(-1)), "expected sizes, strides and an offset from 0 on, got 0, 2, -1$"),
+    (forged.tensor(1, 0, forged.sizes(1), forged.sizes()), "expected 1 strides for as many sizes, got 0"),
+    (forged.tensor(1, 0, forged.sizes(*[1] * 65), forged.sizes(*[1] * 65)), "expected a tuple of at most 64 sizes or strides"),
+    (forged.tensor(1, 0, b"\x88\x85", forged.sizes(1)), "an offset from 0 on, got 0, bool, 1$"),
+    # Later opcodes can change a list or a dictionary.
+    (forged.tensor(1, 0, b"]K\1a", forged.sizes(1)), "expected a tuple of at most 64 sizes or strides, got list"),
+    (forged.tensor(1, 0, forged.sizes(1), b"]K\1a"), "sizes or strides, got list"),
+    (forged.tensor(1, 0, forged.call("torch.Size", b"]K\1a"), forged.sizes(1)), "sizes or strides, got list"),
+    (forged.tensor(1, 0, b"}", b"}"), "sizes or strides, got dict"),
+    (forged.call("torch._utils._rebuild_meta_tensor_no_storage", FLOAT, b"]K\1a", b")", b"\x89"), "got list"),
+    (forged.call("torch._utils._rebuild_tensor_v2", forged.scalar(), b"K\0", b")", b")"), "of a storage, got StoredTensor"),
+    (forged.tensor(1, 0, forged.sizes(2**63), forged.sizes(1)), "an offset from 0 on, got 0, int, 1$"),
+    # The text of a list that holds itself many times would fill the memory.
+    (forged.tensor(1, 0, doubled_list(16) + b"\x85", forged.sizes(1)), "an offset from 0 on, got 0, list, 1$"),
+    (b"ca" + b"b" * 1024 + b"\nc\n", "expected names of at most 1024 characters, got 1027"),
+    (forged.call("torch._tensor._rebuild_from_type_v2", forged.name("torch._tensor._rebuild_from_type_v2"),
+                 forged.name("torch.Tensor"), forged.tuple_of()), "expected a tensor of a subclass, got one that is nested"),
 ])  # fmt: skip
 def test_a_damaged_pickle_is_an_error(value, message):
     with pytest.raises((ValueError, TypeError, IndexError, KeyError), match=message):

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import printable
+from .files import wrap_errors
 from .tensor_files import CheckpointError, check_claimed_bytes, format_names
 
 MAX_DIMENSIONS = 64  # of a tensor: PyTorch's operators take no more
+MAX_SIZE_BITS = 63  # PyTorch's sizes are int64
 
 
 @dataclass(eq=False, slots=True)
@@ -53,26 +54,57 @@ class Storage:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class StorageView:
+    """Elements of a storage from number ``first`` on. A tensor's offset counts from there."""
+
+    storage: Storage
+    first: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.storage.dtype
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class StoredTensor:
     """A tensor in a file. Without a storage it stands for one that is not dense: sparse, quantised, meta or of a subclass.
 
-    Raises ValueError if the tensor does not lie within its storage.
+    Raises ValueError if a field has the wrong type or the tensor does not lie within its storage.
+
+    Attributes:
+        stride: in elements, like the offset. Not used without a storage.
+        conj, neg: the elements are the complex conjugate, or the negative, of the stored ones.
     """
 
     storage: Storage | None
     dtype: torch.dtype
     offset: int
     shape: tuple[int, ...]
-    stride: tuple[int, ...]
+    stride: tuple[int, ...] = ()
+    conj: bool = False
+    neg: bool = False
 
     def __post_init__(self) -> None:
-        sizes = (self.offset, *self.shape, *self.stride)
-        counts = all(type(size) is int and size >= 0 for size in sizes)
-        if not counts or len(self.shape) != len(self.stride) or len(self.shape) > MAX_DIMENSIONS:
-            raise ValueError(f"expected at most {MAX_DIMENSIONS} sizes and as many strides, got {printable(repr(sizes), 200)}")
+        if not (self.storage is None or isinstance(self.storage, Storage)):
+            raise ValueError(f"expected a tensor of a storage, got {type(self.storage).__name__}")
+        for sizes in (self.shape, self.stride):  # a pickle can change a list after this check
+            if type(sizes) is not tuple or len(sizes) > MAX_DIMENSIONS:
+                raise ValueError(f"expected a tuple of at most {MAX_DIMENSIONS} sizes or strides, got {_describe(sizes)}")
+        counts = (self.offset, *self.shape, *self.stride)
+        if not all(type(count) is int and 0 <= count < 1 << MAX_SIZE_BITS for count in counts):
+            raise ValueError(f"expected sizes, strides and an offset from 0 on, got {', '.join(map(_describe, counts))}")
+        if self.storage is None:
+            return
+        if len(self.shape) != len(self.stride):
+            raise ValueError(f"expected {len(self.shape)} strides for as many sizes, got {len(self.stride)}")
         last = self.offset + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
-        if self.storage is not None and 0 not in self.shape and last >= self.storage.nbytes // self.dtype.itemsize:
-            raise ValueError(f"a tensor of shape {printable(repr(self.shape), 200)} does not lie within its storage")
+        if 0 not in self.shape and last >= self.storage.nbytes // self.dtype.itemsize:
+            raise ValueError(f"a tensor of shape {self.shape} does not lie within its storage")
+
+    @property
+    def layout(self) -> str:
+        """What the tensor's elements are. A string, because a file can choose tuples of integers with equal hashes."""
+        return f"{id(self.storage)} {self.dtype} {self.offset} {self.shape} {self.stride} {self.conj} {self.neg}"
 
     @property
     def nbytes(self) -> int:
@@ -80,7 +112,7 @@ class StoredTensor:
         return 0 if self.storage is None else math.prod(self.shape) * self.dtype.itemsize
 
     def without_data(self) -> StoredTensor:
-        return StoredTensor(None, self.dtype, 0, self.shape, (0,) * len(self.shape))
+        return StoredTensor(None, self.dtype, 0, self.shape)
 
     def read(self) -> Tensor:
         """Return the tensor, or a meta tensor if it has no storage."""
@@ -89,12 +121,11 @@ class StoredTensor:
         return self.view(self.storage.read())
 
     def view(self, data: Tensor) -> Tensor:
-        """Return the tensor as a view of its storage's bytes."""
-        return (
-            data[: len(data) // self.dtype.itemsize * self.dtype.itemsize]
-            .view(self.dtype)
-            .as_strided(self.shape, self.stride, self.offset)
-        )
+        """Return the tensor as a view of its storage's bytes, or a copy if they are to be conjugated or negated."""
+        elements = data[: len(data) // self.dtype.itemsize * self.dtype.itemsize].view(self.dtype)
+        tensor = elements.as_strided(self.shape, self.stride, self.offset)
+        tensor = tensor.conj_physical() if self.conj else tensor
+        return tensor.neg() if self.neg else tensor
 
 
 def file_version(file: Path | int) -> tuple[int, ...]:
@@ -104,23 +135,30 @@ def file_version(file: Path | int) -> tuple[int, ...]:
 
 
 def load_entries(entries: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """Return the entries as tensors, each in memory of its own.
+    """Return the entries as tensors, each in memory of its own. Tied entries (the same elements of a storage) stay one tensor.
 
     Raises CheckpointError if some are not tensors, are larger than the file or cannot be read.
     """
     others = [name for name, entry in entries.items() if not isinstance(entry, (Tensor, StoredTensor))]
     if others:
         raise CheckpointError(f"{path}: expected only tensors, got other entries: {format_names(others)}")
-    stored = {name: entry for name, entry in entries.items() if isinstance(entry, StoredTensor)}
-    check_claimed_bytes(path, sum(entry.nbytes for entry in stored.values()))
-    sharing: dict[Storage | None, list[str]] = {}
-    for name, entry in stored.items():
-        sharing.setdefault(entry.storage, []).append(name)
-    loaded: dict[str, Tensor] = {}
-    for storage, names in sharing.items():
-        if storage is None or (len(names) == 1 and stored[names[0]].nbytes == storage.nbytes):
-            loaded |= {name: stored[name].read() for name in names}
-        else:  # a view of a larger storage, or of one that others view
-            data = storage.read()
-            loaded |= {name: stored[name].view(data).clone() for name in names}
-    return {name: loaded.get(name, entry) for name, entry in entries.items()}
+    distinct: dict[str, StoredTensor] = {}
+    tied = {name: distinct.setdefault(entry.layout, entry) for name, entry in entries.items() if isinstance(entry, StoredTensor)}
+    check_claimed_bytes(path, sum(entry.nbytes for entry in distinct.values()))
+    views: dict[Storage | None, list[StoredTensor]] = {}
+    for entry in distinct.values():
+        views.setdefault(entry.storage, []).append(entry)
+    loaded: dict[StoredTensor, Tensor] = {}
+    with wrap_errors(CheckpointError, f"cannot load the tensors of {path}"):
+        for storage, sharing in views.items():
+            if storage is None or (len(sharing) == 1 and sharing[0].nbytes == storage.nbytes):
+                loaded |= {entry: entry.read() for entry in sharing}
+            else:  # a view of a larger storage, or of one that others view
+                data = storage.read()
+                loaded |= {entry: entry.view(data).clone() for entry in sharing}
+    return {name: loaded[tied[name]] if name in tied else entry for name, entry in entries.items()}
+
+
+def _describe(value: object) -> str:
+    """Return an integer's digits, and the type's name for others: a pickle's value may be a list that holds itself many times."""
+    return str(value) if type(value) is int and value.bit_length() <= MAX_SIZE_BITS else type(value).__name__

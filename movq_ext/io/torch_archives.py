@@ -8,7 +8,8 @@ import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .stored_tensors import Storage, file_version
+from .files import MAX_SHOWN_CHARACTERS, printable
+from .stored_tensors import MAX_SIZE_BITS, Storage, StorageView, file_version
 from .tensor_files import CheckpointError, check_claimed_bytes
 from .torch_pickles import PickleReader, storage_dtype
 
@@ -50,17 +51,19 @@ class Archive:
             raise CheckpointError(f"{path} is a TorchScript archive: expected a state_dict saved by torch.save or safetensors")
         if "data.pkl" not in ends:
             raise CheckpointError(f"{path} is a zip archive that torch.save did not write: expected weights")
+        if any(member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 for member in members):
+            raise CheckpointError(f"{path} is a compressed or encrypted archive: expected one that torch.save wrote")
         check_claimed_bytes(path, sum(member.file_size for member in members))
         if len(set(names)) < len(names) or ends.count("data.pkl") > 1:
             raise CheckpointError(f"{path} is damaged: two members of the archive have the same name")
-        if any(member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 for member in members):
-            raise CheckpointError(f"{path} is a compressed or encrypted archive: expected one that torch.save wrote")
         self.root = names[ends.index("data.pkl")].removesuffix("data.pkl")
         self.members = {member.filename: member for member in members}
         self.storages: dict[str, Storage] = {}
         self.byteorder = "little"
         if f"{self.root}byteorder" in self.members:
             self.byteorder = self.read_member("byteorder").decode()
+            if self.byteorder not in ("little", "big"):
+                raise ValueError(f"expected byteorder little or big, got {printable(self.byteorder, MAX_SHOWN_CHARACTERS)}")
 
     def find_member(self, name: str) -> tuple[int, int]:
         """Return (position of the first byte, number of bytes)."""
@@ -84,8 +87,7 @@ class Archive:
         """Return the storage of ``("storage", class, key, device, number of elements)``."""
         kind, storage_class, key, _, elements = persistent_id
         dtype = storage_dtype(storage_class)
-        if kind != "storage" or type(key) is not str or type(elements) is not int or elements < 0:
-            raise ValueError("expected a storage's name and its number of elements")
+        _check_persistent_id(kind, key, elements)
         if key not in self.storages:
             position, nbytes = self.find_member(f"data/{key}")
             if elements * dtype.itemsize > nbytes:
@@ -120,10 +122,9 @@ class LegacyStorages:
     def __init__(self, path: Path, version: tuple[int, ...]) -> None:
         self.path, self.version = path, version
         self.storages: dict[str, Storage] = {}
-        self.views: list[tuple[Storage, Storage, int]] = []  # (view, storage, byte of the view in it)
 
-    def find_storage(self, persistent_id: Any) -> Storage:
-        """Return the storage of ``("storage", class, key, device, number of elements, view)``.
+    def find_storage(self, persistent_id: Any) -> Storage | StorageView:
+        """Return the storage of ``("storage", class, key, device, number of elements, view)``, or the view.
 
         view is None or (key, first element, number of elements).
         """
@@ -131,20 +132,21 @@ class LegacyStorages:
             raise CheckpointError(f"{self.path} has a whole module in the format before torch 1.6: expected its state_dict")
         kind, storage_class, key, _, elements, view = persistent_id
         dtype = storage_dtype(storage_class)
-        if kind != "storage" or type(key) is not str or type(elements) is not int or elements < 0:
-            raise ValueError("expected a storage's name and its number of elements")
+        _check_persistent_id(kind, key, elements)
         storage = self.storages.setdefault(key, Storage(self.path, self.version, dtype, elements * dtype.itemsize))
         if view is None:
             return storage
         _, first, elements = view
-        part = Storage(self.path, self.version, dtype, elements * dtype.itemsize)
-        if not 0 <= first * dtype.itemsize <= first * dtype.itemsize + part.nbytes <= storage.nbytes:
+        if dtype != storage.dtype:
+            raise ValueError(f"expected a view of {storage.dtype}, as its storage, got {dtype}")
+        if not 0 <= first <= first + elements <= storage.nbytes // dtype.itemsize:
             raise ValueError("a view does not lie within its storage")
-        self.views.append((part, storage, first * dtype.itemsize))
-        return part
+        return StorageView(storage, first)
 
-    def locate(self, keys: list[str], file: BinaryIO) -> None:
+    def locate(self, keys: Any, file: BinaryIO) -> None:
         """Set the positions of the storages, which follow in the order of keys. Each starts with its number of elements."""
+        if type(keys) is not list or not all(type(key) is str for key in keys):
+            raise ValueError("expected a list of the storages' keys after the tensors")
         for key in keys:
             storage = self.storages.pop(key)
             elements = int.from_bytes(file.read(8), "little")
@@ -155,8 +157,11 @@ class LegacyStorages:
         check_claimed_bytes(self.path, file.tell())
         if self.storages:
             raise ValueError(f"the data of {len(self.storages)} storages are missing")
-        for part, storage, first in self.views:
-            part.position = storage.position + first
+
+
+def _check_persistent_id(kind: Any, key: Any, elements: Any) -> None:
+    if kind != "storage" or type(key) is not str or type(elements) is not int or not 0 <= elements < 1 << MAX_SIZE_BITS:
+        raise ValueError("expected a storage's name and its number of elements")
 
 
 def _max_opcodes(path: Path) -> int:

@@ -79,12 +79,16 @@ def _module_entries(module: Placeholder, seen: set[int], entry_numbers: Iterator
     while modules:
         prefix, module = modules.pop()
         state = module.state
+        temporary = state.get("_non_persistent_buffers_set")
+        temporary = temporary if isinstance(temporary, set) else set()  # a file can put a long list there
         for name, value in [*state["_parameters"].items(), *state["_buffers"].items(), *state["_modules"].items()]:
+            if type(name) is not str:
+                raise CheckpointError("expected text as the names of a saved module's entries, got other keys")
             if next(entry_numbers) > MAX_MODULE_ENTRIES or len(prefix) + len(name) > MAX_MODULE_NAME_CHARACTERS:
                 limits = f"at most {MAX_MODULE_ENTRIES} entries in all, with names of {MAX_MODULE_NAME_CHARACTERS} characters"
                 raise CheckpointError(f"expected saved modules of {limits}, got more")
             if _is_module(value) and id(value) not in seen:
                 seen.add(id(value))
                 modules.append((f"{prefix}{name}.", value))
-            elif isinstance(value, StoredTensor) and name not in state.get("_non_persistent_buffers_set", ()):
+            elif isinstance(value, StoredTensor) and name not in temporary:
                 yield prefix + name, value

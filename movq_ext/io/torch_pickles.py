@@ -9,7 +9,7 @@ from typing import IO, Any
 import torch
 
 from .files import MAX_SHOWN_CHARACTERS, printable
-from .stored_tensors import Storage, StoredTensor
+from .stored_tensors import Storage, StorageView, StoredTensor
 
 DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 STORAGE_DTYPES = {
@@ -20,7 +20,10 @@ STORAGE_DTYPES = {
     "QUInt2x4": torch.quint2x4,
 }  # fmt: skip
 PYTHON_2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # protocol 2 has their old names
-KEY_TYPES = (str, int, float, type(None))
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+CONTAINERS: dict[str, type] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
+MAX_KEY_BITS = 31  # of an integer: the hashes of larger ones repeat, as do those of floats
+MAX_NAME_CHARACTERS = 1 << 10  # of a class or function
 
 
 class Global:
@@ -54,14 +57,14 @@ class PickleReader:
     `Placeholder`. A value never takes more than a small multiple of its bytes in the pickle.
 
     Args:
-        find_storage: returns the storage of a persistent id.
+        find_storage: returns the storage of a persistent id, or a view of it.
         max_opcodes: of all pickles. An opcode of one byte can make an object of 64.
 
     Attributes:
         names: the classes and functions that the pickles name.
     """
 
-    def __init__(self, find_storage: Callable[[Any], Storage], max_opcodes: int) -> None:
+    def __init__(self, find_storage: Callable[[Any], Storage | StorageView], max_opcodes: int) -> None:
         self.find_storage, self.max_opcodes, self.opcodes = find_storage, max_opcodes, 0
         self.names: set[str] = set()
         self._stack: list[Any] = []
@@ -82,14 +85,18 @@ class PickleReader:
                     memo[argument] = self._stack[-1]
                 case "BINGET" | "LONG_BINGET":
                     self._stack.append(memo[argument])
-                case "BINUNICODE" | "SHORT_BINSTRING" | "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
+                case "BINUNICODE" | "SHORT_BINSTRING" | "BININT" | "BININT1" | "BININT2" | "LONG1" | "LONG4" | "BINFLOAT":
                     self._stack.append(argument)
                 case "NONE" | "NEWTRUE" | "NEWFALSE":
-                    self._stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
+                    self._stack.append(CONSTANTS[opcode.name])
                 case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE":
-                    self._stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[opcode.name]())
+                    self._stack.append(CONTAINERS[opcode.name]())
                 case "MARK":
                     self._marks.append(len(self._stack))
+                case "POP":  # of a tuple that holds itself, as is the next
+                    self._pop(1)
+                case "POP_MARK":
+                    self._pop_marked()
                 case "TUPLE":
                     self._stack.append(tuple(self._pop_marked()))
                 case "TUPLE1" | "TUPLE2" | "TUPLE3":
@@ -101,6 +108,8 @@ class PickleReader:
                     items = self._pop(2) if opcode.name == "SETITEM" else self._pop_marked()
                     _update(self._stack[-1], zip(items[::2], items[1::2], strict=True))
                 case "GLOBAL":
+                    if len(argument) > MAX_NAME_CHARACTERS:
+                        raise ValueError(f"expected names of at most {MAX_NAME_CHARACTERS} characters, got {len(argument)}")
                     module, _, name = argument.partition(" ")
                     full_name = f"{PYTHON_2_MODULES.get(module, module)}.{name}"
                     self.names.add(full_name)
@@ -119,7 +128,7 @@ class PickleReader:
                 case "PROTO":
                     pass
                 case _:
-                    raise ValueError(f"opcode {opcode.name}, which torch.save does not write")
+                    raise ValueError(f"expected pickle protocol 2, torch.save's default, got opcode {opcode.name}")
 
     def _count(self, opcodes: int) -> None:
         self.opcodes += opcodes
@@ -155,35 +164,44 @@ class PickleReader:
                     _update(ordered, pairs)
                 return ordered
             case "builtins.set":
-                self._count(sum(map(len, arguments)))
-                return {item for items in arguments for item in items if isinstance(item, KEY_TYPES)}
+                items = arguments[0] if arguments else []
+                self._count(len(items))
+                return {item for item in items if _is_key(item)}
             case "torch.Size":
                 return arguments[0]
             case "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2":
-                storage, offset, shape, stride, *_ = arguments
-                return StoredTensor(storage, storage.dtype, offset, shape, stride)
+                return self._tensor(arguments[0].dtype, arguments[:4], arguments[6:7])
             case "torch._utils._rebuild_tensor_v3":
-                storage, offset, shape, stride, _, _, dtype, *_ = arguments
-                return StoredTensor(storage, DTYPES[dtype.name], offset, shape, stride)
+                return self._tensor(DTYPES[arguments[6].name], arguments[:4], arguments[7:8])
             case (
                 "torch.nn.parameter.Parameter" | "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state"
             ):
                 return arguments[0] if arguments and isinstance(arguments[0], StoredTensor) else Placeholder(function.name)
             case "torch._tensor._rebuild_from_type_v2":
-                inner, subclass, inner_arguments, *_ = arguments
+                inner, subclass, inner_arguments = arguments[:3]
+                if isinstance(inner, Global) and inner.name == function.name:
+                    raise ValueError("expected a tensor of a subclass, got one that is nested in another")
                 tensor = self._call(inner, inner_arguments)
                 plain = subclass.name in ("torch.Tensor", "torch.nn.parameter.Parameter")
                 return tensor if plain or not isinstance(tensor, StoredTensor) else tensor.without_data()
             case "torch._utils._rebuild_meta_tensor_no_storage":
-                dtype, shape, stride, *_ = arguments
-                return StoredTensor(None, DTYPES[dtype.name], 0, shape, stride)
+                dtype, shape = arguments[:2]
+                return self._tensor(DTYPES[dtype.name], (None, 0, shape, ()))
             case "torch._utils._rebuild_qtensor":
-                storage, offset, shape, stride, *_ = arguments
-                return StoredTensor(storage, storage.dtype, offset, shape, stride).without_data()
-            case "torch._utils._rebuild_sparse_tensor":
-                _, (*_, values, shape, _) = arguments
-                return StoredTensor(None, values.dtype, 0, shape, (0,) * len(shape))
+                return self._tensor(arguments[0].dtype, arguments[:4]).without_data()
+            case "torch._utils._rebuild_sparse_tensor":  # (indices, values, shape, flag) or (indices, indices, values, shape)
+                values, shape = arguments[1][-2:] if isinstance(arguments[1][-1], tuple) else arguments[1][-3:-1]
+                return self._tensor(values.dtype, (None, 0, shape, ()))
         return Placeholder(function.name)
+
+    def _tensor(self, dtype: torch.dtype, arguments: tuple[Any, ...], metadata: tuple[Any, ...] = ()) -> StoredTensor:
+        storage, offset, shape, stride = arguments
+        self._count(len(shape) + len(stride))  # one tuple may be in many tensors
+        if isinstance(storage, StorageView):
+            offset += storage.first
+            storage = storage.storage
+        flags = metadata[0] if metadata and isinstance(metadata[0], dict) else {}
+        return StoredTensor(storage, dtype, offset, shape, stride, conj=flags.get("conj") is True, neg=flags.get("neg") is True)
 
 
 def storage_dtype(storage_class: Any) -> torch.dtype:
@@ -205,5 +223,11 @@ def _update(target: Any, pairs: Iterable[Any]) -> None:
     if not isinstance(target, dict):
         raise TypeError(f"expected a dictionary, got {type(target).__name__}")
     for key, value in pairs:
-        # The hash of a tuple that holds itself many times would take forever.
-        target[key if isinstance(key, (*KEY_TYPES, Placeholder)) else Placeholder(type(key).__name__)] = value
+        target[key if _is_key(key) else Placeholder(type(key).__name__)] = value
+
+
+def _is_key(value: Any) -> bool:
+    """Return True for a value whose hash takes no time, and that a file cannot choose to collide with others."""
+    if isinstance(value, int):
+        return value.bit_length() <= MAX_KEY_BITS
+    return value is None or isinstance(value, (str, Placeholder))

@@ -74,7 +74,7 @@ def check_count(name: str, count: int, limit: int = MAX_CODES) -> None:
 def check_flags(**flags: bool) -> None:
     """Every flag must be True or False; 1 and 0 count as such."""
     for name, flag in flags.items():
-        if not isinstance(flag, (bool, Real, np.bool_)) or flag not in (0, 1):
+        if not isinstance(flag, (Real, np.bool_)) or flag not in (0, 1):
             raise ValueError(f"{name} must be True or False, got {flag!r}")
 
 
