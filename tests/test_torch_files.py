@@ -20,7 +20,7 @@ import pytest
 import torch
 from checkpoints import CODES, make_movq, same_weights
 
-from movq_ext import CheckpointError, from_pretrained
+from movq_ext import CheckpointError, from_pretrained, save_pretrained
 from movq_ext.io import torch_files
 from movq_ext.io.torch_archives import read_archive
 from movq_ext.io.torch_files import MAX_FOREIGN_NAMES, read_torch_file
@@ -207,6 +207,18 @@ def test_any_value_may_stand_beside_the_weights(tmp_path, value):
 def test_a_compressed_sparse_tensor_may_stand_beside_the_weights(tmp_path, layout):
     torch.save({"state_dict": make_movq().state_dict(), "value": getattr(torch.eye(3), layout)()}, tmp_path / "last.ckpt")
     assert same_weights(from_pretrained(tmp_path / "last.ckpt"), make_movq())
+
+
+def test_tied_weights_load_once_and_save(tmp_path):
+    """In another dtype too: a file of a few bytes could otherwise take the memory of as many tensors as it has names."""
+    state = make_movq().half().state_dict()
+    state["decoder.norm_out.conv_b.bias"] = state["decoder.norm_out.conv_y.bias"].detach()
+    torch.save(state, tmp_path / "movq.pt")
+    model = from_pretrained(tmp_path / "movq.pt")
+    norm = model.decoder.norm_out
+    assert norm.conv_b.bias.data_ptr() == norm.conv_y.bias.data_ptr() and norm.conv_b.bias.dtype == torch.float32
+    save_pretrained(model, tmp_path / "saved")
+    assert same_weights(from_pretrained(tmp_path / "saved"), model)
 
 
 def test_weights_in_a_subclass_of_dict_are_found(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -47,6 +48,9 @@ def save_pretrained(model: MOVQ, folder: str | Path, dtype: torch.dtype | None =
     folder.mkdir(parents=True, exist_ok=True)
     remove_partial_files([folder / "model.safetensors", folder / "config.json"])
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    owners = Counter(tensor.data_ptr() for tensor in tensors.values())
+    # safetensors refuses tied weights, which share memory.
+    tensors = {name: tensor.clone() if owners[tensor.data_ptr()] > 1 else tensor for name, tensor in tensors.items()}
     with atomic_write(folder / "model.safetensors") as partial:
         write_safetensors(tensors, partial, {CONFIG_KEY: config})
     with atomic_write(folder / "config.json") as partial:
@@ -121,7 +125,11 @@ def from_pretrained(
         model = MOVQ(**keywords)
     _check_entries(model.state_dict(), state, file)
     model.quantize.stored_codebook = state[CODEBOOK].clone()
-    state = {name: state.pop(name).to(device, dtype) for name in list(state)}  # frees each tensor of another dtype at once
+    tied: dict[tuple[int, torch.Size], list[str]] = {}
+    for name, tensor in state.items():
+        tied.setdefault((tensor.data_ptr(), tensor.shape), []).append(name)
+    for names in tied.values():  # converts a tensor once, and frees one of another dtype at once
+        state |= dict.fromkeys(names, state[names[0]].to(device, dtype))
     model.load_state_dict(state, assign=True)
     return model.eval()
 

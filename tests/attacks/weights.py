@@ -110,6 +110,8 @@ class WeightCases(Cases):
             lambda: like.t() if like.dim() == 2 else like[None], lambda: torch.full_like(like, float("nan")), lambda: None,
             lambda: "text", lambda: {}, lambda: nested([], 150), lambda: 10**30, lambda: collections.OrderedDict(a=like),
             lambda: {1, 2}, lambda: bytearray(5), lambda: torch.Size([1]),
+            lambda: self.state["decoder.norm_out.conv_y.bias"].detach(), lambda: torch.eye(3).to_sparse_csc(),
+            lambda: like.to(torch.complex64).conj(), lambda: like.to(torch.complex64).conj().imag,
             lambda: like.flip(0).T if like.dim() == 2 else like,
         ])()  # fmt: skip
 
