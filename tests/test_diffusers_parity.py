@@ -120,7 +120,7 @@ def test_gradients_match(tmp_path):
     ({"up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D"]}, "expected the same levels"),
     ({"down_block_types": ["DownBlock2D", "DownEncoderBlock2D"]}, "got DownBlock2D"),
     ({"block_out_channels": [32, 48]}, "expected block_out_channels to be multiples of the first"),
-    ({"block_out_channels": None}, "is damaged or not a config"),
+    ({"block_out_channels": None}, "expected block_out_channels to be a list of integers, got None"),
     ({"num_vq_embeddings": 32}, "1 of the wrong shape: quantize.embedding.weight"),
 ])  # fmt: skip
 def test_unsupported_configs_are_refused(tmp_path, change, message):
