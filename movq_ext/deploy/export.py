@@ -204,7 +204,7 @@ class ExportedDecoder:
             self.inputs = _parse_inputs(metadata)
             self.batch, self.height, self.width = (_as_range(name, tuple(metadata[name])) for name in DIMENSIONS)
             self.dtype = _parse_dtype(metadata["dtype"])
-            compiled_for = torch.device(metadata["device"]).type
+            compiled_for = torch.device(str(metadata["device"])).type  # of a number, a CUDA build would make cuda:0
         except Exception as error:  # of any type: a part may be missing or be anything
             reason = printable(repr(error), MAX_REASON_CHARACTERS)
             raise ValueError(f"{path} has metadata that this version of movq_ext cannot read: {reason}") from error
