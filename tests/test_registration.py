@@ -59,30 +59,17 @@ def test_spatial_norm_on_a_cpu_is_the_published_formula(dtype, affine, zq_size, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_on_a_cpu_is_the_formula(dtype):
-    inputs, dout = attention_arguments(dtype)
-    q, k, v = exact = in_double(inputs)
+@pytest.mark.parametrize("name, arguments", [("attention", attention_arguments), ("shared_kv_attention", shared_kv_arguments)])
+def test_attention_on_a_cpu_is_the_formula(name, arguments, dtype):
+    inputs, dout = arguments(dtype)
+    exact = in_double(inputs)
+    q, k, v = (*exact, exact[-1])[:3]  # v is k where keys and values are shared
     scores = 0.2 * q @ k.mT
     expected = scores.softmax(3) @ v
-    out, lse = registration.attention_forward_cpu(*detached(inputs), 0.2)
+    out, lse = getattr(registration, f"{name}_forward_cpu")(*detached(inputs), 0.2)
     assert_close(out, expected)
     assert_close(lse, scores.logsumexp(3))
-    grads = registration.attention_backward_cpu(dout, *detached(inputs), out, lse, 0.2)
-    for x, grad, want in zip(inputs, grads, gradients(expected, exact, dout), strict=True):
-        assert grad.dtype == x.dtype
-        assert_close(grad, want, slack=2.0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_shared_kv_attention_on_a_cpu_is_the_formula(dtype):
-    inputs, dout = shared_kv_arguments(dtype)
-    q, kv = exact = in_double(inputs)
-    scores = 0.2 * q @ kv.mT
-    expected = scores.softmax(3) @ kv
-    out, lse = registration.shared_kv_attention_forward_cpu(*detached(inputs), 0.2)
-    assert_close(out, expected)
-    assert_close(lse, scores.logsumexp(3))
-    grads = registration.shared_kv_attention_backward_cpu(dout, *detached(inputs), out, lse, 0.2)
+    grads = getattr(registration, f"{name}_backward_cpu")(dout, *detached(inputs), out, lse, 0.2)
     for x, grad, want in zip(inputs, grads, gradients(expected, exact, dout), strict=True):
         assert grad.dtype == x.dtype
         assert_close(grad, want, slack=2.0)

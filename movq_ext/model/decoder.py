@@ -65,7 +65,7 @@ class MOVQDecoder(ActivationCheckpointing):
         **ignorekwargs: ignored, since published configs hold keys of other classes.
 
     Raises:
-        ValueError: there is no level, a number of channels is not positive, the channels of a level are not a multiple of 32,
+        ValueError: ch_mult is empty, a number of channels is not positive, the channels of a level are not a multiple of 32,
             num_res_blocks is negative, or another argument is out of range. The message names the argument.
     """
 

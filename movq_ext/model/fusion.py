@@ -23,8 +23,8 @@ from ..profiling import is_range_hook, layer_range
 
 CONV2D_METHODS = {name: getattr(nn.Conv2d, name) for name in ("forward", "_conv_forward")}
 PLAIN_PARAMETERS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)  # the last two stand for plain ones in torch.export
-# In these types attention may use its input as keys and values, see `absorb_keys`: a block's error against float64 is that of the
-# published order, within 5%. In float32 it would be up to 1.25 times as large.
+# In these types attention may use its input as keys and values, see `absorb_keys`. A block's error against float64 is at most
+# 1.05 times the published order's; in float32 it would be up to 1.25 times.
 SHARED_KV_DTYPES = (torch.float16, torch.bfloat16)
 GLOBAL_HOOKS = [
     getattr(torch.nn.modules.module, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")

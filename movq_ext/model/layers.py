@@ -207,7 +207,7 @@ class AttnBlock(nn.Module, FusedModule):
             h = self._attend_shared(n)
         else:
             q, k, v = self._project(n)
-            del n  # each map is freed as soon as it is not needed
+            del n  # free each map after its last use
             h = spatial_attention(q, k, v)
             del q, k, v
         h, bias = conv_deferring_bias(self.proj_out, h)

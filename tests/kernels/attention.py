@@ -10,28 +10,30 @@ from .spatial_norm import DTYPES, poisoned
 
 PROBLEM = "int64_t batch, int64_t heads, int64_t queries, int64_t keys, int64_t head_size, int dtype, float scale"
 TENSORS = {"forward": ("q", "k", "v", "out"), "backward": ("dout", "q", "k", "v", "out", "dq", "dk", "dv")}
-WRITTEN = {"forward": ("out",), "backward": ("dq", "dk", "dv")}
+WRITTEN = ("dq", "dk", "dv", "dkv")  # by backward; forward writes out
 
 
-def _export(name):
+def export(prefix, name, tensors, setup=""):
+    """Return a C function `name` that calls ``movq::{prefix}_{name}``, or returns its workspace's size if that is null."""
+
     def parameter(t):
-        const = "" if t in WRITTEN[name] else "const "
+        const = "" if t in WRITTEN or (t == "out" and name == "forward") else "const "
         return f"{const}void* {t}, int64_t {t}_batch, int64_t {t}_head, int64_t {t}_token"
 
     def tokens(t):
         return f"{{const_cast<void*>({t}), {t}_batch, {t}_head, {t}_token}}"
 
-    fields = [tokens(t) for t in TENSORS[name]]
-    fields.insert({"forward": 4, "backward": 5}[name], "lse")
+    fields = [tokens(t) for t in tensors]
+    fields.insert(tensors.index("out") + 1, "lse")
     return f"""
-EXPORT({name}, {PROBLEM}, {", ".join(map(parameter, TENSORS[name]))}, {"" if name == "forward" else "const "}float* lse,
+EXPORT({name}, {PROBLEM}, {", ".join(map(parameter, tensors))}, {"" if name == "forward" else "const "}float* lse,
        void* workspace, int64_t* bytes) {{
   movq::AttentionProblem p = {{batch, heads, queries, keys, head_size, movq::DType(dtype), scale}};
-  {"p.shared_kv = !dv;" if name == "backward" else ""}
+  {setup}
   if (workspace) {{
-    movq::attention_{name}(p, {{{", ".join(fields)}, workspace}}, nullptr);
+    movq::{prefix}_{name}(p, {{{", ".join(fields)}, workspace}}, nullptr);
   }} else {{
-    const int64_t value = movq::attention_{name}_workspace(p);
+    const int64_t value = movq::{prefix}_{name}_workspace(p);
     emu::copy_to_device(bytes, &value, sizeof value);
   }}
 }}"""
@@ -39,9 +41,10 @@ EXPORT({name}, {PROBLEM}, {", ".join(map(parameter, TENSORS[name]))}, {"" if nam
 
 @functools.cache
 def library():
+    setups = {"forward": "", "backward": "p.shared_kv = !dv;"}
     return emulator.build(
         *(emulator.KERNELS / f"attention_{name}.cu" for name in TENSORS),
-        glue='#include "attention.h"\n' + "".join(map(_export, TENSORS)),
+        glue='#include "attention.h"\n' + "".join(export("attention", name, TENSORS[name], setups[name]) for name in TENSORS),
     )
 
 
@@ -56,6 +59,8 @@ def with_strides(tensors):
 
 class Emulator:
     """Runs the kernels' source on the CPU under several schedules, which must give the same bits."""
+
+    library = staticmethod(library)
 
     def __init__(self, seeds=emulator.SEEDS, **device):
         self.seeds, self.device = seeds, device
@@ -83,17 +88,17 @@ class Emulator:
             batch=batch,
             heads=heads,
             queries=queries,
-            keys=tensors["k"].shape[2],
+            keys=tensors["kv" if "kv" in tensors else "k"].shape[2],
             head_size=head_size,
             dtype=DTYPES.index(tensors["q"].dtype),
             scale=scale,
             lse=lse,
             bytes=torch.zeros(1, dtype=torch.int64),
         )
-        sized = library().call(function, **given, workspace=None, seeds=(0,), **self.device)
+        sized = self.library().call(function, **given, workspace=None, seeds=(0,), **self.device)
         self.workspace = int(given["bytes"])
         workspace = torch.full((max(1, self.workspace),), 0xFF, dtype=torch.uint8)
-        self.cost = library().call(function, **given, workspace=workspace, seeds=self.seeds, **self.device)
+        self.cost = self.library().call(function, **given, workspace=workspace, seeds=self.seeds, **self.device)
         self.queries += [sized.occupancy_queries, self.cost.occupancy_queries]
 
 
