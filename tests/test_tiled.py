@@ -30,10 +30,12 @@ def test_little_memory_takes_strips_and_files(monkeypatch, files):
     assert max(map(len, spans)) == 1 and not files
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("max_memory", [LITTLE, PLENTY])
-def test_autocast(max_memory):
+def test_autocast(max_memory, dtype):
     decoder, (z, zq) = make_decoder(), latents((40, 4))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        z = z.to(dtype)  # of a convolution under autocast, z has 16 bits
         expected, out = decoder(z, zq), decode_tiled(decoder, z, zq, max_memory=max_memory)
     assert relative_error(out, expected) < 5e-2
 

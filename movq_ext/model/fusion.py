@@ -190,7 +190,10 @@ def fold_windows(weight: Tensor) -> Tensor:
     Returns:
         ``(4 * out, in, 2, 2)``: upper left, upper right, lower left, lower right pixel.
     """
-    by_pixel_row_tap = [[[1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 1]]]
-    taps = torch.tensor(by_pixel_row_tap, dtype=weight.dtype, device=weight.device)
-    kernels = torch.einsum("dyi,rxj->drijyx", taps, taps).reshape(4, 9, 4)  # one for each of the four pixels
-    return (weight.reshape(-1, 9) @ kernels).view(-1, weight.shape[1], 2, 2)
+
+    def of_both_pixels(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        first, middle, last = weight.split(1, dim)
+        return torch.cat([first + middle, last], dim), torch.cat([first, middle + last], dim)
+
+    # Sums rather than a matrix product, which autocast would compute in 16 bits.
+    return torch.cat([pixel for row in of_both_pixels(weight, 2) for pixel in of_both_pixels(row, 3)])
