@@ -13,7 +13,12 @@ WEIGHT, BIAS = torch.ones(6, dtype=torch.float64), torch.ones(6, dtype=torch.flo
 Q, T, X = torch.ones(2, 4, 3, 3), torch.ones(2, 3, 4, 8), torch.ones(2, 6, 4, 4)
 
 BAD_NORM = {
-    "rank": (ValueError, r"f must have 4 dimensions .* got shape \(6, 8, 8\)", dict(f=FEATURES[0])),
+    "rank": (ValueError, r"f must have 4 dimensions .* or 5 .* got shape \(6, 8, 8\)", dict(f=FEATURES[0])),
+    "zq of a clip": (ValueError, r"zq_y must have 5 dimensions \(batch, channels, frames, .* got shape \(2, 6, 4, 4\)",
+                     dict(f=FEATURES[:, :, None])),
+    "zq of a map": (ValueError, r"zq_b must have 4 dimensions .* got shape \(2, 6, 1, 4, 4\)", dict(zq_b=B[:, :, None])),
+    "first frame of a map": (ValueError, r"split_first_frame must be False for an f without frames, got True for shape",
+                             dict(split_first_frame=True)),
     "empty": (ValueError, r"f must not be empty, got shape \(0, 6, 8, 8\)", dict(f=FEATURES[:0])),
     "integer": (TypeError, r"f must be floating point, got torch.int64", dict(f=FEATURES.long())),
     "zero groups": (ValueError, r"groups must be a positive divisor of f's channels, got groups=0 for 6 channels",
@@ -36,6 +41,9 @@ BAD_FUSED_NORM = {
     "f_bias device": (ValueError, r"f_bias must be on f's device cpu, got meta", dict(f_bias=BIAS.to("meta"))),
     "bordered": (ValueError, r"bordered zq_y must have three rows and columns for each cell of .* f's \(8, 8\) pixels, got \(2",
                  dict(bordered=True)),
+    "bordered clip": (ValueError, r"bordered zq_y must have .* got \(2, 6, 3, 3, 3\)",
+                      dict(f=X.double()[:, :, None].expand(-1, -1, 2, -1, -1), zq_y=torch.ones(2, 6, 3, 3, 3).double(),
+                           zq_b=torch.ones(2, 6, 3, 3, 3).double(), bordered=True)),
     "gradient": (ValueError, r"weight must not require a gradient: spatial_norm with f_bias records none",
                  dict(f_bias=BIAS, weight=WEIGHT.clone().requires_grad_())),
 }  # fmt: skip
@@ -51,8 +59,10 @@ def test_spatial_norm_refuses(case):
 @pytest.mark.parametrize("case", BAD_FUSED_NORM)
 def test_fused_spatial_norm_refuses(case):
     error, message, change = BAD_FUSED_NORM[case]
+    arguments = dict(f=FEATURES, zq_y=Y, zq_b=B, weight=WEIGHT, bias=BIAS, groups=3) | change
+    maps = [arguments.pop(name) for name in ("f", "zq_y", "zq_b")]
     with pytest.raises(error, match=message):
-        fused_spatial_norm(FEATURES, Y, B, NormOptions(**(dict(weight=WEIGHT, bias=BIAS, groups=3) | change)))
+        fused_spatial_norm(*maps, NormOptions(**arguments))
 
 
 BAD_SPATIAL_ATTENTION = {

@@ -9,10 +9,15 @@ from . import native
 from .options import NormOptions
 
 ACTIVATIONS = (None, "silu")
+MAP, CLIP = "(batch, channels, height, width)", "(batch, channels, frames, height, width)"
 
 
 def check_spatial_norm(f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, options: NormOptions) -> None:
-    check_map("f", f)
+    if f.dim() not in (4, 5):
+        raise ValueError(f"f must have 4 dimensions {MAP}, or 5 {CLIP}, got shape {tuple(f.shape)}")
+    _check_not_empty_and_floating("f", f)
+    if options.split_first_frame and f.dim() == 4:
+        raise ValueError(f"split_first_frame must be False for an f without frames, got True for shape {tuple(f.shape)}")
     channels, groups = f.shape[1], options.groups
     if groups < 1 or channels % groups:
         raise ValueError(f"groups must be a positive divisor of f's channels, got groups={groups} for {channels} channels")
@@ -28,7 +33,7 @@ def check_spatial_norm(f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, opti
             raise ValueError(f"{name} must have shape ({channels},), got {tuple(parameter.shape)}")
     if options.f_bias is not None:
         check_channel_bias("f_bias", options.f_bias, "f", f)
-    if options.bordered and (zq_y is None or not native.is_bordered(zq_y, f)):
+    if options.bordered and (zq_y is None or f.dim() == 5 or not native.is_bordered(zq_y, f)):
         expected = f"three rows and columns for each cell of at least 2x2 of f's {tuple(f.shape[2:])} pixels"
         raise ValueError(f"bordered zq_y must have {expected}, got {None if zq_y is None else tuple(zq_y.shape)}")
     if options.f_bias is not None or options.bordered:
@@ -38,7 +43,8 @@ def check_spatial_norm(f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, opti
 
 def _check_modulation(f: Tensor, zq_y: Tensor, zq_b: Tensor) -> None:
     for name, zq in (("zq_y", zq_y), ("zq_b", zq_b)):
-        check_map(name, zq)
+        _check_rank(name, zq, MAP if f.dim() == 4 else CLIP, f.dim())
+        _check_not_empty_and_floating(name, zq)
         if zq.shape[:2] != f.shape[:2]:
             raise ValueError(f"{name} must have f's batch and channels {tuple(f.shape[:2])}, got shape {tuple(zq.shape)}")
     if zq_y.shape != zq_b.shape:
@@ -93,13 +99,13 @@ def check_add_bias_residual(x: Tensor, bias: Tensor | None, residual: Tensor | N
 
 def check_map(name: str, x: Tensor) -> None:
     """x must be a non-empty floating-point ``(B, C, H, W)``."""
-    _check_rank(name, x, "(batch, channels, height, width)")
+    _check_rank(name, x, MAP)
     _check_not_empty_and_floating(name, x)
 
 
-def _check_rank(name: str, x: Tensor, dimensions: str) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"{name} must have 4 dimensions {dimensions}, got shape {tuple(x.shape)}")
+def _check_rank(name: str, x: Tensor, dimensions: str, rank: int = 4) -> None:
+    if x.dim() != rank:
+        raise ValueError(f"{name} must have {rank} dimensions {dimensions}, got shape {tuple(x.shape)}")
 
 
 def _check_not_empty_and_floating(name: str, x: Tensor) -> None:

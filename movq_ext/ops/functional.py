@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from . import cuda, native
+from . import clips, cuda, native
 from .argument_checks import (
     check_add_bias_residual,
     check_attention,
@@ -30,6 +32,7 @@ def spatial_norm(
     groups: int,
     eps: float = 1e-6,
     activation: str | None = None,
+    split_first_frame: bool = False,
 ) -> Tensor:
     """Spatially conditioned group normalisation: ``act(GroupNorm(f) * up(zq_y) + up(zq_b))``.
 
@@ -43,23 +46,30 @@ def spatial_norm(
     convolution commutes with a nearest resize, so the result is the published one (MoVQ, arXiv:2209.09002, equation 4) for a
     fraction of the work. Without ``zq_y`` and ``zq_b`` this is plain group normalisation.
 
+    Of clips, statistics span all frames, and zq is resized along time too. The video autoencoders treat the first frame of a clip
+    apart, since it stands for itself and every later one for several: ``split_first_frame``.
+
     Args:
-        f: ``(B, C, H, W)``, floating point, any memory format.
-        zq_y, zq_b: ``(B, C, h, w)`` multiplier and offset on a grid of any size, or both None.
+        f: ``(B, C, H, W)``, or a clip ``(B, C, T, H, W)``, floating point, any memory format.
+        zq_y, zq_b: ``(B, C, h, w)`` multiplier and offset on a grid of any size, or both None. ``(B, C, t, h, w)`` for a clip.
         weight, bias: ``(C,)`` affine parameters of the group norm, or None.
         groups: number of groups; divides C.
         eps: added to the variance.
         activation: None or ``"silu"``, applied last.
+        split_first_frame: the first frame of a clip takes zq's first; the other T - 1 take zq's other t - 1 by nearest, or its
+            only one.
 
     Returns:
-        ``(B, C, H, W)`` in f's dtype and, from the CUDA kernels, in f's memory format. Statistics are computed in float32 or
+        f's shape in f's dtype and, from the CUDA kernels, in f's memory format. Statistics are computed in float32 or
         better. Under autocast zq_y and zq_b may differ from f in dtype; the result still has f's.
 
     Raises:
         ValueError: an argument has the wrong rank, size, device or value.
         TypeError: dtypes differ outside autocast, or f is not floating point.
     """
-    return fused_spatial_norm(f, zq_y, zq_b, NormOptions(weight, bias, groups, eps, activation))
+    return fused_spatial_norm(
+        f, zq_y, zq_b, NormOptions(weight, bias, groups, eps, activation, split_first_frame=split_first_frame)
+    )
 
 
 def fused_spatial_norm(f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, options: NormOptions) -> Tensor:
@@ -68,6 +78,9 @@ def fused_spatial_norm(f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, opti
     Raises what `spatial_norm` raises, and ValueError if f_bias or bordered is given and a tensor requires a gradient.
     """
     check_spatial_norm(f, zq_y, zq_b, options)
+    if f.dim() == 5:
+        y, b = (None if zq is None else clips.modulation_map(zq, f, options.split_first_frame) for zq in (zq_y, zq_b))
+        return clips.as_clip(fused_spatial_norm(clips.as_map(f), y, b, replace(options, split_first_frame=False)), f.shape[2])
     if not f.is_cuda:
         return native.spatial_norm(f, zq_y, zq_b, options)
     if reason := _why_native(f) or _why_native_parameters(f, options) or _failed_self_test("spatial_norm", f):
@@ -215,8 +228,8 @@ def explain(x: Tensor, operator: str = "spatial_norm") -> str:
     """Return the path that an operator takes for x, ``native`` or ``cuda``, and why.
 
     Args:
-        x: ``(B, C, H, W)`` for ``"spatial_norm"`` and ``"spatial_attention"``, ``(B, heads, tokens, C)`` for ``"attention"`` and
-            ``"shared_kv_attention"``.
+        x: ``(B, C, H, W)`` for ``"spatial_norm"``, which also takes clips ``(B, C, T, H, W)``, and for ``"spatial_attention"``;
+            ``(B, heads, tokens, C)`` for ``"attention"`` and ``"shared_kv_attention"``.
         operator: name of the operator.
 
     Returns:
@@ -230,12 +243,16 @@ def explain(x: Tensor, operator: str = "spatial_norm") -> str:
         raise ValueError(f"operator must be one of {', '.join(head_dim)}, got {operator!r}")
     if not x.is_cuda:
         return f"native: the CUDA kernels do not run on {x.device.type} tensors"
+    is_clip = operator == "spatial_norm" and x.dim() == 5
+    x = clips.as_map(x) if is_clip else x
     reason = _why_native(x)
     if (dim := head_dim[operator]) is None:
         reason = reason or _failed_self_test("spatial_norm", x)
     else:
         reason = reason or _why_native_head(x.shape[dim]) or _failed_self_test("attention", x)
-    return f"native: {reason}" if reason else f"cuda: compiled for {torch.cuda.get_device_name(x.device)}"
+    if reason:
+        return f"native: {reason}"
+    return f"cuda: compiled for {torch.cuda.get_device_name(x.device)}{', which takes a clip as one map' if is_clip else ''}"
 
 
 def _why_native(x: Tensor) -> str | None:

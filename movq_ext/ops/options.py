@@ -21,6 +21,7 @@ class NormOptions:
         bordered: zq_y and zq_b are ``(B, C, 3h, 3w)`` for ``h x w`` cells, each covering at least 2x2 pixels of f. A cell's three
             rows (and columns) hold the values for its first row of pixels, its inner rows and its last row. This is how
             `convolve_cells` represents a latent that was convolved 3x3 after its resize. Inference only.
+        split_first_frame: of clips, see `spatial_norm`.
     """
 
     weight: Tensor | None
@@ -30,10 +31,16 @@ class NormOptions:
     activation: str | None = None
     f_bias: Tensor | None = None
     bordered: bool = False
+    split_first_frame: bool = False
 
     @classmethod
     def from_layer(
-        cls, norm: nn.GroupNorm, activation: str | None = None, f_bias: Tensor | None = None, bordered: bool = False
+        cls,
+        norm: nn.GroupNorm,
+        activation: str | None = None,
+        f_bias: Tensor | None = None,
+        bordered: bool = False,
+        split_first_frame: bool = False,
     ) -> NormOptions:
         """Return the parameters of a group norm layer, with the steps to fuse."""
-        return cls(norm.weight, norm.bias, norm.num_groups, norm.eps, activation, f_bias, bordered)
+        return cls(norm.weight, norm.bias, norm.num_groups, norm.eps, activation, f_bias, bordered, split_first_frame)

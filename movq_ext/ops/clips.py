@@ -1,0 +1,64 @@
+"""Clips for the spatial norm: a clip of T frames is one feature map of T * H rows.
+
+Group statistics span all frames, so the norm of a clip is the norm of that map. Only the modulation knows about time: each row of
+the map takes a row of the latent, and `resize_frames` says which.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import native
+
+
+def as_map(clip: Tensor) -> Tensor:
+    """Return ``(B, C, T, H, W)`` as ``(B, C, T * H, W)``, without a copy if the clip is dense."""
+    return clip.flatten(2, 3)
+
+
+def as_clip(map_: Tensor, frames: int) -> Tensor:
+    """Return ``(B, C, T * H, W)`` as ``(B, C, T, H, W)``, without a copy."""
+    clip: Tensor = map_.unflatten(2, (frames, -1))
+    return clip
+
+
+def modulation_map(zq: Tensor, f: Tensor, split_first_frame: bool) -> Tensor:
+    """Return the latent's map ``(B, C, rows, w)`` that a nearest resize assigns correctly to the rows of ``as_map(f)``.
+
+    Args:
+        zq: ``(B, C, t, h, w)``.
+        f: ``(B, C, T, H, W)``.
+        split_first_frame: see `resize_frames`.
+    """
+    _, _, frames, height, _ = f.shape
+    rows = zq.shape[3]
+    # A frame's rows must not take cells of another frame: either the resize repeats each row of zq equally often, or zq gets f's
+    # rows here. Its width stays, so it is still far from f's size.
+    if native.is_tracing() or not native.is_power_of_two_ratio(rows, height):
+        rows = height
+    return as_map(resize_frames(zq, frames, rows, split_first_frame))
+
+
+def resize_frames(zq: Tensor, frames: int, rows: int, split_first_frame: bool) -> Tensor:
+    """Resize zq ``(B, C, t, h, w)`` to ``(B, C, frames, rows, w)`` by torch's nearest rule.
+
+    This is the one place that knows which frame of the latent a frame takes. Applied to the frame numbers
+    ``torch.arange(t).view(1, 1, t, 1, 1)``, in floating point, it returns them as a table.
+
+    Args:
+        zq: any clip of at least one frame.
+        frames, rows: sizes of the result.
+        split_first_frame: the first frame takes zq's first; the other ``frames - 1`` take zq's other ``t - 1`` by nearest, or its
+            only one. This is the order of causal models, whose first frame stands for itself and each later one for several.
+    """
+    if split_first_frame and min(frames, zq.shape[2]) > 1:
+        first, others = zq[:, :, :1], zq[:, :, 1:]
+        return torch.cat([_resize(first, 1, rows), _resize(others, frames - 1, rows)], dim=2)
+    return _resize(zq, frames, rows)
+
+
+def _resize(zq: Tensor, frames: int, rows: int) -> Tensor:
+    size = (frames, rows, zq.shape[4])
+    return zq if zq.shape[2:] == size else F.interpolate(zq, size=size, mode="nearest")
