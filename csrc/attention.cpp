@@ -1,5 +1,5 @@
 // The operators attention_* and shared_kv_attention_* for CUDA tensors: checks, layout, allocation and stream around the
-// launchers.
+// launchers. Every forward writes the same lse, so the backward of either kind of kernel takes it.
 #include "kernels/attention.h"
 
 #include <ATen/core/Tensor.h>
@@ -11,6 +11,7 @@
 
 #include <tuple>
 
+#include "kernels/shared_kv_attention.h"
 #include "tensors.h"
 
 namespace {
@@ -84,11 +85,30 @@ Tensor empty_contiguous_like(const Tensor& tensor) {
   return at::empty(tensor.sizes(), tensor.options(), at::MemoryFormat::Contiguous);
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
+// True if the Hopper kernels are wanted and run here. A program that was exported for them may run on any device.
+bool use_hopper(bool wanted, const movq::AttentionProblem& problem) {
+  return wanted && movq::has_shared_kv_kernels(problem.dtype, problem.head_size);
+}
+
+// `hopper` is only for k and v that are one tensor.
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool hopper) {
   const c10::cuda::CUDAGuard guard(q.device());
   const Inputs inputs(q, k, v, scale);
   const Tensor out = empty_contiguous_like(inputs.q);
   const Tensor lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  if (use_hopper(hopper, inputs.problem)) {
+    const Tensor workspace = movq::allocate_workspace(movq::shared_kv_forward_workspace(inputs.problem), q);
+    const movq::SharedKvForward arguments = {
+        .q = tokens(inputs.q),
+        .kv = tokens(inputs.k),
+        .out = tokens(out),
+        .lse = lse.mutable_data_ptr<float>(),
+        .workspace = workspace.mutable_data_ptr(),
+    };
+    movq::shared_kv_forward(inputs.problem, arguments, stream);
+    return {without_padding(out, q.size(3)), lse};
+  }
   const Tensor workspace = movq::allocate_workspace(movq::attention_forward_workspace(inputs.problem), q);
   const movq::AttentionForward arguments = {
       .q = tokens(inputs.q),
@@ -98,13 +118,15 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
       .lse = lse.mutable_data_ptr<float>(),
       .workspace = workspace.mutable_data_ptr(),
   };
-  movq::attention_forward(inputs.problem, arguments, c10::cuda::getCurrentCUDAStream());
+  movq::attention_forward(inputs.problem, arguments, stream);
   return {without_padding(out, q.size(3)), lse};
 }
 
 // The gradients of q, k and v. With `shared_kv`, k and v are one tensor, whose gradient takes dk's place, and dv is undefined.
+// `hopper` is only for that case.
 std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& given_dout, const Tensor& q, const Tensor& k, const Tensor& v,
-                                             const Tensor& given_out, const Tensor& lse, double scale, bool shared_kv) {
+                                             const Tensor& given_out, const Tensor& lse, double scale, bool shared_kv,
+                                             bool hopper) {
   const c10::cuda::CUDAGuard guard(q.device());
   Inputs inputs(q, k, v, scale);
   inputs.problem.shared_kv = shared_kv;
@@ -120,6 +142,22 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& given_dout, const Ten
   movq::check_device("lse", lse, "q", q);
   const Tensor dout = aligned(given_dout), out = aligned(given_out);
   const Tensor dq = empty_contiguous_like(inputs.q), dk = empty_contiguous_like(inputs.k);
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  if (use_hopper(hopper, inputs.problem)) {
+    const Tensor workspace = movq::allocate_workspace(movq::shared_kv_backward_workspace(inputs.problem), q);
+    const movq::SharedKvBackward arguments = {
+        .dout = tokens(dout),
+        .q = tokens(inputs.q),
+        .kv = tokens(inputs.k),
+        .out = tokens(out),
+        .lse = lse.const_data_ptr<float>(),
+        .dq = tokens(dq),
+        .dkv = tokens(dk),
+        .workspace = workspace.mutable_data_ptr(),
+    };
+    movq::shared_kv_backward(inputs.problem, arguments, stream);
+    return {without_padding(dq, q.size(3)), without_padding(dk, q.size(3)), Tensor()};
+  }
   const Tensor dv = shared_kv ? Tensor() : empty_contiguous_like(inputs.v);
   const Tensor workspace = movq::allocate_workspace(movq::attention_backward_workspace(inputs.problem), q);
   const movq::AttentionBackward arguments = {
@@ -134,32 +172,36 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& given_dout, const Ten
       .dv = shared_kv ? movq::Tokens() : tokens(dv),
       .workspace = workspace.mutable_data_ptr(),
   };
-  movq::attention_backward(inputs.problem, arguments, c10::cuda::getCurrentCUDAStream());
+  movq::attention_backward(inputs.problem, arguments, stream);
   return {without_padding(dq, q.size(3)), without_padding(dk, q.size(3)), shared_kv ? dv : without_padding(dv, q.size(3))};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
-                                            const Tensor& out, const Tensor& lse, double scale) {
-  return gradients(dout, q, k, v, out, lse, scale, /*shared_kv=*/false);
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
+  return forward(q, k, v, scale, /*hopper=*/false);
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                                                      const Tensor& out, const Tensor& lse, double scale) {
+  return gradients(dout, q, k, v, out, lse, scale, /*shared_kv=*/false, /*hopper=*/false);
 }
 
 // Attention whose keys are also its values.
 
-std::tuple<Tensor, Tensor> shared_kv_forward(const Tensor& q, const Tensor& kv, double scale) {
-  return forward(q, kv, kv, scale);
+std::tuple<Tensor, Tensor> shared_kv_attention_forward(const Tensor& q, const Tensor& kv, double scale, bool hopper) {
+  return forward(q, kv, kv, scale, hopper);
 }
 
-std::tuple<Tensor, Tensor> shared_kv_backward(const Tensor& dout, const Tensor& q, const Tensor& kv, const Tensor& out,
-                                              const Tensor& lse, double scale) {
-  const auto [dq, dkv, none] = gradients(dout, q, kv, kv, out, lse, scale, /*shared_kv=*/true);
+std::tuple<Tensor, Tensor> shared_kv_attention_backward(const Tensor& dout, const Tensor& q, const Tensor& kv, const Tensor& out,
+                                                        const Tensor& lse, double scale, bool hopper) {
+  const auto [dq, dkv, none] = gradients(dout, q, kv, kv, out, lse, scale, /*shared_kv=*/true, hopper);
   return {dq, dkv};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(movq_ext, CUDA, m) {
-  m.impl("attention_forward", &forward);
-  m.impl("attention_backward", &backward);
-  m.impl("shared_kv_attention_forward", &shared_kv_forward);
-  m.impl("shared_kv_attention_backward", &shared_kv_backward);
+  m.impl("attention_forward", &attention_forward);
+  m.impl("attention_backward", &attention_backward);
+  m.impl("shared_kv_attention_forward", &shared_kv_attention_forward);
+  m.impl("shared_kv_attention_backward", &shared_kv_attention_backward);
 }

@@ -20,9 +20,10 @@ TORCH_LIBRARY(movq_ext, m) {
   m.def(
       "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale)"
       " -> (Tensor dq, Tensor dk, Tensor dv)");
-  m.def("shared_kv_attention_forward(Tensor q, Tensor kv, float scale) -> (Tensor out, Tensor lse)");
+  // `hopper`: the kernels for compute capability 9.0, where they run.
+  m.def("shared_kv_attention_forward(Tensor q, Tensor kv, float scale, bool hopper=False) -> (Tensor out, Tensor lse)");
   m.def(
-      "shared_kv_attention_backward(Tensor dout, Tensor q, Tensor kv, Tensor out, Tensor lse, float scale)"
+      "shared_kv_attention_backward(Tensor dout, Tensor q, Tensor kv, Tensor out, Tensor lse, float scale, bool hopper=False)"
       " -> (Tensor dq, Tensor dkv)");
   m.def("add_bias_residual_(Tensor(a!) x, Tensor? bias, Tensor? residual) -> ()");
 }

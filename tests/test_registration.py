@@ -103,11 +103,12 @@ def test_fake_attention_has_the_layouts_of_real_attention():
 
 def test_fake_shared_kv_attention_has_the_layouts_of_the_real_one():
     inputs, dout = shared_kv_arguments()
-    real = registration.shared_kv_attention_forward_cpu(*inputs, 0.2)
-    assert described(registration.shared_kv_attention_forward_fake(*inputs, 0.2)) == described(real)
-    backward = dout, *inputs, *real, 0.2
-    real = registration.shared_kv_attention_backward_cpu(*backward)
-    assert described(registration.shared_kv_attention_backward_fake(*backward)) == described(real)
+    for hopper in ([], [True]):
+        real = registration.shared_kv_attention_forward_cpu(*inputs, 0.2, *hopper)
+        assert described(registration.shared_kv_attention_forward_fake(*inputs, 0.2, *hopper)) == described(real)
+        backward = dout, *inputs, *real, 0.2, *hopper
+        real = registration.shared_kv_attention_backward_cpu(*backward)
+        assert described(registration.shared_kv_attention_backward_fake(*backward)) == described(real)
 
 
 # --- Registered operators
@@ -159,9 +160,18 @@ def test_opcheck_of_shared_kv_attention(device, dtype, size):
     inputs, dout = shared_kv_arguments(dtype, size, device)
     inputs = detached(inputs)
     operators = torch.ops.movq_ext
-    torch.library.opcheck(operators.shared_kv_attention_forward.default, (*inputs, 0.2))
-    out, lse = operators.shared_kv_attention_forward(*inputs, 0.2)
-    torch.library.opcheck(operators.shared_kv_attention_backward.default, (dout, *inputs, out, lse, 0.2))
+    for hopper in ([], [True]):
+        torch.library.opcheck(operators.shared_kv_attention_forward.default, (*inputs, 0.2, *hopper))
+        out, lse = operators.shared_kv_attention_forward(*inputs, 0.2, *hopper)
+        torch.library.opcheck(operators.shared_kv_attention_backward.default, (dout, *inputs, out, lse, 0.2, *hopper))
+
+
+@needs_extension
+@pytest.mark.parametrize("name", ["shared_kv_attention_forward", "shared_kv_attention_backward"])
+def test_the_hopper_kernels_must_be_asked_for(name):
+    """A program that was exported before there were any has one argument less."""
+    last = getattr(torch.ops.movq_ext, name).default._schema.arguments[-1]
+    assert (last.name, str(last.type), last.default_value) == ("hopper", "bool", False)
 
 
 @needs_extension

@@ -135,22 +135,24 @@ def attention_backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: A
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def shared_kv_attention_forward_cpu(q: Tensor, kv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def shared_kv_attention_forward_cpu(q: Tensor, kv: Tensor, scale: float, hopper: bool = False) -> tuple[Tensor, Tensor]:
     return attention_forward_cpu(q, kv, kv, scale)
 
 
 def shared_kv_attention_backward_cpu(
-    dout: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, scale: float
+    dout: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, scale: float, hopper: bool = False
 ) -> tuple[Tensor, Tensor]:
     dq, dk, dv = attention_backward_cpu(dout, q, kv, kv, out, lse, scale)
     return dq, dk + dv
 
 
-def shared_kv_attention_forward_fake(q: Tensor, kv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def shared_kv_attention_forward_fake(q: Tensor, kv: Tensor, scale: float, hopper: bool = False) -> tuple[Tensor, Tensor]:
     return attention_forward_fake(q, kv, kv, scale)
 
 
-def shared_kv_attention_backward_fake(dout: Tensor, q: Tensor, kv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def shared_kv_attention_backward_fake(
+    dout: Tensor, q: Tensor, kv: Tensor, *_: Any, hopper: bool = False
+) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), kv.new_empty(kv.shape)
 
 
