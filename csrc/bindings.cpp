@@ -26,6 +26,9 @@ TORCH_LIBRARY(movq_ext, m) {
       "shared_kv_attention_backward(Tensor dout, Tensor q, Tensor kv, Tensor out, Tensor lse, float scale, bool hopper=False)"
       " -> (Tensor dq, Tensor dkv)");
   m.def("add_bias_residual_(Tensor(a!) x, Tensor? bias, Tensor? residual) -> ()");
+  m.def("fold_upsampling(Tensor weight, bool windows=False) -> Tensor");
+  m.def("fold_upsampling_backward(Tensor dfolded, bool channels_last) -> Tensor");
+  m.def("interleave_windows(Tensor windows, Tensor? bias) -> Tensor");
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

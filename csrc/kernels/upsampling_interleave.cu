@@ -1,0 +1,117 @@
+// Gathers the large map from the windows of an upsampling convolution, and adds the bias.
+//
+// Pixel (y, x) of the large map is phase ((y + 1) % 2, (x + 1) % 2) of the window in row (y + 1) / 2 and column (x + 1) / 2. Both
+// hold its channels in one run of memory, so this is a copy of runs.
+//
+// Bytes: windows are read once and the map written once, in accesses of 16 bytes (one element where alignment or sizes rule that
+// out). One eighth of the border windows' phases lie outside the map and are not read.
+// Blocks: one takes 128 bytes of channels of a run of pixels in one row. A thread keeps its channels and its phase, so it loads the
+// bias once, and steps through both maps by constant strides. All that a block writes of one group of channels is a chunk of the
+// next norm's statistics.
+// Registers: at most 64 (__launch_bounds__), for 4 blocks of 256 threads per multiprocessor, each with 2 loads of 16 bytes in
+// flight: 32 KB, where an H100 needs about 20 KB to cover its memory latency at full bandwidth.
+#include <algorithm>
+#include <type_traits>
+
+#include "channel_bias.cuh"
+#include "device/launch.cuh"
+#include "upsampling.h"
+
+namespace movq {
+namespace upsampling {
+namespace {
+
+constexpr int kThreads = 256, kLoadsInFlight = 2;
+constexpr int64_t kTargetBlocks = 1024;  // about one wave of blocks on the largest GPUs
+constexpr int kMaxRounds = 8;            // accesses per thread
+
+struct Interleaving {
+  int height, width;  // of the large map
+  int channels, channel_tiles;
+  int chunk_columns;  // of a row, per block
+  bool float_bias;
+};
+
+// Threads side by side over the channels of a pixel, and the columns that a block covers at once.
+template <int VecSize> constexpr int kInner = VecSize > 1 ? 8 : 32;
+template <int VecSize> constexpr int kColumnStep = kThreads / kInner<VecSize>;
+
+// Blocks: channel tile (fastest) and chunk of columns in x, row in y, image in z.
+template <class T, int VecSize>
+__global__ void __launch_bounds__(kThreads, 4) interleave(Interleaving plan, const T* windows, const void* bias, T* out) {
+  constexpr int kStep = kColumnStep<VecSize>;
+  static_assert(kStep % 2 == 0, "a thread must keep its phase");
+  const unsigned chunk = blockIdx.x / unsigned(plan.channel_tiles), tile = blockIdx.x - chunk * plan.channel_tiles;
+  const unsigned y = blockIdx.y, x = chunk * plan.chunk_columns + threadIdx.x / kInner<VecSize>;
+  const int channel = int(tile * kInner<VecSize> + threadIdx.x % kInner<VecSize>) * VecSize;
+  const int columns = min(int(chunk + 1) * plan.chunk_columns, plan.width) - int(x);  // of this thread and those to its right
+  if (channel >= plan.channels || columns <= 0) return;
+
+  const unsigned phase = (y + 1) % 2 * 2 + (x + 1) % 2, window_rows = plan.height / 2 + 1, window_columns = plan.width / 2 + 1;
+  const int64_t window = (int64_t(blockIdx.z) * window_rows + (y + 1) / 2) * window_columns + (x + 1) / 2;
+  windows += (window * 4 + phase) * plan.channels + channel;
+  out += ((int64_t(blockIdx.z) * plan.height + y) * plan.width + x) * plan.channels + channel;
+  const int window_stride = kStep / 2 * 4 * plan.channels, out_stride = kStep * plan.channels;
+
+  Vec<T, VecSize> pixels[kLoadsInFlight];
+  auto load_pixels = [&](int first) {
+#pragma unroll
+    for (int ahead = 0; ahead < kLoadsInFlight; ++ahead) {
+      // Beyond the end it loads the first pixel again: loads under conditions would wait for one another.
+      const int valid = first + ahead * kStep < columns ? ahead : 0;
+      pixels[ahead] = load_vec<VecSize, Cache::kStream>(windows + valid * window_stride);
+    }
+  };
+  load_pixels(0);
+  const Vec<float, VecSize> added = load_bias<T, VecSize>(bias, plan.float_bias, channel);
+  for (int first = 0;;) {
+#pragma unroll
+    for (int ahead = 0; ahead < kLoadsInFlight; ++ahead) {
+      if (first + ahead * kStep >= columns) break;
+      Vec<float, VecSize> sums;
+#pragma unroll
+      for (int i = 0; i < VecSize; ++i) sums[i] = to_float(pixels[ahead][i]) + added[i];
+      store_vec(out + ahead * out_stride, from_float<T>(sums));
+    }
+    first += kLoadsInFlight * kStep;
+    if (first >= columns) break;
+    windows += kLoadsInFlight * window_stride;
+    out += kLoadsInFlight * out_stride;
+    load_pixels(first);
+  }
+}
+
+template <class T, int VecSize>
+void launch_interleave(const InterleaveProblem& problem, const void* windows, const void* bias, void* out, cudaStream_t stream) {
+  Interleaving plan = {};
+  plan.height = int(2 * problem.height);
+  plan.width = int(2 * problem.width);
+  plan.channels = int(problem.channels);
+  plan.channel_tiles = ceil_div(plan.channels, kInner<VecSize> * VecSize);
+  const int64_t steps = ceil_div(plan.width, kColumnStep<VecSize>);
+  const int64_t single_round_blocks = problem.batch * plan.height * steps * plan.channel_tiles;
+  const int64_t rounds = std::clamp<int64_t>(single_round_blocks / kTargetBlocks, kLoadsInFlight, kMaxRounds);
+  plan.chunk_columns = int(std::min(rounds, steps) * kColumnStep<VecSize>);
+  plan.float_bias = problem.bias_dtype == DType::float32;
+  const int64_t chunks = ceil_div(plan.width, plan.chunk_columns);
+  const LaunchConfig config = {
+      dim3(grid_size("interleave windows", chunks * plan.channel_tiles), unsigned(plan.height), unsigned(problem.batch)),
+      kThreads};
+  launch(interleave<T, VecSize>, "interleave windows", config, stream, plan, static_cast<const T*>(windows), bias,
+         static_cast<T*>(out));
+}
+
+}  // namespace
+}  // namespace upsampling
+
+void interleave_windows(const InterleaveProblem& problem, const void* windows, const void* bias, void* out, cudaStream_t stream) {
+  const bool aligned = is_aligned(windows, 16) && is_aligned(bias, 16) && is_aligned(out, 16);
+  with_type(problem.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    constexpr int kWide = 16 / sizeof(T);
+    aligned&& problem.channels % kWide == 0 ? upsampling::launch_interleave<T, kWide>(problem, windows, bias, out, stream)
+                                            : upsampling::launch_interleave<T, 1>(problem, windows, bias, out, stream);
+  });
+}
+
+}  // namespace movq
