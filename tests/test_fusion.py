@@ -1,9 +1,7 @@
 """Which layers may be computed together, and the fused computations against the separate ones."""
 
-import published
 import pytest
 import torch
-import torch.nn.functional as F
 from models import draw, offload, quantise, scaled
 from tolerances import assert_close
 from torch import nn
@@ -14,8 +12,6 @@ from movq_ext.model import fusion
 from movq_ext.model.fusion import (
     add_residual,
     conv_deferring_bias,
-    fold_upsampling,
-    fold_windows,
     is_plain_conv,
     is_plain_conv1x1,
     is_plain_conv3x3,
@@ -189,17 +185,3 @@ def test_add_residual_has_the_dtype_of_its_maps():
     for conv in (conv3x3(), scaled(conv3x3())):
         assert add_residual(h.clone(), bias, x, conv).dtype == torch.bfloat16
     assert add_residual(h, bias, x.float(), conv3x3()).dtype == torch.float32
-
-
-@pytest.mark.parametrize("grid", [(1, 1), (1, 4), (3, 2)])
-def test_folds_of_an_upsampling(grid):
-    conv, x = conv3x3(8, 6), draw(2, 8, *grid)
-    expected = F.conv2d(published.resize(x, 2 * grid[0], 2 * grid[1]), conv.weight, conv.bias, padding=1)
-    assert_close(F.conv_transpose2d(x, fold_upsampling(conv.weight), conv.bias, stride=2, padding=1), expected)
-    windows = F.conv2d(x, fold_windows(conv.weight), padding=1).unflatten(1, (2, 2, 6))
-    pixels = torch.empty_like(expected)
-    for down in (0, 1):
-        for right in (0, 1):
-            rows, columns = slice(down, down + grid[0]), slice(right, right + grid[1])
-            pixels[:, :, down::2, right::2] = windows[:, 1 - down, 1 - right, :, rows, columns]
-    assert_close(pixels + conv.bias[:, None, None], expected)

@@ -193,3 +193,20 @@ def test_the_epilogue_rounds_once(device, layout):
     expected = (x.float() + bias[:, None, None] + residual.float()).bfloat16()
     assert cuda.add_bias_residual_(x, bias, residual) is x
     assert torch.equal(x, expected)
+
+
+@needs_extension
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_opcheck_of_upsampling(device, layout, dtype):
+    torch.manual_seed(0)
+    weight = torch.randn(16, 24, 3, 3, device=device, dtype=dtype).contiguous(memory_format=layout)
+    windows = torch.randn(2, 4 * 16, 4, 5, device=device, dtype=dtype).contiguous(memory_format=layout)
+    operators = torch.ops.movq_ext
+    for to_windows in (False, True):
+        torch.library.opcheck(operators.fold_upsampling.default, (weight, to_windows))
+    dfolded = operators.fold_upsampling(weight)
+    torch.library.opcheck(operators.fold_upsampling_backward.default, (dfolded, layout == torch.channels_last))
+    for bias in (torch.zeros(16, device=device), None):
+        torch.library.opcheck(operators.interleave_windows.default, (windows, bias))

@@ -1,5 +1,7 @@
 """The kernels of upsampling: the same cases on the emulator everywhere, and on a GPU if there is one."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -130,8 +132,8 @@ def test_windows_become_the_published_map(backend, name, dtype, bias_dtype):
 
 @pytest.mark.parametrize("unaligned", ["windows", "bias"])
 def test_unaligned_windows_and_biases(backend, unaligned):
-    windows = draw(1, 64, 4, 5, dtype=BF16, offset=unaligned == "windows")
-    bias = draw(1, 16, 1, 1, dtype=BF16, offset=unaligned == "bias").flatten()
+    windows = draw(1, 64, 4, 5, dtype=BF16, offset=int(unaligned == "windows"))
+    bias = draw(1, 16, 1, 1, dtype=BF16, offset=int(unaligned == "bias")).flatten()
     assert torch.equal(backend.interleave(windows, bias), backend.interleave(windows.clone(), bias.clone()))
 
 
@@ -220,5 +222,5 @@ def test_interleaving_moves_each_pixel_once(counted, dtype):
     read, out = counted.cost.buffers["pixels"], counted.cost.buffers["out"]
     assert read.read_bytes == read.read_sectors * 32 == out.written_bytes == out.written_sectors * 32 == size
     assert launch.shared_bytes == 0
-    threads = launch.grid[0] * 256
+    threads = math.prod(launch.grid) * 256
     assert counted.cost.buffers["bias"].read_bytes <= threads * 16 * 4 // windows.element_size()  # once per thread

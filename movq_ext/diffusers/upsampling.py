@@ -5,21 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.fusion import fold_upsampling, is_plain_conv3x3
+from ..model.fusion import is_plain_conv3x3
+from ..ops.functional import upsample_conv
 from ..ops.native import traces_plain_operators
 from .accelerated import Accelerated, can_compute, count_call, original_class
 
-# Folding reads or writes each of the C * C * 9 weights about 14 times, in every call. Of 36 * C * C multiplications per pixel of
-# the small map it saves 20. Accessing one weight costs as much as up to 50 multiplications on a CPU and, by an estimate that is
-# not yet measured, about 300 on a GPU's tensor cores.
-MIN_PIXELS, MIN_PIXELS_ON_GPU = 512, 2048
+# On a CPU, folding reads or writes each of the C * C * 9 weights about 14 times, in every call, and each access costs as much as
+# up to 50 multiplications. Of 36 * C * C multiplications per pixel of the small map it saves 20.
+MIN_PIXELS = 512
 
 
 class Upsample2D(Accelerated):
-    """``conv(upsample(x))``, nearest 2x and 3x3, as one transposed convolution of x."""
+    """``conv(upsample(x))``, nearest 2x and 3x3, as one convolution of x."""
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:
@@ -33,14 +32,17 @@ class Upsample2D(Accelerated):
         is_doubling = not args and not kwargs and output_size is None
         if not count_call(self, is_doubling and can_compute(self, x) and is_plain_conv3x3(conv) and folding_pays(x)):
             return original_class(self).forward(self, x, output_size, *args, **kwargs)  # type: ignore[no-any-return]
-        return F.conv_transpose2d(x, fold_upsampling(conv.weight), conv.bias, stride=2, padding=1)
+        return upsample_conv(x, conv.weight, conv.bias)
 
 
 def folding_pays(x: Tensor) -> bool:
-    """True if a map ``(B, C, H, W)``, before upsampling, has so many pixels that folding saves more than it costs."""
+    """True if a map ``(B, C, H, W)``, before upsampling, has so many pixels that folding saves more than it costs.
+
+    Always True on a GPU, where `upsample_conv` decides by counted costs.
+    """
     if traces_plain_operators() or torch.compiler.is_exporting():  # the program may be given maps of any size
         return True
-    return x.shape[0] * x.shape[2] * x.shape[3] >= (MIN_PIXELS_ON_GPU if x.is_cuda else MIN_PIXELS)
+    return x.is_cuda or x.shape[0] * x.shape[2] * x.shape[3] >= MIN_PIXELS
 
 
 def _conv_of(upsample: Any) -> Any:

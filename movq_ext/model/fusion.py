@@ -1,4 +1,4 @@
-"""Fusing layers: which may be fused, deferred biases, upsampling folded into its convolution, keys absorbed into queries.
+"""Fusing layers: which may be fused, deferred biases, keys absorbed into queries.
 
 Eager, compiled, exported and traced programs all fold upsampling and join convolutions that share an input. On one CPU core
 (medians of interleaved runs, quartiles in brackets) folding takes 0.4 to 0.6 times as long as the two layers, both eager and
@@ -158,42 +158,3 @@ def absorb_keys(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, float]:
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():
         projection = projection + bias[:0].sum()  # zero: a part in the graph, for DDP, and a gradient of exactly zero
     return projection, scale / power_of_two
-
-
-def fold_upsampling(weight: Tensor) -> Tensor:
-    """Return the transposed convolution (stride 2, padding 1) that equals nearest 2x upsampling followed by a 3x3 convolution.
-
-    Each pixel of the large map depends on 2x2 pixels of the small one. The weights are sums of neighbouring published ones: 16
-    multiplications per small pixel, where the large map takes 36.
-
-    Args:
-        weight: ``(out, in, 3, 3)``, of the convolution.
-
-    Returns:
-        ``(in, out, 4, 4)``.
-    """
-    for dim in (3, 2):
-        last, middle, first = weight.split(1, dim)  # a transposed convolution applies its kernel mirrored
-        weight = torch.cat([first, first + middle, middle + last, last], dim)
-    # On a GPU in the maps' layout, to which cuDNN would copy it; oneDNN repacks any.
-    return weight.transpose(0, 1).contiguous(memory_format=torch.channels_last if weight.is_cuda else torch.contiguous_format)
-
-
-def fold_windows(weight: Tensor) -> Tensor:
-    """Return the same fold as an ordinary convolution over 2x2 windows of the small map.
-
-    Each window yields the four pixels of the large map around its centre.
-
-    Args:
-        weight: ``(out, in, 3, 3)``, of the convolution.
-
-    Returns:
-        ``(4 * out, in, 2, 2)``: upper left, upper right, lower left, lower right pixel.
-    """
-
-    def of_both_pixels(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        first, middle, last = weight.split(1, dim)
-        return torch.cat([first + middle, last], dim), torch.cat([first, middle + last], dim)
-
-    # Sums rather than a matrix product, which autocast would compute in 16 bits.
-    return torch.cat([pixel for row in of_both_pixels(weight, 2) for pixel in of_both_pixels(row, 3)])

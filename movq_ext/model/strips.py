@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from .. import profiling
 from ..ops.functional import attention, shared_kv_attention
 from ..ops.onednn import Convolution
+from ..ops.upsampling import fold_windows
 from .feature_maps import FeatureMap, MapStore
-from .fusion import fold_windows, is_plain_conv3x3
+from .fusion import is_plain_conv3x3
 from .layers import AttnBlock, Downsample, ResnetBlock, Upsample, is_plain_network
 from .strip_checks import LayeredDecoder, LayeredNetwork, check_decoder_layers, check_encoder_layers
 from .strip_norms import NormalisedRows

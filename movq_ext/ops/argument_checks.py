@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import native
+from . import native, upsampling
 from .options import NormOptions
 
 ACTIVATIONS = (None, "silu")
@@ -95,6 +95,17 @@ def check_add_bias_residual(x: Tensor, bias: Tensor | None, residual: Tensor | N
         if residual.dtype != x.dtype:
             raise TypeError(f"residual must have x's dtype {x.dtype}, got {residual.dtype}")
     check_no_gradient("add_bias_residual_", x=x, bias=bias, residual=residual)
+
+
+def check_upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, method: str | None) -> None:
+    check_map("x", x)
+    if weight.dim() != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
+        raise ValueError(f"weight must have shape (out, {x.shape[1]}, 3, 3), got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    check_device_and_dtype("x", x, weight=weight, **({} if bias is None else {"bias": bias}))
+    if method is not None and method not in upsampling.METHODS:
+        raise ValueError(f"method must be one of {', '.join(upsampling.METHODS)}, got {method!r}")
 
 
 def check_map(name: str, x: Tensor) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import native
+from . import native, upsampling
 from .extension import extension_available
 from .options import NormOptions
 from .registration import register_implementations
@@ -131,6 +132,38 @@ class SharedKVAttentionFunction(torch.autograd.Function):
         else:
             grads = torch.ops.movq_ext.shared_kv_attention_backward(dout.to(q.dtype), q, kv, out, lse, ctx.scale)
         return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None
+
+
+def fold_upsampling(weight: Tensor) -> Tensor:
+    """upsampling.fold_upsampling with a CUDA kernel: sums in float32, rounded once."""
+    folded: Tensor = FoldUpsamplingFunction.apply(weight)  # type: ignore[no-untyped-call]
+    return folded
+
+
+class FoldUpsamplingFunction(torch.autograd.Function):
+    """Saves the weight for its layout, and for second derivatives."""
+
+    @staticmethod
+    def forward(weight: Tensor) -> Tensor:
+        return torch.ops.movq_ext.fold_upsampling(weight, False)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dfolded: Tensor) -> Tensor | None:
+        (weight,) = ctx.saved_tensors
+        if _records_gradient():
+            return _native_gradients(upsampling.fold_upsampling(weight), (weight,), (True,), dfolded)[0]
+        channels_last = not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+        return torch.ops.movq_ext.fold_upsampling_backward(dfolded, channels_last)  # type: ignore[no-any-return]
+
+
+def upsample_by_windows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """upsampling.upsample_conv(..., "windows") with CUDA kernels around the convolution. No gradient is recorded."""
+    windows = F.conv2d(x, torch.ops.movq_ext.fold_upsampling(weight, True), padding=1)
+    return torch.ops.movq_ext.interleave_windows(windows, bias)  # type: ignore[no-any-return]
 
 
 def _records_gradient() -> bool:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import clips, cuda, native
+from . import clips, cuda, native, upsampling
 from .argument_checks import (
     check_add_bias_residual,
     check_attention,
     check_shared_kv_attention,
     check_spatial_attention,
     check_spatial_norm,
+    check_upsample_conv,
 )
 from .extension import device_reason, warn_once
 from .options import NormOptions
@@ -224,12 +226,74 @@ def add_bias_residual_(x: Tensor, bias: Tensor | None, residual: Tensor | None) 
     return cuda.add_bias_residual_(x, bias, residual)
 
 
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, method: str | None = None) -> Tensor:
+    """Nearest 2x upsampling and a 3x3 convolution: ``F.conv2d(F.interpolate(x, scale_factor=2.0), weight, bias, padding=1)``.
+
+    Args:
+        x: ``(B, C, H, W)``, floating point, any memory format.
+        weight: ``(out, C, 3, 3)``.
+        bias: ``(out,)``, or None.
+        method: one of `upsampling.METHODS`. None takes the one that costs least in counted operations and bytes on a GPU, and
+            ``"transposed"`` elsewhere and in traced programs. ``"windows"`` is for inference: its gradient has no kernels.
+
+    Returns:
+        ``(B, out, 2 * H, 2 * W)`` in x's dtype, or in autocast's; on a GPU in channels_last, except by ``"direct"``. The kernels
+        add weights in float32 and round once.
+
+    Raises:
+        ValueError: an argument has the wrong rank, shape or device, or the method is unknown.
+        TypeError: dtypes differ outside autocast, or x is not floating point.
+    """
+    check_upsample_conv(x, weight, bias, method)
+    if not x.is_cuda:
+        return upsampling.upsample_conv(x, weight, bias, method or "transposed")
+    in_inference = native.is_inference(*(tensor for tensor in (x, weight, bias) if tensor is not None))
+    if method is None:
+        method = _upsampling_method(x, weight.shape[0], bias is not None, in_inference)
+    if reason := _why_native(weight) or _failed_self_test("upsample_conv", weight):
+        warn_once(reason)
+        return upsampling.upsample_conv(x, weight, bias, method)
+    if not in_inference:
+        if method == "transposed":
+            return F.conv_transpose2d(x, cuda.fold_upsampling(weight), bias, stride=2, padding=1)
+        return upsampling.upsample_conv(x, weight, bias, method)
+    if bias is not None and bias.dtype != torch.float32:
+        bias = bias.to(_compute_dtype(x))
+    if method == "windows":
+        if reason := self_test_failure("upsample_conv", x.device, _compute_dtype(x), True):  # of windows, which autocast casts
+            warn_once(reason)
+            return upsampling.upsample_conv(x, weight, bias, method)
+        return cuda.upsample_by_windows(x, weight, bias)
+    if method == "transposed":
+        out = F.conv_transpose2d(x, cuda.fold_upsampling(weight), stride=2, padding=1)
+    else:
+        out = upsampling.upsample_conv(x, weight, None, method)
+    # Not by the convolution: PyTorch adds its bias in channels_last in a pass of single elements.
+    return out if bias is None else add_bias_residual_(out, bias, None)
+
+
+def _upsampling_method(x: Tensor, out_channels: int, has_bias: bool, in_inference: bool) -> str:
+    """Return the method of `upsample_conv` that takes the least counted time for x on a GPU."""
+    if native.is_tracing():  # the program must work for other sizes
+        return "transposed"
+    dtype = _compute_dtype(x)
+    methods = upsampling.METHODS if in_inference else ("transposed", "direct")
+    costs = upsampling.count_costs(x, out_channels, has_bias, dtype)
+    return min(methods, key=lambda method: costs[method].equivalent_bytes(dtype))
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a convolution on a GPU takes x: autocast's, or its own."""
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+
+
 def explain(x: Tensor, operator: str = "spatial_norm") -> str:
     """Return the path that an operator takes for x, ``native`` or ``cuda``, and why.
 
     Args:
-        x: ``(B, C, H, W)`` for ``"spatial_norm"``, which also takes clips ``(B, C, T, H, W)``, and for ``"spatial_attention"``;
-            ``(B, heads, tokens, C)`` for ``"attention"`` and ``"shared_kv_attention"``.
+        x: ``(B, C, H, W)`` for ``"spatial_norm"``, which also takes clips ``(B, C, T, H, W)``, ``"spatial_attention"`` and
+            ``"upsample_conv"`` (the small map, convolved to C channels); ``(B, heads, tokens, C)`` for ``"attention"`` and
+            ``"shared_kv_attention"``.
         operator: name of the operator.
 
     Returns:
@@ -238,7 +302,7 @@ def explain(x: Tensor, operator: str = "spatial_norm") -> str:
     Raises:
         ValueError: the operator is unknown.
     """
-    head_dim = {"spatial_norm": None, "spatial_attention": 1, "attention": 3, "shared_kv_attention": 3}
+    head_dim = {"spatial_norm": None, "upsample_conv": None, "spatial_attention": 1, "attention": 3, "shared_kv_attention": 3}
     if operator not in head_dim:
         raise ValueError(f"operator must be one of {', '.join(head_dim)}, got {operator!r}")
     if not x.is_cuda:
@@ -247,12 +311,22 @@ def explain(x: Tensor, operator: str = "spatial_norm") -> str:
     x = clips.as_map(x) if is_clip else x
     reason = _why_native(x)
     if (dim := head_dim[operator]) is None:
-        reason = reason or _failed_self_test("spatial_norm", x)
+        reason = reason or _failed_self_test(operator, x)
     else:
         reason = reason or _why_native_head(x.shape[dim]) or _failed_self_test("attention", x)
     if reason:
         return f"native: {reason}"
-    return f"cuda: compiled for {torch.cuda.get_device_name(x.device)}{', which takes a clip as one map' if is_clip else ''}"
+    details = (
+        f"; {_explain_upsampling(x)}" if operator == "upsample_conv" else ", which takes a clip as one map" if is_clip else ""
+    )
+    return f"cuda: compiled for {torch.cuda.get_device_name(x.device)}{details}"
+
+
+def _explain_upsampling(x: Tensor) -> str:
+    channels, dtype = x.shape[1], _compute_dtype(x)
+    costs = upsampling.count_costs(x, channels, True, dtype)
+    counted = ", ".join(f"{name} {cost.operations / 1e9:.3g} GFLOP and {cost.bytes / 1e6:.3g} MB" for name, cost in costs.items())
+    return f"method {_upsampling_method(x, channels, True, native.is_inference(x))} ({counted})"
 
 
 def _why_native(x: Tensor) -> str | None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import native
+from . import native, upsampling
 from .options import NormOptions
 
 
@@ -169,6 +169,45 @@ def add_bias_residual_fake(x: Tensor, bias: Tensor | None, residual: Tensor | No
     """Do nothing: x is modified in place, and its shape stays."""
 
 
+# --- Upsampling
+
+
+def fold_upsampling_cpu(weight: Tensor, windows: bool = False) -> Tensor:
+    fold = upsampling.fold_windows if windows else upsampling.fold_upsampling
+    return fold(weight.float()).to(weight.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def fold_upsampling_backward_cpu(dfolded: Tensor, channels_last: bool) -> Tensor:
+    dsums = dfolded.float().transpose(0, 1).flip(2, 3)
+    for dim in (2, 3):  # dw0 = ds0 + ds1, dw1 = ds1 + ds2, dw2 = ds2 + ds3
+        dsums = dsums.narrow(dim, 0, 3) + dsums.narrow(dim, 1, 3)
+    return dsums.to(dfolded.dtype).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def interleave_windows_cpu(windows: Tensor, bias: Tensor | None) -> Tensor:
+    out = upsampling.interleave_windows(windows.float(), None if bias is None else bias.float())
+    return out.to(windows.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _empty_channels_last(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape).contiguous(memory_format=torch.channels_last)
+
+
+def fold_upsampling_fake(weight: Tensor, windows: bool = False) -> Tensor:
+    out, in_ = weight.shape[:2]
+    return _empty_channels_last(weight, *((4 * out, in_, 2, 2) if windows else (in_, out, 4, 4)))
+
+
+def fold_upsampling_backward_fake(dfolded: Tensor, channels_last: bool) -> Tensor:
+    in_, out = dfolded.shape[:2]
+    return _empty_channels_last(dfolded, out, in_, 3, 3) if channels_last else dfolded.new_empty(out, in_, 3, 3)
+
+
+def interleave_windows_fake(windows: Tensor, bias: Tensor | None) -> Tensor:
+    batch, phases, height, width = windows.shape
+    return _empty_channels_last(windows, batch, phases // 4, 2 * height - 2, 2 * width - 2)
+
+
 CPU_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "spatial_norm_forward": spatial_norm_forward_cpu,
     "spatial_norm_backward": spatial_norm_backward_cpu,
@@ -177,6 +216,9 @@ CPU_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "shared_kv_attention_forward": shared_kv_attention_forward_cpu,
     "shared_kv_attention_backward": shared_kv_attention_backward_cpu,
     "add_bias_residual_": add_bias_residual_cpu,
+    "fold_upsampling": fold_upsampling_cpu,
+    "fold_upsampling_backward": fold_upsampling_backward_cpu,
+    "interleave_windows": interleave_windows_cpu,
 }
 FAKE_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "spatial_norm_forward": spatial_norm_forward_fake,
@@ -186,4 +228,7 @@ FAKE_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "shared_kv_attention_forward": shared_kv_attention_forward_fake,
     "shared_kv_attention_backward": shared_kv_attention_backward_fake,
     "add_bias_residual_": add_bias_residual_fake,
+    "fold_upsampling": fold_upsampling_fake,
+    "fold_upsampling_backward": fold_upsampling_backward_fake,
+    "interleave_windows": interleave_windows_fake,
 }

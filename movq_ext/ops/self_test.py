@@ -92,6 +92,8 @@ def _outputs(function: Callable[..., Any], arguments: list[Any]) -> list[Tensor]
     """Return the results of an operator, or its first argument if it works in place."""
     arguments = [argument.clone() if isinstance(argument, Tensor) else argument for argument in arguments]
     results = function(*arguments)
+    if isinstance(results, Tensor):
+        return [results]
     return [arguments[0]] if results is None else list(results)
 
 
@@ -103,7 +105,7 @@ class _Inputs:
     """Draws random tensors in a dtype, and maps in a layout, always the same ones."""
 
     def __init__(self, dtype: torch.dtype, channels_last: bool) -> None:
-        self.dtype = dtype
+        self.dtype, self.channels_last = dtype, channels_last
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.generator = torch.Generator().manual_seed(0)
 
@@ -142,8 +144,17 @@ def _add_bias_residual_calls(inputs: _Inputs) -> Iterator[Call]:
     yield "add_bias_residual_", [inputs.map(2, 24, 6, 10), inputs.tensor(24), inputs.map(2, 24, 6, 10)]
 
 
+def _upsample_conv_calls(inputs: _Inputs) -> Iterator[Call]:
+    weight, dfolded = inputs.map(72, 24, 3, 3), inputs.map(24, 72, 4, 4)
+    for windows in (False, True):
+        yield "fold_upsampling", [weight, windows]
+    yield "fold_upsampling_backward", [dfolded, inputs.channels_last]
+    yield "interleave_windows", [inputs.map(2, 4 * 24, 4, 36), inputs.tensor(24)]
+
+
 CALLS: dict[str, Callable[[_Inputs], Iterator[Call]]] = {
     "spatial_norm": _spatial_norm_calls,
     "attention": _attention_calls,
     "add_bias_residual_": _add_bias_residual_calls,
+    "upsample_conv": _upsample_conv_calls,
 }

@@ -1,0 +1,117 @@
+"""Nearest 2x upsampling followed by a 3x3 convolution: three ways to compute it from PyTorch's operators, and what each costs.
+
+The large map holds every pixel four times, so neighbouring weights can be added before they are multiplied: 16 multiplications
+per small pixel, where the large map takes 36.
+
+- ``transposed``: a transposed convolution of the small map, then the bias;
+- ``windows``: a convolution of 2x2 windows of the small map with four times the channels, then a pass that interleaves the four
+  pixels of each window and adds the bias;
+- ``direct``: the large map, its convolution, then the bias. Cheapest for small maps: nothing is folded.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+METHODS = ("transposed", "windows", "direct")
+# Operations in the time of one byte, from the data sheet of an H100 SXM: 3.35 TB/s, and dense 989 TFLOP/s in 16 bits, 495 in TF32
+# and 67 in float32. A choice depends on these ratios alone. Not yet measured on a GPU.
+OPERATIONS_PER_BYTE_16_BIT, OPERATIONS_PER_BYTE_TF32, OPERATIONS_PER_BYTE_FLOAT32 = 295, 148, 20
+
+
+def fold_upsampling(weight: Tensor) -> Tensor:
+    """Return the transposed convolution (stride 2, padding 1) that equals nearest 2x upsampling followed by a 3x3 convolution.
+
+    Each pixel of the large map depends on 2x2 pixels of the small one. The weights are sums of neighbouring published ones: 16
+    multiplications per small pixel, where the large map takes 36.
+
+    Args:
+        weight: ``(out, in, 3, 3)``, of the convolution.
+
+    Returns:
+        ``(in, out, 4, 4)``.
+    """
+    for dim in (3, 2):
+        last, middle, first = weight.split(1, dim)  # a transposed convolution applies its kernel mirrored
+        weight = torch.cat([first, first + middle, middle + last, last], dim)
+    # On a GPU in the maps' layout, to which cuDNN would copy it; oneDNN repacks any.
+    return weight.transpose(0, 1).contiguous(memory_format=torch.channels_last if weight.is_cuda else torch.contiguous_format)
+
+
+def fold_windows(weight: Tensor) -> Tensor:
+    """Return the same fold as an ordinary convolution over 2x2 windows of the small map.
+
+    Each window yields the four pixels of the large map around its centre.
+
+    Args:
+        weight: ``(out, in, 3, 3)``, of the convolution.
+
+    Returns:
+        ``(4 * out, in, 2, 2)``: upper left, upper right, lower left, lower right pixel.
+    """
+
+    def of_both_pixels(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        first, middle, last = weight.split(1, dim)
+        return torch.cat([first + middle, last], dim), torch.cat([first, middle + last], dim)
+
+    # Sums rather than a matrix product, which autocast would compute in 16 bits.
+    return torch.cat([pixel for row in of_both_pixels(weight, 2) for pixel in of_both_pixels(row, 3)])
+
+
+def interleave_windows(windows: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the large map from the convolution of `fold_windows` with padding 1, plus the bias.
+
+    Args:
+        windows: ``(B, 4 * C, H + 1, W + 1)``.
+        bias: ``(C,)``, or None.
+
+    Returns:
+        ``(B, C, 2 * H, 2 * W)``.
+    """
+    pixels: Tensor = windows.unflatten(1, (2, 2, -1)).permute(0, 3, 4, 1, 5, 2).flatten(4, 5).flatten(2, 3)[:, :, 1:-1, 1:-1]
+    return pixels if bias is None else pixels + bias.to(windows.dtype)[:, None, None]
+
+
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, method: str = "transposed") -> Tensor:
+    """Return ``F.conv2d(F.interpolate(x, scale_factor=2.0), weight, bias, padding=1)``, computed by one of METHODS."""
+    if method == "transposed":
+        return F.conv_transpose2d(x, fold_upsampling(weight), bias, stride=2, padding=1)
+    if method == "windows":
+        return interleave_windows(F.conv2d(x, fold_windows(weight), padding=1), bias)
+    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
+
+
+class Cost(NamedTuple):
+    """What a method computes, and the bytes that its kernels read and write."""
+
+    operations: int
+    bytes: int
+
+    def equivalent_bytes(self, dtype: torch.dtype) -> float:
+        """Return the bytes that a GPU moves in the time of all operations and bytes."""
+        if dtype.itemsize == 2:
+            return self.bytes + self.operations / OPERATIONS_PER_BYTE_16_BIT
+        tf32 = torch.backends.cudnn.allow_tf32
+        return self.bytes + self.operations / (OPERATIONS_PER_BYTE_TF32 if tf32 else OPERATIONS_PER_BYTE_FLOAT32)
+
+
+def count_costs(x: Tensor, out_channels: int, has_bias: bool, dtype: torch.dtype) -> dict[str, Cost]:
+    """Return the cost of each method with our kernels, for x ``(B, C, H, W)`` convolved in a dtype.
+
+    A fold reads 9 weights per pair of channels and writes 16, which the convolution reads. The bias is added in place.
+    """
+    batch, channels, height, width = x.shape
+    pixels, windows, pairs = batch * height * width, batch * (height + 1) * (width + 1), channels * out_channels
+    small, large, interleaved = pixels * channels, 4 * pixels * out_channels, 4 * windows * out_channels
+    bias_pass = 2 * large if has_bias else 0
+    values = {
+        "transposed": 25 * pairs + (small + 16 * pairs + large) + bias_pass,
+        "windows": 25 * pairs + (small + 16 * pairs + interleaved) + (large + large),
+        "direct": (small + 4 * small) + (4 * small + 9 * pairs + large) + bias_pass,
+    }
+    multiplications = {"transposed": 16 * pixels * pairs, "windows": 16 * windows * pairs, "direct": 36 * pixels * pairs}
+    return {method: Cost(2 * multiplications[method], values[method] * dtype.itemsize) for method in METHODS}
