@@ -14,6 +14,9 @@ OPCODES = {
     0xB1D: "BAR",
     0x83B: "LDSM",
     0x23C: "HMMA",
+    0x9F0: "HGMMA",  # both operands in shared memory
+    0xDF0: "HGMMA",  # the first in registers
+    0x9C5: "WARPGROUP",  # fences and waits of HGMMA
     0xFAE: "LDGSTS",
     0x306: "I2F",  # how a division of integers starts
     0xD06: "I2F",
@@ -28,6 +31,11 @@ def compile_kernels(source: Path, target: int, folder: Path) -> dict[str, list[s
     cubin = folder / f"{source.stem}.{target}.cubin"
     options = ["-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", f"-arch=sm_{target}", "-cubin"]
     subprocess.run([NVCC, *options, "-o", cubin, source], check=True)
+    return read_kernels(cubin)
+
+
+def read_kernels(cubin: Path) -> dict[str, list[str]]:
+    """Return the instructions of a compiled file's kernels, as compile_kernels() does."""
     return {
         name.removeprefix(".text."): [OPCODES.get(word & 0xFFF, "") for (word, _) in struct.iter_unpack("<QQ", code)]
         for name, code in sections(cubin.read_bytes()).items()

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 
 import emulator
+import machine_code
 import pytest
 import torch
 from kernels import backends
@@ -51,7 +52,7 @@ SHAPES = {
     "odd-stages": ((1, 1, 64, 192, 512), 1),
     "primes": ((1, 1, 67, 131, 512), 132),
     "several-tiles-per-block": ((1, 2, 130, 150, 256), 2),
-    "shared-row-tiles": ((1, 1, 100, 200, 512), 3),
+    "shared-row-tiles": ((1, 1, 100, 200, 512), 16),
     "images-and-heads": ((2, 3, 70, 40, 128), 5),
 }
 
@@ -138,6 +139,39 @@ def test_backward_costs(backend):
     assert dq.bank_conflicts == dkv.bank_conflicts == 0
 
 
+def test_blocks_that_share_rows_leave_few_parts(backend):
+    """1024 tokens are 128 pairs of stages. With one pair per block, 16.8 MB of parts would pass through L2 twice, twice as many
+    bytes as the stages."""
+    backend.seeds = (0,)
+    backend.device["run_blocks"] = {"shared_kv forward": (0, 1), "shared_kv combine": (0, 0)}
+    q, kv, _ = case(1, 1, 1024, 1024, 512, BF16)
+    backend.forward(q, kv, 512**-0.5)
+    walk, buffers = backend.cost.launches[0], backend.cost.buffers
+    assert walk.grid[0] == 64
+    assert buffers["kv"].read_bytes == 4 * 64 * 512 * 2
+    assert buffers["workspace"].written_bytes == 64 * (512 + 1) * 4
+
+
+# --- Launching
+
+
+def test_a_shape_is_planned_and_its_tensor_maps_encoded_once(backend):
+    """A later call of the same shapes and strides only sets the addresses, which the results show."""
+    backend.seeds = (0,)
+    backend.device["multiprocessors"] = 7  # of its own: plans last as long as the process
+    for seed, count in enumerate([2, 0]):  # backward: boxes of 32 tokens of q, of dout's same shape, and of kv
+        q, kv, dout = case(1, 1, 70, 90, 128, F16, seed)
+        backend.queries = []
+        out, lse = backend.forward(q, kv, 0.1)
+        assert (backend.cost.encoded_tensor_maps, backend.queries) == (count, [count // 2, 0])
+        wanted_out, _, wanted_grads = expected(q, kv, dout, 0.1)
+        assert_close("out", out, wanted_out)
+        grads = backend.backward(dout, q, kv, out, lse, 0.1)
+        assert (backend.cost.encoded_tensor_maps, backend.queries[2:]) == (count, [count, 0])
+        for name, grad, wanted in zip(("q", "kv"), grads, wanted_grads, strict=True):
+            assert_close(f"gradient of {name}", grad, wanted, 2)
+
+
 # --- What the compiler reports
 
 
@@ -158,5 +192,13 @@ def test_the_compiler_neither_spills_nor_serialises(source, tmp_path):
         assert loss not in hopper, hopper
     registers = dict(re.findall(r"entry function '\w*?(walk|combine|sum_dout_out)\w*'.*?Used (\d+) registers", hopper, re.S))
     assert registers["walk"] == "168"  # what 384 threads have before setmaxnreg
+    walks = {name: code for name, code in machine_code.read_kernels(tmp_path / "out").items() if "4walkI" in name}
+    assert len(walks) == (6 if source == "shared_kv_forward" else 12)
+    for name, code in walks.items():
+        # Each warpgroup has the scores of one stage, 16 elements of the head in each product, and the values of both.
+        head, (products, stage) = int(re.search(r"Li(\d+)E", name)[1]), (2, 32) if "QueryGradient" in name else (1, 64)
+        assert code.count("HGMMA") == 2 * (products * head // 16 + 2 * stage // 16), name
+        assert code.count("WARPGROUP") < code.count("HGMMA"), f"{name} waits after each product"
+        assert not {"LDL", "STL"} & set(code), f"{name} spills"
     walks = re.findall(r"entry function '\w*?walk\w*'.*?Used (\d+) registers", compile_for("90"), re.S)
     assert walks and max(map(int, walks)) < 64  # a trap: has_shared_kv_kernels() tells by it

@@ -30,9 +30,9 @@ struct AttentionProblem {
 };
 
 struct AttentionForward {
-  Tokens q, k, v, out;
-  float* lse;       // [batch, heads, queries]: log(sum(exp(scale q k^T))) over the keys
-  void* workspace;  // attention_forward_workspace() bytes
+  Tokens q, k, v, out;  // k and v may be the same tokens, which are then read once where shared memory allows
+  float* lse;           // [batch, heads, queries]: log(sum(exp(scale q k^T))) over the keys
+  void* workspace;      // attention_forward_workspace() bytes
 };
 
 struct AttentionBackward {

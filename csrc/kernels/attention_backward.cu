@@ -27,7 +27,7 @@ class Gradient {
  public:
   static constexpr int kProducts = input == Input::v ? 1 : 2, kRowOperands = input == Input::kv ? 1 : kProducts;
   static constexpr int kValues = input == Input::kv ? 2 : 1;
-  static constexpr bool kRowsAreKeys = input != Input::q;
+  static constexpr bool kRowsAreKeys = input != Input::q, kWholeTiles = false;
   static constexpr int kTileQueries = kRowsAreKeys ? kColumns : Shape::kRows;
   struct Arguments {
     Destination<T> to;
@@ -198,7 +198,7 @@ void attention_backward(const AttentionProblem& problem, const AttentionBackward
       using Pass = typename decltype(pass)::type;
       const typename Pass::Arguments arguments = {
           {gradient, parts}, problem.scale, weight_boost(problem.scale), tensors.lse, delta};
-      run<Shape, Pass>(plan, operands, arguments, nullptr, nullptr, name, stream);
+      launch_pass<Shape, Pass>(plan, operands, arguments, nullptr, nullptr, name, stream);
     };
     // One after the other, because they use the same workspace for parts.
     run_walk(Type<Gradient<Shape, Input::q>>(), plans.q, {{q, dout}, {k, v}, {k, {}}}, dq, "attention dq");

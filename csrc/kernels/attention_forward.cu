@@ -10,8 +10,8 @@ namespace movq {
 namespace attention {
 namespace {
 
-// All exponents and maxima are in powers of two.
-template <class Shape>
+// All exponents and maxima are in powers of two. With whole tiles, keys and values are one tensor, which is read once.
+template <class Shape, bool kWholeTiles_>
 class Softmax {
   using T = typename Shape::T;
   using Scores = typename Shape::Scores;
@@ -21,7 +21,7 @@ class Softmax {
 
  public:
   static constexpr int kProducts = 1, kRowOperands = 1, kValues = 1;
-  static constexpr bool kRowsAreKeys = false;
+  static constexpr bool kRowsAreKeys = false, kWholeTiles = kWholeTiles_;
   struct Arguments {
     Destination<T> to;
     float scale;
@@ -152,38 +152,55 @@ class Softmax {
   float total_[kScoreTiles][2] = {};  // the sum of this thread's weights
 };
 
-template <class Shape>
-Plan forward_plan(const AttentionProblem& problem) {
-  return cached_plan<Shape, Softmax<Shape>>(problem, "attention forward");
+constexpr const char* kName = "attention forward";
+
+// Calls function(Type<Softmax>()) with the kernel for keys and values in two tensors, or in one.
+template <class Shape, class Function>
+void with_softmax(bool one_tensor, Function&& function) {
+  if constexpr (Shape::kHasWholeTiles) {
+    if (one_tensor && Shape::kWholeTileBytes <= shared_memory_limit(kName)) return function(Type<Softmax<Shape, true>>());
+  }
+  function(Type<Softmax<Shape, false>>());
+}
+
+bool are_one_tensor(const Tokens& k, const Tokens& v) {
+  return k.data == v.data && k.batch_stride == v.batch_stride && k.head_stride == v.head_stride &&
+         k.token_stride == v.token_stride;
 }
 
 }  // namespace
 }  // namespace attention
 
 size_t attention_forward_workspace(const AttentionProblem& problem) {
-  size_t size = 0;
-  attention::with_shape(problem, [&](auto shape) {
+  using namespace attention;
+  int64_t rows = 0;
+  with_shape(problem, [&](auto shape) {
     using Shape = decltype(shape);
-    size = attention::part_rows<Shape>(attention::forward_plan<Shape>(problem)) * (problem.head_size + 1) * sizeof(float);
+    for (bool one_tensor : {false, true}) {
+      with_softmax<Shape>(one_tensor, [&](auto type) {
+        rows = std::max(rows, part_rows<Shape>(cached_plan<Shape, typename decltype(type)::type>(problem, kName)));
+      });
+    }
   });
-  return size;
+  return rows * (problem.head_size + 1) * sizeof(float);
 }
 
 void attention_forward(const AttentionProblem& problem, const AttentionForward& tensors, cudaStream_t stream) {
   using namespace attention;
-  constexpr const char* kName = "attention forward";
   with_shape(problem, [&](auto shape) {
     using Shape = decltype(shape);
     using T = typename Shape::T;
-    const Plan plan = forward_plan<Shape>(problem);
     auto* parts = static_cast<float*>(tensors.workspace);
-    float* part_lse = parts + part_rows<Shape>(plan) * problem.head_size;
     const Operands<T> operands = {{view<const T>(tensors.q, problem, problem.queries, kName), {}},
                                   {view<const T>(tensors.k, problem, problem.keys, kName), {}},
                                   {view<const T>(tensors.v, problem, problem.keys, kName), {}}};
-    const typename Softmax<Shape>::Arguments arguments = {
-        {view<T>(tensors.out, problem, problem.queries, kName), parts}, problem.scale, tensors.lse, part_lse};
-    run<Shape, Softmax<Shape>>(plan, operands, arguments, part_lse, tensors.lse, kName, stream);
+    const Destination<T> to = {view<T>(tensors.out, problem, problem.queries, kName), parts};
+    with_softmax<Shape>(are_one_tensor(tensors.k, tensors.v), [&](auto type) {
+      using Pass = typename decltype(type)::type;
+      const Plan plan = cached_plan<Shape, Pass>(problem, kName);
+      float* part_lse = parts + part_rows<Shape>(plan) * problem.head_size;
+      launch_pass<Shape, Pass>(plan, operands, {to, problem.scale, tensors.lse, part_lse}, part_lse, tensors.lse, kName, stream);
+    });
   });
 }
 

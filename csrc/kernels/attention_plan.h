@@ -31,6 +31,10 @@ void with_shape(const AttentionProblem& problem, Function&& function) {
 template <class Shape, class Pass>
 Ring plan_ring(const char* name) {
   const int limit = shared_memory_limit(name);
+  if (Pass::kWholeTiles) {
+    const int start = Shape::kResidentRows + Shape::kOperandBytes;
+    return {1, 2, 1, start, Shape::kTileStage, start + 2 * Shape::kTileStage};
+  }
   Ring ring = {};
   for (ring.resident_operands = Pass::kRowOperands; ring.resident_operands >= 0; --ring.resident_operands) {
     ring.start = Shape::kResidentRows + ring.resident_operands * Shape::kOperandBytes;
@@ -45,11 +49,17 @@ Ring plan_ring(const char* name) {
                            " bytes of shared memory per block, the device has " + std::to_string(limit));
 }
 
-// Blocks take equal shares, and no more blocks are launched than the longest share needs: each block that shares a row tile
-// leaves parts, which are as many bytes as half of a unit's columns and are written and read.
-inline Schedule plan_schedule(int64_t units, int resident) {
-  const int64_t share = ceil_div<int64_t>(units, resident);
-  return {int(units), int(share), int(ceil_div(units, share))};
+// The cost of one unit on this device. A GPU whose blocks get less than 100 KB of shared memory (compute capability 8.6, 8.9 or
+// 12.0) multiplies 16-bit types at a quarter of an A100's rate: 8 cycles per mma (NVIDIA's Ada architecture whitepaper).
+template <class Shape, class Pass>
+UnitCost unit_cost(int64_t head_size, const char* name) {
+  constexpr int kSize = sizeof(typename Shape::T), kProducts = Pass::kProducts + Pass::kValues;
+  constexpr int kMultiplyAdds = 16 * 8 * 32 / kSize;  // of one mma; float takes three for each product (mma.cuh)
+  constexpr double kMma = double(kProducts) * Shape::kRows * kColumns * Shape::kHeadSize / kMultiplyAdds * (kSize == 4 ? 3 : 1);
+  const double cycles_per_mma = shared_memory_limit(name) < 100 << 10 ? 8 : 1.6;
+  const int64_t copies = Pass::kWholeTiles ? 1 : kProducts;
+  return {kMma * cycles_per_mma, double(copies * kColumns * head_size * kSize),
+          double(2 * Shape::kRows * head_size * int64_t(sizeof(float)))};
 }
 
 template <class Shape, class Pass>
@@ -71,7 +81,8 @@ Plan make_plan(const AttentionProblem& problem, const char* name) {
   plan.ring = plan_ring<Shape, Pass>(name);
   const int resident = resident_blocks(walk<Shape, Pass>, name, kThreads, plan.ring.end);
   if (resident < 1) throw std::runtime_error(std::string(name) + ": a block does not fit on the device");
-  plan.schedule = plan_schedule(units, resident);
+  plan.schedule =
+      plan_schedule(row_tiles, plan.counts.column_tiles.value, resident, unit_cost<Shape, Pass>(problem.head_size, name));
   return plan;
 }
 
@@ -84,10 +95,7 @@ Plan cached_plan(const AttentionProblem& problem, const char* name) {
   return plans.get(key, [&] { return make_plan<Shape, Pass>(problem, name); });
 }
 
-// True if blocks share a row tile, whose parts must then be combined.
-inline bool has_parts(const Plan& plan) {
-  return plan.schedule.blocks > 1 && plan.schedule.share % plan.counts.column_tiles.value;
-}
+inline bool has_parts(const Plan& plan) { return has_parts(plan.schedule, plan.counts.column_tiles.value); }
 
 // Rows of all partial results: a block may leave two, of its first and of its last row tile.
 template <class Shape>
@@ -106,8 +114,8 @@ TokenView<T> view(const Tokens& tokens, const AttentionProblem& problem, int64_t
 }
 
 template <class Shape, class Pass>
-void run(const Plan& plan, const Operands<typename Shape::T>& operands, const typename Pass::Arguments& arguments,
-         const float* part_lse, float* lse, const char* name, cudaStream_t stream) {
+void launch_pass(const Plan& plan, const Operands<typename Shape::T>& operands, const typename Pass::Arguments& arguments,
+                 const float* part_lse, float* lse, const char* name, cudaStream_t stream) {
   using T = typename Shape::T;
   const LaunchConfig walk_config = {unsigned(plan.schedule.blocks), kThreads, size_t(plan.ring.end)};
   launch(walk<Shape, Pass>, name, walk_config, stream, plan, operands, arguments);

@@ -1,5 +1,6 @@
 // The data of one segment of attention in shared memory: its rows, the chunks that stream through the ring of stages, and the
-// weights. All positions in shared memory are in bytes.
+// weights. All positions in shared memory are in bytes. If keys and values are one tensor, a stage may hold a whole column tile,
+// which serves both products (Pass::kWholeTiles); the next tile is requested after the first products of each.
 //
 // One block runs per multiprocessor, so nothing hides what stands between a barrier and the products after it. Positions are
 // therefore computed before the barrier, and the next chunk is requested after the first products: copying takes as long as
@@ -20,8 +21,10 @@ class Stream {
   using T = typename Shape::T;
   using Scores = typename Shape::Scores;
   using Sums = typename Shape::Sums;
+  static constexpr bool kWholeTiles = Pass::kWholeTiles;
   static constexpr unsigned kScoreSteps = Pass::kProducts * Shape::kScoreChunks;
-  static constexpr unsigned kSteps = kScoreSteps + Pass::kValues * Shape::kValueChunks;
+  static constexpr unsigned kSteps = kWholeTiles ? 1 : kScoreSteps + Pass::kValues * Shape::kValueChunks;
+  static constexpr int kColumnPitch = kWholeTiles ? Shape::kValuePitch : Shape::kScorePitch;
 
  public:
   MOVQ_DEVICE Stream(const Plan& plan, const Operands<T>& operands, const Segment& segment)
@@ -39,20 +42,15 @@ class Stream {
     for (int i = 0; i < plan.ring.stages - plan.ring.chunks_per_barrier; ++i) request_chunk();
   }
 
-  // Calls function(synced, chunk) for the next `count` chunks, as soon as each can be read. A barrier also shows that all warps
-  // have read the chunks before it, which can then be replaced.
+  // Calls function(synced, chunk) for the chunks of scores, or of values, as soon as each can be read. A barrier also shows that
+  // all warps have read the chunks before it, which can then be replaced. Of whole tiles, the next is in flight during values.
   template <class Function>
-  MOVQ_DEVICE void for_each_chunk(int count, Function&& function) {
-    // With two products no register is left for a variable.
-    const int chunks_per_barrier = Pass::kProducts == 1 ? plan_.ring.chunks_per_barrier : 1;
-#pragma unroll 1
-    for (int chunk = 0; chunk < count;) {
-      if (plan_.ring.stages == 3) cp_async_wait<1>();
-      else cp_async_wait<2>();
-      const Synced synced = block_barrier();
-#pragma unroll 1
-      for (int end = chunk + chunks_per_barrier; chunk < end; ++chunk) function(synced, chunk);
-    }
+  MOVQ_DEVICE void for_each_score_chunk(Function&& function) {
+    for_each_chunk<Shape::kScoreChunks, kWholeTiles ? 0 : 2>(function);
+  }
+  template <class Function>
+  MOVQ_DEVICE void for_each_value_chunk(Function&& function) {
+    for_each_chunk<Shape::kValueChunks, kWholeTiles ? 1 : 2>(function);
   }
 
   // After the last chunk: all copies have landed and no thread reads them any longer.
@@ -64,17 +62,18 @@ class Stream {
   // s += row[product] . column[product]^T over the next chunk, which is this chunk of the product. Requests another chunk.
   MOVQ_DEVICE void add_scores(Synced, Scores& s, int product, int chunk) {
     const int lane = lane_id();
-    const bool resident = row_operand(product) < plan_.ring.resident_operands;
+    const bool resident = kWholeTiles || row_operand(product) < plan_.ring.resident_operands;
     const int pitch = resident ? Shape::kRowPitch : Shape::kScorePitch;
     const int first_row =
         resident ? resident_rows(row_operand(product)) + chunk * Shape::kScorePieces * 16 : ready_ + Shape::kColumnStage;
     const int rows = first_row + (warp_id() / 4 * 16 * Shape::kScoreTiles + lane % 16) * pitch + lane / 16 * 16;
-    const int columns = ready_ + (warp_id() % 4 * 32 + lane / 16 * 8 + lane % 8) * Shape::kScorePitch + lane / 8 % 2 * 16;
+    const int first_column = kWholeTiles ? ready_ + chunk * Shape::kScorePieces * 16 : ready_;
+    const int columns = first_column + (warp_id() % 4 * 32 + lane / 16 * 8 + lane % 8) * kColumnPitch + lane / 8 % 2 * 16;
     multiply_scores(s, rows, columns, pitch);
-    request_chunk();
+    if (!kWholeTiles || chunk == 0) request_chunk();
 #pragma unroll(sizeof(T) == 2 ? 3 : 1)  // 3 of float would spill on sm_100 and sm_120
     for (int k = 32; k < Shape::kScorePieces * 16; k += 32) multiply_scores(s, rows + k, columns + k, pitch);
-    next_stage();
+    if (!kWholeTiles) next_stage();
   }
 
   // Stores the weights at (row, column) and (row, column + 1).
@@ -91,6 +90,7 @@ class Stream {
     const int lane = lane_id();
     const int weights =
         Shape::kWeights + lane % 16 * Shape::kWeightPitch + lane / 16 * 16 + chunk * Shape::kValueTokens * int(sizeof(T));
+    const int first_token = kWholeTiles ? chunk * Shape::kValueTokens : 0;
 #pragma unroll
     for (int token = 0; token < Shape::kValueTokens; token += Shape::kDepth) {
       uint32_t a[Shape::kSumTiles][4], b[Shape::kStripes / 2][4];
@@ -99,7 +99,8 @@ class Stream {
         ldmatrix_x4(a[m], memory_, weights + token * int(sizeof(T)) + m * 16 * Shape::kWeightPitch);
       }
 #pragma unroll
-      for (int n = 0; n < Shape::kStripes / 2; ++n) load_values(b[n], token, 8 * (warp_id() * Shape::kStripes + 2 * n));
+      for (int n = 0; n < Shape::kStripes / 2; ++n)
+        load_values(b[n], first_token + token, 8 * (warp_id() * Shape::kStripes + 2 * n));
       if (token == 0) before_products();
 #pragma unroll
       for (int n = 0; n < Shape::kStripes / 2; ++n) {
@@ -110,13 +111,27 @@ class Stream {
           multiply_add(sums[m][2 * n], weight, left);
           multiply_add(sums[m][2 * n + 1], weight, right);
         }
-        if (token == 0 && n == 0) request_chunk();
+        if (!kWholeTiles && token == 0 && n == 0) request_chunk();
       }
     }
-    next_stage();
+    if (!kWholeTiles || chunk == Shape::kValueChunks - 1) next_stage();
   }
 
  private:
+  template <int kCount, int kPending, class Function>
+  MOVQ_DEVICE void for_each_chunk(Function&& function) {
+    // With two products no register is left for a variable.
+    const int chunks_per_barrier = kWholeTiles ? kCount : Pass::kProducts == 1 ? plan_.ring.chunks_per_barrier : 1;
+#pragma unroll 1
+    for (int chunk = 0; chunk < kCount;) {
+      if (!kWholeTiles && plan_.ring.stages == 3) cp_async_wait<1>();
+      else cp_async_wait<kPending>();
+      const Synced synced = block_barrier();
+#pragma unroll 1
+      for (int end = chunk + chunks_per_barrier; chunk < end; ++chunk) function(synced, chunk);
+    }
+  }
+
   MOVQ_DEVICE void next_stage() {
     ready_ += plan_.ring.stage_bytes;
     if (ready_ == plan_.ring.end) ready_ = plan_.ring.start;
@@ -130,7 +145,7 @@ class Stream {
   MOVQ_DEVICE void multiply_scores(Scores& s, int rows, int columns, int row_pitch) const {
     uint32_t b[2][4];
 #pragma unroll
-    for (int n = 0; n < 2; ++n) ldmatrix_x4(b[n], memory_, columns + n * 16 * Shape::kScorePitch);
+    for (int n = 0; n < 2; ++n) ldmatrix_x4(b[n], memory_, columns + n * 16 * kColumnPitch);
     const Fragment<T, 2> right[4] = {Fragment<T, 2>(b[0]), Fragment<T, 2>(b[0] + 2), Fragment<T, 2>(b[1]),
                                      Fragment<T, 2>(b[1] + 2)};
 #pragma unroll
@@ -163,7 +178,10 @@ class Stream {
     const unsigned tile = segment_.first_tile + requested_ / kSteps, step = requested_ % kSteps;
     if (tile < unsigned(segment_.end_tile)) {
       const int first_column = tile * kColumns;
-      if (step < kScoreSteps) {
+      if constexpr (kWholeTiles) {
+        copy<Shape::kPieces, kColumns>(operands_.column[0], first_column, plan_.extents.columns, 0, request_stage_,
+                                       Shape::kValuePitch);
+      } else if (step < kScoreSteps) {
         const int product = step / Shape::kScoreChunks, first_piece = step % Shape::kScoreChunks * Shape::kScorePieces;
         copy<Shape::kScorePieces, kColumns>(operands_.column[product], first_column, plan_.extents.columns, first_piece,
                                             request_stage_, Shape::kScorePitch);

@@ -9,6 +9,10 @@
 //   dk       keys     queries  k      q          v      dout       q      p (t - delta)
 //   dv       keys     queries  k      q                            dout   p
 //   dkv      keys     queries  kv     q          kv     dout       both of the last two, if keys and values are one tensor
+// If keys and values are one tensor, forward copies each column tile to shared memory once, if that has room for two whole tiles:
+//   head 128   103 KB: A100 (163 KB) and H100 (227 KB)      head 256   183 KB: H100
+//   head 512   343 KB, so it copies every tile twice. Tiles of 64 columns would fit on an H100, and of 32 on an A100. But fewer
+//              scores would share an operand: shared memory would take 2.5 or 3.0 rather than 2.2 cycles per mma.
 //
 // The tile, for a head of 512 and 16-bit types, has 64 rows and 8 warps. Its 64 x 512 sums take 128 registers of every thread,
 // and everything else follows from that. Scores: a warp computes 32 x 32, and 4 ldmatrix.x4 feed 8 mma. Values: warp w owns
@@ -27,11 +31,12 @@
 // So this tile can reach at most about 90% of an A100's tensor-core peak and 36% of an H100's. More would take wgmma, which reads
 // operands from shared memory once for 4 warps, and clusters, in which 2 blocks share the loads of the columns.
 // Between a barrier and the next ldmatrix the compiler leaves 3 to 16 instructions (tests/test_attention_machine_code.py).
-// Blocks: the (row tile, column tile) pairs are units of work in one line. Each block takes an equal, contiguous share, so any
-// number of tokens fills the GPU. A second kernel combines the row tiles that blocks share, in order.
+// Blocks take equal shares of the (row tile, column tile) pairs (attention_schedule.h). A second kernel combines the row tiles
+// that blocks share, in order.
 #pragma once
 
 #include "attention.h"
+#include "attention_schedule.h"
 #include "device/divisor.cuh"
 #include "device/memory.cuh"
 
@@ -45,9 +50,10 @@ constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // The tile of one dtype and head size, and its layout in shared memory. Smaller heads run in the next size, padded with zeros:
 // the copies to shared memory write them and read nothing.
-template <class T_, int kHeadSize>
+template <class T_, int kHeadSize_>
 struct Shape {
   using T = T_;
+  static constexpr int kHeadSize = kHeadSize_;
   static constexpr int kRows = 128 / sizeof(T);
   static constexpr int kSumTiles = kRows / 16;                // mma tiles down the sums of a warp, which has all rows
   static constexpr int kScoreTiles = kRows / 32;              // and down its scores: two warps share the rows, four the columns
@@ -70,6 +76,11 @@ struct Shape {
   static constexpr int kOperandBytes = kRows * kRowPitch;      // of one resident row operand
   static constexpr int kColumnStage = kColumns * kScorePitch;  // of one chunk of columns or values
   static constexpr int kStreamedRows = kRows * kScorePitch;    // of one chunk of rows, if they are not resident
+  static constexpr int kTileStage = kColumns * kValuePitch;    // of a whole column tile, in the layout of values
+  // A column tile that is also the value tile stays whole, and is read once, if two fit beside the rows. The pitch of float
+  // values has bank conflicts as columns.
+  static constexpr int kWholeTileBytes = kResidentRows + kOperandBytes + 2 * kTileStage;
+  static constexpr bool kHasWholeTiles = sizeof(T) == 2 && kHeadSize <= 256;
   static_assert(kHeadSize % (2 * kStripe) == 0 && kValueTokens % kDepth == 0 && kValueTokens * kValuePitch <= kColumnStage);
 
   using Scores = float[kScoreTiles][4][4];
@@ -103,13 +114,10 @@ struct TileCounts {
   int all_row_tiles;  // over all heads and images
 };
 
-// Blocks take `share` units of work each, in order; the last block takes what is left.
-struct Schedule { int units, share, blocks; };
-
 // The part of shared memory that depends on the device, in bytes.
 struct Ring {
   int resident_operands;   // row operands that stay; the others stream together with the columns
-  int stages;              // 3, 4 or 6
+  int stages;              // 3, 4 or 6; or 2 whole column tiles
   int chunks_per_barrier;  // 1, or 2 if there are 6 stages
   int start, stage_bytes, end;
 };

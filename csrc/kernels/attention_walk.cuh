@@ -59,23 +59,22 @@ __global__ void __launch_bounds__(kThreads, 1)
     typename Shape::Sums sums = {};
     for (int tile = segment.first_tile; tile < segment.end_tile; ++tile) {
       Scores s = {}, t = {};
-      stream.for_each_chunk(Shape::kScoreChunks, [&](Synced synced, int chunk) {
+      stream.for_each_score_chunk([&](Synced synced, int chunk) {
         stream.add_scores(synced, s, 0, chunk);
         if (chunk == 0) pass.load_statistics(synced, tile);
       });
       if constexpr (Pass::kProducts == 2) {
-        stream.for_each_chunk(Shape::kScoreChunks, [&](Synced synced, int chunk) { stream.add_scores(synced, t, 1, chunk); });
+        stream.for_each_score_chunk([&](Synced synced, int chunk) { stream.add_scores(synced, t, 1, chunk); });
       }
       pass.weigh(stream, tile, s, t);
-      stream.for_each_chunk(Shape::kValueChunks, [&](Synced synced, int chunk) {
+      stream.for_each_value_chunk([&](Synced synced, int chunk) {
         stream.add_values(synced, sums, chunk, [&] {
           if (chunk == 0) pass.rescale(synced, sums);
         });
       });
       if constexpr (Pass::kValues == 2) {
         pass.store_second_weights(stream, s);
-        stream.for_each_chunk(Shape::kValueChunks,
-                              [&](Synced synced, int chunk) { stream.add_values(synced, sums, chunk, [] {}); });
+        stream.for_each_value_chunk([&](Synced synced, int chunk) { stream.add_values(synced, sums, chunk, [] {}); });
       }
     }
     pass.write(stream.drain(), sums);

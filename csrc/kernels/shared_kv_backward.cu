@@ -6,6 +6,9 @@
 //
 // Two walks over tiles that no other block adds to: there are no atomics, and every run gives the same bits. That is 7 products
 // of 2 N^2 head_size operations, where the count for peak rates is 5.
+#include <algorithm>
+#include <cmath>
+
 #include "shared_kv_plan.h"
 
 namespace movq {
@@ -172,8 +175,8 @@ struct Plans {
   Plan q, kv;
 
   explicit Plans(const AttentionProblem& problem)
-      : q(make_plan<QueryGradient<T, Head>>(problem, "shared_kv dq")),
-        kv(make_plan<KeyValueGradient<T, Head>>(problem, "shared_kv dkv")) {}
+      : q(cached_plan<Head, QueryGradient<T, Head>>(problem, "shared_kv dq")),
+        kv(cached_plan<Head, KeyValueGradient<T, Head>>(problem, "shared_kv dkv")) {}
   int64_t max_part_rows() const { return std::max(part_rows(q), part_rows(kv)); }
 };
 
@@ -211,15 +214,15 @@ void shared_kv_backward(const AttentionProblem& problem, const SharedKvBackward&
     const char* name = "shared_kv dq";
     const Maps q_maps = {{map(tensors.q, queries, kRows, name), map(tensors.dout, queries, kRows, name)},
                          {map(tensors.kv, keys, kRows / 2, name), {}}};
-    run<T, head, QueryGradient<T, head>>(plans.q, q_maps, {{token_rows<T>(tensors.dq), parts}, statistics, problem.scale},
-                                         nullptr, nullptr, name, stream);
+    launch_pass<T, head, QueryGradient<T, head>>(plans.q, q_maps, {{token_rows<T>(tensors.dq), parts}, statistics, problem.scale},
+                                                 nullptr, nullptr, name, stream);
 
     name = "shared_kv dkv";
     const Maps kv_maps = {{map(tensors.kv, keys, kRows, name), {}},
                           {map(tensors.dout, queries, kRows / 2, name), map(tensors.q, queries, kRows / 2, name)}};
     // 1 / scale keeps ds, often the smaller, away from float16's subnormal numbers; the limit keeps p in its range.
     const float p_factor = std::min(1 / std::abs(problem.scale), 256.0f);
-    run<T, head, KeyValueGradient<T, head>>(
+    launch_pass<T, head, KeyValueGradient<T, head>>(
         plans.kv, kv_maps,
         {{token_rows<T>(tensors.dkv), parts}, statistics, problem.scale, p_factor, p_factor * problem.scale, 1 / p_factor},
         nullptr, nullptr, name, stream);

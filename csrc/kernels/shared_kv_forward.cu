@@ -128,7 +128,7 @@ namespace {
 bool has_code() { return true; }
 #else
 // Code for other targets than 9.0a consists of a trap, which needs few registers.
-bool has_code() {
+bool find_code() {
   const char* name = "shared_kv";
   if (device_attribute(cudaDevAttrComputeCapabilityMajor, name) != 9) return false;
   if (device_attribute(cudaDevAttrComputeCapabilityMinor, name) != 0) return false;
@@ -138,6 +138,12 @@ bool has_code() {
     return false;
   }
   return attributes.numRegs > 64;
+}
+
+// find_code(), once per device.
+bool has_code() {
+  static auto& found = *new BoundedCache<int, bool, 1024>;  // never destroyed: threads may outlive main()
+  return found.get(current_device("shared_kv"), find_code);
 }
 #endif
 
@@ -153,7 +159,7 @@ size_t shared_kv_forward_workspace(const AttentionProblem& problem) {
   size_t size = 0;
   shared_kv::with_kernel(problem, "shared_kv forward", [&](auto type, auto head) {
     using Pass = shared_kv::Softmax<typename decltype(type)::type, head>;
-    size = shared_kv::part_rows(shared_kv::make_plan<Pass>(problem, "shared_kv forward")) * (head + 1) * sizeof(float);
+    size = shared_kv::part_rows(shared_kv::cached_plan<head, Pass>(problem, "shared_kv forward")) * (head + 1) * sizeof(float);
   });
   return size;
 }
@@ -164,13 +170,13 @@ void shared_kv_forward(const AttentionProblem& problem, const SharedKvForward& t
   with_kernel(problem, name, [&](auto type, auto head) {
     using T = typename decltype(type)::type;
     using Pass = Softmax<T, head>;
-    const Plan plan = make_plan<Pass>(problem, name);
+    const Plan plan = cached_plan<head, Pass>(problem, name);
     auto* parts = static_cast<float*>(tensors.workspace);
     float* part_lse = parts + part_rows(plan) * head;
     const Maps maps = {{token_map(problem, tensors.q, problem.queries, kRows, name), {}},
                        {token_map(problem, tensors.kv, problem.keys, kRows, name), {}}};
     const typename Pass::Arguments arguments = {{token_rows<T>(tensors.out), parts}, problem.scale, tensors.lse, part_lse};
-    run<T, head, Pass>(plan, maps, arguments, part_lse, tensors.lse, name, stream);
+    launch_pass<T, head, Pass>(plan, maps, arguments, part_lse, tensors.lse, name, stream);
   });
 }
 

@@ -2,8 +2,7 @@
 // the last bits of a result may differ between devices, but not between runs on one device.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
+#include <array>
 #include <stdexcept>
 #include <string>
 
@@ -31,9 +30,9 @@ void with_kernel(const AttentionProblem& problem, const char* name, Function&& f
   throw std::runtime_error(std::string(name) + ": expected float16 or bfloat16");
 }
 
-template <class Pass>
+template <int Head, class Pass>
 Plan make_plan(const AttentionProblem& problem, const char* name) {
-  constexpr int kTokens = kRows / Pass::kResidents / Pass::kSources;
+  constexpr int kStageRows = kRows / Pass::kResidents, kTokens = kStageRows / Pass::kSources;
   Plan plan = {};
   plan.rows = int(Pass::kRowsAreKeys ? problem.keys : problem.queries);
   plan.columns = int(Pass::kRowsAreKeys ? problem.queries : problem.keys);
@@ -45,22 +44,26 @@ Plan make_plan(const AttentionProblem& problem, const char* name) {
     throw std::runtime_error(std::string(name) + ": expected at most 2^31 - 1 tiles of scores, got " + std::to_string(units));
   }
   plan.all_row_tiles = int(all_row_tiles);
-  plan.blocks = int(std::min<int64_t>(units, multiprocessors(name)));  // registers leave room for one block on each
-  plan.share = int(units / plan.blocks);
-  plan.remainder = int(units % plan.blocks);
+  constexpr double kFlop = 2.0 * kRows * kStageRows * Head * (Pass::kResidents + 1), kFlopPerCycle = 4096;
+  constexpr UnitCost kCost = {kFlop / kFlopPerCycle, kStageRows * Head * sizeof(uint16_t), 2.0 * kRows * Head * sizeof(float)};
+  // Registers leave room for one block on each multiprocessor. Stages come in pairs: one for each computing warpgroup.
+  plan.schedule = plan_schedule(all_row_tiles, plan.stages, multiprocessors(name), kCost, 2);
   return plan;
 }
 
-// True if blocks share a row tile, whose parts must then be combined.
-inline bool has_parts(const Plan& plan) {
-  for (int block = 1; block < plan.blocks; ++block) {
-    if (plan.first_unit(block) % plan.stages) return true;
-  }
-  return false;
+// make_plan(), once per device and shape.
+template <int Head, class Pass>
+Plan cached_plan(const AttentionProblem& problem, const char* name) {
+  using Key = std::array<int64_t, 5>;
+  static auto& plans = *new BoundedCache<Key, Plan, 256>;  // never destroyed: threads may outlive main()
+  const Key key = {current_device(name), problem.batch, problem.heads, problem.queries, problem.keys};
+  return plans.get(key, [&] { return make_plan<Head, Pass>(problem, name); });
 }
 
+inline bool has_parts(const Plan& plan) { return has_parts(plan.schedule, plan.stages); }
+
 // Rows of all partial results: a block may leave two, of its first and of its last row tile.
-inline int64_t part_rows(const Plan& plan) { return has_parts(plan) ? 2 * int64_t(plan.blocks) * kRows : 0; }
+inline int64_t part_rows(const Plan& plan) { return has_parts(plan) ? 2 * int64_t(plan.schedule.blocks) * kRows : 0; }
 
 // `tokens` tokens of every head and image, in boxes of `box_tokens`.
 inline TensorMap token_map(const AttentionProblem& problem, const Tokens& tensor, int64_t tokens, int box_tokens,
@@ -71,7 +74,7 @@ inline TensorMap token_map(const AttentionProblem& problem, const Tokens& tensor
                              {stride(tokens, tensor.token_stride), stride(problem.heads, tensor.head_stride),
                               stride(problem.batch, tensor.batch_stride)},
                              {64, uint32_t(box_tokens), 1, 1}};
-  return make_tensor_map(tensor.data, shape, name);
+  return tensor_map(tensor.data, shape, name);
 }
 
 template <class T>
@@ -93,11 +96,11 @@ __global__ void __launch_bounds__(kCombineWarps* kWarpSize)
   constexpr int kBlocksPerTile = kRows / kCombineWarps;
   const int tile = blockIdx.x / kBlocksPerTile, row = blockIdx.x % kBlocksPerTile * kCombineWarps + warp_id();
   const int first_unit = tile * plan.stages, end_unit = first_unit + plan.stages;
-  const int first_block = plan.block_of(first_unit), last_block = plan.block_of(end_unit - 1);
+  const int first_block = first_unit / plan.schedule.share, last_block = (end_unit - 1) / plan.schedule.share;
   const int image_head = tile / plan.row_tiles, token = (tile - image_head * plan.row_tiles) * kRows + row;
   if (first_block == last_block || token >= plan.rows) return;
   // Where a block left the row: this is its first part, unless it started in an earlier row tile.
-  auto part_row = [&](int block) { return int64_t(2 * block + (plan.first_unit(block) < first_unit)) * kRows + row; };
+  auto part_row = [&](int block) { return int64_t(2 * block + (plan.schedule.first_unit(block) < first_unit)) * kRows + row; };
 
   float base = 0, factor = 1;
   if (part_lse) {
@@ -123,9 +126,9 @@ __global__ void __launch_bounds__(kCombineWarps* kWarpSize)
 }
 
 template <class T, int Head, class Pass>
-void run(const Plan& plan, const Maps& maps, const typename Pass::Arguments& arguments, const float* part_lse, float* lse,
-         const char* name, cudaStream_t stream) {
-  const LaunchConfig config = {unsigned(plan.blocks), kThreads, SharedMemory<T, Head, Pass::kResidents>::kBytes};
+void launch_pass(const Plan& plan, const Maps& maps, const typename Pass::Arguments& arguments, const float* part_lse, float* lse,
+                 const char* name, cudaStream_t stream) {
+  const LaunchConfig config = {unsigned(plan.schedule.blocks), kThreads, SharedMemory<T, Head, Pass::kResidents>::kBytes};
   launch(walk<T, Head, Pass>, name, config, stream, plan, maps, arguments);
   if (has_parts(plan)) {
     const int64_t blocks = int64_t(plan.all_row_tiles) * (kRows / kCombineWarps);

@@ -24,13 +24,22 @@
 //   shared memory  528 KB at 128 bytes a cycle: 4224 cycles. Scores read 4 KB (both operands) in the 32 cycles of m64n64k16,
 //                  values 8 or 10 KB in the 128 cycles of m64n256k16; the copies write 128 KB
 //   L2             128 KB for 16.8 Mflop: 128 flop a byte, 704 TFLOP/s at 5.5 TB/s, which attention_tile.cuh assumes of an H100
-// So L2 sets the limit: 71% of the peak. Two blocks of a cluster that share their loads would double it. dkv has the same budget.
-// dq has 192 flop for each byte of L2, but its scores take m64n32k16, which reads 3 KB in 16 cycles: at most 75% of the peak.
+// At that rate L2 sets the limit, 71% of the peak. dkv has the same budget. dq has 192 flop for each byte of L2, but its scores
+// take m64n32k16, which reads 3 KB in 16 cycles: at most 75% of the peak.
+//
+// Why no multicast: two blocks of a cluster, each loading half of a stage for both, would halve the bytes from L2, to 256 flop a
+// byte. But 5.5 TB/s was measured on an H100 PCIe with 114 multiprocessors at its power limit. With 132, a matmul that reads a
+// byte for every 85 flop reaches 672 TFLOP/s, so L2 serves at least 7.9 TB/s; with multicast it reaches 676
+// (github.com/facebookexperimental/triton/pull/1065). Here 7.9 TB/s would serve 1011 TFLOP/s, more than the peak. Multicast has a
+// price: a stage is free once both blocks have read it, so with two stages each block waits for the slower one, and blocks have
+// to walk over the same stages in pairs. An attention kernel lost 9% by it (github.com/gabrieldemarmiesse/torch-mojo-backend/
+// pull/391). The decision waits for a measurement of this kernel.
 // All this is calculated and counted by the emulator; it is not yet measured on a GPU.
 #pragma once
 
 #include <cfloat>
 
+#include "attention_schedule.h"
 #include "device/math.cuh"
 #include "device/memory.cuh"
 #include "device/reduce.cuh"
@@ -46,19 +55,12 @@ constexpr int kRows = 64;  // of a tile
 constexpr int kComputeThreads = 2 * kWarpgroupSize, kThreads = kComputeThreads + kWarpgroupSize;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// How a problem is cut. The pairs of a row tile and a stage are units of work in one line. Each block takes an equal, contiguous
-// share, so that any number of tokens fills the GPU; `combine` adds the parts of row tiles that blocks share.
+// How a problem is cut. A unit of work is a row tile and a stage; `combine` adds the parts of row tiles that blocks share.
 struct Plan {
-  int rows, columns, heads;   // tokens and heads
-  int row_tiles, stages;      // per head
-  int all_row_tiles, blocks;  // over all heads and images
-  int share, remainder;       // units per block; the first `remainder` blocks have one more
-
-  MOVQ_HOST_DEVICE int first_unit(int block) const { return block * share + (block < remainder ? block : remainder); }
-  MOVQ_DEVICE int block_of(int unit) const {
-    const int in_longer_shares = remainder * (share + 1);
-    return unit < in_longer_shares ? unit / (share + 1) : remainder + (unit - in_longer_shares) / share;
-  }
+  int rows, columns, heads;  // tokens and heads
+  int row_tiles, stages;     // per head
+  int all_row_tiles;         // over all heads and images
+  Schedule schedule;
 };
 
 // What a block does of one row tile.
@@ -68,7 +70,7 @@ struct Segment {
   int part;        // the index of the partial result, or -1 if the block has the whole row tile
 
   MOVQ_DEVICE Segment(const Plan& plan, int unit) {
-    const int first_unit = plan.first_unit(blockIdx.x), end_unit = plan.first_unit(blockIdx.x + 1);
+    const int first_unit = plan.schedule.first_unit(blockIdx.x), end_unit = plan.schedule.first_unit(blockIdx.x + 1);
     const int tile = unit / plan.stages, image_head = tile / plan.row_tiles;
     row_tile = tile - image_head * plan.row_tiles;
     image = image_head / plan.heads;

@@ -17,9 +17,9 @@ MOVQ_DEVICE void load_tiles(const Plan& plan, const Maps& maps) {
   using Resident = typename Memory::Resident;
   using Stage = typename Memory::Stage;
   constexpr int kTokens = Memory::kStageRows / Pass::kSources;  // of each tensor in a stage
-  const int end_unit = plan.first_unit(blockIdx.x + 1);
+  const int end_unit = plan.schedule.first_unit(blockIdx.x + 1);
   int n = 0, segments = 0;
-  for (int unit = plan.first_unit(blockIdx.x); unit < end_unit; ++segments) {
+  for (int unit = plan.schedule.first_unit(blockIdx.x); unit < end_unit; ++segments) {
     const Segment segment(plan, unit);
     Memory::residents_empty().wait(segments % 2 == 0);
     Memory::residents_full().arrive_expecting(Pass::kResidents * Resident::kBytes);
@@ -64,9 +64,9 @@ class Computing {
  public:
   MOVQ_DEVICE static void run(const Plan& plan, const typename Pass::Arguments& arguments) {
     const NamedBarrier own_weights(1 + Side, kComputeThreads), other_weights(2 - Side, kComputeThreads);
-    const int end_unit = plan.first_unit(blockIdx.x + 1);
+    const int end_unit = plan.schedule.first_unit(blockIdx.x + 1);
     int n = 0, segments = 0;
-    for (int unit = plan.first_unit(blockIdx.x); unit < end_unit; ++segments) {
+    for (int unit = plan.schedule.first_unit(blockIdx.x); unit < end_unit; ++segments) {
       const Segment segment(plan, unit);
       Pass pass(plan, arguments, segment);
       Sums sums = {};

@@ -179,7 +179,8 @@ class Library:
         The emulated device has `multiprocessors` and `shared_limit` bytes of shared memory per block. None is a null pointer.
         For tensors that are too large to allocate, an array may hold a window of one: `windows` maps its name to the index of its
         first element in the tensor, and `run_blocks` maps a kernel to the range (first, end) of its blocks to run.
-        Returns the counters of the first run: `.launches` in order, `.buffers` by argument name, `.occupancy_queries`.
+        Returns the counters of the first run: `.launches` in order, `.buffers` by argument name, `.device_queries` and
+        `.encoded_tensor_maps`.
         Raises EmulatorError if a check fails, if results differ between seeds, or after `timeout` seconds.
         """
         names, types = self._signature(function)
@@ -215,7 +216,8 @@ class Library:
         return SimpleNamespace(
             launches=[SimpleNamespace(**launch) for launch in report["launches"]],
             buffers={name: counters[i] for name, (i, _) in locations.items()},
-            occupancy_queries=report["occupancy_queries"],
+            device_queries=report["device_queries"],
+            encoded_tensor_maps=report["encoded_tensor_maps"],
         )
 
     def _signature(self, function):

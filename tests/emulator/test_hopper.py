@@ -45,6 +45,7 @@ BUGS = [
     ("products", 8, "wgmma descriptor: byte 128 is not in the first row of a swizzle pattern of 1024 bytes"),
     ("products", 9, "the threads of the warpgroup pass different descriptors"),
     ("products", 10, "divergent warpgroup: wgmma.* needs a thread that has returned|deadlock: .* threads wait at wgmma"),
+    ("products", 12, "no fence.proxy.async before the barrier"),
     ("fragments", 1, "registers of a were written after the wgmma.fence"),
     ("fragments", 2, "registers of d were written after the wgmma.fence"),
     ("fragments", 3, "wgmma.fence is missing, or does not name the registers of d"),
@@ -70,6 +71,13 @@ BUGS = [
     ("pipeline", 16, "write to shared byte 16384, which belongs to the mbarrier at byte 16384"),
     ("pipeline", 17, "shared memory: elements 2048 to 6143 are out of bounds of a view of 4096"),
     ("pipeline", 18, "shared memory: elements 56 to 4103 are out of bounds of a view of 4096"),
+    ("multicast", 1, "race: shared byte|TMA copy is still in flight"),
+    ("multicast", 2, "to which a TMA copy by the mbarrier .* is still in flight|unwritten|race: shared byte|deadlock"),
+    ("multicast", 3, "no barrier follows the initialisation of the mbarrier|no initialised mbarrier"),
+    ("multicast", 4, "deadlock: .* at the mbarrier at byte 16384, parity 0"),
+    ("multicast", 5, "a cluster of 2 has no block 2"),
+    ("multicast", 6, "while another block of its cluster may still use|after that block has begun to end"),
+    ("multicast", 7, "to which a TMA copy is still in flight|race: shared byte|deadlock"),
     ("phases", 1, "race: shared byte|unwritten shared memory"),
     ("roles", 1, "deadlock: .* setmaxnreg.inc, for registers that no warpgroup has returned"),
     ("roles", 2, "setmaxnreg from 168 to 160 is no increase"),
@@ -85,6 +93,7 @@ ARGUMENTS = {
     "products": dict(a=A, b=B),
     "fragments": dict(a=A, b=B),
     "pipeline": dict(x=TILES, tiles=5),
+    "multicast": dict(x=TILES, tiles=5),
     "phases": {},
     "roles": {},
 }
@@ -93,8 +102,9 @@ ARGUMENTS = {
 def expected(kernel):
     if kernel in ("products", "fragments"):
         return A.astype(np.float64) @ B.astype(np.float64).T
-    if kernel == "pipeline":
-        return sum(tile @ tile.T for tile in TILES.astype(np.float64).reshape(5, 64, 64))
+    if kernel in ("pipeline", "multicast"):
+        sums = sum(tile @ tile.T for tile in TILES.astype(np.float64).reshape(5, 64, 64))
+        return sums if kernel == "pipeline" else np.stack([sums, sums])
     return np.ones(1) if kernel == "phases" else (np.arange(128.0) + 1) % 128
 
 
@@ -110,7 +120,27 @@ def test_the_kernels_without_a_bug_are_right(planted, kernel):
 def test_a_planted_bug_is_reported_on_every_schedule(planted, kernel, bug, report):
     for seed in range(4):
         with pytest.raises(EmulatorError, match=report):
-            planted.call(kernel, **ARGUMENTS[kernel], d=emulator.empty(64 * 64), bug=bug, seeds=(seed,))
+            planted.call(kernel, **ARGUMENTS[kernel], d=emulator.empty(2 * 64 * 64), bug=bug, seeds=(seed,))
+
+
+def test_sums_that_are_read_in_flight_are_nan(planted):
+    d = emulator.empty((64, 64))
+    planted.call("products", **ARGUMENTS["products"], d=d, bug=11, seeds=range(4))
+    assert np.isnan(d).all()
+
+
+def test_exchanged_registers_of_a_give_a_wrong_product(planted):
+    d = emulator.empty((64, 64))
+    planted.call("fragments", **ARGUMENTS["fragments"], d=d, bug=8, seeds=(0,))
+    assert (d != expected("fragments")).mean() > 0.9
+
+
+def test_a_multicast_box_is_read_once_from_global_memory(planted):
+    """Each of the two blocks receives every tile, and its half of the reads is half of the bytes."""
+    result = planted.call("multicast", **ARGUMENTS["multicast"], d=emulator.empty((2, 64, 64)), bug=0, seeds=(0,))
+    (launch,) = result.launches
+    assert result.buffers["x"].read_bytes == TILES.nbytes
+    assert (launch.tma, launch.tma_bytes) == (2 * 5, 2 * TILES.nbytes)
 
 
 # --- wgmma: operands laid out by the canonical layouts of the PTX ISA ("Strides", "Canonical Layouts"), which are functions of
@@ -209,15 +239,28 @@ def test_wgmma_of_bfloats_with_k_inside_the_swizzled_row(sound, n, k):
     np.testing.assert_array_equal(d, a[:, part].astype(np.float64) @ b[:, part].astype(np.float64).T)
 
 
-def test_a_wrong_stride_gives_a_wrong_product(sound):
-    a, b = values(64, 16), values(64, 16, seed=1)
-    image = np.zeros(16384, np.uint8)
+FIELDS = {  # of b's descriptor: what to change
+    "start": lambda d: d + 32 // 16,
+    "leading": lambda d: d ^ (4096 ^ 2048) // 16 << 16,
+    "stride": lambda d: d ^ (1024 ^ 512) // 16 << 32,
+    "swizzle": lambda d: d ^ (SWIZZLE_CODES[128] ^ SWIZZLE_CODES[64]) << 62,
+}
+
+
+# K-major operands with a swizzle do not use the leading byte offset.
+@pytest.mark.parametrize("field, mn_major", [(f, m) for f, m in product(FIELDS, [False, True]) if m or f != "leading"])
+def test_a_wrong_field_of_a_descriptor_gives_a_wrong_product(sound, field, mn_major):
+    a, b = values(64, 16), values(128, 16, seed=1)
+    image = np.zeros(32768, np.uint8)
+    given = dict(image=image, chunks=image.size // 16, b_mn_major=mn_major, n=128, a_rows=None, half=True, seeds=(0,))
     a_descriptor = lay_out(image, 0, a, 128, False, 16, 1024)
-    b_descriptor = lay_out(image, 8192, b, 128, False, 16, 1024) ^ (1024 ^ 512) // 16 << 32
-    d = emulator.empty((64, 64))
-    sound.call("product", image=image, chunks=1024, a=a_descriptor, b=b_descriptor, b_mn_major=False, n=64, d=d, a_rows=None,
-               half=True)  # fmt: skip
-    assert np.abs(d - a.astype(np.float64) @ b.astype(np.float64).T).max() > 1
+    b_descriptor = lay_out(image, 8192, b, 128, mn_major, 4096 if mn_major else 16, 1024)
+    errors = []
+    for descriptor in (b_descriptor, FIELDS[field](b_descriptor)):
+        d = emulator.empty((64, 128))
+        sound.call("product", **given, a=a_descriptor, b=signed(descriptor), d=d)
+        errors.append(np.abs(d - a.astype(np.float64) @ b.astype(np.float64).T).max())
+    assert errors[0] == 0 and errors[1] > 1
 
 
 # --- TMA

@@ -64,7 +64,7 @@ class Emulator:
 
     def __init__(self, seeds=emulator.SEEDS, **device):
         self.seeds, self.device = seeds, device
-        self.queries = []  # of occupancy, per call
+        self.queries = []  # of the device, per call
 
     def forward(self, q, k, v, scale):
         out, lse = poisoned(q, q.shape), poisoned(q, q.shape[:3], torch.float32)
@@ -99,7 +99,7 @@ class Emulator:
         self.workspace = int(given["bytes"])
         workspace = torch.full((max(1, self.workspace),), 0xFF, dtype=torch.uint8)
         self.cost = self.library().call(function, **given, workspace=workspace, seeds=self.seeds, **self.device)
-        self.queries += [sized.occupancy_queries, self.cost.occupancy_queries]
+        self.queries += [sized.device_queries, self.cost.device_queries]
 
 
 class Gpu:
@@ -116,7 +116,8 @@ class Gpu:
 
     @staticmethod
     def _repeat(op, *arguments):
-        arguments = [on_gpu(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+        copies = {id(x): on_gpu(x) for x in arguments if isinstance(x, torch.Tensor)}  # keys and values may be one tensor
+        arguments = [copies.get(id(x), x) for x in arguments]
         first, *others = ([x.cpu() for x in op(*arguments)] for _ in range(3))
         for other in others:
             pairs = zip(first, other, strict=True)

@@ -72,9 +72,12 @@ struct TensorMap {
 };
 TensorMap make_tensor_map(const void* data, int element_size, const uint64_t (&sizes)[4], const uint64_t (&strides)[3],
                           const uint32_t (&box)[4]);
-void tma_load(unsigned to, const TensorMap& map, const int (&from)[4], unsigned barrier);
+void set_address(TensorMap& map, const void* data);
+// To this block, or to the same place in every block of the cluster whose bit in `ranks` is set.
+void tma_load(unsigned to, const TensorMap& map, const int (&from)[4], unsigned barrier, unsigned ranks = 0);
 void mbarrier_init(unsigned address, unsigned arrivals);
 void mbarrier_arrive(unsigned address, unsigned expected_bytes);
+void mbarrier_arrive_remote(unsigned address, unsigned rank);  // at the barrier of that block of the cluster
 void mbarrier_wait(unsigned address, unsigned parity);
 void fence_proxy_async();
 void named_barrier(int id, int threads, bool wait);

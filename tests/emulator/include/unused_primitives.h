@@ -4,6 +4,7 @@
 
 #include "device/launch.cuh"
 #include "device/reduce.cuh"
+#include "device/tma.cuh"
 
 namespace movq {
 
@@ -22,6 +23,18 @@ T cluster_load(const Shared<T>& view, unsigned i, unsigned rank) {
   }
   return value;
 }
+
+// Starts a copy that every block of the cluster whose bit in `ranks` is set receives, at the same place, and that completes on
+// the barrier of each at the same address; see tma_load.
+template <class T>
+void tma_load_multicast(const Shared<T>& to, unsigned i, const TensorMap& map, const Coordinates& from, const MBarrier& barrier,
+                        unsigned ranks) {
+  const int coordinates[] = {from.x, from.y, from.z, from.w};
+  emu::tma_load(to.address(i, map.box_bytes() / sizeof(T)), map, coordinates, barrier.address(), ranks);
+}
+
+// Arrives at the barrier at the same address in the block with the given rank.
+inline void arrive_remote(const MBarrier& barrier, unsigned rank) { emu::mbarrier_arrive_remote(barrier.address(), rank); }
 
 // A barrier of the whole grid, which must be cooperative.
 inline void grid_sync() { emu::grid_sync(); }

@@ -84,5 +84,5 @@ void launch_all(const void* data, float* out, cudaStream_t stream) {
   const TensorShape shape = {{64, 64, 1, 1}, {128, 128 * 64, 128 * 64}, {64, 64, 1, 1}};
   launch(multiply<__half>, "multiply", LaunchConfig{1, 128, 48 * 1024}, stream, out);
   launch(multiply<__nv_bfloat16>, "multiply", LaunchConfig{1, 128, 48 * 1024}, stream, out);
-  launch(copy, "copy", LaunchConfig{1, 256, 48 * 1024}, stream, make_tensor_map(data, shape, "copy"), out);
+  launch(copy, "copy", LaunchConfig{1, 256, 48 * 1024}, stream, tensor_map(data, shape, "copy"), out);
 }

@@ -7,6 +7,7 @@
 #include "device/warpgroup.cuh"
 #include "device/wgmma.cuh"
 #include "export.h"
+#include "unused_primitives.h"
 
 using namespace movq;
 using Tile64 = SwizzledTile<__half, 64, 64>;
@@ -19,14 +20,15 @@ MOVQ_DEVICE void store_sums(float* d, const float (&sums)[N / 2]) {
 
 // d = a b^T for 64 x 64 matrices that ordinary stores bring to shared memory. Bugs: 1 no fence.proxy.async, 2 only after the
 // barrier, 3 no wgmma.fence, 4 no wait, 5 no commit, 6 sums written in flight, 7 an operand overwritten in flight, 8 a descriptor
-// in the middle of the swizzle pattern, 9 warps that pass different descriptors, 10 warps that do not take part.
+// in the middle of the swizzle pattern, 9 warps that pass different descriptors, 10 warps that do not take part, 11 sums read in
+// flight, 12 a proxy fence by one thread for the stores of all.
 __global__ void products(const __half* a, const __half* b, float* d, int bug) {
   const Tile64 left(0), right(left.kBytes);
   for (int i = threadIdx.x; i < 64 * 64; i += blockDim.x) {
     left.elements.store(left.index(i / 64, i % 64), load(a + i));
     right.elements.store(right.index(i / 64, i % 64), load(b + i));
   }
-  if (bug != 1 && bug != 2) fence_proxy_async();
+  if (bug != 1 && bug != 2 && (bug != 12 || threadIdx.x == 0)) fence_proxy_async();
   __syncthreads();
   if (bug == 2) fence_proxy_async();
   if (bug == 10 && threadIdx.x >= 64) return;
@@ -39,10 +41,11 @@ __global__ void products(const __half* a, const __half* b, float* d, int bug) {
     wgmma<__half, Major::kK>(sums, operand, right.columns_are_k(k), k > 0);
   }
   if (bug != 5) wgmma_commit();
+  if (bug == 11) store_sums<64>(d, sums);
   if (bug == 6) sums[3] = 0;
   if (bug == 7) left.elements.store(0, load(a));
   if (bug != 4) wgmma_wait<0>(sums);
-  store_sums<64>(d, sums);
+  if (bug != 11) store_sums<64>(d, sums);
 }
 EXPORT(products, const void* a, const void* b, float* d, int bug) {
   launch(::products, "products", LaunchConfig{1, 128, 2 * Tile64::kBytes}, nullptr, static_cast<const __half*>(a),
@@ -51,7 +54,7 @@ EXPORT(products, const void* a, const void* b, float* d, int bug) {
 
 // d = a b^T as above, with a in registers and 32 columns in each of two sums. Bugs: 1 a or 2 sums written after the fence, 3 a
 // fence that names one of the two sums, 4 a fence that does not name a, 5 a written in flight, 6 a wait that does not name a, 7 a
-// wait that does not name the sums.
+// wait that does not name the sums, 8 the two registers of a exchanged that are eight rows below and eight columns to the right.
 __global__ void fragments(const __half* a, const __half* b, float* d, int bug) {
   const Tile64 right(0);
   for (int i = threadIdx.x; i < 64 * 64; i += blockDim.x) right.elements.store(right.index(i / 64, i % 64), load(b + i));
@@ -61,7 +64,8 @@ __global__ void fragments(const __half* a, const __half* b, float* d, int bug) {
   uint32_t registers[4][4];
   for (int i = 0; i < 16; ++i) {
     const __half* at = a + (warp_id() * 16 + lane_id() / 4 + i % 2 * 8) * 64 + i / 2 * 8 + lane_id() % 4 * 2;
-    registers[i / 4][i % 4] = pack<__half>(to_float(load(at)), to_float(load(at + 1)));
+    const int exchanged = bug == 8 && (i % 4 == 1 || i % 4 == 2) ? 3 - i % 4 : i % 4;
+    registers[i / 4][exchanged] = pack<__half>(to_float(load(at)), to_float(load(at + 1)));
   }
   if (bug == 3) wgmma_fence(sums[0], registers);
   else if (bug == 4) wgmma_fence(sums);
@@ -131,9 +135,61 @@ __global__ void pipeline(const __grid_constant__ TensorMap map, int tiles, float
 }
 EXPORT(pipeline, const void* x, int tiles, float* d, int bug) {
   const uint64_t rows = uint64_t(tiles) * 64;
-  const TensorMap map = make_tensor_map(x, {{64, rows, 1, 1}, {128, rows * 128, rows * 128}, {64, 64, 1, 1}}, "pipeline");
+  const TensorMap map = tensor_map(x, {{64, rows, 1, 1}, {128, rows * 128, rows * 128}, {64, 64, 1, 1}}, "pipeline");
   launch(::pipeline, "pipeline", LaunchConfig{1, 256, 2 * Tile64::kBytes + (bug == 16 ? Tile64::kBytes : 32)}, nullptr, map,
          tiles, d, bug);
+}
+
+// d[rank] = sum of x x^T over the tiles, in each of two blocks. Each block loads one half of a tile for both. Bugs: 1 a stage of
+// the other block overwritten before that has read it, 2 the bytes of one half expected, 3 no cluster barrier after the
+// initialisation, 4 a half that only its own block receives, 5 a block that the cluster does not have, 6 no cluster barrier at
+// the end, 7 the same half loaded by both.
+__global__ void multicast(const __grid_constant__ TensorMap map, int tiles, float* d, int bug) {
+  const Tile64 stages[2] = {Tile64(0), Tile64(Tile64::kBytes)};
+  const Shared<uint64_t> barriers(2 * Tile64::kBytes, 4);
+  auto full = [&](int i) { return MBarrier(barriers, i % 2); };
+  auto empty = [&](int i) { return MBarrier(barriers, 2 + i % 2); };
+  const int rank = cluster_rank();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) full(i).init(1), empty(i).init(bug == 1 ? 4 : 8);
+    fence_proxy_async();
+  }
+  if (bug == 3) __syncthreads();
+  else cluster_sync();
+  if (warpgroup_id() == 0) {
+    for (int i = 0; threadIdx.x == 0 && i < tiles; ++i) {
+      empty(i).wait(i / 2 % 2 ^ 1);
+      full(i).arrive_expecting(bug == 2 ? Tile64::kBytes / 2 : Tile64::kBytes);
+      const int half = bug == 7 ? 0 : rank;
+      tma_load_multicast(stages[i % 2].elements, half * 32 * 64, map, {0, i * 64 + half * 32, 0, 0}, full(i),
+                         bug == 4   ? 1u << rank
+                         : bug == 5 ? 7
+                                    : 3);
+    }
+  } else {
+    float sums[32] = {};
+    for (int i = 0; i < tiles; ++i) {
+      full(i).wait(i / 2 % 2);
+      wgmma_fence(sums);
+      for (int k = 0; k < 64; k += 16) {
+        const uint64_t operand = stages[i % 2].columns_are_k(k);
+        wgmma<__half, Major::kK>(sums, operand, operand);
+      }
+      wgmma_commit();
+      wgmma_wait<0>(sums);
+      for (int to = 0; lane_id() == 0 && to < 2; ++to) {
+        if (to == rank) empty(i).arrive();
+        else if (bug != 1) arrive_remote(empty(i), to);
+      }
+    }
+    store_sums<64>(d + rank * 64 * 64, sums);
+  }
+  if (bug != 6) cluster_sync();
+}
+EXPORT(multicast, const void* x, int tiles, float* d, int bug) {
+  const uint64_t rows = uint64_t(tiles) * 64;
+  const TensorMap map = tensor_map(x, {{64, rows, 1, 1}, {128, rows * 128, rows * 128}, {64, 32, 1, 1}}, "multicast");
+  launch_together(::multicast, "multicast", LaunchConfig{2, 256, 2 * Tile64::kBytes + 32}, 2, false, map, tiles, d, bug);
 }
 
 // One thread waits for what another stored before an mbarrier's first phase. Bug: 1 it reads what comes with the second phase.

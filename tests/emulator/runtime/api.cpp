@@ -37,7 +37,8 @@ void emu_begin(uint64_t seed, int multiprocessors, size_t shared_limit) {
   machine.random.seed(seed);
   machine.multiprocessors = multiprocessors;
   machine.shared_limit = shared_limit;
-  machine.occupancy_queries = 0;
+  machine.device_queries = 0;
+  machine.encoded_tensor_maps = 0;
 }
 
 // Run only the blocks from `first` to `end` - 1 of this kernel's launches.
@@ -70,7 +71,8 @@ const char* emu_error() { return machine.error.c_str(); }
 const char* emu_report() {
   static std::string report;
   std::ostringstream out;
-  out << "{\"occupancy_queries\":" << machine.occupancy_queries << ",\"launches\":[";
+  out << "{\"device_queries\":" << machine.device_queries << ",\"encoded_tensor_maps\":" << machine.encoded_tensor_maps
+      << ",\"launches\":[";
   for (size_t i = 0; i < machine.launches.size(); ++i) {
     const LaunchRecord& l = machine.launches[i];
     out << (i ? "," : "") << "{\"kernel\":\"" << l.kernel << "\",\"grid\":";

@@ -27,15 +27,17 @@ void mbarrier_init(unsigned address, unsigned arrivals) {
   MBarrier& barrier = self.block->mbarriers[address];
   barrier.arrivals = arrivals;
   barrier.missing = arrivals;
-  barrier.agent = kFirstMBarrier + self.block->mbarriers.size() - 1;
+  const size_t index = self.block->mbarriers.size() - 1;
+  if (index >= kMaxMBarriers) fail("more than " + std::to_string(kMaxMBarriers) + " mbarriers in a block");
+  barrier.agent = kFirstMBarrier + self.block->rank * kMaxMBarriers + index;
   barrier.creator = self.id;
   barrier.created = machine.clock;
 }
 
-static MBarrier& mbarrier_at(unsigned address) {
-  Thread& self = *machine.running;
-  const auto found = self.block->mbarriers.find(address);
-  if (found == self.block->mbarriers.end()) fail("there is no initialised mbarrier at byte " + std::to_string(address));
+static MBarrier& mbarrier_at(Block& block, unsigned address) {
+  const Thread& self = *machine.running;
+  const auto found = block.mbarriers.find(address);
+  if (found == block.mbarriers.end()) fail("there is no initialised mbarrier at byte " + std::to_string(address));
   MBarrier& barrier = found->second;
   if (!ordered(self, barrier.creator, barrier.created)) fail("race: no barrier follows the initialisation of " + name(address));
   return barrier;
@@ -50,8 +52,8 @@ static void complete_phase_if_due(MBarrier& barrier) {
   barrier.waiting.clear();
 }
 
-void mbarrier_arrive(unsigned address, unsigned expected_bytes) {
-  MBarrier& barrier = mbarrier_at(address);
+static void arrive_at(Block& block, unsigned address, unsigned expected_bytes) {
+  MBarrier& barrier = mbarrier_at(block, address);
   if (!barrier.missing) fail(name(address) + " has more arrivals than it expects in a phase");
   barrier.bytes += expected_bytes;
   if (barrier.bytes > kMaxBytes) fail(name(address) + " expects more than " + std::to_string(kMaxBytes) + " bytes");
@@ -60,8 +62,12 @@ void mbarrier_arrive(unsigned address, unsigned expected_bytes) {
   complete_phase_if_due(barrier);
 }
 
+void mbarrier_arrive(unsigned address, unsigned expected_bytes) { arrive_at(*machine.running->block, address, expected_bytes); }
+
+void mbarrier_arrive_remote(unsigned address, unsigned rank) { arrive_at(block_of_cluster(rank), address, 0); }
+
 void mbarrier_wait(unsigned address, unsigned parity) {
-  MBarrier& barrier = mbarrier_at(address);
+  MBarrier& barrier = mbarrier_at(*machine.running->block, address);
   if (parity > 1) fail("expected a parity of 0 or 1, got " + std::to_string(parity));
   const char* where = interned(name(address) + ", parity " + std::to_string(parity));
   while (barrier.phase % 2 == parity) {
@@ -104,22 +110,29 @@ void named_barrier(int id, int threads, bool wait) {
 
 // --- TMA
 
+static void require(bool condition, const char* what) {
+  if (!condition) throw std::runtime_error(std::string("tensor map: ") + what);
+}
+
 TensorMap make_tensor_map(const void* data, int element_size, const uint64_t (&sizes)[4], const uint64_t (&strides)[3],
                           const uint32_t (&box)[4]) {
-  auto require = [](bool condition, const char* what) {
-    if (!condition) throw std::runtime_error(std::string("tensor map: ") + what);
-  };
-  require(reinterpret_cast<uintptr_t>(data) % 16 == 0, "expected an address that is a multiple of 16");
+  ++machine.encoded_tensor_maps;
   for (uint64_t size : sizes) require(size >= 1 && size <= uint64_t(1) << 32, "expected sizes from 1 to 2^32");
   for (uint64_t stride : strides)
     require(stride % 16 == 0 && stride < uint64_t(1) << 40, "expected strides below 2^40 that are multiples of 16 bytes");
   for (uint32_t extent : box) require(extent >= 1 && extent <= 256, "expected a box of 1 to 256 elements in each dimension");
   require(box[0] * element_size == 128, "expected box rows of 128 bytes");  // fewer are allowed, but not used
-  TensorMap map = {static_cast<const char*>(data), element_size, {}, {}, {}};
+  TensorMap map = {nullptr, element_size, {}, {}, {}};
+  set_address(map, data);
   std::copy(sizes, sizes + 4, map.sizes);
   std::copy(strides, strides + 3, map.strides);
   std::copy(box, box + 4, map.box);
   return map;
+}
+
+void set_address(TensorMap& map, const void* data) {
+  require(reinterpret_cast<uintptr_t>(data) % 16 == 0, "expected an address that is a multiple of 16");
+  map.data = static_cast<const char*>(data);
 }
 
 // Calls f(offset in the box, global address or null if beyond the tensor, valid bytes) for each 16 bytes of the box.
@@ -147,27 +160,35 @@ static void for_each_chunk(const BoxCopy& copy, Function f) {
   }
 }
 
-void tma_load(unsigned to, const TensorMap& map, const int (&from)[4], unsigned barrier_address) {
-  Thread& self = *machine.running;
-  MBarrier& barrier = mbarrier_at(barrier_address);
-  const Thread& creator = thread_of(*self.block->cluster, barrier.creator);
+// The part of a copy that one block of the cluster receives.
+static void start_copy(Block& block, BoxCopy copy) {
+  const Thread& self = *machine.running;
+  MBarrier& barrier = mbarrier_at(block, copy.barrier);
+  const Thread& creator = thread_of(*block.cluster, barrier.creator);
   const auto fence = std::upper_bound(creator.fences.begin(), creator.fences.end(), barrier.created);
   if (fence == creator.fences.end() || !ordered(self, creator.id, *fence - 1))
-    fail("no fence.proxy.async follows the initialisation of " + name(barrier_address));
-  BoxCopy copy = {self.block, to, map.box_bytes(), barrier_address, map, {}};
+    fail("no fence.proxy.async follows the initialisation of " + name(copy.barrier));
+  check_shared(block, copy.to, copy.bytes, 1024, "TMA write");
+  start_copy_to(block, copy.to, copy.bytes);
+  for (unsigned i = 0; i < copy.bytes; ++i) block.shadow[copy.to + i].writer = barrier.agent;
+  machine.launches.back().counters.tma_bytes += copy.bytes;
+  copy.block = &block;
+  machine.copies.push_back(copy);
+}
+
+void tma_load(unsigned to, const TensorMap& map, const int (&from)[4], unsigned barrier, unsigned ranks) {
+  BoxCopy copy = {nullptr, to, map.box_bytes(), barrier, map, {}};
   std::copy(from, from + 4, copy.from);
   // A rule of this project, not of the hardware: the emulator copies chunks of 16 bytes.
   if (copy.from[0] * map.element_size % 16) fail("expected a TMA copy to start at a multiple of 16 bytes of a row");
-  check_shared(*self.block, to, copy.bytes, 1024, "TMA write");
   for_each_chunk(copy, [](unsigned, const char* address, int valid) {
     for (int byte = 0; byte < valid; byte += valid == 16 ? 16 : 2) count_global_read(address + byte, valid == 16 ? 16 : 2);
   });
-  start_copy_to(to, copy.bytes);
-  for (unsigned i = 0; i < copy.bytes; ++i) self.block->shadow[to + i].writer = barrier.agent;
-  Counters& counters = machine.launches.back().counters;
-  ++counters.tma;
-  counters.tma_bytes += copy.bytes;
-  machine.copies.push_back(copy);
+  ++machine.launches.back().counters.tma;
+  if (!ranks) return start_copy(*machine.running->block, copy);
+  for (unsigned rank = 0; ranks >> rank; ++rank) {
+    if (ranks >> rank & 1) start_copy(block_of_cluster(rank), copy);
+  }
 }
 
 bool complete_copy() {

@@ -101,8 +101,8 @@ static void thread_main() {
   for (const Gathering& g : self->warp->gatherings) {
     if (g.mask >> self->lane & 1) fail(std::string("divergent warp: ") + g.what + " names a lane that has returned");
   }
-  if (self->block->read_remotely && self->block->read_remotely >= self->block->cluster_synced) {
-    fail("this block ends while another block of its cluster may still read its shared memory: call cluster_sync() first");
+  if (self->block->used_remotely && self->block->used_remotely >= self->block->cluster_synced) {
+    fail("this block ends while another block of its cluster may still use its shared memory: call cluster_sync() first");
   }
   if (self->id % kWarpgroupSize == 0 && !self->block->warpgroups.empty()) {
     for (const Warpgroup& warpgroup : self->block->warpgroups) {
@@ -179,7 +179,7 @@ void grid_sync() {
   if (arrive(machine.grid, "grid_sync", 0, true)) yield();
 }
 
-Thread& thread_of(Cluster& cluster, uint16_t id) {
+Thread& thread_of(const Cluster& cluster, uint16_t id) {
   const size_t per_block = cluster.blocks[0]->threads.size();
   return cluster.blocks[id / per_block]->threads[id % per_block];
 }
@@ -398,7 +398,11 @@ void launch(const char* kernel, const Shape& shape, const std::function<void()>&
   for (unsigned first : first_blocks) run_together(shape, {first});
 }
 
-int multiprocessors() { return machine.multiprocessors; }
+int multiprocessors() {
+  ++machine.device_queries;
+  return machine.multiprocessors;
+}
+
 int shared_memory_limit() { return static_cast<int>(machine.shared_limit); }
 
 // Blocks that run on one multiprocessor at the same time. It holds at most 2048 threads and 32 blocks. Its shared memory is the
@@ -408,7 +412,7 @@ static size_t residents(size_t threads, size_t shared_bytes) {
 }
 
 int blocks_per_multiprocessor(int threads, size_t shared_bytes) {
-  ++machine.occupancy_queries;
+  ++machine.device_queries;
   return static_cast<int>(residents(threads, shared_bytes));
 }
 

@@ -172,7 +172,7 @@ struct Block {
   std::vector<unsigned char> shared;
   std::vector<Shadow> shadow;
   uint32_t synced = 0, cluster_synced = 0;  // times of the last barriers of the block and of its cluster
-  uint32_t read_remotely = 0;               // when another block last read its shared memory
+  uint32_t used_remotely = 0;               // when another block last used its shared memory
   std::vector<Warpgroup> warpgroups;
   std::map<unsigned, MBarrier> mbarriers;  // by address
   NamedBarrier named_barriers[16];
@@ -225,7 +225,7 @@ struct Machine {
   std::mt19937_64 random;
   int multiprocessors = 4;
   size_t shared_limit = 227 * 1024;  // per block on sm_90; 163 KB on sm_80, 99 KB on sm_86
-  int occupancy_queries = 0;
+  int device_queries = 0, encoded_tensor_maps = 0;
   std::vector<Buffer> buffers;
   std::map<std::string, std::pair<size_t, size_t>> chosen_blocks;  // by kernel: the first block to run and the end
   std::vector<LaunchRecord> launches;
@@ -251,17 +251,19 @@ void gather_warpgroup(const char* what, void* argument, void (*together)(Warpgro
 
 // Ordering (ordering.cpp): what a thread did before release() comes before what another does after acquire().
 constexpr uint16_t kFirstMBarrier = 0x8000;  // ids of agents that are not threads
+constexpr unsigned kMaxMBarriers = 64;       // of a block
 void release(const Thread& thread, Knowledge& to);
 void acquire(Thread& thread, const Knowledge& from);
 void acquire_from_all(const std::vector<Thread*>& threads);  // each of the others' knowledge
 void know(Knowledge& knowledge, const Block& block, uint16_t agent);
 uint32_t known(const Thread& thread, uint16_t agent);  // everything that the agent did before this time
 bool ordered(const Thread& thread, uint16_t agent, uint32_t time);
-std::string describe_agent(const Block& block, uint16_t agent);
+std::string describe_agent(const Cluster& cluster, uint16_t agent);
 
 // Shared memory (memory.cpp).
 void check_shared(const Block& block, unsigned address, int bytes, int alignment, const char* what);
-void start_copy_to(unsigned address, int bytes);                     // by TMA: marks shared memory as in flight
+Block& block_of_cluster(unsigned rank);                              // for an access to its shared memory
+void start_copy_to(Block& block, unsigned address, int bytes);       // by TMA: marks shared memory as in flight
 void check_product_operand(const Thread& thread, unsigned address);  // 16 bytes that wgmma reads
 void count_global_read(const void* from, int bytes);                 // one access of at most 16 bytes, by a copy
 
@@ -270,7 +272,7 @@ bool complete_copy();
 std::string find_unawaited_copy(const Block& block);  // a report at the end of a block, or ""
 
 std::string describe(const Thread& thread);
-Thread& thread_of(Cluster& cluster, uint16_t id);
+Thread& thread_of(const Cluster& cluster, uint16_t id);
 
 // Groups the logged accesses of a warp's lanes into requests, and counts those.
 void count_accesses(Warp& warp);

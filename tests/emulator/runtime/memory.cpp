@@ -95,7 +95,8 @@ void copy_to_device(void* to, const void* from, size_t bytes) { copy_bytes(to, f
 
 // --- Shared memory: which accesses are ordered
 
-static bool readers_ordered(const Shadow& s) {
+// `block` is the one whose shared memory it is.
+static bool readers_ordered(const Shadow& s, const Block& block) {
   const Thread& self = *machine.running;
   switch (s.readers) {
     case Shadow::kNone: return true;
@@ -104,15 +105,14 @@ static bool readers_ordered(const Shadow& s) {
     default: break;
   }
   if (s.reader_set) {
-    const auto& times = self.block->reader_sets[s.reader_set];
-    return std::all_of(self.block->threads.begin(), self.block->threads.end(), [&](const Thread& t) {
-      const uint32_t time = times[t.warp - self.block->warps.data()];
+    const auto& times = block.reader_sets[s.reader_set];
+    return std::all_of(block.threads.begin(), block.threads.end(), [&](const Thread& t) {
+      const uint32_t time = times[t.warp - block.warps.data()];
       return !time || ordered(self, t.id, time);
     });
   }
   const Thread& one = thread_of(*self.block->cluster, s.reader);
-  if (one.block != self.block) return s.read < self.block->cluster_synced;
-  if (s.read < self.block->synced) return true;
+  if (s.read < (one.block == self.block ? self.block->synced : self.block->cluster_synced)) return true;
   if (s.readers == Shadow::kOneBlock) return false;
   return std::all_of(one.warp->lanes.begin(), one.warp->lanes.end(),
                      [&](const Thread* lane) { return ordered(self, lane->id, s.read); });
@@ -121,7 +121,7 @@ static bool readers_ordered(const Shadow& s) {
 static const char* copy_name(const Shadow& s) { return s.writer >= kFirstMBarrier ? "TMA copy" : "cp.async"; }
 
 [[noreturn]] static void fail_race(const Shadow& s, unsigned address, const char* now, bool with_reader) {
-  const std::string other = describe_agent(*machine.running->block, with_reader ? s.reader : s.writer);
+  const std::string other = describe_agent(*machine.running->block->cluster, with_reader ? s.reader : s.writer);
   fail(std::string("race: shared byte ") + std::to_string(address) + " is " + now + " here and " +
        (with_reader ? "read" : "written") + " by " + other + " with no barrier in between");
 }
@@ -136,13 +136,14 @@ static uint32_t add_to_set(const Shadow& s, Block& block) {
   return block.reader_sets.size() - 1;
 }
 
-static void add_reader(Shadow& s) {
+static void add_reader(Shadow& s, Block& block) {
   const Thread& self = *machine.running;
-  if (s.readers == Shadow::kNone || (s.readers == Shadow::kOneThread && s.reader == self.id) || readers_ordered(s)) {
+  if (s.readers == Shadow::kNone || (s.readers == Shadow::kOneThread && s.reader == self.id) || readers_ordered(s, block)) {
     s.readers = Shadow::kOneThread;
     s.reader_set = 0;
   } else {
-    if (!self.block->mbarriers.empty()) s.reader_set = add_to_set(s, *self.block);
+    const bool all_local = self.block == &block && thread_of(*block.cluster, s.reader).block == &block;
+    s.reader_set = all_local && !block.mbarriers.empty() ? add_to_set(s, block) : 0;
     const Thread& one = thread_of(*self.block->cluster, s.reader);
     const auto span = one.warp == self.warp     ? Shadow::kOneWarp
                       : one.block == self.block ? Shadow::kOneBlock
@@ -157,14 +158,14 @@ static void check_read(const Thread& self, const Shadow& s, unsigned address) {
   if (s.state == Shadow::kUnwritten) fail("read of unwritten shared memory: byte " + std::to_string(address));
   if (s.state == Shadow::kInFlight) {
     fail("read of shared byte " + std::to_string(address) + ", to which a " + copy_name(s) + " by " +
-         describe_agent(*self.block, s.writer) + " is still in flight: its wait is missing");
+         describe_agent(*self.block->cluster, s.writer) + " is still in flight: its wait is missing");
   }
   if (!ordered(self, s.writer, s.written)) fail_race(s, address, "read", false);
 }
 
-static void read_once(Shadow& s, unsigned address) {
+static void read_once(Shadow& s, unsigned address, Block& block) {
   check_read(*machine.running, s, address);
-  add_reader(s);
+  add_reader(s, block);
 }
 
 // Every warp of the warpgroup must be known to have waited for its wgmma.
@@ -185,11 +186,11 @@ static void check_product_readers(const Block& block, unsigned address) {
   }
 }
 
-static void write_once(Shadow& s, unsigned address, Shadow::State state) {
+static void write_once(Shadow& s, unsigned address, const Block& block, Shadow::State state) {
   if (s.state == Shadow::kInFlight)
     fail("write to shared byte " + std::to_string(address) + ", to which a " + copy_name(s) + " is still in flight");
   if (s.state == Shadow::kWritten && !ordered(*machine.running, s.writer, s.written)) fail_race(s, address, "written", false);
-  if (!readers_ordered(s)) fail_race(s, address, "written", true);
+  if (!readers_ordered(s, block)) fail_race(s, address, "written", true);
   s = Shadow();
   s.state = state;
   s.proxy = 1;
@@ -252,7 +253,7 @@ void check_view(unsigned first, unsigned elements, unsigned count) {
 void shared_read(unsigned address, void* to, int bytes) {
   Block& block = *machine.running->block;
   check_shared(block, address, bytes, bytes, "read");
-  for_each_byte(block, address, bytes, read_once);
+  for_each_byte(block, address, bytes, [&](Shadow& s, unsigned at) { read_once(s, at, block); });
   log_access(__builtin_return_address(0), Kind::kSharedRead, address, bytes);
   copy_bytes(to, &block.shared[address], bytes);
 }
@@ -262,34 +263,38 @@ void shared_write(unsigned address, const void* from, int bytes) {
   check_shared(block, address, bytes, bytes, "write");
   check_product_readers(block, address);
   check_no_mbarrier(block, address, bytes);
-  for_each_byte(block, address, bytes, [](Shadow& s, unsigned at) { write_once(s, at, Shadow::kWritten); });
+  for_each_byte(block, address, bytes, [&](Shadow& s, unsigned at) { write_once(s, at, block, Shadow::kWritten); });
   log_access(__builtin_return_address(0), Kind::kSharedWrite, address, bytes);
   copy_bytes(&block.shared[address], from, bytes);
 }
 
-void cluster_read(unsigned address, unsigned rank, void* to, int bytes) {
-  Cluster& cluster = *machine.running->block->cluster;
+Block& block_of_cluster(unsigned rank) {
+  const Cluster& cluster = *machine.running->block->cluster;
   if (rank >= cluster.blocks.size())
     fail("a cluster of " + std::to_string(cluster.blocks.size()) + " has no block " + std::to_string(rank));
   Block& block = *cluster.blocks[rank];
-  check_shared(block, address, bytes, bytes, "read");
   if (&block != machine.running->block) {
-    if (block.barrier.finished) fail("read of another block's shared memory after that block has begun to end");
-    block.read_remotely = machine.clock;
+    if (block.barrier.finished) fail("access to another block's shared memory after that block has begun to end");
+    block.used_remotely = machine.clock;
   }
-  for_each_byte(block, address, bytes, read_once);
+  return block;
+}
+
+void cluster_read(unsigned address, unsigned rank, void* to, int bytes) {
+  Block& block = block_of_cluster(rank);
+  check_shared(block, address, bytes, bytes, "read");
+  for_each_byte(block, address, bytes, [&](Shadow& s, unsigned at) { read_once(s, at, block); });
   copy_bytes(to, &block.shared[address], bytes);
 }
 
 // --- Shared memory: what the async proxy does
 
-void start_copy_to(unsigned address, int bytes) {
-  Block& block = *machine.running->block;
+void start_copy_to(Block& block, unsigned address, int bytes) {
   for (int i = 0; i < bytes; i += 16) check_product_readers(block, address + i);
   check_no_mbarrier(block, address, bytes);
-  for_each_byte(block, address, bytes, [](Shadow& s, unsigned at) {
+  for_each_byte(block, address, bytes, [&](Shadow& s, unsigned at) {
     const Shadow before = s;
-    write_once(s, at, Shadow::kInFlight);
+    write_once(s, at, block, Shadow::kInFlight);
     check_proxy(*machine.running, before, at, "a TMA copy overwrites");
   });
   std::memset(&block.shared[address], 0xff, bytes);
@@ -320,7 +325,7 @@ void cp_async(unsigned to, const void* from, int bytes, bool valid) {
   else if (reinterpret_cast<uintptr_t>(from) % bytes)
     fail("misaligned source of a cp.async, which must be aligned even where it is not read");
   check_no_mbarrier(*self.block, to, bytes);
-  for_each_byte(*self.block, to, bytes, [](Shadow& s, unsigned at) { write_once(s, at, Shadow::kInFlight); });
+  for_each_byte(*self.block, to, bytes, [&](Shadow& s, unsigned at) { write_once(s, at, *self.block, Shadow::kInFlight); });
   log_access(__builtin_return_address(0), Kind::kSharedWrite, to, bytes);
   for (int i = 0; i < bytes; ++i) self.block->shared[to + i] = 0xff;
   self.copies.push_back({to, from, bytes, valid, self.groups});

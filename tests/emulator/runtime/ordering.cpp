@@ -5,15 +5,13 @@
 
 namespace emu {
 
-static constexpr unsigned kMaxMBarriers = 64;
-
 static size_t index_of(const Block& block, uint16_t agent) {
   const size_t threads = block.cluster->blocks.size() * block.threads.size();
   return agent < kFirstMBarrier ? agent : threads + agent - kFirstMBarrier;
 }
 
 static void reserve(Knowledge& knowledge, const Block& block) {
-  if (knowledge.empty()) knowledge.assign(block.cluster->blocks.size() * block.threads.size() + kMaxMBarriers, 0);
+  if (knowledge.empty()) knowledge.assign(block.cluster->blocks.size() * (block.threads.size() + kMaxMBarriers), 0);
 }
 
 static void merge(Knowledge& to, const Knowledge& from) {
@@ -21,7 +19,6 @@ static void merge(Knowledge& to, const Knowledge& from) {
 }
 
 void know(Knowledge& knowledge, const Block& block, uint16_t agent) {
-  if (agent >= kFirstMBarrier + kMaxMBarriers) fail("more than " + std::to_string(kMaxMBarriers) + " mbarriers in a block");
   reserve(knowledge, block);
   knowledge[index_of(block, agent)] = ++machine.clock;
 }
@@ -59,9 +56,9 @@ uint32_t known(const Thread& self, uint16_t agent) {
 
 bool ordered(const Thread& self, uint16_t agent, uint32_t time) { return agent == self.id || time < known(self, agent); }
 
-std::string describe_agent(const Block& block, uint16_t agent) {
-  if (agent < kFirstMBarrier) return describe(thread_of(*block.cluster, agent));
-  for (const auto& [address, barrier] : block.mbarriers) {
+std::string describe_agent(const Cluster& cluster, uint16_t agent) {
+  if (agent < kFirstMBarrier) return describe(thread_of(cluster, agent));
+  for (const auto& [address, barrier] : cluster.blocks[(agent - kFirstMBarrier) / kMaxMBarriers]->mbarriers) {
     if (barrier.agent == agent) return "the mbarrier at byte " + std::to_string(address);
   }
   return "an mbarrier";
