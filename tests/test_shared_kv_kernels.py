@@ -118,10 +118,12 @@ def test_forward_costs(backend):
     (walk,) = backend.cost.launches
     assert walk.wgmma_flops == 2 * (2 * 64 * 128 * 512)
     assert walk.wgmma_flops / 4096 == 4096  # cycles
-    assert walk.wgmma_shared_bytes == 400 << 10
+    assert walk.wgmma == 2 * 32 + 2 * 2 * 4  # scores of two stages, and values of both in two halves
+    assert walk.wgmma_shared_bytes == 400 << 10  # 5 KB for each wgmma
+    assert (walk.wgmma_shared_bytes + 128 * 512 * 2) / 128 == 4224  # cycles, with the copies
     assert walk.tma_bytes == (64 + 128) * 512 * 2
-    assert walk.wgmma_flops / (128 * 512 * 2) == 128  # per byte of kv
-    assert backend.cost.buffers["kv"].read_bytes == 128 * 512 * 2
+    assert backend.cost.buffers["kv"].read_bytes == 128 * 512 * 2  # from L2: 1.6 KB for each wgmma
+    assert walk.wgmma_flops / (128 * 512 * 2) == 128  # per byte
     assert walk.shared_bytes <= H100["shared_limit"]
     assert walk.bank_conflicts == 0
 
@@ -135,6 +137,8 @@ def test_backward_costs(backend):
     assert (dq.wgmma_flops, dkv.wgmma_flops) == (3 * product, 4 * product)
     assert dkv.wgmma_shared_bytes == 400 << 10  # as forward: two stages of 64 rows
     assert dq.wgmma_flops / (64 * 512 * 2) == 192  # per byte of kv
+    cycles = dq.wgmma_flops / 4096, (dq.wgmma_shared_bytes + 64 * 512 * 2) / 128
+    assert cycles == (3072, 4160)  # of the tensor cores and of shared memory: at most 74% of the peak
     assert max(dq.shared_bytes, dkv.shared_bytes) <= H100["shared_limit"]
     assert dq.bank_conflicts == dkv.bank_conflicts == 0
 
