@@ -71,6 +71,6 @@ EXPORT(box, const void* x, int s0, int s1, int s2, int s3, int64_t t1, int64_t t
                              {uint64_t(t1), uint64_t(t2), uint64_t(t3)},
                              {64, uint32_t(rows), uint32_t(planes), 1}};
   const int bytes = rows * planes * 128;
-  launch(::box, "box", LaunchConfig{1, 32, size_t(bytes) + 8}, nullptr, tensor_map(x, shape, "box"),
-         Coordinates{c0, c1, c2, c3}, bytes, y);
+  launch(::box, "box", LaunchConfig{1, 32, size_t(bytes) + 8}, nullptr, tensor_map(x, shape, "box"), Coordinates{c0, c1, c2, c3},
+         bytes, y);
 }
