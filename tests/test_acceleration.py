@@ -350,10 +350,9 @@ OTHER_MODELS = {
     "AutoencoderKLWan": {"none of its parts can be accelerated"},
     "AutoencoderKLLTXVideo": {"none of its parts can be accelerated"},
     "AutoencoderKLQwenImage": {"none of its parts can be accelerated"},
-    "AutoencoderKLMochi": {"it works on maps with a time axis"},
+    "AutoencoderKLMochi": {"it works on maps with a time axis", "it repeats the border in space too"},
     "AutoencoderKLHunyuanVideo": {"it works on maps with a time axis"},
     "AutoencoderKLMagvit": {"it works on maps with a time axis"},
-    "AutoencoderKLCogVideoX": {"it works on maps with a time axis"},
 }
 
 

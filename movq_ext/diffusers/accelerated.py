@@ -22,6 +22,7 @@ class Accelerated(nn.Module):
     """
 
     diffusers_class: ClassVar[type[nn.Module]]
+    takes_clips: ClassVar[bool] = False  # (B, C, T, H, W) rather than images
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:
@@ -79,6 +80,11 @@ def can_compute(module: nn.Module, x: Tensor) -> bool:
     return isinstance(module, Accelerated) and x.dim() == 4 and x.numel() > 0 and x.is_floating_point()
 
 
+def can_compute_clip(module: nn.Module, x: Tensor) -> bool:
+    """`can_compute` for a clip ``(B, C, T, H, W)``."""
+    return isinstance(module, Accelerated) and x.dim() == 5 and x.numel() > 0 and x.is_floating_point()
+
+
 def is_plain_instance(module: Any, expected: type[nn.Module]) -> bool:
     """True if calling the module runs the expected class's forward and nothing else."""
     return type(module) is expected and is_unmodified(module)
@@ -95,3 +101,15 @@ def child_reason(name: str, child: Any, expected: type[nn.Module]) -> str | None
     if original_class(child) is not expected:
         return f"its {name} is {type(child).__name__}, not {expected.__name__}"
     return None if is_unmodified(child) else f"its {name} is hooked or patched"
+
+
+def named_child_reason(name: str, child: Any, expected: str) -> str | None:
+    """`child_reason` for the class of diffusers with this name."""
+    if not is_diffusers_class(original_class(child), expected):
+        return f"its {name} is {type(child).__name__}, not {expected}"
+    return None if is_unmodified(child) else f"its {name} is hooked or patched"
+
+
+def is_diffusers_class(kind: type, *names: str) -> bool:
+    """True for the classes of diffusers with these names, without importing them: torch.compile cannot trace an import."""
+    return kind.__name__ in names and kind.__module__.startswith("diffusers.")

@@ -19,7 +19,7 @@ from .accelerated import Accelerated, CallCount, call_count, forget_calls, origi
 from .registry import accelerated_classes
 
 MAX_NAMES_SHOWN = 3
-VIDEO_CLASSES = ("TemporalResnetBlock", "CogVideoXSpatialNorm3D", "KVAECachedSpatialNorm3D", "Kandinsky6SRSpatialNorm3D")
+VIDEO_CLASSES = ("TemporalResnetBlock", "KVAECachedSpatialNorm3D", "Kandinsky6SRSpatialNorm3D")
 NO_PART_REASON = "none of its parts can be accelerated"
 
 
@@ -67,7 +67,8 @@ def accelerate(model_or_pipeline: Any, *, strict: bool = False) -> AccelerationR
     The parts, with SiLU: ResnetBlock2D (group norm, with or without a time embedding), ResnetBlockCondNorm2D and SpatialNorm
     (Kandinsky's VQModel), KVAE's 2-D SpatialNorm, nearest Upsample2D with its convolution, the group norm before the last
     convolution, and Attention of one head of up to 512 over an image. They make up nearly all of AutoencoderKL (SD, SDXL, FLUX)
-    and VQModel, and much of a UNet. Results and gradients are the same up to rounding. Idempotent; call it again after adding
+    and VQModel, and much of a UNet. Of AutoencoderKLCogVideoX: its blocks, spatial norms,
+    causal convolutions and upsampling. Results and gradients are the same up to rounding. Idempotent; call it again after adding
     parts to the model.
 
     Args:
@@ -146,9 +147,10 @@ def _known_parts(model: nn.Module) -> Iterator[str]:
 def _skip_reason(model: nn.Module, path: str, part: nn.Module) -> str | None:
     """Return why the part is not replaced, or None if it is."""
     original = original_class(part)
-    if original.__name__ in VIDEO_CLASSES or not _works_on_images(model, path):
+    accelerated = accelerated_classes().get(original)
+    if accelerated is None or not (accelerated.takes_clips or _works_on_images(model, path)):
         return "it works on maps with a time axis"
-    return patched_forward_reason(part) or accelerated_classes()[original].unsupported_reason(part)
+    return patched_forward_reason(part) or accelerated.unsupported_reason(part)
 
 
 def _works_on_images(model: nn.Module, path: str) -> bool:

@@ -12,8 +12,11 @@ from torch import nn
 from .accelerated import Accelerated
 from .attention import Attention
 from .blocks import ResnetBlock2D, ResnetBlockCondNorm2D
+from .causal_convolution import CausalConv3d
+from .cogvideox import CogVideoXResnetBlock3D, CogVideoXUpsample3D
 from .norms import GroupNorm, SpatialNorm
 from .upsampling import Upsample2D
+from .video_norms import CogVideoXSpatialNorm3D
 
 QUALNAME_PREFIX = "accelerated_"
 
@@ -24,7 +27,11 @@ IMPLEMENTATIONS: dict[str, type[Accelerated]] = {
     "diffusers.models.upsampling.Upsample2D": Upsample2D,
     "diffusers.models.attention_processor.Attention": Attention,
     "diffusers.models.attention_processor.SpatialNorm": SpatialNorm,
+    "diffusers.models.upsampling.CogVideoXUpsample3D": CogVideoXUpsample3D,
     "diffusers.models.autoencoders.autoencoder_kl_kvae.KVAEDecoderSpatialNorm2D": SpatialNorm,
+    "diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXSpatialNorm3D": CogVideoXSpatialNorm3D,
+    "diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXResnetBlock3D": CogVideoXResnetBlock3D,
+    "diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXCausalConv3d": CausalConv3d,
 }
 
 

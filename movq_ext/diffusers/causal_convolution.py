@@ -1,0 +1,128 @@
+"""CogVideoX's causal convolution over time, without the copy that its padding costs diffusers.
+
+The frames before a clip are its cache, the last frames of the clip before; or its first frame, repeated. diffusers concatenates
+them with the clip, which copies it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..model.fusion import is_unmodified
+from ..ops.native import is_tracing
+from .accelerated import Accelerated, can_compute_clip, count_call, is_diffusers_class, original_class
+
+CONV3D_METHODS = {name: getattr(nn.Conv3d, name) for name in ("forward", "_conv_forward")}
+SPLITTING_CONVOLUTIONS = ("CogVideoXSafeConv3d", "KVAESafeConv3d", "Kandinsky6SRSafeConv3d")
+# Of 27 T multiplications per weight and pixel of a frame, folding saves 27. It reads or writes each weight about four times: the
+# limit is that of upsampling.py. On a GPU it is not measured, and used only for images, where it saves the most.
+MIN_PIXELS = 512
+
+
+def is_plain_conv3d(layer: Any) -> TypeGuard[nn.Conv3d]:
+    """True if calling the layer convolves with its weight and bias alone, padded with zeros in space and not in time.
+
+    The classes of diffusers only split large inputs.
+    """
+    if not (type(layer) is nn.Conv3d or is_diffusers_class(type(layer), *SPLITTING_CONVOLUTIONS)) or not is_unmodified(layer):
+        return False
+    if any(name in layer.__dict__ or getattr(nn.Conv3d, name) is not method for name, method in CONV3D_METHODS.items()):
+        return False
+    dense = layer.stride == layer.dilation == (1, 1, 1) and layer.groups == 1
+    return bool(dense and layer.padding_mode == "zeros" and layer.padding[0] == 0)
+
+
+class CausalConv3d(Accelerated):
+    """``conv(cat([cache or repeated first frame, inputs]))``, and the last frames of that concatenation as the next cache."""
+
+    takes_clips = True
+
+    @classmethod
+    def unsupported_reason(cls, module: Any) -> str | None:
+        return "it repeats the border in space too" if module.pad_mode == "replicate" else None
+
+    def forward(self: Any, inputs: Tensor, conv_cache: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        if not count_call(self, not args and not kwargs and self.pad_mode != "replicate" and can_compute_clip(self, inputs)):
+            return original_class(self).forward(self, inputs, conv_cache, *args, **kwargs)
+        return causal_convolution(self, inputs, conv_cache)
+
+
+def causal_convolution(
+    module: Any, x: Tensor, cache: Tensor | None, padded: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Return what CogVideoXCausalConv3d's forward returns: the convolution and the next cache.
+
+    Args:
+        module: with zero padding in space.
+        x: ``(B, C, T, H, W)``.
+        cache: the frames before x, or None to repeat its first frame.
+        padded: from `room_for_padding`, with x as its last frames; then x is not copied.
+    """
+    padding = module.time_kernel_size - 1
+    if padding == 0:
+        return module.conv(x), None  # diffusers returns a copy of x, which its next call ignores
+    if padded is None and can_fold_padding(module, x, cache):
+        return convolve_folding_padding(module.conv, x), _last_frames(x, padding)
+    before = x[:, :, :1].expand(-1, -1, padding, -1, -1) if cache is None else cache
+    if padded is None:
+        padded = torch.cat([before, x], dim=2)
+    else:
+        padded[:, :, :padding] = before
+    return module.conv(padded), padded[:, :, -padding:].clone()
+
+
+def _last_frames(x: Tensor, count: int) -> Tensor:
+    """Return a copy of the last frames, after repeating the first if there are too few."""
+    if (missing := count - x.shape[2]) > 0:
+        x = torch.cat([x[:, :, :1].expand(-1, -1, missing, -1, -1), x], dim=2)
+    return x[:, :, -count:].clone()
+
+
+def room_for_padding(module: Any, x: Tensor, cache: Tensor | None) -> Tensor | None:
+    """Return uninitialised memory ``(B, C, padding + T, H, W)`` for the input of the convolution, or None if it needs no padding.
+
+    Args:
+        module: the convolution.
+        x: a clip of the shape and layout of its input.
+        cache: see `causal_convolution`.
+    """
+    padding = module.time_kernel_size - 1
+    if padding == 0 or can_fold_padding(module, x, cache):
+        return None
+    batch, channels, frames, height, width = x.shape
+    shape = (batch, channels, padding + frames, height, width)
+    return torch.empty(shape, dtype=x.dtype, memory_format=clip_format(x))
+
+
+def clip_format(x: Tensor) -> torch.memory_format:
+    """Return the layout of a clip: channels_last_3d if its channels vary fastest."""
+    return torch.channels_last_3d if x.stride(1) == 1 and x.shape[1] > 1 else torch.contiguous_format
+
+
+def can_fold_padding(module: Any, x: Tensor, cache: Tensor | None) -> bool:
+    """True if x starts a clip, its frames are large enough for folding to pay, and the weights may be read."""
+    if cache is not None or module.time_kernel_size == 1 or not is_plain_conv3d(module.conv):
+        return False
+    pays = x.shape[0] * x.shape[3] * x.shape[4] >= MIN_PIXELS and (x.shape[2] == 1 or not x.is_cuda)
+    return pays and not is_tracing()
+
+
+def convolve_folding_padding(conv: nn.Conv3d, x: Tensor) -> Tensor:
+    """Return the convolution of x after repetitions of its first frame, without computing with them.
+
+    The taps that fall on repetitions of a frame add up to one tap. So the first frame of the result takes one and the second two,
+    where the published order takes three each.
+    """
+    taps = conv.kernel_size[0]
+    parts = []
+    for frame in range(min(taps - 1, x.shape[2])):
+        first, others = conv.weight[:, :, : taps - frame], conv.weight[:, :, taps - frame :]
+        weight = torch.cat([first.sum(2, keepdim=True), others], dim=2)
+        parts.append(F.conv3d(x[:, :, : frame + 1], weight, conv.bias, padding=conv.padding))
+    if x.shape[2] >= taps:
+        parts.append(conv(x))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

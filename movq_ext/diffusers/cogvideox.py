@@ -1,0 +1,141 @@
+"""The residual block and the upsampling of CogVideoX's autoencoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..model.fusion import is_plain_conv3x3
+from ..ops.clips import resize_frames
+from ..ops.functional import upsample_conv
+from ..ops.native import is_inference
+from ..ops.norm_into import can_normalise_into
+from ..ops.options import NormOptions
+from .accelerated import (
+    Accelerated,
+    can_compute_clip,
+    child_reason,
+    count_call,
+    is_plain_instance,
+    named_child_reason,
+    original_class,
+)
+from .causal_convolution import causal_convolution, clip_format, is_plain_conv3d, room_for_padding
+from .norms import can_fuse_group_norm, group_norm_reason
+from .upsampling import folding_pays
+from .video_norms import CogVideoXSpatialNorm3D, normalise_clip
+
+
+class CogVideoXResnetBlock3D(Accelerated):
+    """``shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1(x)))))))`` with causal convolutions.
+
+    The norms are conditioned on the latent zq in the decoder, and group norms in the encoder. In inference on a CPU a norm
+    writes its result behind the frames that pad the convolution's input.
+    """
+
+    takes_clips = True
+
+    @classmethod
+    def unsupported_reason(cls, module: Any) -> str | None:
+        for name in ("norm1", "norm2"):
+            norm = getattr(module, name)
+            reason = group_norm_reason(name, norm)
+            if hasattr(norm, "conv_y"):
+                reason = named_child_reason(name, norm, "CogVideoXSpatialNorm3D")
+                reason = reason or CogVideoXSpatialNorm3D.unsupported_reason(norm)
+            if reason:
+                return reason
+        for name in ("conv1", "conv2"):
+            conv = getattr(module, name)
+            if reason := named_child_reason(name, conv, "CogVideoXCausalConv3d"):
+                return reason
+            if conv.pad_mode == "replicate":
+                return f"its {name} repeats the border in space too"
+        return child_reason("activation", module.nonlinearity, nn.SiLU)
+
+    def forward(
+        self: Any, inputs: Tensor, temb: Tensor | None = None, zq: Tensor | None = None, conv_cache: Any = None, *args: Any
+    ) -> Any:
+        served = not args and can_compute_clip(self, inputs) and CogVideoXResnetBlock3D.can_fuse(self, inputs, zq)
+        if not count_call(self, served):
+            return original_class(self).forward(self, inputs, temb, zq, conv_cache, *args)
+        x, cache = inputs, conv_cache or {}
+        new_cache: dict[str, Any] = {}
+        # Rebinding h frees each map as soon as the next one exists.
+        h, padded = _normalise(self.norm1, x, zq, self.conv1, cache.get("conv1"))
+        h, new_cache["conv1"] = causal_convolution(self.conv1, h, cache.get("conv1"), padded)
+        if temb is not None:
+            h = h + self.temb_proj(self.nonlinearity(temb))[:, :, None, None, None]
+        h, padded = _normalise(self.norm2, h, zq, self.conv2, cache.get("conv2"), owned=is_plain_conv3d(self.conv1.conv))
+        dropped = self.dropout(h)
+        h, padded = dropped, padded if dropped is h else None
+        h, new_cache["conv2"] = causal_convolution(self.conv2, h, cache.get("conv2"), padded)
+        del padded, dropped
+        if zq is not None:
+            new_cache |= {name: CogVideoXSpatialNorm3D.empty_cache() for name in ("norm1", "norm2")}
+        if self.in_channels != self.out_channels:
+            if self.use_conv_shortcut:
+                x, new_cache["conv_shortcut"] = self.conv_shortcut(x, conv_cache=cache.get("conv_shortcut"))
+            else:
+                x = self.conv_shortcut(x)
+        owned = is_plain_conv3d(self.conv2.conv) and h.dtype == x.dtype and is_inference(h, x)
+        return h.add_(x) if owned else h + x, new_cache
+
+    def can_fuse(self: Any, x: Tensor, zq: Tensor | None) -> bool:
+        """True if both norms can be computed with their activation; norm2's map has x's size."""
+        if CogVideoXResnetBlock3D.unsupported_reason(self) or not is_plain_instance(self.nonlinearity, nn.SiLU):
+            return False
+        norms = (self.norm1, self.norm2)
+        if zq is None:
+            return all(can_fuse_group_norm(norm, self.nonlinearity) for norm in norms)
+        return all(hasattr(norm, "conv_y") and CogVideoXSpatialNorm3D.can_modulate(norm, x, zq) for norm in norms)
+
+
+def _normalise(
+    norm: Any, x: Tensor, zq: Tensor | None, conv: Any, conv_cache: Tensor | None, owned: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Return ``silu(norm(x, zq))`` and, if it was written behind room for conv's padding, that room with it.
+
+    owned: x may be overwritten.
+    """
+    padded = out = None
+    if can_normalise_into(x, zq, conv_cache, *norm.parameters()):
+        padded = room_for_padding(conv, x, conv_cache)
+        if padded is not None:
+            out = padded[:, :, -x.shape[2] :]
+        elif owned and x.is_contiguous(memory_format=clip_format(x)):
+            out = x
+    if zq is None:
+        return normalise_clip(x, None, None, NormOptions.from_layer(norm, "silu"), out), padded
+    return CogVideoXSpatialNorm3D.modulated(norm, x, zq, "silu", out), padded
+
+
+class CogVideoXUpsample3D(Accelerated):
+    """``conv(upsample(x))`` of every frame, as one transposed convolution of the small frame; nearest along time too, on request.
+
+    Frames are convolved before they are repeated: diffusers repeats them first.
+    """
+
+    takes_clips = True
+
+    @classmethod
+    def unsupported_reason(cls, module: Any) -> str | None:
+        return None if is_plain_conv3x3(module.conv) else "its convolution is replaced, hooked or not a padded 3x3"
+
+    def forward(self: Any, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        conv = self.conv
+        if not count_call(self, not args and not kwargs and can_compute_clip(self, inputs) and is_plain_conv3x3(conv)):
+            return original_class(self).forward(self, inputs, *args, **kwargs)  # type: ignore[no-any-return]
+        batch, frames = inputs.shape[0], inputs.shape[2]
+        x = inputs.transpose(1, 2).flatten(0, 1)  # (B * T, C, H, W)
+        if folding_pays(x):
+            x = upsample_conv(x, conv.weight, conv.bias)
+        else:
+            x = conv(F.interpolate(x, scale_factor=2.0))
+        x = x.unflatten(0, (batch, frames)).transpose(1, 2)
+        if self.compress_time and frames > 1:
+            odd = frames % 2
+            x = resize_frames(x, 2 * frames - odd, x.shape[3], split_first_frame=odd == 1)
+        return x.contiguous(memory_format=clip_format(x))

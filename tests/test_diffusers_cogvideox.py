@@ -1,0 +1,364 @@
+"""CogVideoX's autoencoder against diffusers' own, in float64: results, gradients, caches and everything that users switch on."""
+
+import copy
+
+import pytest
+import torch
+from accelerated_models import assert_same, diffusers
+from tolerances import RELATIVE, assert_close, relative_error
+from torch import nn
+from video_models import cogvideox, draw, latent, video
+
+from movq_ext import accelerate, restore
+from movq_ext.diffusers import causal_convolution, video_norms
+from movq_ext.diffusers import cogvideox as parts
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
+F64 = torch.float64
+
+
+def decode(model, z):
+    return model.decode(z).sample
+
+
+def encode(model, x):
+    return model.encode(x).latent_dist.mean
+
+
+def in_layout(model, layout):
+    """Lay out the weights of the 3-D convolutions: ``model.to(memory_format=...)`` refuses models that have 2-D ones too."""
+    for parameter in model.parameters():
+        if parameter.dim() == 5:
+            parameter.data = parameter.data.contiguous(memory_format=layout)
+    return model
+
+
+def accelerated(model):
+    """Check that every part is replaced, and return a function that tells how many calls diffusers computed."""
+    report = accelerate(model)
+    assert not report.skipped
+    return lambda: sum(count.original for count in report.calls().values())
+
+
+def reference(run, model, *inputs):
+    return run(copy.deepcopy(model).double(), *(x.double() for x in inputs))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 7])
+@torch.no_grad()
+def test_decode(frames, layout):
+    """One or several batches of frames, with caches from one to the next."""
+    model = in_layout(cogvideox(), layout)
+    z = latent(frames, batch=2)
+    expected = reference(decode, model, z)
+    theirs = decode(model, z)
+    left = accelerated(model)
+    ours = decode(model, z.contiguous(memory_format=layout))
+    assert left() == 0 and ours.shape == theirs.shape
+    assert relative_error(ours, expected) < 1.5 * relative_error(theirs, expected) + RELATIVE[torch.float32]
+    restore(model)
+    assert torch.equal(decode(model, z), theirs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("frames", [1, 5, 8, 9, 17])
+@torch.no_grad()
+def test_encode(frames, layout):
+    model = in_layout(cogvideox(), layout)
+    x = video(frames)
+    expected = reference(encode, model, x)
+    left = accelerated(model)
+    assert_close(encode(model, x.contiguous(memory_format=layout)), expected, slack=10)
+    assert left() == 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("frames", [1, 3, 4, 5])
+def test_gradients(frames, checkpointing):
+    model = cogvideox().double()
+    if checkpointing:
+        model.train().enable_gradient_checkpointing()
+    z, results = latent(frames, dtype=F64).requires_grad_(), []
+    for change in (lambda model: None, accelerate):
+        change(model)
+        model.zero_grad()
+        out = decode(model, z)
+        (dz,) = torch.autograd.grad(out.square().sum(), z, retain_graph=True)
+        out.square().sum().backward()
+        results.append([out, dz, *(p.grad for p in model.decoder.parameters())])
+    assert_same(results[1], results[0], slack=100)
+
+
+def test_gradients_of_the_encoder():
+    model, x, results = cogvideox().double(), video(9, dtype=F64).requires_grad_(), []
+    for change in (lambda model: None, accelerate):
+        change(model)
+        out = encode(model, x)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [x, *model.encoder.parameters()])])
+    assert_same(results[1], results[0], slack=100)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_caches_are_those_of_diffusers(layout):
+    """Batches may change from one implementation to the other: all frames that are read are in the cache."""
+    model = in_layout(cogvideox().double(), layout)
+    z = latent(5, dtype=F64).contiguous(memory_format=layout)
+    first, cache = model.decoder(z[:, :, :3])
+    second, last_cache = model.decoder(z[:, :, 3:], conv_cache=cache)
+    accelerate(model)
+    ours, our_cache = model.decoder(z[:, :, :3])
+    assert_close(ours, first, slack=10)
+    kinds = check_caches(our_cache, cache)
+    assert kinds == {torch.Tensor, type(None)}
+    for given in (cache, our_cache):
+        before = copy.deepcopy(given)
+        ours, our_last_cache = model.decoder(z[:, :, 3:], conv_cache=given)
+        assert_close(ours, second, slack=10)
+        check_caches(our_last_cache, last_cache)
+        check_caches(given, before)
+    restore(model)
+    assert_close(model.decoder(z[:, :, 3:], conv_cache=our_cache)[0], second, slack=10)
+
+
+def check_caches(ours, theirs, name=""):
+    """The same keys and frames; those of 1x1x1 convolutions, which are never read, may be None. Returns the types seen."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys(), name
+        return set().union(*(check_caches(ours[key], theirs[key], key) for key in theirs))
+    if ours is None:
+        assert name in ("conv_y", "conv_b")
+    else:
+        assert_close(ours, theirs, slack=10)
+        assert ours.untyped_storage().nbytes() == ours.numel() * ours.itemsize, "a cache must not hold the clip"
+    return {type(ours)}
+
+
+@torch.no_grad()
+def test_slicing_tiling_and_batches_of_frames():
+    model = cogvideox()
+    z, x = latent(5, size=(5, 7), batch=2), video(9, size=(20, 28), batch=2)
+    settings = [
+        lambda: model.enable_slicing(),
+        lambda: model.enable_tiling(tile_sample_min_height=12, tile_sample_min_width=16),
+        lambda: setattr(model, "num_latent_frames_batch_size", 3),
+        lambda: setattr(model, "num_latent_frames_batch_size", 1),
+    ]
+    for change in settings:
+        change()
+        theirs = decode(model, z), encode(model, x)
+        accelerated(model)
+        assert_same((decode(model, z), encode(model, x)), theirs)
+        restore(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_half_precision(dtype):
+    model = cogvideox().to(dtype)
+    z = latent(5, dtype=dtype)
+    expected = reference(decode, model, z)
+    theirs = decode(model, z)
+    left = accelerated(model)
+    ours = decode(model, z)
+    assert ours.dtype == dtype and left() == 0
+    assert relative_error(ours, expected) < 1.5 * relative_error(theirs, expected)
+
+
+@torch.no_grad()
+def test_autocast():
+    model, z = cogvideox(), latent(5)
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = decode(model, z)
+        accelerate(model)
+        assert_same([decode(model, z)], [theirs])
+
+
+@torch.no_grad()
+def test_compiled():
+    model, z = cogvideox(), latent(5)
+    theirs = decode(model, z)
+    accelerate(model)
+    torch.compiler.reset()
+    assert_same([torch.compile(decode, fullgraph=True, backend="eager")(model, z)], [theirs])
+
+
+@torch.no_grad()
+def test_copies_and_files(tmp_path):
+    model, z = cogvideox(), latent(3)
+    theirs = decode(model, z)
+    accelerate(model)
+    assert_same([decode(copy.deepcopy(model), z)], [theirs])
+    model.save_pretrained(tmp_path)
+    assert torch.equal(decode(diffusers.AutoencoderKLCogVideoX.from_pretrained(tmp_path), z), theirs)
+
+
+def block(**changes):
+    from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXResnetBlock3D
+
+    torch.manual_seed(0)
+    arguments = dict(in_channels=8, out_channels=12, groups=4, temb_channels=0, spatial_norm_dim=4)
+    return CogVideoXResnetBlock3D(**{**arguments, **changes}).double().eval()
+
+
+BLOCKS = {
+    "1x1x1 shortcut": {},
+    "3x3x3 shortcut": dict(conv_shortcut=True),
+    "time embedding": dict(temb_channels=6),
+    "dropout": dict(dropout=0.5),
+    "without a latent": dict(spatial_norm_dim=None),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("train", [False, True])
+@torch.no_grad()
+def test_blocks(name, train):
+    layer = block(**BLOCKS[name]).train(train)
+    x, zq = draw(2, 8, 3, 4, 6, dtype=F64), draw(2, 4, 2, 2, 3, dtype=F64)
+    temb = draw(2, 6, dtype=F64) if "temb_channels" in BLOCKS[name] else None
+    zq = None if name == "without a latent" else zq
+    before, results = x.clone(), []
+    for change in (lambda layer: None, accelerate):
+        change(layer)
+        torch.manual_seed(0)
+        first, cache = layer(x, temb, zq)
+        results.append((first, layer(x, temb, zq, conv_cache=cache)[0]))
+    assert_same(results[1], results[0])
+    assert torch.equal(x, before)
+
+
+@torch.no_grad()
+def test_hooks_and_adapters_see_every_call():
+    model, z = cogvideox(), latent(5)
+    seen = []
+    up = model.decoder.up_blocks
+    up[0].resnets[0].norm1.register_forward_hook(lambda *_: seen.append("norm"))
+    up[0].resnets[1].conv1.conv.register_forward_hook(lambda layer, inputs, out: 2 * out)
+    up[1].resnets[0].conv2.register_forward_hook(lambda layer, inputs, out: (2 * out[0], out[1]))
+    up[1].upsamplers[0].conv.register_forward_hook(lambda layer, inputs, out: 2 * out)
+    theirs, calls = decode(model, z), len(seen)
+    accelerate(model)
+    assert_same([decode(model, z)], [theirs])
+    assert len(seen) == 2 * calls > 0
+
+
+# The norm, the convolution and the upsampling alone
+
+
+@torch.no_grad()
+def test_the_norm_never_resizes_the_latent_to_the_map(monkeypatch):
+    from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSpatialNorm3D
+
+    norm, sizes = CogVideoXSpatialNorm3D(8, 4, groups=4).double(), []
+    f, zq = draw(1, 8, 5, 8, 8, dtype=F64), draw(1, 4, 2, 2, 2, dtype=F64)
+    expected, _ = norm(f, zq)
+    accelerate(norm)
+    for conv in (norm.conv_y.conv, norm.conv_b.conv):
+        monkeypatch.setattr(type(conv), "forward", lambda self, x: sizes.append(x.shape) or nn.Conv3d.forward(self, x))
+    out, cache = norm(f, zq)
+    assert_close(out, expected)
+    assert cache == {"conv_y": None, "conv_b": None} and sizes == [zq.shape] * 2
+
+
+def causal(**changes):
+    from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXCausalConv3d
+
+    torch.manual_seed(0)
+    return CogVideoXCausalConv3d(**{**dict(in_channels=3, out_channels=5, kernel_size=3), **changes}).double()
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 6])
+@pytest.mark.parametrize("taps", [2, 3, 4])
+def test_repeated_frames_are_not_convolved(taps, frames, monkeypatch):
+    conv, x = causal(kernel_size=(taps, 3, 3)), draw(2, 3, frames, 4, 5, dtype=F64).requires_grad_()
+    results, sizes = [], []
+    for change in (lambda conv: None, accelerate):
+        change(conv)
+        out, cache = conv(x)
+        results.append([out, cache, *torch.autograd.grad(out.square().sum(), [x, *conv.parameters()])])
+    assert_same(results[1], results[0])
+    monkeypatch.setattr(torch.nn.functional, "conv3d", spy(torch.nn.functional.conv3d, sizes))
+    conv(x)
+    assert [size[2] for size in sizes] == [*range(1, min(taps - 1, frames) + 1), *([frames] if frames >= taps else [])]
+
+
+@torch.no_grad()
+def test_small_frames_are_padded(monkeypatch):
+    monkeypatch.setattr(causal_convolution, "MIN_PIXELS", 21)
+    conv, sizes = causal(), []
+    accelerate(conv)
+    monkeypatch.setattr(torch.nn.functional, "conv3d", spy(torch.nn.functional.conv3d, sizes))
+    for size, convolutions in (((4, 5), [6]), ((3, 7), [1, 2, 4])):
+        sizes.clear()
+        conv(draw(1, 3, 4, *size, dtype=F64))
+        assert [size[2] for size in sizes] == convolutions
+
+
+@torch.no_grad()
+def test_replicating_convolutions_are_left_to_diffusers():
+    assert set(accelerate(causal(pad_mode="replicate")).skipped.values()) == {"it repeats the border in space too"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_later_batches_are_normalised_in_the_convolutions_input(layout, monkeypatch):
+    """No concatenation of whole clips: the norm writes behind the cache."""
+    layer = in_layout(block(out_channels=8).float(), layout)
+    x, zq = draw(1, 8, 4, 8, 8).contiguous(memory_format=layout), draw(1, 4, 2, 4, 4)
+    _, cache = layer(x, None, zq)
+    expected, their_cache = layer(x, None, zq, conv_cache=cache)
+    accelerate(layer)
+    joined, original = [], torch.cat
+    monkeypatch.setattr(torch, "cat", lambda tensors, *args, **kw: joined.append(tensors) or original(tensors, *args, **kw))
+    out, our_cache = layer(x, None, zq, conv_cache=cache)
+    assert joined == []
+    assert_same([out, our_cache["conv1"], our_cache["conv2"]], [expected, their_cache["conv1"], their_cache["conv2"]])
+    assert out.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("folds", [False, True])
+@pytest.mark.parametrize("compress_time", [False, True])
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5])
+def test_upsampling(frames, compress_time, folds, monkeypatch):
+    from diffusers.models.upsampling import CogVideoXUpsample3D
+
+    monkeypatch.setattr(parts, "folding_pays", lambda x: folds)
+    torch.manual_seed(0)
+    layer, results = CogVideoXUpsample3D(4, 6, compress_time=compress_time).double(), []
+    for layout in LAYOUTS:
+        x = draw(2, 4, frames, 3, 5, dtype=F64).contiguous(memory_format=layout).requires_grad_()
+        for change in (restore, accelerate):
+            change(layer)
+            out = layer(x)
+            results.append([out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])])
+        assert out.is_contiguous(memory_format=layout)
+        assert_same(results[-1], results[-2])
+
+
+@torch.no_grad()
+def test_frames_are_convolved_before_they_are_repeated(monkeypatch):
+    from diffusers.models.upsampling import CogVideoXUpsample3D
+
+    monkeypatch.setattr(parts, "folding_pays", lambda x: False)
+    layer, sizes = CogVideoXUpsample3D(4, 6, compress_time=True), []
+    accelerate(layer)
+    monkeypatch.setattr(torch.nn.functional, "interpolate", spy(torch.nn.functional.interpolate, sizes))
+    layer(draw(1, 4, 3, 3, 5))
+    assert sizes[0] == (3, 4, 3, 5)
+
+
+def spy(function, shapes):
+    def call(x, *args, **kwargs):
+        shapes.append(tuple(x.shape))
+        return function(x, *args, **kwargs)
+
+    return call
+
+
+def test_a_memory_of_the_result_is_given_in_inference_only():
+    x = torch.randn(1, 4, 2, 3, 3)
+    assert video_norms.can_normalise_into(x) and not video_norms.can_normalise_into(x.half())
+    assert not video_norms.can_normalise_into(x.clone().requires_grad_())
+    assert not video_norms.can_normalise_into(x, x.double())

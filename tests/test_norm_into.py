@@ -1,0 +1,47 @@
+"""The spatial norm written to given memory: the operator's result, whatever the memory and the layout."""
+
+import pytest
+import torch
+from test_clips import SIZES, arguments
+from tolerances import assert_close
+
+from movq_ext import spatial_norm
+from movq_ext.ops import norm_into
+from movq_ext.ops.options import NormOptions
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
+
+
+@pytest.mark.parametrize("where", ["new", "over f", "behind frames"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize(("f_size", "zq_size"), SIZES)
+def test_the_result_is_the_operators(f_size, zq_size, activation, layout, where, monkeypatch):
+    monkeypatch.setattr(norm_into, "CHUNK_ELEMENTS", 50)
+    for latent in (True, False):
+        f, y, b, weight, bias, groups = arguments(f_size, zq_size)
+        y, b = (y, b) if latent else (None, None)
+        options = NormOptions(weight, bias, groups, 1e-6, activation, split_first_frame=latent)
+        expected = spatial_norm(f, y, b, weight, bias, groups, 1e-6, activation, split_first_frame=latent)
+        f = f.contiguous(memory_format=layout)
+        frames = torch.full((2, 6, 2 + f_size[0], *f_size[1:]), 7.0, dtype=f.dtype).contiguous(memory_format=layout)
+        out = {"new": torch.empty_like(f), "over f": f, "behind frames": frames[:, :, 2:]}[where]
+        assert norm_into.spatial_norm_into(out, f, y, b, options) is out
+        assert_close(out, expected)
+        assert (frames[:, :, :2] == 7).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_statistics_survive_a_large_mean(layout):
+    """E[x^2] - E[x]^2 would lose every digit here."""
+    f = (torch.randn(2, 6, 5, 8, 8, generator=torch.Generator().manual_seed(0)) + 4096).contiguous(memory_format=layout)
+    mean, rstd = norm_into.group_statistics(f, 3, 1e-6)
+    exact = f.double().view(2, 3, -1) if f.is_contiguous() else f.double().contiguous().view(2, 3, -1)
+    assert_close(mean, exact.mean(2))
+    assert_close(rstd, (exact.var(2, correction=0) + 1e-6).rsqrt(), slack=100)
+
+
+def test_parameters_may_be_missing():
+    f, y, b, _, _, groups = arguments()
+    out = norm_into.spatial_norm_into(torch.empty_like(f), f, y, b, NormOptions(None, None, groups))
+    assert_close(out, spatial_norm(f, y, b, None, None, groups))
