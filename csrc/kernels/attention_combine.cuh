@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads)
   const Segment segment(plan, first_unit, first_unit + column_tiles);
   const int token = segment.row_tile * kRows + row;
   if (first_block == last_block || token >= plan.extents.rows) return;
-  // Where a block left the row; see Segment.
+  // The row of a block's part; see Segment.
   auto part_row = [&](int block) { return int64_t(2 * block + (block * share <= first_unit)) * kRows + row; };
 
   float max_lse = -INFINITY, total = 0;

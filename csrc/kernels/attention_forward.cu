@@ -154,7 +154,7 @@ class Softmax {
 
 constexpr const char* kName = "attention forward";
 
-// Calls function(Type<Softmax>()) with the kernel for keys and values in two tensors, or in one.
+// Calls function(Type<Pass>()) with the Softmax for keys and values in two tensors, or in one.
 template <class Shape, class Function>
 void with_softmax(bool one_tensor, Function&& function) {
   if constexpr (Shape::kHasWholeTiles) {

@@ -1,4 +1,4 @@
-// Host side of attention: how a problem is cut. The number of blocks and the resident rows depend on the device, so the last
+// Host side of attention: partitioning and launches. The number of blocks and the resident rows depend on the device, so the last
 // bits of a result may differ between devices, but not between runs on one device.
 #pragma once
 
@@ -27,7 +27,7 @@ void with_shape(const AttentionProblem& problem, Function&& function) {
   });
 }
 
-// As many row operands stay resident as leave room for three stages. If there is room for six, half of the barriers go.
+// Keeps as many row operands resident as leave room for three stages. With room for six, half of the barriers are saved.
 template <class Shape, class Pass>
 Ring plan_ring(const char* name) {
   const int limit = shared_memory_limit(name);

@@ -1,10 +1,11 @@
 // How the walks of attention divide their work among blocks.
 //
-// A unit of work is a row tile and a column tile. The units form one line, row tile by row tile, and each block takes an equal,
-// contiguous share: any number of tokens fills the GPU. A block that has only some of a row tile's units writes a part, a float
-// for each sum, and `combine` reads it again. So shorter shares keep more multiprocessors busy, and longer shares leave fewer
-// parts. The schedule is the best of a model: a unit takes as long as its products, or as L2 takes to serve the columns of all
-// blocks; the parts then pass through L2 twice.
+// A unit of work is one row tile and one column tile. The units form one line, row tile by row tile, and each block takes an
+// equal, contiguous share, so any number of tokens fills the GPU. A block that has only some of a row tile's units writes a part,
+// one float per sum, which `combine` reads. Shorter shares keep more multiprocessors busy; longer shares leave fewer parts.
+//
+// The model behind the choice: a unit takes as long as its products, or as long as L2 needs to serve the columns of all blocks at
+// once, whichever is longer. Then every part passes through L2 twice.
 #pragma once
 
 #include <algorithm>
@@ -21,17 +22,17 @@ struct Schedule {
   MOVQ_HOST_DEVICE int first_unit(int block) const { return block < blocks ? block * share : units; }
 };
 
-// What a unit takes of one multiprocessor, and a part of L2.
+// The cost of one unit and of one part.
 struct UnitCost {
-  double cycles;      // of its products
-  double bytes;       // of columns from L2
-  double part_bytes;  // of a part, written and read
+  double cycles;      // of a unit's products, on one multiprocessor
+  double bytes;       // of columns that a unit reads from L2
+  double part_bytes;  // that a part moves through L2, written and read
 };
 
 // L2 bytes per cycle and multiprocessor: 5.5 TB/s (attention_tile.cuh) for the 132 of an H100 at 1.755 GHz.
 constexpr double kL2Bytes = 24;
 
-// Parts that blocks leave if each takes `share` units.
+// The number of parts if each block takes `share` units.
 inline int64_t count_parts(int64_t units, int64_t column_tiles, int64_t share) {
   int64_t parts = 0, last_tile = -1;
   for (int64_t unit = share; unit < units; unit += share) {
@@ -52,11 +53,11 @@ inline Schedule plan_schedule(int64_t row_tiles, int64_t column_tiles, int resid
     return double(share) * std::max(cost.cycles, blocks * cost.bytes / l2) +
            double(count_parts(units, column_tiles, share)) * cost.part_bytes / l2;
   };
-  const int64_t longest = shortest + column_tiles * step;  // among these shares is one that leaves no parts
+  const int64_t longest = shortest + column_tiles * step;  // one share of this range leaves no parts
   double least = cycles(shortest);
   for (int64_t share = shortest; share <= longest; share += step) least = std::min(least, cycles(share));
   int64_t share = shortest;
-  while (cycles(share) > 1.05 * least) share += step;  // rather busy multiprocessors than a small gain in the model
+  while (cycles(share) > 1.05 * least) share += step;  // idle multiprocessors need a gain beyond the model's accuracy
   return {int(units), int(share), int(ceil_div(units, share))};
 }
 

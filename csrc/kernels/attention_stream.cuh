@@ -2,7 +2,7 @@
 // weights. All positions in shared memory are in bytes. If keys and values are one tensor, a stage may hold a whole column tile,
 // which serves both products (Pass::kWholeTiles); the next tile is requested after the first products of each.
 //
-// One block runs per multiprocessor, so nothing hides what stands between a barrier and the products after it. Positions are
+// One block runs per multiprocessor, so nothing hides instructions between a barrier and the products after it. Positions are
 // therefore computed before the barrier, and the next chunk is requested after the first products: copying takes as long as
 // three chunks of products, and its 30 instructions run while the tensor cores work.
 #pragma once
@@ -43,7 +43,7 @@ class Stream {
   }
 
   // Calls function(synced, chunk) for the chunks of scores, or of values, as soon as each can be read. A barrier also shows that
-  // all warps have read the chunks before it, which can then be replaced. Of whole tiles, the next is in flight during values.
+  // all warps have read the chunks before it, which can then be replaced. The next of whole tiles is in flight during values.
   template <class Function>
   MOVQ_DEVICE void for_each_score_chunk(Function&& function) {
     for_each_chunk<Shape::kScoreChunks, kWholeTiles ? 0 : 2>(function);

@@ -1,4 +1,4 @@
-// What the five kernels of attention share. Each walks a tile of rows, held by one block, over tiles of 128 columns:
+// Common parts of the five kernels of attention. Each walks a tile of rows, held by one block, over tiles of 128 columns:
 //   scores   s = row[0] . column[0]^T (and for two of the gradients t = row[1] . column[1]^T), in registers;
 //   weights  a function of s, t and statistics, rounded to T, in shared memory: this is where the kernels differ;
 //   values   sums += weights . value, in registers.
@@ -93,14 +93,14 @@ struct Shape {
   MOVQ_DEVICE static int sum_column(int n) { return (warp_id() * kStripes + n) * 8 + lane_id() % 4 * 2; }
 };
 
-// What to subtract from a row's exponents, given its maximum: 0 while all scores are -inf, so that their weights are 0 rather
+// The base of a row's exponents, given its maximum: 0 while all scores are -inf, so that their weights are 0 rather
 // than NaN.
 MOVQ_DEVICE float finite_base(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
 
-// What to multiply a row's sums by, given the total of its weights: 0 if all scores are -inf, as in PyTorch.
+// The factor that normalises a row's sums, given the total of its weights: 0 if all scores are -inf, as in PyTorch.
 MOVQ_DEVICE float inverse_total(float total) { return total == 0 ? 0.0f : 1 / total; }
 
-// The problem as the walk sees it.
+// Sizes of the problem, as rows and columns.
 struct Extents {
   int rows, columns;  // tokens
   int head_size;      // elements
@@ -122,7 +122,7 @@ struct Ring {
   int start, stage_bytes, end;
 };
 
-// How a problem is cut; see make_plan() in attention_plan.h.
+// How a problem is partitioned; see make_plan() in attention_plan.h.
 struct Plan {
   Extents extents;
   TileCounts counts;
@@ -147,12 +147,12 @@ struct Operands {
   TokenView<const T> row[2], column[2], value[2];
 };
 
-// What a block does of one row tile.
+// A block's share of one row tile.
 struct Segment {
   int tile, image, head;     // tile counts the row tiles of all heads and images
   int row_tile;              // row tile within the head
   int first_tile, end_tile;  // column tiles [first_tile, end_tile)
-  int part;                  // the index of the partial result, or -1 if this block has the whole row tile
+  int part;                  // index of the partial result, or -1 if this block has the whole row tile
 
   // `unit` is the block's next unit, and `end_unit` the end of its share. A block has at most two parts: of a row tile that an
   // earlier block started, and of one that a later block ends.

@@ -1,4 +1,4 @@
-// The kernel of attention: one block walks over its units of work. A Pass says what the weights are.
+// The kernel of attention: one block walks over its units of work. A Pass computes the weights.
 #pragma once
 
 #include "attention_stream.cuh"
@@ -7,7 +7,7 @@
 namespace movq {
 namespace attention {
 
-// An output: whole row tiles go to `out`, partial ones to parts[part][row][head_size].
+// An output. Whole row tiles go to `out`, partial ones to parts[part][row][head_size].
 template <class T>
 struct Destination {
   TokenView<T> out;
@@ -38,11 +38,11 @@ struct Destination {
   }
 };
 
-// A Pass has these functions, which all threads of the block call together. `synced` shows that a barrier comes before:
+// A Pass has these functions, which all threads of the block call together. `synced` proves that a barrier comes before:
 //   Pass(plan, arguments, segment)  may load statistics of the rows into shared memory
-//   load_statistics(synced, tile)   once per column tile: loads those of the columns
-//   weigh(stream, tile, s, t)       stores the weights of the tile; has a barrier of its own
-//   store_second_weights(stream, s) stores those of the second value, which weigh() left in s; has a barrier of its own
+//   load_statistics(synced, tile)   loads the statistics of the columns, once per column tile
+//   weigh(stream, tile, s, t)       stores the weights of the tile; has its own barrier
+//   store_second_weights(stream, s) stores the weights of the second value, which weigh() left in s; has its own barrier
 //   rescale(synced, sums)           before the values of the tile are added
 //   write(synced, sums)             after the last tile
 template <class Shape, class Pass>

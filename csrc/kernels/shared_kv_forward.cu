@@ -119,7 +119,7 @@ class Softmax {
   // The row's maximum when it was last raised. It starts finite, so that weights are 0, not NaN, while all scores are -inf.
   float max_[2] = {-FLT_MAX, -FLT_MAX};
   float total_[2] = {};             // the sum of the weights that this thread computed
-  float shrink_[2] = {1.0f, 1.0f};  // what to multiply the sums by before the next stage is added
+  float shrink_[2] = {1.0f, 1.0f};  // multiplies the sums before the next stage is added
 };
 
 namespace {

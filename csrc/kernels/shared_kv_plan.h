@@ -1,4 +1,4 @@
-// Host side of the Hopper kernels: how a problem is cut, tensor maps, launches. The number of blocks depends on the device, so
+// Host side of the Hopper kernels: partitioning, tensor maps and launches. The number of blocks depends on the device, so
 // the last bits of a result may differ between devices, but not between runs on one device.
 #pragma once
 
@@ -82,7 +82,7 @@ TokenRows<T> token_rows(const Tokens& tensor) {
   return {static_cast<T*>(tensor.data), tensor.batch_stride, tensor.head_stride, tensor.token_stride};
 }
 
-// What to multiply a row's sums by, given the total of its weights: 0 if all scores are -inf, as in PyTorch.
+// The factor that normalises a row's sums, given the total of its weights: 0 if all scores are -inf, as in PyTorch.
 MOVQ_DEVICE float inverse_total(float total) { return total == 0 ? 0.0f : 1 / total; }
 
 constexpr int kCombineWarps = 8;
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kCombineWarps* kWarpSize)
   const int first_block = first_unit / plan.schedule.share, last_block = (end_unit - 1) / plan.schedule.share;
   const int image_head = tile / plan.row_tiles, token = (tile - image_head * plan.row_tiles) * kRows + row;
   if (first_block == last_block || token >= plan.rows) return;
-  // Where a block left the row: this is its first part, unless it started in an earlier row tile.
+  // A block's part of this row is its first part, unless it started in an earlier row tile.
   auto part_row = [&](int block) { return int64_t(2 * block + (plan.schedule.first_unit(block) < first_unit)) * kRows + row; };
 
   float base = 0, factor = 1;

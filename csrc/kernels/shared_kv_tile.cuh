@@ -1,5 +1,5 @@
-// What the Hopper kernels of attention with shared keys and values (kv) have in common. Each holds a tile of 64 rows and walks
-// over stages of 64 or 32 tokens, which serve twice:
+// Common parts of the Hopper kernels for attention whose keys are also its values (kv). Each kernel holds a tile of 64 rows and
+// walks over stages of 64 or 32 tokens, which serve twice:
 //
 //   scores   s = resident . stage^T                 64 x (rows of a stage), in registers
 //   weights  a function of s, rounded to 16 bits    where the kernels differ
@@ -27,13 +27,13 @@
 // At that rate L2 sets the limit, 71% of the peak. dkv has the same budget. dq has 192 flop for each byte of L2, but its scores
 // take m64n32k16, which reads 3 KB in 16 cycles: at most 75% of the peak.
 //
-// Why no multicast: two blocks of a cluster, each loading half of a stage for both, would halve the bytes from L2, to 256 flop a
-// byte. But 5.5 TB/s was measured on an H100 PCIe with 114 multiprocessors at its power limit. With 132, a matmul that reads a
-// byte for every 85 flop reaches 672 TFLOP/s, so L2 serves at least 7.9 TB/s; with multicast it reaches 676
-// (github.com/facebookexperimental/triton/pull/1065). Here 7.9 TB/s would serve 1011 TFLOP/s, more than the peak. Multicast has a
-// price: a stage is free once both blocks have read it, so with two stages each block waits for the slower one, and blocks have
-// to walk over the same stages in pairs. An attention kernel lost 9% by it (github.com/gabrieldemarmiesse/torch-mojo-backend/
-// pull/391). The decision waits for a measurement of this kernel.
+// Multicast would halve the bytes from L2, to 256 flop a byte: two blocks of a cluster would each load half of a stage for both.
+// The kernels do not use it, because the count shows no clear gain. The 5.5 TB/s were measured on an H100 PCIe with 114
+// multiprocessors at its power limit. On an H100 with 132, a matmul in tiles of at most 85 flop a byte reaches 672 TFLOP/s
+// without multicast and 676 with it (github.com/facebookexperimental/triton/pull/1065), so L2 delivers at least 7.9 TB/s. Here
+// that would serve 1011 TFLOP/s, more than the peak. Against multicast: a stage is free only when both blocks have read it, so
+// with two stages each block waits for the slower one, and pairs of blocks must walk over the same stages. Another attention
+// kernel became 9% slower (github.com/gabrieldemarmiesse/torch-mojo-backend/pull/391).
 // All this is calculated and counted by the emulator; it is not yet measured on a GPU.
 #pragma once
 
@@ -55,7 +55,7 @@ constexpr int kRows = 64;  // of a tile
 constexpr int kComputeThreads = 2 * kWarpgroupSize, kThreads = kComputeThreads + kWarpgroupSize;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// How a problem is cut. A unit of work is a row tile and a stage; `combine` adds the parts of row tiles that blocks share.
+// How a problem is partitioned. A unit of work is a row tile and a stage. `combine` adds the parts of shared row tiles.
 struct Plan {
   int rows, columns, heads;  // tokens and heads
   int row_tiles, stages;     // per head
@@ -63,11 +63,11 @@ struct Plan {
   Schedule schedule;
 };
 
-// What a block does of one row tile.
+// A block's share of one row tile.
 struct Segment {
   int row_tile, image, head;
   int first, end;  // stages
-  int part;        // the index of the partial result, or -1 if the block has the whole row tile
+  int part;        // index of the partial result, or -1 if the block has the whole row tile
 
   MOVQ_DEVICE Segment(const Plan& plan, int unit) {
     const int first_unit = plan.schedule.first_unit(blockIdx.x), end_unit = plan.schedule.first_unit(blockIdx.x + 1);
@@ -83,8 +83,8 @@ struct Segment {
   MOVQ_DEVICE int units() const { return end - first; }
 };
 
-// The shared memory of a block. `n` counts stages or segments since the block began; it gives the place in the ring and the
-// parity of the barriers.
+// The shared memory of a block. `n` counts the block's stages so far. It gives a stage's place in the ring and the parity of its
+// barriers.
 template <class T, int Head, int Residents>
 struct SharedMemory {
   static constexpr int kStageRows = kRows / Residents, kStages = Head == 512 ? 2 : 4;
@@ -103,12 +103,12 @@ struct SharedMemory {
   MOVQ_DEVICE static Resident resident(int i) { return Resident(i * Resident::kBytes); }
   MOVQ_DEVICE static Stage stage(int n) { return Stage(kFirstStage + n % kStages * Stage::kBytes); }
   MOVQ_DEVICE static Weights weights(int n) { return Weights(kFirstWeights + n % kStages * Weights::kBytes); }
-  // Two values of each row that go with the weights.
+  // Two values per row that accompany the weights.
   MOVQ_DEVICE static Shared<float> row_values(int n, int i) {
     return Shared<float>(kRowValues + (n % kStages * 2 + i) * kRows * sizeof(float), kRows);
   }
 
-  // A value of each row from each of the computing warpgroups.
+  // One value per row from each computing warpgroup.
   MOVQ_DEVICE static Shared<float> row_totals(int side) {
     return Shared<float>(kRowValues + (2 * kStages + side) * kRows * sizeof(float), kRows);
   }
@@ -132,12 +132,12 @@ struct SharedMemory {
   }
 };
 
-// Where this thread's registers lie in a 64-row tile (wgmma.cuh): value i is in this row and column.
+// The row and column of this thread's register i in a 64-row tile (wgmma.cuh).
 MOVQ_DEVICE int register_row(int i) { return threadIdx.x % kWarpgroupSize / kWarpSize * 16 + lane_id() / 4 + i / 2 % 2 * 8; }
 MOVQ_DEVICE int register_column(int i) { return i / 4 * 8 + lane_id() % 4 * 2 + i % 2; }
 MOVQ_DEVICE bool leads_row() { return lane_id() % 4 == 0; }  // true for one of the four lanes that share a row
 
-// A tensor of tokens; strides in elements.
+// The tokens of a tensor, with strides in elements.
 template <class T>
 struct TokenRows {
   T* data;
@@ -148,7 +148,7 @@ struct TokenRows {
   }
 };
 
-// An output: whole row tiles go to `out`, partial ones to parts[part][row][Head].
+// An output. Whole row tiles go to `out`, partial ones to parts[part][row][Head].
 template <class T, int Head>
 struct Destination {
   TokenRows<T> out;

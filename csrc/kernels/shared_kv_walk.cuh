@@ -1,5 +1,5 @@
-// The Hopper kernel of attention with shared keys and values: one block walks over its units of work. A Pass says what the
-// weights are. The tile and its budget are in shared_kv_tile.cuh.
+// The Hopper kernel for attention whose keys are also its values: one block walks over its units of work. A Pass computes the
+// weights. The tile and its budget are in shared_kv_tile.cuh.
 #pragma once
 
 #include "shared_kv_tile.cuh"
@@ -7,7 +7,7 @@
 namespace movq {
 namespace shared_kv {
 
-// What the loading thread copies. A stage consists of one tensor, or of half as many tokens of each of two tensors.
+// The tensors that the loading thread copies. A stage holds tokens of one tensor, or half as many of each of two.
 struct Maps { TensorMap residents[2], sources[2]; };
 
 // The loading thread.
@@ -50,7 +50,7 @@ MOVQ_DEVICE void load_tiles(const Plan& plan, const Maps& maps) {
 //   Pass(plan, arguments, segment)
 //   load_statistics(tile)          before the scores of an own stage are complete
 //   weigh(tile, row_values, s)     turns the scores of an own stage into weights, in s[0]
-//   follow(row_values)             for the other warpgroup's stage: learns what its weigh() stored in row_values
+//   follow(row_values)             reads what the other warpgroup's weigh() stored in row_values for its stage
 //   rescale(sums)                  before the values of a stage are added
 //   write(side, sums)              after the last stage
 template <class T, int Head, class Pass, int Side>

@@ -33,7 +33,7 @@ class MBarrier {
 #endif
   }
 
-  // Arrives, and lets this phase expect so many more bytes of copies.
+  // Arrives, and adds `bytes` to the bytes of copies that complete this phase.
   MOVQ_DEVICE void arrive_expecting(unsigned bytes) const {
 #ifdef MOVQ_EMULATOR
     emu::mbarrier_arrive(address_, bytes);

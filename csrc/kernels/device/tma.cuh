@@ -13,14 +13,14 @@
 
 namespace movq {
 
-// What the hardware knows of a tensor. A kernel takes it as `const __grid_constant__ TensorMap`.
+// Describes a tensor to the hardware. A kernel takes it as `const __grid_constant__ TensorMap`.
 #ifdef MOVQ_EMULATOR
 using TensorMap = emu::TensorMap;
 #else
 using TensorMap = CUtensorMap;
 #endif
 
-// A tensor of 16-bit elements with 4 dimensions, innermost first, and the box that one copy takes. Elements of dimension 0 are
+// A tensor of 16-bit elements with 4 dimensions, innermost first, and the box that one copy moves. Elements of dimension 0 are
 // adjacent; strides are those of dimensions 1 to 3 in bytes, multiples of 16.
 struct TensorShape {
   uint64_t sizes[4];
