@@ -1,4 +1,4 @@
-"""The compiled operators as differentiable functions."""
+"""The compiled operators, and chunked attention, as differentiable functions."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ class SpatialNormFunction(torch.autograd.Function):
         return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None, None, None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """functional.attention with CUDA kernels. Arguments are checked, and heads are no larger than MAX_HEAD_SIZE."""
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str = "tile") -> Tensor:
+    """functional.attention with the backend "tile" or "cublas". Arguments are checked, and the backend takes their head size."""
     out: Tensor
-    out, _ = AttentionFunction.apply(q, k, v, scale)  # type: ignore[no-untyped-call]
+    out, _ = AttentionFunction.apply(q, k, v, scale, backend)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -77,12 +77,14 @@ class AttentionFunction(torch.autograd.Function):
     """Saves q, k, v, the output and the log-sum-exp of each row of scores; backward recomputes the scores, tile by tile."""
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+        if backend == "cublas":
+            return torch.ops.movq_ext.chunked_attention_forward(q, k, v, scale)  # type: ignore[no-any-return]
         return torch.ops.movq_ext.attention_forward(q, k, v, scale)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, ctx.scale = inputs
+        q, k, v, ctx.scale, ctx.backend = inputs
         out, lse = output
         ctx.mark_non_differentiable(lse)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -95,15 +97,17 @@ class AttentionFunction(torch.autograd.Function):
         if _records_gradient():
             with sdpa_kernel(SDPBackend.MATH):  # the only backend that can be differentiated twice
                 grads = _native_gradients(native.attention(q, k, v, ctx.scale), (q, k, v), needed, dout)
+        elif ctx.backend == "cublas":
+            grads = torch.ops.movq_ext.chunked_attention_backward(dout.to(q.dtype), q, k, v, out, lse, ctx.scale)
         else:
             grads = torch.ops.movq_ext.attention_backward(dout.to(q.dtype), q, k, v, out, lse, ctx.scale)
-        return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None
+        return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None, None
 
 
-def shared_kv_attention(q: Tensor, kv: Tensor, scale: float) -> Tensor:
-    """functional.shared_kv_attention with CUDA kernels. Arguments are checked, and heads are no larger than MAX_HEAD_SIZE."""
+def shared_kv_attention(q: Tensor, kv: Tensor, scale: float, backend: str = "tile") -> Tensor:
+    """functional.shared_kv_attention with the backend "hopper", "tile" or "cublas", see `attention`."""
     out: Tensor
-    out, _ = SharedKVAttentionFunction.apply(q, kv, scale)  # type: ignore[no-untyped-call]
+    out, _ = SharedKVAttentionFunction.apply(q, kv, scale, backend)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -111,12 +115,14 @@ class SharedKVAttentionFunction(torch.autograd.Function):
     """AttentionFunction with one tensor and one gradient for keys and values."""
 
     @staticmethod
-    def forward(q: Tensor, kv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        return torch.ops.movq_ext.shared_kv_attention_forward(q, kv, scale)  # type: ignore[no-any-return]
+    def forward(q: Tensor, kv: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+        if backend == "cublas":
+            return torch.ops.movq_ext.chunked_shared_kv_attention_forward(q, kv, scale)  # type: ignore[no-any-return]
+        return torch.ops.movq_ext.shared_kv_attention_forward(q, kv, scale, backend == "hopper")  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, kv, ctx.scale = inputs
+        q, kv, ctx.scale, ctx.backend = inputs
         out, lse = output
         ctx.mark_non_differentiable(lse)
         ctx.save_for_backward(q, kv, out, lse)
@@ -125,13 +131,16 @@ class SharedKVAttentionFunction(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, *_: Any) -> Gradients:
         q, kv, out, lse = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
+        arguments = dout.to(q.dtype), q, kv, out, lse, ctx.scale
         grads: Sequence[Tensor | None]
         if _records_gradient():
             with sdpa_kernel(SDPBackend.MATH):  # the only backend that can be differentiated twice
                 grads = _native_gradients(native.shared_kv_attention(q, kv, ctx.scale), (q, kv), needed, dout)
+        elif ctx.backend == "cublas":
+            grads = torch.ops.movq_ext.chunked_shared_kv_attention_backward(*arguments)
         else:
-            grads = torch.ops.movq_ext.shared_kv_attention_backward(dout.to(q.dtype), q, kv, out, lse, ctx.scale)
-        return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None
+            grads = torch.ops.movq_ext.shared_kv_attention_backward(*arguments, ctx.backend == "hopper")
+        return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None, None
 
 
 def fold_upsampling(weight: Tensor) -> Tensor:

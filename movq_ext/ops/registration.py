@@ -1,4 +1,4 @@
-"""Implementations of the compiled operators for CPU tensors and fake tensors.
+"""Implementations of the compiled operators for CPU tensors and fake tensors, and the operators of chunked attention.
 
 The CPU implementations let a program that was exported with these operators run anywhere. Signatures are the schemas of
 csrc/bindings.cpp.
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import native, upsampling
+from . import chunked_attention, native, upsampling
 from .options import NormOptions
 
 
@@ -154,6 +154,66 @@ def shared_kv_attention_backward_fake(
     dout: Tensor, q: Tensor, kv: Tensor, *_: Any, hopper: bool = False
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), kv.new_empty(kv.shape)
+
+
+# --- Chunked attention: operators, because a compiler would unroll its loops for one size. They need no extension.
+
+
+def chunked_attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        return chunked_attention.forward(q, k, v, scale)
+
+
+def chunked_attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, shared_kv: bool = False
+) -> tuple[Tensor, ...]:
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        grads = chunked_attention.backward(dout, q, k, v, out, lse, scale, shared_kv)
+    return tuple(grad for grad in grads if grad is not None)
+
+
+def chunked_shared_kv_attention_forward(q: Tensor, kv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return chunked_attention_forward(q, kv, kv, scale)
+
+
+def chunked_shared_kv_attention_backward(
+    dout: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, ...]:
+    return chunked_attention_backward(dout, q, kv, kv, out, lse, scale, shared_kv=True)
+
+
+CHUNKED_LIBRARY = torch.library.Library("movq_ext", "FRAGMENT")  # the operators live as long as this
+
+
+def _define_chunked(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name = schema.partition("(")[0]
+    CHUNKED_LIBRARY.define(schema)
+    CHUNKED_LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"movq_ext::{name}", fake, lib=CHUNKED_LIBRARY)
+
+
+_define_chunked(
+    "chunked_attention_forward(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor out, Tensor lse)",
+    chunked_attention_forward,
+    attention_forward_fake,
+)
+_define_chunked(
+    "chunked_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale)"
+    " -> (Tensor dq, Tensor dk, Tensor dv)",
+    chunked_attention_backward,
+    attention_backward_fake,
+)
+_define_chunked(
+    "chunked_shared_kv_attention_forward(Tensor q, Tensor kv, float scale) -> (Tensor out, Tensor lse)",
+    chunked_shared_kv_attention_forward,
+    shared_kv_attention_forward_fake,
+)
+_define_chunked(
+    "chunked_shared_kv_attention_backward(Tensor dout, Tensor q, Tensor kv, Tensor out, Tensor lse, float scale)"
+    " -> (Tensor dq, Tensor dkv)",
+    chunked_shared_kv_attention_backward,
+    shared_kv_attention_backward_fake,
+)
 
 
 # --- The epilogue of a convolution
