@@ -29,3 +29,19 @@ def latent(frames, size=(3, 2), batch=1, channels=4, dtype=torch.float32):
 
 def video(frames, size=(12, 8), batch=1, dtype=torch.float32):
     return draw(batch, 3, frames, *size, dtype=dtype)
+
+
+def kvae_video(**changes):
+    if not hasattr(diffusers, "AutoencoderKLKVAEVideo"):
+        pytest.skip("diffusers has no AutoencoderKLKVAEVideo")
+    torch.manual_seed(0)
+    defaults = dict(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=4)
+    return randomised(diffusers.AutoencoderKLKVAEVideo(**{**defaults, **changes}))
+
+
+def kandinsky6(**changes):
+    if not hasattr(diffusers, "Kandinsky6SRVAE"):
+        pytest.skip("diffusers has no Kandinsky6SRVAE")
+    torch.manual_seed(0)
+    widths = dict(encoder_block_out_channels=(4, 8, 8), decoder_block_out_channels=(4, 8, 8))
+    return randomised(diffusers.Kandinsky6SRVAE(**{**dict(latent_channels=4, layers_per_block=1, **widths), **changes}))

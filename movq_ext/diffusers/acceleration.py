@@ -19,7 +19,15 @@ from .accelerated import Accelerated, CallCount, call_count, forget_calls, origi
 from .registry import accelerated_classes
 
 MAX_NAMES_SHOWN = 3
-VIDEO_CLASSES = ("TemporalResnetBlock", "KVAECachedSpatialNorm3D", "Kandinsky6SRSpatialNorm3D")
+TIME_AXIS_REASON = "it works on maps with a time axis"
+# Parts of video autoencoders that resemble served ones, with the reasons why they are not.
+UNSERVED = {
+    "TemporalResnetBlock": TIME_AXIS_REASON,
+    "KVAECachedCausalConv3d": "it repeats the border in space too",
+    "KVAECachedPXSUpsample": "its convolution reflects the border",
+    "Kandinsky6SRCausalConv3d": "its cache holds padded frames",
+    "Kandinsky6SRUpsample": "it convolves what it upsamples once more",
+}
 NO_PART_REASON = "none of its parts can be accelerated"
 
 
@@ -140,16 +148,18 @@ def _known_parts(model: nn.Module) -> Iterator[str]:
         original = original_class(module)
         if original is nn.GroupNorm and path.rpartition(".")[2] != "conv_norm_out":
             continue  # the other group norms belong to a block, which computes them
-        if original in classes or original.__name__ in VIDEO_CLASSES:
+        if original in classes or original.__name__ in UNSERVED:
             yield path
 
 
 def _skip_reason(model: nn.Module, path: str, part: nn.Module) -> str | None:
     """Return why the part is not replaced, or None if it is."""
     original = original_class(part)
-    accelerated = accelerated_classes().get(original)
-    if accelerated is None or not (accelerated.takes_clips or _works_on_images(model, path)):
-        return "it works on maps with a time axis"
+    if original.__name__ in UNSERVED:
+        return UNSERVED[original.__name__]
+    accelerated = accelerated_classes()[original]
+    if not (accelerated.takes_clips or _works_on_images(model, path)):
+        return TIME_AXIS_REASON
     return patched_forward_reason(part) or accelerated.unsupported_reason(part)
 
 

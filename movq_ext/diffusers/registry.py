@@ -14,9 +14,10 @@ from .attention import Attention
 from .blocks import ResnetBlock2D, ResnetBlockCondNorm2D
 from .causal_convolution import CausalConv3d
 from .cogvideox import CogVideoXResnetBlock3D, CogVideoXUpsample3D
+from .kvae_video import KVAECachedResnetBlock3D
 from .norms import GroupNorm, SpatialNorm
 from .upsampling import Upsample2D
-from .video_norms import CogVideoXSpatialNorm3D
+from .video_norms import CogVideoXSpatialNorm3D, Kandinsky6SRSpatialNorm3D, KVAECachedSpatialNorm3D
 
 QUALNAME_PREFIX = "accelerated_"
 
@@ -32,6 +33,9 @@ IMPLEMENTATIONS: dict[str, type[Accelerated]] = {
     "diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXSpatialNorm3D": CogVideoXSpatialNorm3D,
     "diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXResnetBlock3D": CogVideoXResnetBlock3D,
     "diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXCausalConv3d": CausalConv3d,
+    "diffusers.models.autoencoders.autoencoder_kl_kvae_video.KVAECachedSpatialNorm3D": KVAECachedSpatialNorm3D,
+    "diffusers.models.autoencoders.autoencoder_kl_kvae_video.KVAECachedResnetBlock3D": KVAECachedResnetBlock3D,
+    "diffusers.models.autoencoders.autoencoder_kandinsky6_sr.Kandinsky6SRSpatialNorm3D": Kandinsky6SRSpatialNorm3D,
 }
 
 

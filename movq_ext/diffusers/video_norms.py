@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import clips
 from ..ops.functional import fused_spatial_norm
+from ..ops.native import is_inference
 from ..ops.norm_into import can_normalise_into, spatial_norm_into
 from ..ops.options import NormOptions
 from .accelerated import Accelerated, can_compute_clip, count_call, named_child_reason, original_class
@@ -28,10 +30,7 @@ class CogVideoXSpatialNorm3D(Accelerated):
         reason = group_norm_reason("norm_layer", module.norm_layer)
         for name in ("conv_y", "conv_b"):
             reason = reason or named_child_reason(name, getattr(module, name), "CogVideoXCausalConv3d")
-        if reason:
-            return reason
-        plain = all(is_pointwise(conv.conv) for conv in (module.conv_y, module.conv_b))
-        return None if plain else "its conv_y or conv_b is replaced or hooked"
+        return reason or pointwise_reason(module.conv_y.conv, module.conv_b.conv)
 
     def forward(self: Any, f: Tensor, zq: Tensor, conv_cache: Any = None, *args: Any, **kwargs: Any) -> Any:
         serves = not args and not kwargs and can_compute_clip(self, f) and CogVideoXSpatialNorm3D.can_modulate(self, f, zq)
@@ -45,8 +44,7 @@ class CogVideoXSpatialNorm3D(Accelerated):
         return {"conv_y": None, "conv_b": None}
 
     def can_modulate(self: Any, f: Tensor, zq: Any) -> bool:
-        fits = isinstance(zq, Tensor) and zq.dim() == 5 and zq.shape[0] == f.shape[0] and zq.numel() > 0
-        return fits and CogVideoXSpatialNorm3D.unsupported_reason(self) is None
+        return fits_clip(zq, f) and CogVideoXSpatialNorm3D.unsupported_reason(self) is None
 
     def modulated(self: Any, f: Tensor, zq: Tensor, activation: str | None = None, out: Tensor | None = None) -> Tensor:
         """``activation(norm_layer(f) * conv_y(zq) + conv_b(zq))``; see `normalise_clip` for out."""
@@ -54,6 +52,82 @@ class CogVideoXSpatialNorm3D(Accelerated):
         frames = f.shape[2]
         options = NormOptions.from_layer(self.norm_layer, activation, split_first_frame=frames > 1 and frames % 2 == 1)
         return normalise_clip(f, self.conv_y.conv(zq), self.conv_b.conv(zq), options, out)
+
+
+class KVAECachedSpatialNorm3D(Accelerated):
+    """KVAE's SpatialNorm of a segment of a clip: the first frame is apart in the first segment, which the cache tells."""
+
+    takes_clips = True
+
+    @classmethod
+    def unsupported_reason(cls, module: Any) -> str | None:
+        if module.add_conv:
+            return "it convolves the resized latent"
+        if reason := cached_group_norm_reason("norm_layer", module.norm_layer):
+            return reason
+        return pointwise_reason(module.conv_y, module.conv_b)
+
+    def forward(self: Any, f: Tensor, zq: Tensor, cache: Any, *args: Any, **kwargs: Any) -> Tensor:
+        serves = not args and not kwargs and can_compute_clip(self, f) and KVAECachedSpatialNorm3D.can_modulate(self, f, zq)
+        if not count_call(self, serves):
+            return original_class(self).forward(self, f, zq, cache, *args, **kwargs)  # type: ignore[no-any-return]
+        return KVAECachedSpatialNorm3D.modulated(self, f, zq, cache)
+
+    def can_modulate(self: Any, f: Tensor, zq: Any) -> bool:
+        return fits_clip(zq, f) and KVAECachedSpatialNorm3D.unsupported_reason(self) is None
+
+    def modulated(self: Any, f: Tensor, zq: Tensor, cache: Any, activation: str | None = None) -> Tensor:
+        """``activation(norm_layer(f) * conv_y(zq) + conv_b(zq))``."""
+        norm, is_first_segment = self.norm_layer.norm_layer, _start_segment(cache["norm"])
+        zq = zq.contiguous(memory_format=clip_format(f))
+        options = NormOptions.from_layer(norm, activation, split_first_frame=is_first_segment)
+        return normalise_clip(f, self.conv_y(zq), self.conv_b(zq), options)
+
+
+def cached_group_norm_reason(name: str, norm: Any) -> str | None:
+    """Return why a KVAECachedGroupNorm is not a plain group norm, or None if it is."""
+    return named_child_reason(name, norm, "KVAECachedGroupNorm") or group_norm_reason(f"{name}.norm_layer", norm.norm_layer)
+
+
+def normalise_cached(norm: Any, f: Tensor, cache: Any, activation: str) -> Tensor:
+    """``activation(norm(f, cache))`` of a KVAECachedGroupNorm."""
+    if cache is not None:
+        _start_segment(cache)
+    return normalise_clip(f, None, None, NormOptions.from_layer(norm.norm_layer, activation))
+
+
+def _start_segment(cache: Any) -> bool:
+    """Return whether a group norm's cache says that this is the first segment, and make it say that it was."""
+    is_first = cache.get("mean") is None and cache.get("var") is None
+    if is_first:
+        cache["mean"] = cache["var"] = 1
+    return is_first
+
+
+class Kandinsky6SRSpatialNorm3D(Accelerated):
+    """``norm_layer(f) * conv_y(zq) + conv_b(zq)`` with an RMS norm over channels, which is diffusers'.
+
+    The latent is convolved on its own grid and never resized to f.
+    """
+
+    takes_clips = True
+
+    @classmethod
+    def unsupported_reason(cls, module: Any) -> str | None:
+        return pointwise_reason(module.conv_y, module.conv_b)
+
+    def forward(self: Any, hidden_states: Tensor, zq: Tensor, cache: Any, *args: Any, **kwargs: Any) -> Tensor:
+        f = hidden_states
+        plain = fits_clip(zq, f) and Kandinsky6SRSpatialNorm3D.unsupported_reason(self) is None
+        if not count_call(self, not args and not kwargs and can_compute_clip(self, f) and plain):
+            return original_class(self).forward(self, f, zq, cache, *args, **kwargs)  # type: ignore[no-any-return]
+        maps = (clips.modulation_map(conv(zq), f, cache["is_first_segment"]) for conv in (self.conv_y, self.conv_b))
+        y, b = (clips.widen(zq_map, f.shape[4]) for zq_map in maps)
+        cache["is_first_segment"] = False
+        normalised = self.norm_layer(f)
+        owned = is_inference(normalised, y, b) and normalised.dtype == y.dtype == b.dtype
+        dense = normalised.is_contiguous(memory_format=clip_format(normalised))
+        return clips.scale_rows(normalised, y, b, normalised if owned and dense else None)
 
 
 def normalise_clip(f: Tensor, y: Tensor | None, b: Tensor | None, options: NormOptions, out: Tensor | None = None) -> Tensor:
@@ -69,6 +143,12 @@ def normalise_clip(f: Tensor, y: Tensor | None, b: Tensor | None, options: NormO
     return fused_spatial_norm(f, y, b, options) if out is None else spatial_norm_into(out, f, y, b, options)
 
 
-def is_pointwise(layer: Any) -> bool:
-    """True for a plain 1x1x1 convolution, which commutes with a nearest resize."""
-    return is_plain_conv3d(layer) and layer.kernel_size == (1, 1, 1)
+def fits_clip(zq: Any, f: Tensor) -> bool:
+    """True if zq is a clip of f's batch size."""
+    return isinstance(zq, Tensor) and zq.dim() == 5 and zq.shape[0] == f.shape[0] and zq.numel() > 0
+
+
+def pointwise_reason(conv_y: Any, conv_b: Any) -> str | None:
+    """Return why one is not a plain 1x1x1 convolution, which commutes with a nearest resize, or None if both are."""
+    plain = all(is_plain_conv3d(conv) and conv.kernel_size == (1, 1, 1) for conv in (conv_y, conv_b))
+    return None if plain else "its conv_y or conv_b is replaced or hooked"

@@ -41,6 +41,27 @@ def modulation_map(zq: Tensor, f: Tensor, split_first_frame: bool) -> Tensor:
     return as_map(resize_frames(zq, frames, rows, split_first_frame))
 
 
+def scale_rows(clip: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return ``clip * scale + shift``, where each row of scale and shift covers a block of the clip's rows.
+
+    Args:
+        clip: ``(B, C, T, H, W)``.
+        scale, shift: ``(B, C, rows, W)`` or ``(B, C, rows, 1)``; rows divides T * H. `modulation_map` returns such, but narrower.
+        out: memory for the result, in inference: the clip itself, or memory that does not overlap it.
+    """
+    blocks = (*clip.shape[:2], scale.shape[2], -1, clip.shape[4])
+    scale, shift = scale.unsqueeze(3), shift.unsqueeze(3)
+    if out is None:
+        return (clip.reshape(blocks) * scale + shift).reshape(clip.shape)
+    torch.addcmul(shift, clip.reshape(blocks), scale, out=out.view(blocks))
+    return out
+
+
+def widen(zq: Tensor, width: int) -> Tensor:
+    """Resize ``(B, C, rows, w)`` to a width by torch's nearest rule: `scale_rows` is fast on long rows."""
+    return F.interpolate(zq, size=(zq.shape[2], width), mode="nearest")
+
+
 def resize_frames(zq: Tensor, frames: int, rows: int, split_first_frame: bool) -> Tensor:
     """Resize zq ``(B, C, t, h, w)`` to ``(B, C, frames, rows, w)`` by torch's nearest rule.
 

@@ -39,19 +39,12 @@ def spatial_norm_into(out: Tensor, f: Tensor, zq_y: Tensor | None, zq_b: Tensor 
     scale = scale if options.weight is None else scale * options.weight[:, None, None]
     shift = -mean * scale if options.bias is None else options.bias[:, None, None] - mean * scale
     if zq_y is not None and zq_b is not None:
-        y, b = (_widen(clips.modulation_map(zq, f, options.split_first_frame), f) for zq in (zq_y, zq_b))
+        y, b = (clips.widen(clips.modulation_map(zq, f, options.split_first_frame), f.shape[4]) for zq in (zq_y, zq_b))
         scale, shift = scale * y, shift * y + b
-    rows = scale.shape[2]  # each scales a block of f's rows
-    blocks = (*f.shape[:2], rows, -1, f.shape[4])
-    torch.addcmul(shift.unsqueeze(3), f.reshape(blocks), scale.unsqueeze(3), out=out.view(blocks))
+    clips.scale_rows(f, scale, shift, out)
     if options.activation == "silu":
         F.silu(out, inplace=True)
     return out
-
-
-def _widen(zq: Tensor, f: Tensor) -> Tensor:
-    """Repeat the latent's columns to f's width: operators are fast on long rows, and the rows of a block share them."""
-    return F.interpolate(zq, size=(zq.shape[2], f.shape[4]), mode="nearest")
 
 
 def group_statistics(f: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
