@@ -18,6 +18,7 @@ from setuptools.command.build_py import build_py
 from setuptools.errors import SetupError
 
 ARCH_LIST = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
+MINIMUM_TORCH = (2, 11)  # whose stable ABI the extension is compiled for: it runs with this and every later version
 
 
 class NoExtensionError(Exception):
@@ -51,8 +52,8 @@ def nvcc_output(toolkit, option):
 def find_torch():
     """Return the torch that the package will run with, or None if it is not installed yet.
 
-    The extension works only with the torch it was compiled against, but pip builds in an isolated environment that hides it. So
-    ask this interpreter for its search path without that environment.
+    The extension works only with torches of one CUDA major version, but pip builds in an isolated environment that hides the
+    installed one. So ask this interpreter for its search path without that environment.
     """
     outside = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
     script = "import json, sys; print(json.dumps(sys.path))"
@@ -83,7 +84,9 @@ def plan_extension():
         torch = find_torch()
         if torch is None:
             # pip reads the requirements first, and then runs this file again in a build environment that has them.
-            return {"torch": None, "reason": "torch is not installed"}, ["torch>=2.11"]
+            return {"torch": None, "reason": "torch is not installed"}, [f"torch>={dotted(MINIMUM_TORCH)}"]
+        if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < MINIMUM_TORCH:
+            raise NoExtensionError(f"torch {torch.__version__} is older than {dotted(MINIMUM_TORCH)}")
         if not torch.version.cuda:
             raise NoExtensionError(f"torch {torch.__version__} is a build without CUDA")
         if torch.version.cuda.split(".")[0] != nvcc.split(".")[0]:
@@ -93,7 +96,12 @@ def plan_extension():
     os.environ["CUDA_HOME"] = str(toolkit)  # cpp_extension reads it on import
     arch_list = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_arch_list(toolkit)
     os.environ["TORCH_CUDA_ARCH_LIST"] = with_hopper_instructions(arch_list)
-    return {"torch": torch.__version__, "nvcc": nvcc, "arch_list": os.environ["TORCH_CUDA_ARCH_LIST"]}, []
+    built = {"torch": torch.__version__, "minimum_torch": dotted(MINIMUM_TORCH), "nvcc": nvcc}
+    return {**built, "arch_list": os.environ["TORCH_CUDA_ARCH_LIST"]}, []
+
+
+def dotted(version):
+    return ".".join(map(str, version))
 
 
 def default_arch_list(toolkit):
@@ -136,18 +144,27 @@ def extension():
     class BuildExt(BuildExtension):
         def finalize_options(self):
             super().finalize_options()
-            # Without force, setuptools keeps a library newer than our sources even if torch changed since. ninja rebuilds only
-            # what is out of date, and each torch has its own folder of objects.
+            # Without force, setuptools keeps a library newer than our sources even if torch's headers changed since. ninja
+            # rebuilds only what is out of date, and each torch has its own folder of objects.
             self.force = True
             self.build_temp = str(Path(self.build_temp) / f"torch-{record['torch']}")
 
+    stable = [
+        "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*MINIMUM_TORCH),  # a later addition is a compile error
+        "-DUSE_CUDA",  # declares the functions for CUDA in torch's C interface
+    ]
     module = CUDAExtension(
         "movq_ext._C",
         sources=sorted(glob("csrc/*.cpp") + glob("csrc/kernels/*.cu")),
         include_dirs=[str(Path("csrc").resolve())],
-        extra_compile_args={"cxx": ["-O3", "-std=c++20"], "nvcc": ["-O3", "-std=c++20", "-lineinfo", "-Xptxas=-warn-spills"]},
+        extra_compile_args={
+            "cxx": ["-O3", "-std=c++20", *stable],
+            "nvcc": ["-O3", "-std=c++20", "-lineinfo", "-Xptxas=-warn-spills"],
+        },
+        py_limited_api=True,  # one library for every Python: it uses neither torch's Python library nor pybind11
     )
-    return {"ext_modules": [module], "cmdclass": {"build_py": BuildPy, "build_ext": BuildExt}}
+    abi = {"bdist_wheel": {"py_limited_api": "cp311"}}  # the wheel's tag: requires-python in pyproject.toml
+    return {"ext_modules": [module], "cmdclass": {"build_py": BuildPy, "build_ext": BuildExt}, "options": abi}
 
 
 setup(setup_requires=requires, **(extension() if record["torch"] else {"cmdclass": {"build_py": BuildPy}}))

@@ -2,13 +2,6 @@
 // launchers. Every forward writes the same lse, so the backward of either kind of kernel takes it.
 #include "kernels/attention.h"
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
-
 #include <tuple>
 
 #include "kernels/shared_kv_attention.h"
@@ -16,23 +9,34 @@
 
 namespace {
 
-using at::Tensor;
+using movq::empty_contiguous;
+using movq::ScalarType;
+using movq::shape;
+using movq::Tensor;
 
 // The tensor as the kernels need it: adjacent elements in each token, and 16-byte alignment of addresses, strides and head size.
 // Copies it if necessary; a head size that does not fit is padded with zeros.
 Tensor aligned(const Tensor& tensor) {
   const int64_t step = 16 / tensor.element_size(), head_size = tensor.size(3);
-  if (head_size % step) {
-    return at::constant_pad_nd(tensor, {0, step - head_size % step}).contiguous();  // the pad alone would stay channels_last
-  }
-  bool fits = tensor.stride(3) == 1 && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+  bool fits = head_size % step == 0 && tensor.stride(3) == 1 && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
   for (int64_t dim = 0; dim < 3; ++dim) fits = fits && (tensor.size(dim) == 1 || tensor.stride(dim) % step == 0);
-  return fits ? tensor : tensor.clone(at::MemoryFormat::Contiguous);
+  if (fits) return tensor;
+  std::array<int64_t, 4> sizes = movq::sizes_of_4d(tensor);
+  sizes[3] = (head_size + step - 1) / step * step;
+  Tensor copy = empty_contiguous(sizes, movq::dtype_code(tensor), tensor);
+  if (sizes[3] > head_size) torch::stable::zero_(copy);
+  Tensor unpadded = torch::stable::narrow(copy, 3, 0, head_size);
+  torch::stable::copy_(unpadded, tensor);
+  return copy;
 }
 
 // Removes the padding that aligned() added.
-Tensor without_padding(const Tensor& tensor, int64_t head_size) {
-  return tensor.size(3) == head_size ? tensor : tensor.narrow(3, 0, head_size).contiguous();
+Tensor without_padding(Tensor tensor, int64_t head_size) {
+  std::array<int64_t, 4> sizes = movq::sizes_of_4d(tensor);
+  if (sizes[3] == head_size) return tensor;
+  sizes[3] = head_size;
+  Tensor copy = empty_contiguous(sizes, movq::dtype_code(tensor), tensor);
+  return torch::stable::copy_(copy, torch::stable::narrow(tensor, 3, 0, head_size));
 }
 
 movq::Tokens tokens(const Tensor& tensor) {
@@ -47,22 +51,22 @@ struct Inputs {
 
   Inputs(const Tensor& given_q, const Tensor& given_k, const Tensor& given_v, double scale) {
     check_rank("q", given_q);
-    TORCH_CHECK_VALUE(given_q.size(3) <= movq::kMaxHeadSize, "q must have a head size of at most ", movq::kMaxHeadSize, ", got ",
-                      given_q.size(3));
-    const bool shared = given_v.is_same(given_k);  // one tensor, kv
+    CHECK_ARGUMENT(given_q.size(3) <= movq::kMaxHeadSize, "q must have a head size of at most ", movq::kMaxHeadSize, ", got ",
+                   given_q.size(3));
+    const bool shared = given_v.get() == given_k.get();  // one tensor, kv
     for (const auto& [name, tensor] : {std::pair(shared ? "kv" : "k", &given_k), std::pair(shared ? "kv" : "v", &given_v)}) {
       check_rank(name, *tensor);
-      TORCH_CHECK_VALUE(
+      CHECK_ARGUMENT(
           tensor->size(0) == given_q.size(0) && tensor->size(1) == given_q.size(1) && tensor->size(3) == given_q.size(3), name,
-          " must have q's batch, heads and head size ", given_q.sizes(), ", got ", tensor->sizes());
+          " must have q's batch, heads and head size ", shape(given_q), ", got ", shape(*tensor));
       movq::check_device(name, *tensor, "q", given_q);
       movq::check_dtype(name, *tensor, "q", given_q);
     }
-    TORCH_CHECK_VALUE(given_k.size(2) == given_v.size(2), "k and v must have the same number of tokens, got ", given_k.size(2),
-                      " and ", given_v.size(2));
+    CHECK_ARGUMENT(given_k.size(2) == given_v.size(2), "k and v must have the same number of tokens, got ", given_k.size(2),
+                   " and ", given_v.size(2));
     constexpr int64_t kMaxTokens = INT32_MAX - 128;  // the last tile may reach 127 tokens further
-    TORCH_CHECK_VALUE(given_q.size(2) <= kMaxTokens && given_k.size(2) <= kMaxTokens, "q and k must have at most ", kMaxTokens,
-                      " tokens, got ", given_q.size(2), " and ", given_k.size(2));
+    CHECK_ARGUMENT(given_q.size(2) <= kMaxTokens && given_k.size(2) <= kMaxTokens, "q and k must have at most ", kMaxTokens,
+                   " tokens, got ", given_q.size(2), " and ", given_k.size(2));
     q = aligned(given_q);
     k = aligned(given_k);
     v = shared ? k : aligned(given_v);
@@ -76,13 +80,13 @@ struct Inputs {
   }
 
   static void check_rank(const char* name, const Tensor& tensor) {
-    TORCH_CHECK_VALUE(tensor.dim() == 4 && tensor.numel() > 0, name,
-                      " must have 4 dimensions (batch, heads, tokens, head size) and not be empty, got shape ", tensor.sizes());
+    CHECK_ARGUMENT(tensor.dim() == 4 && tensor.numel() > 0, name,
+                   " must have 4 dimensions (batch, heads, tokens, head size) and not be empty, got shape ", shape(tensor));
   }
 };
 
 Tensor empty_contiguous_like(const Tensor& tensor) {
-  return at::empty(tensor.sizes(), tensor.options(), at::MemoryFormat::Contiguous);
+  return empty_contiguous(movq::sizes_of_4d(tensor), movq::dtype_code(tensor), tensor);
 }
 
 // True if the Hopper kernels are wanted and run here. A program that was exported for them may run on any device.
@@ -92,11 +96,11 @@ bool use_hopper(bool wanted, const movq::AttentionProblem& problem) {
 
 // `hopper` is only for k and v that are one tensor.
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool hopper) {
-  const c10::cuda::CUDAGuard guard(q.device());
+  const movq::DeviceGuard guard(q.get_device_index());
   const Inputs inputs(q, k, v, scale);
   const Tensor out = empty_contiguous_like(inputs.q);
-  const Tensor lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
-  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const Tensor lse = empty_contiguous<3>({q.size(0), q.size(1), q.size(2)}, aoti_torch_dtype_float32(), q);
+  const cudaStream_t stream = movq::current_stream(q);
   if (use_hopper(hopper, inputs.problem)) {
     const Tensor workspace = movq::allocate_workspace(movq::shared_kv_forward_workspace(inputs.problem), q);
     const movq::SharedKvForward arguments = {
@@ -127,22 +131,22 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
 std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& given_dout, const Tensor& q, const Tensor& k, const Tensor& v,
                                              const Tensor& given_out, const Tensor& lse, double scale, bool shared_kv,
                                              bool hopper) {
-  const c10::cuda::CUDAGuard guard(q.device());
+  const movq::DeviceGuard guard(q.get_device_index());
   Inputs inputs(q, k, v, scale);
   inputs.problem.shared_kv = shared_kv;
   for (const auto& [name, tensor] : {std::pair("dout", &given_dout), std::pair("out", &given_out)}) {
-    TORCH_CHECK_VALUE(tensor->sizes() == q.sizes(), name, " must have q's shape ", q.sizes(), ", got ", tensor->sizes());
+    CHECK_ARGUMENT(tensor->sizes().equals(q.sizes()), name, " must have q's shape ", shape(q), ", got ", shape(*tensor));
     movq::check_device(name, *tensor, "q", q);
     movq::check_dtype(name, *tensor, "q", q);
   }
-  TORCH_CHECK_VALUE(lse.sizes() == q.sizes().slice(0, 3), "lse must have q's batch, heads and tokens ", q.sizes().slice(0, 3),
-                    ", got shape ", lse.sizes());
-  TORCH_CHECK_VALUE(lse.is_contiguous(), "lse must be contiguous, got strides ", lse.strides());
-  TORCH_CHECK_TYPE(lse.scalar_type() == at::kFloat, "lse must be float32, got ", lse.scalar_type());
+  CHECK_ARGUMENT(lse.sizes().equals(q.sizes().slice(0, 3)), "lse must have q's batch, heads and tokens ",
+                 movq::brackets(q.sizes().slice(0, 3)), ", got shape ", shape(lse));
+  CHECK_ARGUMENT(lse.is_contiguous(), "lse must be contiguous, got strides ", movq::strides(lse));
+  CHECK_ARGUMENT(lse.scalar_type() == ScalarType::Float, "lse must be float32, got ", lse.scalar_type());
   movq::check_device("lse", lse, "q", q);
   const Tensor dout = aligned(given_dout), out = aligned(given_out);
   const Tensor dq = empty_contiguous_like(inputs.q), dk = empty_contiguous_like(inputs.k);
-  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const cudaStream_t stream = movq::current_stream(q);
   if (use_hopper(hopper, inputs.problem)) {
     const Tensor workspace = movq::allocate_workspace(movq::shared_kv_backward_workspace(inputs.problem), q);
     const movq::SharedKvBackward arguments = {
@@ -199,9 +203,9 @@ std::tuple<Tensor, Tensor> shared_kv_attention_backward(const Tensor& dout, cons
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(movq_ext, CUDA, m) {
-  m.impl("attention_forward", &attention_forward);
-  m.impl("attention_backward", &attention_backward);
-  m.impl("shared_kv_attention_forward", &shared_kv_attention_forward);
-  m.impl("shared_kv_attention_backward", &shared_kv_attention_backward);
+STABLE_TORCH_LIBRARY_IMPL(movq_ext, CUDA, m) {
+  m.impl("attention_forward", TORCH_BOX(&attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("shared_kv_attention_forward", TORCH_BOX(&shared_kv_attention_forward));
+  m.impl("shared_kv_attention_backward", TORCH_BOX(&shared_kv_attention_backward));
 }

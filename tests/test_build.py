@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import setuptools
-import torch
 
 import movq_ext
 from movq_ext import build_info
@@ -137,6 +136,7 @@ def test_requiring_the_extension_with_another_torch_is_an_error(source, tmp_path
     cases = {
         "torch 2.14.1+cpu is a build without CUDA": ("2.14.1+cpu", None),
         "torch 2.11.0+cu126 needs an nvcc of CUDA 12.6, got 13.0": ("2.11.0+cu126", "12.6"),
+        "torch 2.9.1+cu130 is older than 2.11": ("2.9.1+cu130", "13.0"),
     }
     for reason, (version, cuda) in cases.items():
         other = stand_in_for_torch(tmp_path / version, version, cuda)
@@ -161,15 +161,17 @@ def test_requiring_the_extension_with_another_torch_is_an_error(source, tmp_path
 def test_sources_and_architectures(source, tmp_path, toolkit, wanted, built):
     script = (
         "import json, runpy, setuptools; setuptools.setup = lambda **arguments: None; setup = runpy.run_path('setup.py');"
-        "print(json.dumps([setup['record'], setup['extension']()['ext_modules'][0]['sources']]))"
+        "module = setup['extension']()['ext_modules'][0]; print(json.dumps([setup['record'], module['sources'],"
+        "module['extra_compile_args']['cxx']]))"
     )
     clean = {key: value for key, value in os.environ.items() if key not in ("MOVQ_EXT_CUDA", "TORCH_CUDA_ARCH_LIST")}
     environment = {**clean, "CUDA_HOME": str(toolkit), **stand_in_for_torch(tmp_path, "2.14.1+cu130", "13.0")}
     if wanted is not None:
         environment["TORCH_CUDA_ARCH_LIST"] = wanted
     run = subprocess.run([sys.executable, "-c", script], cwd=source, env=environment, capture_output=True, text=True, check=True)
-    record, sources = json.loads(run.stdout)
-    assert record == {"torch": "2.14.1+cu130", "nvcc": "13.0", "arch_list": built}
+    record, sources, flags = json.loads(run.stdout)
+    assert record == {"torch": "2.14.1+cu130", "minimum_torch": "2.11", "nvcc": "13.0", "arch_list": built}
+    assert "-DTORCH_TARGET_VERSION=0x020b000000000000" in flags  # 2.11: torch 2.14 would let us use what 2.11 lacks
     compiled = [*source.glob("csrc/*.cpp"), *source.glob("csrc/kernels/*.cu")]
     assert sources == sorted(path.relative_to(source).as_posix() for path in compiled) and len(sources) >= 2
 
@@ -209,9 +211,10 @@ def test_a_damaged_extension_gives_one_warning_and_the_native_path(native_wheel,
     """Runs in a separate process, with garbage in place of the library."""
     _, wheel = native_wheel
     wheel.extractall(tmp_path)
-    (tmp_path / "movq_ext/_build_record.json").write_text(json.dumps({"torch": torch.__version__}))
+    record = {"torch": "2.11.0+cu130", "minimum_torch": "2.11", "nvcc": "13.0", "arch_list": "8.0"}
+    (tmp_path / "movq_ext/_build_record.json").write_text(json.dumps(record))
     (tmp_path / "movq_ext/_C.abi3.so").write_bytes(b"no library")
-    script = "import movq_ext, torch; print(movq_ext.build_info()['extension'])"
+    script = "import torch; torch.version.cuda = '13.0'; import movq_ext; print(movq_ext.build_info()['extension'])"
     script += "; print(movq_ext.GroupNorm(2, 4)(torch.zeros(1, 4, 2, 2)).shape)"
     run = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(tmp_path)},
                          capture_output=True, text=True, check=True)  # fmt: skip

@@ -1,6 +1,9 @@
 """Loading of the compiled extension, and what the package knows of its own build."""
 
 import json
+import re
+import shutil
+import subprocess
 import warnings
 
 import pytest
@@ -21,18 +24,53 @@ def load_quietly(record):
     return loaded, reason, [str(warning.message) for warning in caught]
 
 
-def test_another_torch_gives_one_warning_with_both_versions(monkeypatch):
+RECORD = {"torch": "2.11.0+cu130", "minimum_torch": "2.11", "nvcc": "13.0", "arch_list": "8.0"}
+
+
+def run_torch(monkeypatch, version, cuda):
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+
+
+@pytest.mark.parametrize(
+    "version, cuda",
+    [("2.11.0+cu130", "13.0"), ("2.11.1", "13.2"), ("2.14.1+cu130", "13.0"), ("2.100.0", "13.9"), ("3.0", "13.0")],
+)
+def test_any_torch_from_the_minimum_on_loads_the_extension(monkeypatch, version, cuda):
+    run_torch(monkeypatch, version, cuda)
+    monkeypatch.setattr(extension, "import_module", lambda name: name)
+    assert load_quietly(RECORD) == ("movq_ext._C", None, [])
+
+
+@pytest.mark.parametrize(
+    "version, cuda, reason",
+    [
+        ("2.9.1+cu130", "13.0", "needs torch 2.11 or newer, but torch 2.9.1+cu130 is running"),
+        ("2.2.0", "13.0", "needs torch 2.11 or newer, but torch 2.2.0 is running"),
+        (
+            "2.12.1+cu126",
+            "12.6",
+            "was compiled for CUDA 13, but torch 2.12.1+cu126 is running, a build for CUDA 12.6; "
+            "reinstall movq_ext from source to compile it for that",
+        ),
+        (
+            "2.15.0+cu140",
+            "14.0",
+            "was compiled for CUDA 13, but torch 2.15.0+cu140 is running, a build for CUDA 14.0; "
+            "reinstall movq_ext from source to compile it for that",
+        ),
+        # Not worth a warning: that torch has no GPU tensors.
+        ("2.13.0+cpu", None, "needs a torch for CUDA 13, but torch 2.13.0+cpu is running, a build without CUDA"),
+    ],
+)
+def test_an_unsuitable_torch_gives_a_reason_and_loads_nothing(monkeypatch, version, cuda, reason):
     def never(name):
-        raise AssertionError("a library of another torch was loaded")
+        raise AssertionError("the library was loaded")
 
     monkeypatch.setattr(extension, "import_module", never)
-    for other in ("2.9.0+cu130", torch.__version__ + "x"):
-        loaded, reason, messages = load_quietly({"torch": other})
-        assert loaded is None and messages == [f"{reason}. The native path is used instead."]
-        assert reason == (
-            f"movq_ext._C was compiled against torch {other}, but torch {torch.__version__} is running; "
-            "reinstall movq_ext to compile it against the running torch"
-        )
+    run_torch(monkeypatch, version, cuda)
+    warned = [f"movq_ext._C {reason}. The native path is used instead."] if cuda else []
+    assert load_quietly(RECORD) == (None, f"movq_ext._C {reason}", warned)
 
 
 def test_a_build_without_kernels_does_not_warn():
@@ -56,8 +94,9 @@ def test_build_info():
     assert info["version"] == movq_ext.__version__
     assert (info["torch"], info["torch_cuda"]) == (torch.__version__, torch.version.cuda)
     assert len(info["devices"]) == torch.cuda.device_count()
-    assert (info["built_with_torch"] == torch.__version__) == COMPILED == extension.extension_available()
-    assert (extension.extension_reason() is None) == COMPILED
+    assert (extension.extension_reason() is None) == COMPILED == extension.extension_available()
+    if COMPILED:
+        assert info["minimum_torch"] == "2.11" and info["built_with_torch"] and info["arch_list"]
     json.dumps(info)
 
 
@@ -87,6 +126,20 @@ def test_the_record_matches_the_extension():
     assert compiled["torch"] == info["built_with_torch"].split("+")[0]
     assert f"{compiled['cuda'] // 1000}.{compiled['cuda'] % 1000 // 10}" == info["built_with_nvcc"]
     assert info["arch_list"]
+
+
+@needs_extension
+def test_the_extension_uses_only_the_stable_abi():
+    """Symbols of libtorch's C++ interface work with one version of torch, those of the stable ABI with all later ones."""
+    from movq_ext import _C
+
+    assert _C.__file__.endswith("_C.abi3.so")
+    if not (nm := shutil.which("nm")):
+        pytest.skip("needs nm")
+    table = subprocess.run([nm, "-D", "--undefined-only", _C.__file__], capture_output=True, text=True, check=True).stdout
+    symbols = [line.split()[-1] for line in table.splitlines()]
+    assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
+    assert not [symbol for symbol in symbols if re.match(r"_Z.*(2at|3c10|5torch|8pybind11)", symbol)]
 
 
 @needs_extension

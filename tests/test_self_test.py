@@ -122,11 +122,12 @@ def test_an_error_that_appears_when_the_results_are_read_is_a_failure(kernels):
     )
 
 
-def test_running_out_of_memory_is_no_failure(kernels):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])  # PyTorch's operators raise one, ours the other
+def test_running_out_of_memory_is_no_failure(kernels, error):
     """It says nothing about the kernels: the next call tests them."""
 
     def fails(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error("CUDA out of memory")
 
     kernels.plant("attention_forward", fails)
     assert self_test_failure("attention", CPU, torch.float32, False) is None and not self_test._results

@@ -22,6 +22,14 @@ if extension_available():
     register_implementations()
 
 
+def _call(name: str, *arguments: Any) -> Any:
+    """Call a compiled operator; raise torch.OutOfMemoryError, which the stable ABI cannot, if it runs out of GPU memory."""
+    try:
+        return getattr(torch.ops.movq_ext, name)(*arguments)
+    except MemoryError as error:
+        raise torch.OutOfMemoryError(str(error)) from None
+
+
 def spatial_norm(f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, options: NormOptions) -> Tensor:
     """functional.fused_spatial_norm with CUDA kernels. Arguments are checked; zq_y and zq_b have f's dtype."""
     # Autograd and torch.library take tensors and numbers only: this is where the options are unpacked.
@@ -29,7 +37,7 @@ def spatial_norm(f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, options: N
     arguments = (f, zq_y, zq_b, weight, bias, options.groups, options.eps, silu)
     out: Tensor
     if options.f_bias is not None or options.bordered:  # inference only: the autograd function does not take them
-        out, _, _ = torch.ops.movq_ext.spatial_norm_forward(*arguments, options.f_bias, options.bordered)
+        out, _, _ = _call("spatial_norm_forward", *arguments, options.f_bias, options.bordered)
     else:
         out, _, _ = SpatialNormFunction.apply(*arguments)  # type: ignore[no-untyped-call]
     return out
@@ -43,7 +51,7 @@ class SpatialNormFunction(torch.autograd.Function):
         f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None,
         groups: int, eps: float, silu: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        return torch.ops.movq_ext.spatial_norm_forward(f, zq_y, zq_b, weight, bias, groups, eps, silu)  # type: ignore[no-any-return]
+        return _call("spatial_norm_forward", f, zq_y, zq_b, weight, bias, groups, eps, silu)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -62,7 +70,7 @@ class SpatialNormFunction(torch.autograd.Function):
             options = NormOptions(weight, bias, ctx.groups, ctx.eps, "silu" if ctx.silu else None)
             grads = _native_gradients(native.spatial_norm(f, zq_y, zq_b, options), inputs, needed, dout)
         else:
-            grads = torch.ops.movq_ext.spatial_norm_backward(dout.to(f.dtype), *inputs, mean, rstd, ctx.groups, ctx.silu)
+            grads = _call("spatial_norm_backward", dout.to(f.dtype), *inputs, mean, rstd, ctx.groups, ctx.silu)
         return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None, None, None
 
 
@@ -79,8 +87,8 @@ class AttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
         if backend == "cublas":
-            return torch.ops.movq_ext.chunked_attention_forward(q, k, v, scale)  # type: ignore[no-any-return]
-        return torch.ops.movq_ext.attention_forward(q, k, v, scale)  # type: ignore[no-any-return]
+            return _call("chunked_attention_forward", q, k, v, scale)  # type: ignore[no-any-return]
+        return _call("attention_forward", q, k, v, scale)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -98,9 +106,9 @@ class AttentionFunction(torch.autograd.Function):
             with sdpa_kernel(SDPBackend.MATH):  # the only backend that can be differentiated twice
                 grads = _native_gradients(native.attention(q, k, v, ctx.scale), (q, k, v), needed, dout)
         elif ctx.backend == "cublas":
-            grads = torch.ops.movq_ext.chunked_attention_backward(dout.to(q.dtype), q, k, v, out, lse, ctx.scale)
+            grads = _call("chunked_attention_backward", dout.to(q.dtype), q, k, v, out, lse, ctx.scale)
         else:
-            grads = torch.ops.movq_ext.attention_backward(dout.to(q.dtype), q, k, v, out, lse, ctx.scale)
+            grads = _call("attention_backward", dout.to(q.dtype), q, k, v, out, lse, ctx.scale)
         return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None, None
 
 
@@ -117,8 +125,8 @@ class SharedKVAttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(q: Tensor, kv: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
         if backend == "cublas":
-            return torch.ops.movq_ext.chunked_shared_kv_attention_forward(q, kv, scale)  # type: ignore[no-any-return]
-        return torch.ops.movq_ext.shared_kv_attention_forward(q, kv, scale, backend == "hopper")  # type: ignore[no-any-return]
+            return _call("chunked_shared_kv_attention_forward", q, kv, scale)  # type: ignore[no-any-return]
+        return _call("shared_kv_attention_forward", q, kv, scale, backend == "hopper")  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -137,9 +145,9 @@ class SharedKVAttentionFunction(torch.autograd.Function):
             with sdpa_kernel(SDPBackend.MATH):  # the only backend that can be differentiated twice
                 grads = _native_gradients(native.shared_kv_attention(q, kv, ctx.scale), (q, kv), needed, dout)
         elif ctx.backend == "cublas":
-            grads = torch.ops.movq_ext.chunked_shared_kv_attention_backward(*arguments)
+            grads = _call("chunked_shared_kv_attention_backward", *arguments)
         else:
-            grads = torch.ops.movq_ext.shared_kv_attention_backward(*arguments, ctx.backend == "hopper")
+            grads = _call("shared_kv_attention_backward", *arguments, ctx.backend == "hopper")
         return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None, None
 
 
@@ -154,7 +162,7 @@ class FoldUpsamplingFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor) -> Tensor:
-        return torch.ops.movq_ext.fold_upsampling(weight, False)  # type: ignore[no-any-return]
+        return _call("fold_upsampling", weight, False)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -166,13 +174,13 @@ class FoldUpsamplingFunction(torch.autograd.Function):
         if _records_gradient():
             return _native_gradients(upsampling.fold_upsampling(weight), (weight,), (True,), dfolded)[0]
         channels_last = not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
-        return torch.ops.movq_ext.fold_upsampling_backward(dfolded, channels_last)  # type: ignore[no-any-return]
+        return _call("fold_upsampling_backward", dfolded, channels_last)  # type: ignore[no-any-return]
 
 
 def upsample_by_windows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """upsampling.upsample_conv(..., "windows") with CUDA kernels around the convolution. No gradient is recorded."""
-    windows = F.conv2d(x, torch.ops.movq_ext.fold_upsampling(weight, True), padding=1)
-    return torch.ops.movq_ext.interleave_windows(windows, bias)  # type: ignore[no-any-return]
+    windows = F.conv2d(x, _call("fold_upsampling", weight, True), padding=1)
+    return _call("interleave_windows", windows, bias)  # type: ignore[no-any-return]
 
 
 def _records_gradient() -> bool:
@@ -189,5 +197,5 @@ def _native_gradients(out: Tensor, inputs: Sequence[Tensor | None], needed: Sequ
 
 def add_bias_residual_(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """functional.add_bias_residual_ with a CUDA kernel. Arguments are checked, and no gradient is recorded."""
-    torch.ops.movq_ext.add_bias_residual_(x, bias, residual)
+    _call("add_bias_residual_", x, bias, residual)
     return x

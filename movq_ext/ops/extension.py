@@ -1,4 +1,4 @@
-"""Loading of the compiled extension ``movq_ext._C``, if it matches the running torch; any failure leaves the native path."""
+"""Loading of the compiled extension ``movq_ext._C``, if the running torch can use it; any failure leaves the native path."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.torch_version import TorchVersion
 
 from .._version import __version__
 from .source_folder import warn_if_installed_elsewhere
@@ -31,27 +32,46 @@ def read_record(path: Path = RECORD) -> dict[str, Any]:
 
 
 def load(record: dict[str, Any]) -> tuple[ModuleType | None, str | None]:
-    """Return (the extension, None), or (None, the reason); warn if an extension was compiled but cannot be used.
+    """Return (the extension, None), or (None, the reason); warn if this torch could use a GPU, but not with the extension.
 
-    The version in the record is compared first, since loading a library compiled against another torch can crash the process.
-    The whole version string must match: torch's C++ interface is stable only within one build, and 2.14.1+cu126 and
-    2.14.1+cu130 need different CUDA libraries.
+    The versions in the record are compared first: with another CUDA the extension would need libraries that are not there, and
+    an older torch may crash.
     """
-    built_with = record.get("torch")
-    if built_with is None:
+    if record.get("torch") is None:
         return None, f"movq_ext was built without its CUDA kernels: {record.get('reason')}"
-    if built_with != torch.__version__:
-        reason = (
-            f"movq_ext._C was compiled against torch {built_with}, but torch {torch.__version__} is running; "
-            "reinstall movq_ext to compile it against the running torch"
-        )
-    else:
+    reason = _mismatch(record)
+    if reason is None:
         try:
             return import_module("movq_ext._C"), None
         except Exception as error:  # no failure here stops the native path
             reason = f"movq_ext._C cannot be loaded: {error}"
-    warnings.warn(f"{reason}. The native path is used instead.", RuntimeWarning, stacklevel=2)
+    if torch.version.cuda is not None:
+        warnings.warn(f"{reason}. The native path is used instead.", RuntimeWarning, stacklevel=2)
     return None, reason
+
+
+def _mismatch(record: dict[str, Any]) -> str | None:
+    """Return why the running torch cannot use the extension, or None if it can.
+
+    The extension uses PyTorch's stable ABI: it runs with every torch from ``minimum_torch`` on. It also uses torch's CUDA
+    runtime, which is compatible within a major version.
+    """
+    minimum, built_cuda = str(record.get("minimum_torch")), str(record.get("nvcc"))
+    running = f"torch {torch.__version__} is running"
+    if TorchVersion(torch.__version__) < minimum:
+        return f"movq_ext._C needs torch {minimum} or newer, but {running}"
+    if torch.version.cuda is None:
+        return f"movq_ext._C needs a torch for CUDA {_major(built_cuda)}, but {running}, a build without CUDA"
+    if _major(torch.version.cuda) != _major(built_cuda):
+        return (
+            f"movq_ext._C was compiled for CUDA {_major(built_cuda)}, but {running}, a build for CUDA {torch.version.cuda}; "
+            "reinstall movq_ext from source to compile it for that"
+        )
+    return None
+
+
+def _major(version: str) -> str:
+    return version.split(".")[0]
 
 
 warn_if_installed_elsewhere(PACKAGE)
@@ -100,7 +120,8 @@ def build_info() -> dict[str, Any]:
 
     - ``version``: of movq_ext;
     - ``extension``: ``"loaded"``, or why it is not;
-    - ``built_with_torch``, ``built_with_nvcc``, ``arch_list``: of the extension, None without one;
+    - ``built_with_torch``, ``built_with_nvcc``, ``minimum_torch``, ``arch_list``: of the extension, None without one. It runs
+      with every torch from ``minimum_torch`` on with nvcc's CUDA major version, on GPUs of the architectures in ``arch_list``;
     - ``torch``, ``torch_cuda``: the running versions; ``torch_cuda`` is None for a CPU build;
     - ``devices``: for every visible GPU its ``name``, ``capability`` and ``kernels``, which is ``"compiled"`` if the extension
       has code for it, or the reason why not.
@@ -114,6 +135,7 @@ def build_info() -> dict[str, Any]:
         "built_with_torch": _record.get("torch"),
         "built_with_nvcc": _record.get("nvcc"),
         "arch_list": _record.get("arch_list"),
+        "minimum_torch": _record.get("minimum_torch"),
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
         "devices": [_device_info(index) for index in range(torch.cuda.device_count())],

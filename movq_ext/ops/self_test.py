@@ -49,7 +49,7 @@ def self_test_failure(operator: str, device: torch.device, dtype: torch.dtype, c
         with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
             try:
                 _results[key] = next(_failures(operator, device, dtype, channels_last), None)
-            except torch.OutOfMemoryError:  # says nothing about the kernels: test again in the next call
+            except (torch.OutOfMemoryError, MemoryError):  # says nothing about the kernels: test again in the next call
                 return None
     return _results[key]
 
