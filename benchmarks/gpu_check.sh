@@ -49,11 +49,12 @@ export python PIP_DEFAULT_TIMEOUT=5 PIP_RETRIES=0
 if [ $rehearse = 1 ]; then
   MOVQ_EXT_CUDA=0 step build 200 bash -c install
   step tests 300 "$python" -m pytest -q -k "emulator and small" tests/test_spatial_norm_kernels.py tests/test_attention_kernels.py \
-    tests/test_epilogue_kernels.py
+    tests/test_epilogue_kernels.py tests/test_upsampling_kernels.py
   missing sanitizers "no GPU"
   step spatial_norm 120 "$python" benchmarks/spatial_norm.py --quick --device cpu --out "$out"
   step attention 120 "$python" benchmarks/attention.py --quick --device cpu --out "$out"
   step epilogue 60 "$python" benchmarks/epilogue.py --quick --device cpu --out "$out"
+  step upsample 60 "$python" benchmarks/upsample.py --quick --device cpu --out "$out"
   step decode 240 "$python" benchmarks/decode.py --quick --device cuda cpu --out "$out"
   step memory 120 "$python" benchmarks/memory.py --device cpu --sizes 64 --max-memory 150 --out "$out"
   step accuracy 240 "$python" benchmarks/accuracy.py --quick --report --seeds 2 --device cpu --out "$out"
@@ -71,7 +72,8 @@ else
       if [ "$tool" = memcheck ]; then only+=(--report-api-errors no); fi  # torch probes for optional driver features; our own API errors throw
       PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 15 "$sanitizer" --tool "$tool" "${only[@]}" --error-exitcode 1 \
         "$python" -m pytest -q -k "gpu and small and (attention or (silu or both) and (bfloat16 or unaligned))" \
-        tests/test_spatial_norm_kernels.py tests/test_attention_kernels.py tests/test_epilogue_kernels.py
+        tests/test_spatial_norm_kernels.py tests/test_attention_kernels.py tests/test_epilogue_kernels.py \
+        tests/test_upsampling_kernels.py
     else
       missing "$tool" "no compute-sanitizer"
     fi
@@ -79,6 +81,7 @@ else
   step spatial_norm 45 "$python" benchmarks/spatial_norm.py --minutes 0.5 --out "$out"
   step attention 45 "$python" benchmarks/attention.py --minutes 0.5 --out "$out"
   step epilogue 25 "$python" benchmarks/epilogue.py --minutes 0.3 --out "$out"
+  step upsample 30 "$python" benchmarks/upsample.py --minutes 0.4 --out "$out"
   step decode 80 "$python" benchmarks/decode.py --device cuda --sizes 512 --batches 1 --dtypes bfloat16 --minutes 1.1 \
     --peers ours published "published nhwc" diffusers --out "$out"
   step memory 25 "$python" benchmarks/memory.py --device cuda --sizes 1024 --out "$out"

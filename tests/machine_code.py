@@ -20,6 +20,9 @@ OPCODES = {
     0xFAE: "LDGSTS",
     0x306: "I2F",  # how a division of integers starts
     0xD06: "I2F",
+    0x981: "LDG",
+    0x986: "STG",
+    0x947: "BRA",
     0x983: "LDL",
     0x387: "STL",
 }
@@ -28,6 +31,23 @@ INSTRUCTION_BYTES = 16
 
 def compile_kernels(source: Path, target: int, folder: Path) -> dict[str, list[str]]:
     """Return each kernel's instructions by mangled name: one of OPCODES' names, or "" for all others."""
+    return {name: _names(words) for name, words in _compile(source, target, folder).items()}
+
+
+def compile_loops(source: Path, target: int, folder: Path) -> dict[str, list[list[str]]]:
+    """Return the instructions of each kernel's loops, from the target of every branch backwards to that branch."""
+    loops: dict[str, list[list[str]]] = {}
+    for name, words in _compile(source, target, folder).items():
+        names = _names(words)
+        branches = [
+            (at, _branch_target(at, low | high << 64, target)) for at, (low, high) in enumerate(words) if names[at] == "BRA"
+        ]
+        loops[name] = [names[to : at + 1] for at, to in branches if to < at]  # the last one branches to itself: the end
+    return loops
+
+
+def _compile(source: Path, target: int, folder: Path) -> dict[str, list[tuple[int, int]]]:
+    """Return each kernel's instructions as two words of 64 bits."""
     cubin = folder / f"{source.stem}.{target}.cubin"
     options = ["-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", f"-arch=sm_{target}", "-cubin"]
     subprocess.run([NVCC, *options, "-o", cubin, source], check=True)
@@ -37,10 +57,27 @@ def compile_kernels(source: Path, target: int, folder: Path) -> dict[str, list[s
 def read_kernels(cubin: Path) -> dict[str, list[str]]:
     """Return the instructions of a compiled file's kernels, as compile_kernels() does."""
     return {
-        name.removeprefix(".text."): [OPCODES.get(word & 0xFFF, "") for (word, _) in struct.iter_unpack("<QQ", code)]
+        name.removeprefix(".text."): list(struct.iter_unpack("<QQ", code))
         for name, code in sections(cubin.read_bytes()).items()
         if name.startswith(".text.")
     }
+
+
+def _names(words: list[tuple[int, int]]) -> list[str]:
+    return [OPCODES.get(low & 0xFFF, "") for low, _ in words]
+
+
+def _branch_target(at: int, instruction: int, target: int) -> int:
+    """Return the index of the instruction to which instruction number `at`, a BRA, branches.
+
+    The offset counts 4 bytes from the next instruction on. Its bits start at bit 34; before sm_90 that is all, since then its low
+    byte is in bits 16 to 23. (As cuobjdump decodes it.)
+    """
+    offset = instruction >> 34 & (1 << 48) - 1
+    offset -= (offset >> 47) << 48
+    if target >= 90:
+        offset = offset << 8 | instruction >> 16 & 0xFF
+    return at + 1 + offset * 4 // INSTRUCTION_BYTES
 
 
 def sections(elf: bytes) -> dict[str, bytes]:

@@ -280,7 +280,7 @@ def test_counted_costs(channels, size):
 
 
 def chosen(channels, size, batch=1):
-    return functional._upsampling_method(meta(channels, size, batch), channels, True, in_inference=True)
+    return functional.upsampling_method(meta(channels, size, batch), channels, True, in_inference=True)
 
 
 def test_small_maps_are_not_folded():

@@ -1,9 +1,13 @@
 // The epilogue of a convolution: adds its bias and the residual in place, in one pass.
 //
 // Bytes: x and residual are read once, x is written once.
-// An access is VecSize adjacent elements (16 bytes, or one element where alignment or sizes rule that out): channels of one
-// pixel in NHWC (ChannelsLast), pixels of one channel in NCHW. A block takes a run of adjacent accesses, whatever the shape. A
-// thread loads the bias again only when it reaches another channel.
+// An access is VecSize adjacent elements (16 bytes, or one element where alignment or sizes rule that out). Accesses form a matrix:
+// in NHWC (ChannelsLast) a row is a pixel and a column its channels, in NCHW a row is a channel of an image and a column its
+// pixels. A thread keeps its channels, so it loads the bias once and steps by a constant stride: down a column in NHWC, along a row
+// in NCHW. Threads side by side read adjacent memory.
+// Instructions: at most 60 per access of 8 bfloat16 with bias and residual, none of them a division. A warp issues them in 15 cycles
+// (4 per cycle and multiprocessor), while its 1.5 KB take 106 cycles of an H100's bandwidth (3.35 TB/s over 132 multiprocessors at
+// 1.755 GHz, data sheet). tests/test_epilogue_machine_code.py counts them.
 // Registers: at most 64 (__launch_bounds__), for 4 blocks of 256 threads per multiprocessor. Each thread has 2 loads of x and 2
 // of residual in flight (1 of each in small maps), 64 KB or 32 KB per multiprocessor. An H100 needs about 20 KB to cover its
 // memory latency at full bandwidth. benchmarks/results/resources.md lists what the compiler allocates.
@@ -12,9 +16,8 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "device/convert.cuh"
+#include "channel_bias.cuh"
 #include "device/launch.cuh"
-#include "device/memory.cuh"
 
 namespace movq {
 namespace epilogue {
@@ -24,72 +27,65 @@ constexpr int kThreads = 256;
 constexpr int64_t kTargetBlocks = 1024;  // about one wave of blocks on the largest GPUs
 constexpr int kMaxThreadAccesses = 16;
 
-// How x is cut into blocks of adjacent accesses, and the bias into units. In NHWC a unit is VecSize channels, so adjacent
-// accesses have different units. In NCHW a unit is one channel, and lasts for a whole map.
+// How the matrix of accesses is cut into blocks, numbered along the rows first. A block has `inner` x `outer` threads over columns
+// x rows, and walks `steps` times down the rows (NHWC) or along the columns (NCHW).
 struct EpiloguePlan {
-  int64_t accesses;
-  int block_accesses;
-  unsigned unit_accesses;  // adjacent accesses with the same unit
-  unsigned units;          // units in all channels
+  int64_t rows;
+  int columns, channels;
+  int inner, outer, steps;
+  int blocks_across;  // side by side over the columns
   bool float_bias;
 };
 
-// Loads the N channels of a unit.
-template <class T, int N>
-MOVQ_DEVICE Vec<float, N> load_bias(const void* bias, bool is_float, unsigned unit) {
-  const int64_t channel = int64_t(unit) * N;
-  if (!is_float) return to_float(load_vec<N>(static_cast<const T*>(bias) + channel));
-  constexpr int kFloats = N < 4 ? N : 4;  // 16 bytes
-  Vec<float, N> values;
-#pragma unroll
-  for (int i = 0; i < N; i += kFloats) {
-    const auto part = load_vec<kFloats>(static_cast<const float*>(bias) + channel + i);
-#pragma unroll
-    for (int k = 0; k < kFloats; ++k) values[i + k] = part[k];
-  }
-  return values;
-}
-
 template <class T, int VecSize, bool ChannelsLast>
 __global__ void __launch_bounds__(kThreads, 4) add(EpiloguePlan plan, T* x, const void* bias, const T* residual) {
-  constexpr int kLoadsInFlight = 2;  // of x and of residual each
-  const int64_t first = int64_t(blockIdx.x) * plan.block_accesses;
-  const int accesses = int(min(int64_t(plan.block_accesses), plan.accesses - first));
-  const unsigned first_unit = unsigned(first / plan.unit_accesses % plan.units), in_unit = unsigned(first % plan.unit_accesses);
-  // From here on offsets have 32 bits: with 64, nvcc 13.0 splits the wide stores.
-  x += first * VecSize;
-  residual += residual ? first * VecSize : 0;
+  const unsigned block_row = blockIdx.x / plan.blocks_across, block_column = blockIdx.x - block_row * plan.blocks_across;
+  const unsigned outer = threadIdx.x / plan.inner, inner = threadIdx.x - outer * plan.inner;
+  const int64_t row = int64_t(block_row) * plan.outer * (ChannelsLast ? plan.steps : 1) + outer;
+  const int column = block_column * plan.inner * (ChannelsLast ? 1 : plan.steps) + inner;
+  if (outer >= unsigned(plan.outer) || row >= plan.rows || column >= plan.columns) return;
+
+  const int step = ChannelsLast ? plan.outer : plan.inner, stride = step * VecSize * (ChannelsLast ? plan.columns : 1);
+  int left = int(min(ChannelsLast ? plan.rows - row : int64_t(plan.columns - column), int64_t(step) * plan.steps));
+  const int64_t first = (row * plan.columns + column) * VecSize;
+  x += first;
+  const bool has_residual = residual;
+  residual += has_residual ? first : 0;
 
   constexpr int kChannels = ChannelsLast ? VecSize : 1;
-  Vec<float, kChannels> unit_bias = {};
-  unsigned loaded_unit = plan.units;  // none
-  for (int access = threadIdx.x; access < accesses; access += kLoadsInFlight * kThreads) {
-    Vec<T, VecSize> values[kLoadsInFlight], residuals[kLoadsInFlight] = {};
+  const int64_t channel = ChannelsLast ? column * VecSize : unsigned(row) % unsigned(plan.channels);
+  Vec<float, kChannels> channel_bias = {};
+  auto add_accesses = [&](auto loads) {  // that many at once: loads under conditions would wait for one another
+    constexpr int kLoads = decltype(loads)::value;
+    Vec<T, VecSize> values[kLoads], residuals[kLoads];
 #pragma unroll
-    for (int ahead = 0; ahead < kLoadsInFlight; ++ahead) {
-      const int at = access + ahead * kThreads;
-      if (at < accesses) values[ahead] = load_vec<VecSize>(x + at * VecSize);
-      if (at < accesses && residual) residuals[ahead] = load_vec<VecSize, Cache::kStream>(residual + at * VecSize);
+    for (int i = 0; i < kLoads; ++i) values[i] = load_vec<VecSize>(x + i * stride);
+    if (has_residual) {
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) residuals[i] = load_vec<VecSize, Cache::kStream>(residual + i * stride);
+      residual += kLoads * stride;
+    }
+    if (bias) {  // once, while the map's first loads are in flight
+      channel_bias = load_bias<T, kChannels>(bias, plan.float_bias, channel);
+      bias = nullptr;
     }
 #pragma unroll
-    for (int ahead = 0; ahead < kLoadsInFlight; ++ahead) {
-      const int at = access + ahead * kThreads;
-      if (at >= accesses) break;
-      if (bias) {
-        const unsigned unit = (first_unit + (in_unit + at) / plan.unit_accesses) % plan.units;
-        if (unit != loaded_unit) {
-          unit_bias = load_bias<T, kChannels>(bias, plan.float_bias, unit);
-          loaded_unit = unit;
-        }
-      }
-      Vec<float, VecSize> sums;
+    for (int i = 0; i < kLoads; ++i) {
+      Vec<float, VecSize> sums = to_float(values[i]);
 #pragma unroll
-      for (int i = 0; i < VecSize; ++i) {
-        sums[i] = to_float(values[ahead][i]) + unit_bias[ChannelsLast ? i : 0] + to_float(residuals[ahead][i]);
+      for (int k = 0; k < VecSize; ++k) sums[k] += channel_bias[ChannelsLast ? k : 0];
+      if (has_residual) {
+        const Vec<float, VecSize> added = to_float(residuals[i]);
+#pragma unroll
+        for (int k = 0; k < VecSize; ++k) sums[k] += added[k];
       }
-      store_vec(x + at * VecSize, from_float<T>(sums));
+      store_vec(x + i * stride, from_float<T>(sums));
     }
-  }
+    x += kLoads * stride;
+    left -= kLoads * step;
+  };
+  while (left > step) add_accesses(std::integral_constant<int, 2>());
+  if (left > 0) add_accesses(std::integral_constant<int, 1>());
 }
 
 bool can_use_wide_accesses(const EpilogueProblem& problem, const Epilogue& tensors) {
@@ -101,15 +97,23 @@ bool can_use_wide_accesses(const EpilogueProblem& problem, const Epilogue& tenso
 template <class T, int VecSize, bool ChannelsLast>
 void launch_add(const EpilogueProblem& problem, const Epilogue& tensors, cudaStream_t stream) {
   EpiloguePlan plan = {};
-  plan.accesses = problem.batch * problem.channels * problem.pixels / VecSize;
-  const int64_t single_round_blocks = ceil_div<int64_t>(plan.accesses, kThreads);
-  plan.block_accesses = kThreads * int(std::clamp<int64_t>(single_round_blocks / kTargetBlocks, 1, kMaxThreadAccesses));
-  plan.unit_accesses = ChannelsLast ? 1 : unsigned(problem.pixels / VecSize);
-  plan.units = unsigned(ChannelsLast ? problem.channels / VecSize : problem.channels);
+  plan.rows = problem.batch * (ChannelsLast ? problem.pixels : problem.channels);
+  if (!ChannelsLast && plan.rows > INT32_MAX) {  // the kernel divides them by the channels in 32 bits
+    throw std::runtime_error("epilogue add: expected fewer than 2^31 channels in the batch, got " + std::to_string(plan.rows));
+  }
+  plan.columns = int((ChannelsLast ? problem.channels : problem.pixels) / VecSize);
+  plan.channels = int(problem.channels);
   plan.float_bias = problem.bias_dtype == DType::float32;
-  const unsigned blocks = grid_size("epilogue add", ceil_div<int64_t>(plan.accesses, plan.block_accesses));
-  launch(add<T, VecSize, ChannelsLast>, "epilogue add", {blocks, kThreads}, stream, plan, static_cast<T*>(tensors.x),
-         tensors.bias, static_cast<const T*>(tensors.residual));
+  plan.inner = ceil_div(plan.columns, ceil_div(plan.columns, kThreads));  // tiles of one width
+  plan.outer = int(std::min<int64_t>(kThreads / plan.inner, plan.rows));
+  const int64_t across = ceil_div(plan.columns, plan.inner), down = ceil_div<int64_t>(plan.rows, plan.outer);
+  const int64_t steps = std::clamp<int64_t>(across * down / kTargetBlocks, 1, kMaxThreadAccesses);
+  plan.steps = int(std::min(steps, ChannelsLast ? down : across));
+  plan.blocks_across = int(ChannelsLast ? across : ceil_div<int64_t>(across, plan.steps));
+  const int64_t blocks = plan.blocks_across * (ChannelsLast ? ceil_div<int64_t>(down, plan.steps) : down);
+  const LaunchConfig config = {grid_size("epilogue add", blocks), unsigned(round_up(plan.inner * plan.outer, kWarpSize))};
+  launch(add<T, VecSize, ChannelsLast>, "epilogue add", config, stream, plan, static_cast<T*>(tensors.x), tensors.bias,
+         static_cast<const T*>(tensors.residual));
 }
 
 }  // namespace

@@ -13,9 +13,10 @@
 namespace movq {
 
 struct EpilogueProblem {
-  int64_t batch = 0, channels = 0, pixels = 0;  // channels, pixels < 2^31; the whole tensor may be larger
-  DType dtype = DType::float32;                 // of x and residual
-  DType bias_dtype = DType::float32;            // float32 or `dtype`
+  // channels, pixels and, in NCHW, batch * channels < 2^31; the whole tensor may be larger
+  int64_t batch = 0, channels = 0, pixels = 0;
+  DType dtype = DType::float32;       // of x and residual
+  DType bias_dtype = DType::float32;  // float32 or `dtype`
   bool channels_last = false;
 };
 

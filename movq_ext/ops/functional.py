@@ -249,7 +249,7 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, method: str | 
         return upsampling.upsample_conv(x, weight, bias, method or "transposed")
     in_inference = native.is_inference(*(tensor for tensor in (x, weight, bias) if tensor is not None))
     if method is None:
-        method = _upsampling_method(x, weight.shape[0], bias is not None, in_inference)
+        method = upsampling_method(x, weight.shape[0], bias is not None, in_inference)
     if reason := _why_native(weight) or _failed_self_test("upsample_conv", weight):
         warn_once(reason)
         return upsampling.upsample_conv(x, weight, bias, method)
@@ -272,7 +272,7 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, method: str | 
     return out if bias is None else add_bias_residual_(out, bias, None)
 
 
-def _upsampling_method(x: Tensor, out_channels: int, has_bias: bool, in_inference: bool) -> str:
+def upsampling_method(x: Tensor, out_channels: int, has_bias: bool, in_inference: bool) -> str:
     """Return the method of `upsample_conv` that takes the least counted time for x on a GPU."""
     if native.is_tracing():  # the program must work for other sizes
         return "transposed"
@@ -326,7 +326,7 @@ def _explain_upsampling(x: Tensor) -> str:
     channels, dtype = x.shape[1], _compute_dtype(x)
     costs = upsampling.count_costs(x, channels, True, dtype)
     counted = ", ".join(f"{name} {cost.operations / 1e9:.3g} GFLOP and {cost.bytes / 1e6:.3g} MB" for name, cost in costs.items())
-    return f"method {_upsampling_method(x, channels, True, native.is_inference(x))} ({counted})"
+    return f"method {upsampling_method(x, channels, True, native.is_inference(x))} ({counted})"
 
 
 def _why_native(x: Tensor) -> str | None:
