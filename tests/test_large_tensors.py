@@ -4,16 +4,19 @@ The emulator runs the kernels' blocks for the last image (or the last queries) o
 image: 32-bit arithmetic would access memory outside the window.
 """
 
+import math
+
 import published
 import pytest
 import torch
-from kernels import attention, epilogue, spatial_norm, usable
+from kernels import attention, epilogue, spatial_norm, upsampling, usable
 from kernels.spatial_norm import DTYPES
 from models import DDCONFIG
 from tolerances import assert_close
 
 from movq_ext import MOVQ
 from movq_ext.model.feature_maps import MapStore
+from movq_ext.ops.upsampling import interleave_windows
 
 needs_emulator = pytest.mark.skipif(not usable("emulator"), reason="needs Linux and a host C++ compiler")
 BF16 = torch.bfloat16
@@ -33,7 +36,7 @@ BACKWARDS = (
 def call_for_last_image(library, function, kernels, images, **arguments):
     """Call a function of a library with all arguments but run only the blocks of the last image."""
     dry = library.call(function, **arguments, run_blocks=dict.fromkeys(kernels, (0, 0)), seeds=(0,))
-    grids = {launch.kernel: launch.grid[0] for launch in dry.launches if launch.kernel in kernels}
+    grids = {launch.kernel: math.prod(launch.grid) for launch in dry.launches if launch.kernel in kernels}
     blocks = {}
     for kernel, grid in grids.items():
         assert grid % images == 0
@@ -94,6 +97,18 @@ def test_epilogue(layout):
     start = (IMAGES - 1) * x.numel()
     call_for_last_image(epilogue.library(), "add", ("epilogue add",), IMAGES, **arguments, windows=dict(x=start, residual=start))
     assert_close(x, expected)
+
+
+@needs_emulator
+def test_interleaving_of_windows():
+    channels, height, width = 64, 32, 32  # of the small map; out has SHAPE
+    windows = spatial_norm.case((1, 4 * channels, height + 1, width + 1), None, BF16, "channels_last").f
+    out = upsampling.in_channels_last(1, *SHAPE, dtype=BF16)
+    arguments = dict(batch=IMAGES, channels=channels, height=height, width=width, dtype=DTYPES.index(BF16), bias_dtype=0,
+                     pixels=windows, bias=None, out=out)  # fmt: skip
+    starts = dict(pixels=(IMAGES - 1) * windows.numel(), out=(IMAGES - 1) * out.numel())
+    call_for_last_image(upsampling.library(), "interleave", ("interleave windows",), IMAGES, **arguments, windows=starts)
+    assert torch.equal(out, interleave_windows(windows, None))
 
 
 @needs_emulator

@@ -5,7 +5,7 @@
 // in NHWC (ChannelsLast) a row is a pixel and a column its channels, in NCHW a row is a channel of an image and a column its
 // pixels. A thread keeps its channels, so it loads the bias once and steps by a constant stride: down a column in NHWC, along a row
 // in NCHW. Threads side by side read adjacent memory.
-// Instructions: at most 60 per access of 8 bfloat16 with bias and residual, none of them a division. A warp issues them in 15 cycles
+// Instructions: at most 66 per access of 8 bfloat16 with bias and residual, none of them a division. A warp issues them in 17 cycles
 // (4 per cycle and multiprocessor), while its 1.5 KB take 106 cycles of an H100's bandwidth (3.35 TB/s over 132 multiprocessors at
 // 1.755 GHz, data sheet). tests/test_epilogue_machine_code.py counts them.
 // Registers: at most 64 (__launch_bounds__), for 4 blocks of 256 threads per multiprocessor. Each thread has 2 loads of x and 2
@@ -42,18 +42,18 @@ __global__ void __launch_bounds__(kThreads, 4) add(EpiloguePlan plan, T* x, cons
   const unsigned block_row = blockIdx.x / plan.blocks_across, block_column = blockIdx.x - block_row * plan.blocks_across;
   const unsigned outer = threadIdx.x / plan.inner, inner = threadIdx.x - outer * plan.inner;
   const int64_t row = int64_t(block_row) * plan.outer * (ChannelsLast ? plan.steps : 1) + outer;
-  const int column = block_column * plan.inner * (ChannelsLast ? 1 : plan.steps) + inner;
-  if (outer >= unsigned(plan.outer) || row >= plan.rows || column >= plan.columns) return;
+  const unsigned column = block_column * plan.inner * (ChannelsLast ? 1 : plan.steps) + inner;
+  if (outer >= unsigned(plan.outer) || row >= plan.rows || column >= unsigned(plan.columns)) return;
 
   const int step = ChannelsLast ? plan.outer : plan.inner, stride = step * VecSize * (ChannelsLast ? plan.columns : 1);
-  int left = int(min(ChannelsLast ? plan.rows - row : int64_t(plan.columns - column), int64_t(step) * plan.steps));
+  int left = int(min(ChannelsLast ? plan.rows - row : int64_t(plan.columns) - column, int64_t(step) * plan.steps));
   const int64_t first = (row * plan.columns + column) * VecSize;
   x += first;
   const bool has_residual = residual;
   residual += has_residual ? first : 0;
 
   constexpr int kChannels = ChannelsLast ? VecSize : 1;
-  const int64_t channel = ChannelsLast ? column * VecSize : unsigned(row) % unsigned(plan.channels);
+  const int64_t channel = ChannelsLast ? int64_t(column) * VecSize : unsigned(row) % unsigned(plan.channels);
   Vec<float, kChannels> channel_bias = {};
   auto add_accesses = [&](auto loads) {  // that many at once: loads under conditions would wait for one another
     constexpr int kLoads = decltype(loads)::value;
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, 4) add(EpiloguePlan plan, T* x, cons
     if (has_residual) {
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) residuals[i] = load_vec<VecSize, Cache::kStream>(residual + i * stride);
-      residual += kLoads * stride;
+      residual += int64_t(kLoads) * stride;
     }
     if (bias) {  // once, while the map's first loads are in flight
       channel_bias = load_bias<T, kChannels>(bias, plan.float_bias, channel);
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, 4) add(EpiloguePlan plan, T* x, cons
       }
       store_vec(x + i * stride, from_float<T>(sums));
     }
-    x += kLoads * stride;
+    x += int64_t(kLoads) * stride;
     left -= kLoads * step;
   };
   while (left > step) add_accesses(std::integral_constant<int, 2>());
@@ -104,7 +104,8 @@ void launch_add(const EpilogueProblem& problem, const Epilogue& tensors, cudaStr
   plan.columns = int((ChannelsLast ? problem.channels : problem.pixels) / VecSize);
   plan.channels = int(problem.channels);
   plan.float_bias = problem.bias_dtype == DType::float32;
-  plan.inner = ceil_div(plan.columns, ceil_div(plan.columns, kThreads));  // tiles of one width
+  const int tiles = ceil_div(plan.columns, kThreads);  // of one width, in whole warps
+  plan.inner = tiles == 1 ? plan.columns : round_up(ceil_div(plan.columns, tiles), kWarpSize);
   plan.outer = int(std::min<int64_t>(kThreads / plan.inner, plan.rows));
   const int64_t across = ceil_div(plan.columns, plan.inner), down = ceil_div<int64_t>(plan.rows, plan.outer);
   const int64_t steps = std::clamp<int64_t>(across * down / kTargetBlocks, 1, kMaxThreadAccesses);
