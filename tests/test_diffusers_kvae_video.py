@@ -9,11 +9,17 @@ from tolerances import RELATIVE, assert_close, relative_error
 from video_models import draw, kandinsky6, kvae_video, latent, video
 
 from movq_ext import accelerate, restore
+from movq_ext.diffusers import upsampling
 
 MODELS = {"KVAE": kvae_video, "Kandinsky 6": kandinsky6}
 SERVED = {
-    "KVAE": {"KVAECachedResnetBlock3D", "KVAECachedSpatialNorm3D"},
-    "Kandinsky 6": {"Kandinsky6SRSpatialNorm3D"},
+    "KVAE": {"KVAECachedResnetBlock3D", "KVAECachedSpatialNorm3D", "KVAECachedPXSUpsample"},
+    "Kandinsky 6": {
+        "Kandinsky6SRSpatialNorm3D",
+        "Kandinsky6SRResnetBlock3D",
+        "Kandinsky6SRCausalConv3d",
+        "Kandinsky6SRUpsample",
+    },
 }
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -97,8 +103,8 @@ def kvae_cache():
 @torch.no_grad()
 def test_unserved_parts_are_reported(name):
     reasons = {
-        "KVAE": {"it repeats the border in space too", "its convolution reflects the border"},
-        "Kandinsky 6": {"its cache holds padded frames", "it convolves what it upsamples once more"},
+        "KVAE": {"it repeats the border in space too"},
+        "Kandinsky 6": {"its norms are not conditioned on a latent", "it takes every other frame"},
     }
     assert set(accelerate(MODELS[name]()).skipped.values()) == reasons[name]
 
@@ -138,3 +144,54 @@ def test_hooked_norms_are_called():
     accelerate(model)
     assert_same([decode(model, z)], [theirs])
     assert len(seen) == 2
+
+
+# Convolutions and upsampling
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 5])
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1), (2, 1, 1)])
+@torch.no_grad()
+def test_causal_convolutions_of_kandinsky_6(kernel, frames):
+    kandinsky = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kandinsky6_sr")
+    torch.manual_seed(0)
+    conv, x = kandinsky.Kandinsky6SRCausalConv3d(4, 6, kernel).double(), draw(2, 4, frames, 5, 6, dtype=torch.float64)
+    results = []
+    for change in (lambda conv: None, accelerate):
+        change(conv)
+        cache = conv.make_cache()
+        first = conv(x, cache)
+        left = cache["padding"]
+        results.append([first, left, conv(x, cache), cache["padding"]])
+    assert_same(results[1], results[0])
+    assert results[1][1].untyped_storage().nbytes() == results[1][1].nbytes, "a cache must not hold the clip"
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("compress_time", [False, True])
+def test_upsampling(compress_time, layout):
+    kandinsky = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kandinsky6_sr")
+    kvae = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl_kvae_video")
+    torch.manual_seed(0)
+    x = draw(2, 4, 3, 4, 5, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    for layer in (kvae.KVAECachedPXSUpsample(4, compress_time), kandinsky.Kandinsky6SRUpsample(4, compress_time)):
+        layer.double()
+        results = []
+        for change in (lambda layer: None, accelerate):
+            report = change(layer)
+            cache = layer.make_cache() if hasattr(layer, "make_cache") else {"padding": None}
+            first, second = layer(x, cache), layer(x, cache)
+            results.append([first, second, *torch.autograd.grad(second.square().sum(), [x, *layer.parameters()])])
+        assert_same(results[1], results[0])
+        assert report.calls()[type(layer).__name__].accelerated == 2
+
+
+@torch.no_grad()
+def test_small_frames_are_left_to_diffusers(monkeypatch):
+    kandinsky = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kandinsky6_sr")
+    monkeypatch.setattr(upsampling, "MIN_PIXELS", 512)
+    layer = kandinsky.Kandinsky6SRUpsample(4, False)
+    report = accelerate(layer)
+    for pixels, accelerated in ((511, 0), (512, 1)):
+        layer(draw(1, 4, 1, 1, pixels), {})
+        assert report.calls()["Kandinsky6SRUpsample"].accelerated == accelerated

@@ -24,9 +24,6 @@ TIME_AXIS_REASON = "it works on maps with a time axis"
 UNSERVED = {
     "TemporalResnetBlock": TIME_AXIS_REASON,
     "KVAECachedCausalConv3d": "it repeats the border in space too",
-    "KVAECachedPXSUpsample": "its convolution reflects the border",
-    "Kandinsky6SRCausalConv3d": "its cache holds padded frames",
-    "Kandinsky6SRUpsample": "it convolves what it upsamples once more",
 }
 NO_PART_REASON = "none of its parts can be accelerated"
 
@@ -75,9 +72,9 @@ def accelerate(model_or_pipeline: Any, *, strict: bool = False) -> AccelerationR
     The parts, with SiLU: ResnetBlock2D (group norm, with or without a time embedding), ResnetBlockCondNorm2D and SpatialNorm
     (Kandinsky's VQModel), KVAE's 2-D SpatialNorm, nearest Upsample2D with its convolution, the group norm before the last
     convolution, and Attention of one head of up to 512 over an image. They make up nearly all of AutoencoderKL (SD, SDXL, FLUX)
-    and VQModel, and much of a UNet. Of AutoencoderKLCogVideoX: its blocks, spatial norms,
-    causal convolutions and upsampling. Results and gradients are the same up to rounding. Idempotent; call it again after adding
-    parts to the model.
+    and VQModel, and much of a UNet. Of AutoencoderKLCogVideoX, AutoencoderKLKVAEVideo and Kandinsky6SRVAE: blocks, spatial norms,
+    upsampling and, except KVAE's, causal convolutions. Results and gradients are the same up to rounding. Idempotent; call it
+    again after adding parts to the model.
 
     Args:
         model_or_pipeline: a ``torch.nn.Module``, or a diffusers pipeline, with all its models.

@@ -21,10 +21,11 @@ SPLITTING_CONVOLUTIONS = ("CogVideoXSafeConv3d", "KVAESafeConv3d", "Kandinsky6SR
 # Of 27 T multiplications per weight and pixel of a frame, folding saves 27. It reads or writes each weight about four times: the
 # limit is that of upsampling.py. On a GPU it is not measured, and used only for images, where it saves the most.
 MIN_PIXELS = 512
+MAX_ELEMENTS = 2**30  # of a clip: diffusers' classes split larger ones, see SPLITTING_CONVOLUTIONS
 
 
-def is_plain_conv3d(layer: Any) -> TypeGuard[nn.Conv3d]:
-    """True if calling the layer convolves with its weight and bias alone, padded with zeros in space and not in time.
+def is_plain_conv3d(layer: Any, padding_mode: str = "zeros") -> TypeGuard[nn.Conv3d]:
+    """True if calling the layer convolves with its weight and bias alone, padded in this mode in space and not in time.
 
     The classes of diffusers only split large inputs.
     """
@@ -33,7 +34,7 @@ def is_plain_conv3d(layer: Any) -> TypeGuard[nn.Conv3d]:
     if any(name in layer.__dict__ or getattr(nn.Conv3d, name) is not method for name, method in CONV3D_METHODS.items()):
         return False
     dense = layer.stride == layer.dilation == (1, 1, 1) and layer.groups == 1
-    return bool(dense and layer.padding_mode == "zeros" and layer.padding[0] == 0)
+    return bool(dense and layer.padding_mode == padding_mode and layer.padding[0] == 0)
 
 
 class CausalConv3d(Accelerated):
@@ -66,8 +67,9 @@ def causal_convolution(
     if padding == 0:
         return module.conv(x), None  # diffusers returns a copy of x, which its next call ignores
     if padded is None and can_fold_padding(module, x, cache):
-        return convolve_folding_padding(module.conv, x), _last_frames(x, padding)
-    before = x[:, :, :1].expand(-1, -1, padding, -1, -1) if cache is None else cache
+        conv = module.conv
+        return convolve_folding_padding(conv.weight, conv.bias, conv.padding, x), last_frames(x, padding).clone()
+    before = repeated_first_frame(x, padding) if cache is None else cache
     if padded is None:
         padded = torch.cat([before, x], dim=2)
     else:
@@ -75,11 +77,15 @@ def causal_convolution(
     return module.conv(padded), padded[:, :, -padding:].clone()
 
 
-def _last_frames(x: Tensor, count: int) -> Tensor:
-    """Return a copy of the last frames, after repeating the first if there are too few."""
+def repeated_first_frame(x: Tensor, count: int) -> Tensor:
+    return x[:, :, :1].expand(-1, -1, count, -1, -1)
+
+
+def last_frames(x: Tensor, count: int) -> Tensor:
+    """Return the last frames, the first repeated if there are too few."""
     if (missing := count - x.shape[2]) > 0:
-        x = torch.cat([x[:, :, :1].expand(-1, -1, missing, -1, -1), x], dim=2)
-    return x[:, :, -count:].clone()
+        x = torch.cat([repeated_first_frame(x, missing), x], dim=2)
+    return x[:, :, x.shape[2] - count :]
 
 
 def room_for_padding(module: Any, x: Tensor, cache: Tensor | None) -> Tensor | None:
@@ -108,21 +114,26 @@ def can_fold_padding(module: Any, x: Tensor, cache: Tensor | None) -> bool:
     if cache is not None or module.time_kernel_size == 1 or not is_plain_conv3d(module.conv):
         return False
     pays = x.shape[0] * x.shape[3] * x.shape[4] >= MIN_PIXELS and (x.shape[2] == 1 or not x.is_cuda)
-    return pays and not is_tracing()
+    return pays and x.numel() <= MAX_ELEMENTS and not is_tracing()
 
 
-def convolve_folding_padding(conv: nn.Conv3d, x: Tensor) -> Tensor:
+def convolve_folding_padding(weight: Tensor, bias: Tensor | None, padding: Any, x: Tensor) -> Tensor:
     """Return the convolution of x after repetitions of its first frame, without computing with them.
 
     The taps that fall on repetitions of a frame add up to one tap. So the first frame of the result takes one and the second two,
     where the published order takes three each.
+
+    Args:
+        weight, bias: ``(out, C, taps, 3, 3)`` and ``(out,)``.
+        padding: zeros in time (none), height and width.
+        x: ``(B, C, T, H, W)``.
     """
-    taps = conv.kernel_size[0]
+    taps = weight.shape[2]
     parts = []
     for frame in range(min(taps - 1, x.shape[2])):
-        first, others = conv.weight[:, :, : taps - frame], conv.weight[:, :, taps - frame :]
-        weight = torch.cat([first.sum(2, keepdim=True), others], dim=2)
-        parts.append(F.conv3d(x[:, :, : frame + 1], weight, conv.bias, padding=conv.padding))
+        first, others = weight[:, :, : taps - frame], weight[:, :, taps - frame :]
+        folded = torch.cat([first.sum(2, keepdim=True), others], dim=2)
+        parts.append(F.conv3d(x[:, :, : frame + 1], folded, bias, padding=padding))
     if x.shape[2] >= taps:
-        parts.append(conv(x))
+        parts.append(F.conv3d(x, weight, bias, padding=padding))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

@@ -14,8 +14,10 @@ from .attention import Attention
 from .blocks import ResnetBlock2D, ResnetBlockCondNorm2D
 from .causal_convolution import CausalConv3d
 from .cogvideox import CogVideoXResnetBlock3D, CogVideoXUpsample3D
+from .kandinsky6 import Kandinsky6SRCausalConv3d, Kandinsky6SRResnetBlock3D
 from .kvae_video import KVAECachedResnetBlock3D
 from .norms import GroupNorm, SpatialNorm
+from .residual_upsampling import Kandinsky6SRUpsample, KVAECachedPXSUpsample
 from .upsampling import Upsample2D
 from .video_norms import CogVideoXSpatialNorm3D, Kandinsky6SRSpatialNorm3D, KVAECachedSpatialNorm3D
 
@@ -36,6 +38,10 @@ IMPLEMENTATIONS: dict[str, type[Accelerated]] = {
     "diffusers.models.autoencoders.autoencoder_kl_kvae_video.KVAECachedSpatialNorm3D": KVAECachedSpatialNorm3D,
     "diffusers.models.autoencoders.autoencoder_kl_kvae_video.KVAECachedResnetBlock3D": KVAECachedResnetBlock3D,
     "diffusers.models.autoencoders.autoencoder_kandinsky6_sr.Kandinsky6SRSpatialNorm3D": Kandinsky6SRSpatialNorm3D,
+    "diffusers.models.autoencoders.autoencoder_kandinsky6_sr.Kandinsky6SRResnetBlock3D": Kandinsky6SRResnetBlock3D,
+    "diffusers.models.autoencoders.autoencoder_kandinsky6_sr.Kandinsky6SRCausalConv3d": Kandinsky6SRCausalConv3d,
+    "diffusers.models.autoencoders.autoencoder_kandinsky6_sr.Kandinsky6SRUpsample": Kandinsky6SRUpsample,
+    "diffusers.models.autoencoders.autoencoder_kl_kvae_video.KVAECachedPXSUpsample": KVAECachedPXSUpsample,
 }
 
 

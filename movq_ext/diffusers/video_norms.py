@@ -121,6 +121,10 @@ class Kandinsky6SRSpatialNorm3D(Accelerated):
         plain = fits_clip(zq, f) and Kandinsky6SRSpatialNorm3D.unsupported_reason(self) is None
         if not count_call(self, not args and not kwargs and can_compute_clip(self, f) and plain):
             return original_class(self).forward(self, f, zq, cache, *args, **kwargs)  # type: ignore[no-any-return]
+        return Kandinsky6SRSpatialNorm3D.modulated(self, f, zq, cache)
+
+    def modulated(self: Any, f: Tensor, zq: Tensor, cache: Any) -> Tensor:
+        """``norm_layer(f) * conv_y(zq) + conv_b(zq)``."""
         maps = (clips.modulation_map(conv(zq), f, cache["is_first_segment"]) for conv in (self.conv_y, self.conv_b))
         y, b = (clips.widen(zq_map, f.shape[4]) for zq_map in maps)
         cache["is_first_segment"] = False
