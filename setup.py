@@ -161,10 +161,8 @@ def extension():
             "cxx": ["-O3", "-std=c++20", *stable],
             "nvcc": ["-O3", "-std=c++20", "-lineinfo", "-Xptxas=-warn-spills"],
         },
-        py_limited_api=True,  # one library for every Python: it uses neither torch's Python library nor pybind11
     )
-    abi = {"bdist_wheel": {"py_limited_api": "cp311"}}  # the wheel's tag: requires-python in pyproject.toml
-    return {"ext_modules": [module], "cmdclass": {"build_py": BuildPy, "build_ext": BuildExt}, "options": abi}
+    return {"ext_modules": [module], "cmdclass": {"build_py": BuildPy, "build_ext": BuildExt}}
 
 
 setup(setup_requires=requires, **(extension() if record["torch"] else {"cmdclass": {"build_py": BuildPy}}))

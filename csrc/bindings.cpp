@@ -1,16 +1,16 @@
 // The operators' schemas and the Python module movq_ext._C. No logic.
 //
-// The module is written for Python's limited API, and the operators for torch's stable ABI: one binary serves every version of
-// both from those it is compiled for.
-#include <Python.h>
+// The operators use only torch's stable ABI, and pybind11 consists of headers. So one binary serves every torch from the one it
+// is compiled for, and one version of Python.
 #include <cuda_runtime_api.h>
+#include <pybind11/pybind11.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/version.h>
 
-#include <exception>
-
 #include "kernels/probe.h"
+
+namespace py = pybind11;
 
 // Each operator is implemented and registered in the .cpp file named after it.
 STABLE_TORCH_LIBRARY(movq_ext, m) {
@@ -35,40 +35,32 @@ STABLE_TORCH_LIBRARY(movq_ext, m) {
   m.def("interleave_windows(Tensor windows, Tensor? bias) -> Tensor");
 }
 
-namespace {
-
-PyObject* build_info(PyObject*, PyObject*) {
-  return Py_BuildValue("{s:s, s:i, s:s}", "torch", TORCH_VERSION, "cuda", CUDART_VERSION, "compiler", __VERSION__);
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "CUDA kernels of movq_ext";
+  m.def(
+      "build_info",
+      [] {
+        py::dict result;
+        result["torch"] = TORCH_VERSION;
+        result["cuda"] = CUDART_VERSION;
+        result["compiler"] = __VERSION__;
+        return result;
+      },
+      "The versions that compiled this binary: torch's release, CUDA as 1000 * major + 10 * minor, the C++ compiler.");
+  m.def(
+      "device_support",
+      [](int device) {
+        const int capability = movq::device_capability(device);  // an error if there is no such device
+        // torch's guard, since cudaSetDevice would create a context on the device to restore, which the process may not use.
+        const torch::stable::accelerator::DeviceGuard guard(device);
+        const movq::CodeVersions versions = movq::code_versions();
+        py::dict result;
+        result["device_capability"] = capability;
+        result["binary_version"] = versions.binary;
+        result["ptx_version"] = versions.ptx;
+        return result;
+      },
+      py::arg("device"),
+      "The device's compute capability and the versions of machine code and PTX for it, as 10 * major + minor, 0 for none. "
+      "Raises RuntimeError if the device cannot be queried.");
 }
-
-PyObject* device_support(PyObject*, PyObject* argument) {
-  const long device = PyLong_AsLong(argument);
-  if (device == -1 && PyErr_Occurred()) return nullptr;
-  try {
-    const int capability = movq::device_capability(static_cast<int>(device));  // an error if there is no such device
-    // torch's guard, since cudaSetDevice would create a context on the device to restore, which the process may not use.
-    const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
-    const movq::CodeVersions versions = movq::code_versions();
-    return Py_BuildValue("{s:i, s:i, s:i}", "device_capability", capability, "binary_version", versions.binary, "ptx_version",
-                         versions.ptx);
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-    return nullptr;
-  }
-}
-
-PyMethodDef methods[] = {
-    {"build_info", build_info, METH_NOARGS,
-     "The versions that compiled this binary: torch's release, CUDA as 1000 * major + 10 * minor, the C++ compiler."},
-    {"device_support", device_support, METH_O,
-     "The compute capability of a device, given by its index, and the versions of machine code and PTX for it, as "
-     "10 * major + minor, 0 for none. Raises RuntimeError if the device cannot be queried."},
-    {nullptr, nullptr, 0, nullptr},
-};
-
-PyModuleDef definition = {
-    .m_base = PyModuleDef_HEAD_INIT, .m_name = "_C", .m_doc = "CUDA kernels of movq_ext", .m_size = -1, .m_methods = methods};
-
-}  // namespace
-
-PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -213,7 +214,7 @@ def test_a_damaged_extension_gives_one_warning_and_the_native_path(native_wheel,
     wheel.extractall(tmp_path)
     record = {"torch": "2.11.0+cu130", "minimum_torch": "2.11", "nvcc": "13.0", "arch_list": "8.0"}
     (tmp_path / "movq_ext/_build_record.json").write_text(json.dumps(record))
-    (tmp_path / "movq_ext/_C.abi3.so").write_bytes(b"no library")
+    (tmp_path / f"movq_ext/_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"no library")
     script = "import torch; torch.version.cuda = '13.0'; import movq_ext; print(movq_ext.build_info()['extension'])"
     script += "; print(movq_ext.GroupNorm(2, 4)(torch.zeros(1, 4, 2, 2)).shape)"
     run = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(tmp_path)},
