@@ -131,7 +131,7 @@ def test_unet():
 
 
 @torch.no_grad()
-def test_video_parts_are_skipped():
+def test_blocks_over_time_are_served():
     torch.manual_seed(0)
     model = randomised(diffusers.AutoencoderKLTemporalDecoder(
         block_out_channels=(32, 64), down_block_types=["DownEncoderBlock2D"] * 2, layers_per_block=1, sample_size=16
@@ -140,8 +140,9 @@ def test_video_parts_are_skipped():
     expected = model.decode(z, num_frames=2).sample
     report = accelerate(model)
     temporal = {name for name, module in model.named_modules() if type(module).__name__ == "TemporalResnetBlock"}
-    assert report.skipped == dict.fromkeys(temporal, "it works on maps with a time axis") and temporal
+    assert set(report.replaced["TemporalResnetBlock"]) == temporal and not report.skipped
     assert_same([model.decode(z, num_frames=2).sample], [expected])
+    assert all(report.calls()[name].accelerated == 1 for name in temporal)
 
 
 @pytest.mark.parametrize("size", [(3, 5), (8, 8), (2, 3)])
@@ -350,9 +351,11 @@ OTHER_MODELS = {
     "AutoencoderKLWan": {"none of its parts can be accelerated"},
     "AutoencoderKLLTXVideo": {"none of its parts can be accelerated"},
     "AutoencoderKLQwenImage": {"none of its parts can be accelerated"},
-    "AutoencoderKLMochi": {"it works on maps with a time axis", "it repeats the border in space too"},
-    "AutoencoderKLHunyuanVideo": {"it works on maps with a time axis"},
-    "AutoencoderKLMagvit": {"it works on maps with a time axis"},
+    "AutoencoderKLMochi": {
+        "it works on maps with a time axis",
+        "it repeats the border in space too",
+        "it normalises every frame alone",
+    },
 }
 
 
@@ -371,16 +374,46 @@ def test_models_without_supported_parts_are_reported(name):
         accelerate(model, strict=True)
 
 
+HUNYUAN = dict(block_out_channels=(32,) * 4, layers_per_block=1, latent_channels=4)
+MAGVIT = dict(block_out_channels=(32, 32), latent_channels=4, layers_per_block=1, down_block_types=("SpatialDownBlock3D",) * 2,
+              up_block_types=("SpatialUpBlock3D",) * 2)  # fmt: skip
+
+
 @torch.no_grad()
-def test_parts_of_a_video_model_are_not_replaced():
-    model = diffusers.AutoencoderKLHunyuanVideo(block_out_channels=(32,) * 4, layers_per_block=1, latent_channels=4).eval()
+def test_parts_of_a_video_model_that_are_given_no_image_are_left():
+    model = diffusers.AutoencoderKLHunyuanVideo(**HUNYUAN).eval()
     report = accelerate(model)
     with Counted() as counted:
         model.decode(torch.randn(1, 4, 1, 2, 2))
     assert counted.calls == (0, 0, 0)
-    assert set(report.skipped) == {
+    assert {name for name, reason in report.skipped.items() if reason == "it works on maps with a time axis"} == {
         f"{half}.{part}" for half in ("encoder", "decoder") for part in ("mid_block.attentions.0", "conv_norm_out")
     }
+
+
+@pytest.mark.parametrize("name, config, block", [
+    ("AutoencoderKLHunyuanVideo", HUNYUAN, "HunyuanVideoResnetBlockCausal3D"),
+    ("AutoencoderKLMagvit", {**MAGVIT, "spatial_group_norm": False}, "EasyAnimateResidualBlock3D"),
+])  # fmt: skip
+def test_blocks_of_other_video_models(name, config, block):
+    torch.manual_seed(0)
+    model, z = randomised(getattr(diffusers, name)(**config)), torch.randn(1, 4, 2, 3, 4).double()
+    model.double()
+    results = []
+    for change in (lambda model: None, accelerate):
+        report = change(model)
+        out = model.decode(z.requires_grad_()).sample
+        gradients = torch.autograd.grad(out.square().sum(), z)
+        with torch.no_grad():
+            results.append([out, model.decode(z).sample, *gradients])
+    assert_same(results[1], results[0])
+    counts = [report.calls()[part] for part in report.replaced[block] if part.startswith("decoder.")]
+    assert counts and all(count.accelerated >= 2 and not count.original for count in counts)
+
+
+def test_blocks_that_normalise_every_frame_alone_are_left():
+    report = accelerate(diffusers.AutoencoderKLMagvit(**MAGVIT, spatial_group_norm=True))
+    assert "it normalises every frame alone" in report.skipped.values() and not report.replaced
 
 
 # Counts of calls

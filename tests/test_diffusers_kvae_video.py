@@ -150,7 +150,7 @@ def test_hooked_norms_are_called():
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 5])
-@pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1), (2, 1, 1)])
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1), (2, 1, 1), (3, 3, 1)])
 @torch.no_grad()
 def test_causal_convolutions_of_kandinsky_6(kernel, frames):
     kandinsky = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kandinsky6_sr")

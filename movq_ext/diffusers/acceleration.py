@@ -22,7 +22,9 @@ MAX_NAMES_SHOWN = 3
 TIME_AXIS_REASON = "it works on maps with a time axis"
 # Parts of video autoencoders that resemble served ones, with the reasons why they are not.
 UNSERVED = {
-    "TemporalResnetBlock": TIME_AXIS_REASON,
+    "HunyuanVideoCausalConv3d": "it repeats the border in space too",
+    "EasyAnimateCausalConv3d": "it keeps its cache in itself",
+    "MochiChunkedGroupNorm3D": "it normalises every frame alone",
     "KVAECachedCausalConv3d": "it repeats the border in space too",
 }
 NO_PART_REASON = "none of its parts can be accelerated"

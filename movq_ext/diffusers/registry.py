@@ -18,6 +18,7 @@ from .kandinsky6 import Kandinsky6SRCausalConv3d, Kandinsky6SRResnetBlock3D
 from .kvae_video import KVAECachedResnetBlock3D
 from .norms import GroupNorm, SpatialNorm
 from .residual_upsampling import Kandinsky6SRUpsample, KVAECachedPXSUpsample
+from .temporal_blocks import ClipResnetBlock
 from .upsampling import Upsample2D
 from .video_norms import CogVideoXSpatialNorm3D, Kandinsky6SRSpatialNorm3D, KVAECachedSpatialNorm3D
 
@@ -30,6 +31,9 @@ IMPLEMENTATIONS: dict[str, type[Accelerated]] = {
     "diffusers.models.upsampling.Upsample2D": Upsample2D,
     "diffusers.models.attention_processor.Attention": Attention,
     "diffusers.models.attention_processor.SpatialNorm": SpatialNorm,
+    "diffusers.models.resnet.TemporalResnetBlock": ClipResnetBlock,
+    "diffusers.models.autoencoders.autoencoder_kl_hunyuan_video.HunyuanVideoResnetBlockCausal3D": ClipResnetBlock,
+    "diffusers.models.autoencoders.autoencoder_kl_magvit.EasyAnimateResidualBlock3D": ClipResnetBlock,
     "diffusers.models.upsampling.CogVideoXUpsample3D": CogVideoXUpsample3D,
     "diffusers.models.autoencoders.autoencoder_kl_kvae.KVAEDecoderSpatialNorm2D": SpatialNorm,
     "diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXSpatialNorm3D": CogVideoXSpatialNorm3D,
