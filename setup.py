@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from glob import glob
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import setup
@@ -91,6 +92,8 @@ def plan_extension():
             raise NoExtensionError(f"torch {torch.__version__} is a build without CUDA")
         if torch.version.cuda.split(".")[0] != nvcc.split(".")[0]:
             raise NoExtensionError(f"torch {torch.__version__} needs an nvcc of CUDA {torch.version.cuda}, got {nvcc}")
+        if find_spec("pybind11") is None:  # only without build isolation
+            raise NoExtensionError("pybind11 is not installed")
     except NoExtensionError as reason:
         return {"torch": None, "reason": str(reason)}, []
     os.environ["CUDA_HOME"] = str(toolkit)  # cpp_extension reads it on import
@@ -139,6 +142,7 @@ class BuildPy(build_py):
 
 def extension():
     """Return the arguments of setup() that compile movq_ext._C."""
+    import pybind11
     from torch.utils.cpp_extension import BuildExtension, CUDAExtension
 
     class BuildExt(BuildExtension):
@@ -156,7 +160,8 @@ def extension():
     module = CUDAExtension(
         "movq_ext._C",
         sources=sorted(glob("csrc/*.cpp") + glob("csrc/kernels/*.cu")),
-        include_dirs=[str(Path("csrc").resolve())],
+        # pybind11 itself: torch 2.11's copy of it refuses to be compiled for the stable ABI.
+        include_dirs=[str(Path("csrc").resolve()), pybind11.get_include()],
         extra_compile_args={
             "cxx": ["-O3", "-std=c++20", *stable],
             "nvcc": ["-O3", "-std=c++20", "-lineinfo", "-Xptxas=-warn-spills"],

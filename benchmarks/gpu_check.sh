@@ -38,7 +38,7 @@ python="$environment/bin/python"
 architecture=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2> /dev/null)
 
 install() {
-  "$python" -c 'import torch, ninja, setuptools; assert int(setuptools.__version__.split(".")[0]) >= 77, setuptools.__version__' || return 1
+  "$python" -c 'import torch, ninja, pybind11, setuptools; assert int(setuptools.__version__.split(".")[0]) >= 77, setuptools.__version__' || return 1
   # Missing pure Python packages only skip the tests that need them.
   "$python" -m pip install --quiet numpy pillow safetensors scikit-image tqdm pytest hypothesis || echo "some packages are missing"
   "$python" -m pip install --no-build-isolation --no-deps --force-reinstall .

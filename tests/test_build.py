@@ -146,6 +146,12 @@ def test_requiring_the_extension_with_another_torch_is_an_error(source, tmp_path
         assert log.count(f"movq_ext is built without its CUDA kernels: {reason}") == 1
 
 
+def test_requiring_the_extension_without_pybind11_is_an_error(source, tmp_path, toolkit):
+    torch = stand_in_for_torch(tmp_path / "torch", "2.14.1+cu130", "13.0")
+    (tmp_path / "torch/sitecustomize.py").write_text("import sys\nsys.modules['pybind11'] = None\n")
+    assert required_build_error(source, tmp_path, CUDA_HOME=str(toolkit), **torch) == "pybind11 is not installed"
+
+
 @pytest.mark.parametrize(
     ("wanted", "built"),
     [
@@ -163,16 +169,17 @@ def test_sources_and_architectures(source, tmp_path, toolkit, wanted, built):
     script = (
         "import json, runpy, setuptools; setuptools.setup = lambda **arguments: None; setup = runpy.run_path('setup.py');"
         "module = setup['extension']()['ext_modules'][0]; print(json.dumps([setup['record'], module['sources'],"
-        "module['extra_compile_args']['cxx']]))"
+        "module['extra_compile_args']['cxx'], module['include_dirs']]))"
     )
     clean = {key: value for key, value in os.environ.items() if key not in ("MOVQ_EXT_CUDA", "TORCH_CUDA_ARCH_LIST")}
     environment = {**clean, "CUDA_HOME": str(toolkit), **stand_in_for_torch(tmp_path, "2.14.1+cu130", "13.0")}
     if wanted is not None:
         environment["TORCH_CUDA_ARCH_LIST"] = wanted
     run = subprocess.run([sys.executable, "-c", script], cwd=source, env=environment, capture_output=True, text=True, check=True)
-    record, sources, flags = json.loads(run.stdout)
+    record, sources, flags, include = json.loads(run.stdout)
     assert record == {"torch": "2.14.1+cu130", "minimum_torch": "2.11", "nvcc": "13.0", "arch_list": built}
     assert "-DTORCH_TARGET_VERSION=0x020b000000000000" in flags  # 2.11: torch 2.14 would let us use what 2.11 lacks
+    assert any(Path(path, "pybind11/pybind11.h").is_file() for path in include)  # torch 2.11's copy refuses that target version
     compiled = [*source.glob("csrc/*.cpp"), *source.glob("csrc/kernels/*.cu")]
     assert sources == sorted(path.relative_to(source).as_posix() for path in compiled) and len(sources) >= 2
 

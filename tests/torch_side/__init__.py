@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import emulator
+import pybind11
 import torch
 
 HERE = Path(__file__).resolve().parent
@@ -29,8 +30,8 @@ def build():
     """Compile and load the library in under a minute; return (the Python module, the fake CUDA runtime)."""
     folder = Path(tempfile.mkdtemp(prefix="torch_side"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    include = [HERE, HERE / "include", CSRC, TORCH / "include", sysconfig.get_path("include")]
-    defines = ["USE_CUDA", "Py_LIMITED_API=0x030a0000", "TORCH_TARGET_VERSION=0x020b000000000000"]
+    include = [HERE, HERE / "include", CSRC, pybind11.get_include(), TORCH / "include", sysconfig.get_path("include")]
+    defines = ["USE_CUDA", "TORCH_EXTENSION_NAME=_C", "TORCH_TARGET_VERSION=0x020b000000000000"]
     flags = ["-std=c++20", "-O1", "-fPIC", *(f"-I{path}" for path in include), *(f"-D{name}" for name in defines)]
     sources = [*CSRC.glob("*.cpp"), CSRC / "kernels/probe.cu", *HERE.glob("*.cpp")]
     objects = [str(folder / f"{path.stem}.o") for path in sources]
