@@ -130,6 +130,17 @@ def test_a_norm_of_the_first_and_of_later_segments(frames):
 
 
 @torch.no_grad()
+def test_the_result_of_another_norm_layer_is_not_overwritten():
+    kandinsky = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kandinsky6_sr")
+    norm, f, zq = kandinsky.Kandinsky6SRSpatialNorm3D(8, 4), draw(1, 8, 3, 4, 4), latent(2, size=(2, 2))
+    norm.norm_layer = torch.nn.Identity()
+    before, expected = f.clone(), norm(f, zq, norm.make_cache())
+    accelerate(norm)
+    assert_same([norm(f, zq, norm.make_cache())], [expected])
+    assert torch.equal(f, before)
+
+
+@torch.no_grad()
 def test_a_norm_that_convolves_the_resized_latent_is_left_to_diffusers():
     kvae = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl_kvae_video")
     norm = kvae.KVAECachedSpatialNorm3D(32, 4, add_conv=True)

@@ -128,10 +128,12 @@ class Kandinsky6SRSpatialNorm3D(Accelerated):
         maps = (clips.modulation_map(conv(zq), f, cache["is_first_segment"]) for conv in (self.conv_y, self.conv_b))
         y, b = (clips.widen(zq_map, f.shape[4]) for zq_map in maps)
         cache["is_first_segment"] = False
+        # Any other norm layer may return f itself, or a hook may hold its result.
+        owned = named_child_reason("norm_layer", self.norm_layer, "Kandinsky6VAERMSNorm") is None
         normalised = self.norm_layer(f)
-        owned = is_inference(normalised, y, b) and normalised.dtype == y.dtype == b.dtype
-        dense = normalised.is_contiguous(memory_format=clip_format(normalised))
-        return clips.scale_rows(normalised, y, b, normalised if owned and dense else None)
+        owned &= is_inference(normalised, y, b) and normalised.dtype == y.dtype == b.dtype
+        owned &= normalised.is_contiguous(memory_format=clip_format(normalised))
+        return clips.scale_rows(normalised, y, b, normalised if owned else None)
 
 
 def normalise_clip(f: Tensor, y: Tensor | None, b: Tensor | None, options: NormOptions, out: Tensor | None = None) -> Tensor:
