@@ -49,17 +49,19 @@ Ring plan_ring(const char* name) {
                            " bytes of shared memory per block, the device has " + std::to_string(limit));
 }
 
-// The cost of one unit on this device. A GPU whose blocks get less than 100 KB of shared memory (compute capability 8.6, 8.9 or
-// 12.0) multiplies 16-bit types at a quarter of an A100's rate: 8 cycles per mma (NVIDIA's Ada architecture whitepaper).
+// Cycles per mma of 16-bit types. The shared memory of a block tells the devices apart: 99 KB on GeForce GPUs (8.6, 8.9, 12.0),
+// whose tensor cores have a quarter of an A100's rate (NVIDIA's Ada whitepaper), 163 KB on an A100, and 227 KB on an H100.
+inline double cycles_per_mma(const char* name) {
+  const int limit = shared_memory_limit(name);
+  return limit < 100 << 10 ? 8 : limit <= 163 << 10 ? 2 : 1.6;
+}
+
 template <class Shape, class Pass>
 UnitCost unit_cost(int64_t head_size, const char* name) {
   constexpr int kSize = sizeof(typename Shape::T), kProducts = Pass::kProducts + Pass::kValues;
   constexpr int kMultiplyAdds = 16 * 8 * 32 / kSize;  // of one mma; float takes three for each product (mma.cuh)
   constexpr double kMma = double(kProducts) * Shape::kRows * kColumns * Shape::kHeadSize / kMultiplyAdds * (kSize == 4 ? 3 : 1);
-  const double cycles_per_mma = shared_memory_limit(name) < 100 << 10 ? 8 : 1.6;
-  const int64_t copies = Pass::kWholeTiles ? 1 : kProducts;
-  return {kMma * cycles_per_mma, double(copies * kColumns * head_size * kSize),
-          double(2 * Shape::kRows * head_size * int64_t(sizeof(float)))};
+  return {kMma * cycles_per_mma(name), double(2 * Shape::kRows * head_size * int64_t(sizeof(float)))};
 }
 
 template <class Shape, class Pass>

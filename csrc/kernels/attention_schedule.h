@@ -3,12 +3,10 @@
 // A unit of work is one row tile and one column tile. The units form one line, row tile by row tile, and each block takes an
 // equal, contiguous share, so any number of tokens fills the GPU. A block that has only some of a row tile's units writes a part,
 // one float per sum, which `combine` reads. Shorter shares keep more multiprocessors busy; longer shares leave fewer parts.
-//
-// The model behind the choice: a unit takes as long as its products, or as long as L2 needs to serve the columns of all blocks at
-// once, whichever is longer. Then every part passes through L2 twice.
+// The schedule takes the shortest shares whose parts need at most 60% of the time, if products limit the units and L2 limits the
+// parts. Longer shares certainly leave multiprocessors idle, while what they gain depends on the real rate of L2.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "device/common.cuh"
@@ -25,12 +23,12 @@ struct Schedule {
 // The cost of one unit and of one part.
 struct UnitCost {
   double cycles;      // of a unit's products, on one multiprocessor
-  double bytes;       // of columns that a unit reads from L2
   double part_bytes;  // that a part moves through L2, written and read
 };
 
 // L2 bytes per cycle and multiprocessor: 5.5 TB/s (attention_tile.cuh) for the 132 of an H100 at 1.755 GHz.
 constexpr double kL2Bytes = 24;
+constexpr double kMaxPartTime = 0.6;  // of the time of units and parts
 
 // The number of parts if each block takes `share` units.
 inline int64_t count_parts(int64_t units, int64_t column_tiles, int64_t share) {
@@ -46,18 +44,13 @@ inline int64_t count_parts(int64_t units, int64_t column_tiles, int64_t share) {
 
 // Divides the units among at most `resident` blocks, which run at the same time. All shares but the last are multiples of `step`.
 inline Schedule plan_schedule(int64_t row_tiles, int64_t column_tiles, int resident, const UnitCost& cost, int step = 1) {
-  const int64_t units = row_tiles * column_tiles, shortest = round_up<int64_t>(ceil_div<int64_t>(units, resident), step);
-  const double l2 = kL2Bytes * resident;
-  auto cycles = [&](int64_t share) {
-    const double blocks = double(ceil_div(units, share));
-    return double(share) * std::max(cost.cycles, blocks * cost.bytes / l2) +
-           double(count_parts(units, column_tiles, share)) * cost.part_bytes / l2;
+  const int64_t units = row_tiles * column_tiles;
+  auto parts_dominate = [&](int64_t share) {
+    const double parts = double(count_parts(units, column_tiles, share)) * cost.part_bytes / (kL2Bytes * resident);
+    return parts > kMaxPartTime * (parts + double(share) * cost.cycles);
   };
-  const int64_t longest = shortest + column_tiles * step;  // one share of this range leaves no parts
-  double least = cycles(shortest);
-  for (int64_t share = shortest; share <= longest; share += step) least = std::min(least, cycles(share));
-  int64_t share = shortest;
-  while (cycles(share) > 1.05 * least) share += step;  // idle multiprocessors need a gain beyond the model's accuracy
+  int64_t share = round_up<int64_t>(ceil_div<int64_t>(units, resident), step);
+  while (parts_dominate(share)) share += step;  // ends: one of the next column_tiles shares leaves no parts
   return {int(units), int(share), int(ceil_div(units, share))};
 }
 

@@ -45,7 +45,7 @@ Plan make_plan(const AttentionProblem& problem, const char* name) {
   }
   plan.all_row_tiles = int(all_row_tiles);
   constexpr double kFlop = 2.0 * kRows * kStageRows * Head * (Pass::kResidents + 1), kFlopPerCycle = 4096;
-  constexpr UnitCost kCost = {kFlop / kFlopPerCycle, kStageRows * Head * sizeof(uint16_t), 2.0 * kRows * Head * sizeof(float)};
+  constexpr UnitCost kCost = {kFlop / kFlopPerCycle, 2.0 * kRows * Head * sizeof(float)};
   // Registers leave room for one block on each multiprocessor. Stages come in pairs: one for each computing warpgroup.
   plan.schedule = plan_schedule(all_row_tiles, plan.stages, multiprocessors(name), kCost, 2);
   return plan;
