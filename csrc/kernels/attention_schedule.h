@@ -50,7 +50,7 @@ inline Schedule plan_schedule(int64_t row_tiles, int64_t column_tiles, int resid
     return parts > kMaxPartTime * (parts + double(share) * cost.cycles);
   };
   int64_t share = round_up<int64_t>(ceil_div<int64_t>(units, resident), step);
-  while (parts_dominate(share)) share += step;  // ends: one of the next column_tiles shares leaves no parts
+  while (parts_dominate(share)) share += step;  // ends: a multiple of column_tiles leaves no parts
   return {int(units), int(share), int(ceil_div(units, share))};
 }
 
