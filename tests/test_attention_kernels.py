@@ -316,7 +316,7 @@ def test_backward_is_eight_products_without_bank_conflicts(counted, dtype):
 )
 def test_keys_that_are_values_are_copied_once_where_two_tiles_fit(counted, size, limit, copies, used):
     """Half of the bytes from L2, and 0.25 wavefronts of shared memory per mma less."""
-    counted.device = {"multiprocessors": 2, "shared_limit": limit}
+    counted.device = {"multiprocessors": 1, "shared_limit": limit}
     q, kv, v, _ = case(1, 1, 64, 256, size, BF16)
     counted.forward(q, kv, v, 0.1)
     (two_tensors,) = counted.cost.launches
