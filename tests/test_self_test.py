@@ -9,15 +9,19 @@ from tolerances import assert_close
 from torch._subclasses import FakeTensorMode
 
 import movq_ext
-from movq_ext.ops import extension, functional, self_test
+from movq_ext.ops import attention_backends, extension, functional, self_test
 from movq_ext.ops.registration import CPU_IMPLEMENTATIONS
 from movq_ext.ops.self_test import CALLS, self_test_failure
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 DTYPES = list(self_test.TOLERANCES)
+CHUNKED = {f"chunked_{name}": right for name, right in CPU_IMPLEMENTATIONS.items() if "attention" in name}
+RIGHT = {**CPU_IMPLEMENTATIONS, **CHUNKED}
 OPERATOR_OF = {  # the others belong to upsampling
-    name: next((op for op in CALLS if op.removeprefix("shared_kv_") in name), "upsample_conv") for name in CPU_IMPLEMENTATIONS
+    name: next((op for op in sorted(CALLS, key=len, reverse=True) if op in name.replace("shared_kv_", "")), "upsample_conv")
+    for name in RIGHT
 }
+SHARED_KV = {"shared_kv_attention_forward", "shared_kv_attention_backward"}
 
 
 class PretendGpu(torch.Tensor):
@@ -30,8 +34,8 @@ class Kernels:
     """The planted kernels, which count their calls."""
 
     def __init__(self, monkeypatch):
-        self.monkeypatch, self.calls = monkeypatch, dict.fromkeys(CPU_IMPLEMENTATIONS, 0)
-        for name, right in CPU_IMPLEMENTATIONS.items():
+        self.monkeypatch, self.calls = monkeypatch, dict.fromkeys(RIGHT, 0)
+        for name, right in RIGHT.items():
             self.plant(name, right)
 
     def plant(self, name, kernel):
@@ -42,7 +46,7 @@ class Kernels:
         self.monkeypatch.setattr(torch.ops.movq_ext, name, counted, raising=False)
 
     def plant_error_of(self, name, change):
-        right = CPU_IMPLEMENTATIONS[name]
+        right = RIGHT[name]
 
         def wrong(*arguments):
             results = right(*arguments)
@@ -56,7 +60,8 @@ class Kernels:
 @pytest.fixture
 def kernels(monkeypatch):
     monkeypatch.setattr(self_test, "_results", {})
-    monkeypatch.setattr(functional, "device_reason", lambda index: None)
+    for module in (functional, attention_backends):
+        monkeypatch.setattr(module, "device_reason", lambda index: None)
     monkeypatch.delenv(self_test.VARIABLE, raising=False)
     extension.warn_once.cache_clear()
     return Kernels(monkeypatch)
@@ -73,20 +78,21 @@ def attention_inputs():
 def test_right_kernels_pass_and_are_tested_once(kernels, operator, dtype, channels_last):
     assert self_test_failure(operator, CPU, dtype, channels_last) is None
     called = dict(kernels.calls)
-    assert {name for name, count in called.items() if count} == {name for name, op in OPERATOR_OF.items() if op == operator}
+    names = {name for name, op in OPERATOR_OF.items() if op == operator}
+    assert {name for name, count in called.items() if count} == (SHARED_KV if operator == "hopper_attention" else names)
     assert self_test_failure(operator, CPU, dtype, channels_last) is None and kernels.calls == called
     self_test_failure(operator, CPU, next(other for other in DTYPES if other != dtype), channels_last)
     assert kernels.calls != called
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CPU_IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", RIGHT)
 def test_a_wrong_kernel_is_described_with_both_figures(kernels, name, dtype):
     kernels.plant_error_of(name, lambda result: result.mul_(1.5))
     failure = self_test_failure(OPERATOR_OF[name], CPU, dtype, True)
     assert failure.startswith(f"the self test of {name} on cpu in {str(dtype)[6:]}")
     assert "found relative error 0.5 in result 0, expected at most" in failure and "norm" in failure
-    assert ("channels_last" in failure) == (OPERATOR_OF[name] != "attention")
+    assert ("channels_last" in failure) == ("attention" not in name)
 
 
 def test_one_wrong_element_in_the_last_result_is_found(kernels):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model.fusion import SHARED_KV_DTYPES, absorb_keys, compute_dtype, is_plain_group_norm
-from ..ops.cuda import MAX_HEAD_SIZE
+from ..ops.attention_backends import MAX_HEAD_SIZE
 from ..ops.functional import attention, fused_spatial_norm, shared_kv_attention
 from ..ops.options import NormOptions
 from .accelerated import Accelerated, can_compute, count_call, is_plain_instance, original_class

@@ -16,7 +16,6 @@ from .options import NormOptions
 from .registration import register_implementations
 
 Gradients = tuple[Tensor | None, ...]
-MAX_HEAD_SIZE = 512
 
 if extension_available():
     register_implementations()

@@ -89,6 +89,11 @@ def extension_reason() -> str | None:
     return _reason
 
 
+def arch_list() -> str:
+    """Return the compute capabilities that the extension was compiled for, as in ``TORCH_CUDA_ARCH_LIST``."""
+    return _record.get("arch_list") or ""
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @functools.cache  # the answer cannot change, and asking creates a CUDA context on the device
 def device_reason(index: int) -> str | None:

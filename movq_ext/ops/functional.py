@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import clips, cuda, native, upsampling
+from . import attention_backends, clips, cuda, native, upsampling
 from .argument_checks import (
     check_add_bias_residual,
     check_attention,
@@ -22,6 +22,7 @@ from .options import NormOptions
 from .self_test import self_test_failure
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SELF_TESTS = {"hopper": "hopper_attention", "tile": "attention", "cublas": "chunked_attention"}  # of attention's backends
 MAX_MAP_PIXELS = 2**31 - 1 - 2**16  # of one feature map; the same in csrc/kernels/spatial_norm.h
 
 
@@ -119,10 +120,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         return native.attention(q, k, v, scale)
     if torch.is_autocast_enabled("cuda"):
         q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
-    if reason := _why_native(q) or _why_native_head(q.shape[3]) or _failed_self_test("attention", q):
-        warn_once(reason)
+    if (backend := _attention_backend(q, k, v)) == "native":
         return native.attention(q, k, v, scale)
-    return cuda.attention(q, k, v, q.shape[3] ** -0.5 if scale is None else scale)
+    return cuda.attention(q, k, v, q.shape[3] ** -0.5 if scale is None else scale, backend)
 
 
 def shared_kv_attention(q: Tensor, kv: Tensor, scale: float | None = None) -> Tensor:
@@ -150,10 +150,9 @@ def shared_kv_attention(q: Tensor, kv: Tensor, scale: float | None = None) -> Te
         return native.shared_kv_attention(q, kv, scale)
     if torch.is_autocast_enabled("cuda"):
         q, kv = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, kv))
-    if reason := _why_native(q) or _why_native_head(q.shape[3]) or _failed_self_test("attention", q):
-        warn_once(reason)
+    if (backend := _attention_backend(q, kv)) == "native":
         return native.shared_kv_attention(q, kv, scale)
-    return cuda.shared_kv_attention(q, kv, q.shape[3] ** -0.5 if scale is None else scale)
+    return cuda.shared_kv_attention(q, kv, q.shape[3] ** -0.5 if scale is None else scale, backend)
 
 
 def spatial_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -288,7 +287,9 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def explain(x: Tensor, operator: str = "spatial_norm") -> str:
-    """Return the path that an operator takes for x, ``native`` or ``cuda``, and why.
+    """Return the path that an operator takes for x, ``native``, ``cuda`` or ``cublas``, and why.
+
+    Attention has two kinds of kernels, ``hopper`` and ``tile``; the text names the one that runs.
 
     Args:
         x: ``(B, C, H, W)`` for ``"spatial_norm"``, which also takes clips ``(B, C, T, H, W)``, ``"spatial_attention"`` and
@@ -297,29 +298,33 @@ def explain(x: Tensor, operator: str = "spatial_norm") -> str:
         operator: name of the operator.
 
     Returns:
-        ``native: <reason>`` or ``cuda: <reason>``.
+        ``native: <reason>``, ``cuda: <reason>`` or ``cublas: <reason>``.
 
     Raises:
-        ValueError: the operator is unknown.
+        ValueError: the operator is unknown, or the environment variable MOVQ_EXT_ATTENTION or MOVQ_EXT_SELF_TEST is invalid.
     """
     head_dim = {"spatial_norm": None, "upsample_conv": None, "spatial_attention": 1, "attention": 3, "shared_kv_attention": 3}
     if operator not in head_dim:
         raise ValueError(f"operator must be one of {', '.join(head_dim)}, got {operator!r}")
     if not x.is_cuda:
         return f"native: the CUDA kernels do not run on {x.device.type} tensors"
+    if (dim := head_dim[operator]) is not None:
+        return _explain_attention(x, operator == "shared_kv_attention", dim)
     is_clip = operator == "spatial_norm" and x.dim() == 5
     x = clips.as_map(x) if is_clip else x
-    reason = _why_native(x)
-    if (dim := head_dim[operator]) is None:
-        reason = reason or _failed_self_test(operator, x)
-    else:
-        reason = reason or _why_native_head(x.shape[dim]) or _failed_self_test("attention", x)
-    if reason:
+    if reason := _why_native(x) or _failed_self_test(operator, x):
         return f"native: {reason}"
     details = (
         f"; {_explain_upsampling(x)}" if operator == "upsample_conv" else ", which takes a clip as one map" if is_clip else ""
     )
     return f"cuda: compiled for {torch.cuda.get_device_name(x.device)}{details}"
+
+
+def _explain_attention(x: Tensor, shared_kv: bool, head_dim: int) -> str:
+    backend, reason, _ = _choose_attention(x, shared_kv, torch.is_grad_enabled() and x.requires_grad, head_dim)
+    if backend in ("native", "cublas"):
+        return f"{backend}: {reason}"
+    return f"cuda: compiled for {torch.cuda.get_device_name(x.device)}; {backend} kernels: {reason}"
 
 
 def _explain_upsampling(x: Tensor) -> str:
@@ -342,15 +347,34 @@ def _why_native(x: Tensor) -> str | None:
 
 
 def _failed_self_test(operator: str, x: Tensor) -> str | None:
-    channels_last = operator != "attention" and not x.is_contiguous()
+    channels_last = operator not in SELF_TESTS.values() and not x.is_contiguous()
     failure: str | None = self_test_failure(operator, x.device, x.dtype, channels_last)
     return failure
 
 
-def _why_native_head(size: int) -> str | None:
-    if size > cuda.MAX_HEAD_SIZE:
-        return f"the CUDA kernels of attention take heads of up to {cuda.MAX_HEAD_SIZE}, got {size}"
-    return None
+def _attention_backend(*inputs: Tensor) -> str:
+    """Return the backend for q, k and v, or q and kv, on a GPU. Warn once if it is not the one that was asked for or chosen."""
+    choice = _choose_attention(inputs[0], len(inputs) == 2, torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
+    if choice.is_fallback:
+        if choice.reason.startswith(attention_backends.VARIABLE):
+            attention_backends.warn_of_request_once(choice.reason, choice.backend)
+        else:
+            warn_once(choice.reason)
+    return choice.backend
+
+
+def _choose_attention(q: Tensor, shared_kv: bool, gradient: bool, head_dim: int = 3) -> attention_backends.Choice:
+    """Return the backend for q, whose kernels agree with the native path, and why it runs."""
+    if native.traces_plain_operators():
+        return attention_backends.Choice("native", "torch.jit.trace and torch.onnx.export trace PyTorch's operators only", True)
+    tokens = None if native.is_tracing() else q.shape[2] if head_dim == 3 else q.shape[2] * q.shape[3]
+    problem = attention_backends.Problem(
+        q.device.index, q.dtype, q.shape[head_dim], tokens, shared_kv, gradient, torch.compiler.is_exporting()
+    )
+    choice = attention_backends.choose(problem)
+    if choice.backend != "native" and (failure := _failed_self_test(SELF_TESTS[choice.backend], q)):
+        return attention_backends.Choice("native", failure, True)
+    return choice
 
 
 def _why_native_parameters(f: Tensor, options: NormOptions) -> str | None:
