@@ -11,10 +11,11 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -66,13 +67,20 @@ def summary(rounds: Sequence[float]) -> tuple[float, float]:
     return middle, (max(rounds) - min(rounds)) / middle
 
 
-def arguments(description: str | None, name: str, minutes: float, rehearsal: str) -> tuple[argparse.Namespace, torch.device]:
-    """Return the options of an operator's benchmark (``out``, ``quick``, ``minutes``) and its device, a GPU with an index."""
+def arguments(
+    description: str | None, name: str, minutes: float, rehearsal: str, flags: Mapping[str, str] = MappingProxyType({})
+) -> tuple[argparse.Namespace, torch.device]:
+    """Return the options of an operator's benchmark (``out``, ``quick``, ``minutes``, flags) and its device, a GPU with an index.
+
+    flags maps further options to their help.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path(f"benchmarks/results/{name}"), help="folder for the results")
     parser.add_argument("--quick", action="store_true", help=f"rehearse: {rehearsal}")
     parser.add_argument("--minutes", type=float, default=minutes, help="start no measurement after this long")
+    for flag, text in flags.items():
+        parser.add_argument(flag, action="store_true", help=text)
     options = parser.parse_args()
     device = torch.device(options.device)
     return options, torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device

@@ -107,9 +107,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         scale: factor on the scores; ``C ** -0.5`` if None.
 
     Returns:
-        ``(B, heads, queries, C)`` in q's dtype, or in autocast's, which casts all three. On a GPU, float32 is as accurate as the
-        native path (products of three TF32 terms) whatever ``torch.backends.cuda.matmul.allow_tf32`` says, but an infinite
-        element turns every result that depends on it into NaN.
+        ``(B, heads, queries, C)`` in q's dtype, or in autocast's, which casts all three. In float32, the CUDA kernels are as
+        accurate as the native path (products of three TF32 terms) whatever ``torch.backends.cuda.matmul.allow_tf32`` says, but an
+        infinite element turns every result that depends on it into NaN.
 
     Raises:
         ValueError: an argument has the wrong rank, size or device.
