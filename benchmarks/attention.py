@@ -112,7 +112,7 @@ def errors(attention: Attention, inputs: list[Tensor], dout: Tensor, backward: b
         doubles = [x[:1].detach().double().requires_grad_() for x in inputs]
         exact = torch.autograd.grad(formula(*(*doubles, doubles[-1])[:3]), doubles, dout[:1].double())
         pairs += [(grad[:1], want) for grad, want in zip(torch.autograd.grad(out, inputs, dout), exact, strict=True)]
-    return max(float((actual - expected).norm() / expected.norm()) for actual, expected in pairs)
+    return max(float((actual - expected).detach().norm() / expected.detach().norm()) for actual, expected in pairs)
 
 
 def measure(attention: Attention, inputs: list[Tensor], dout: Tensor, backward: bool) -> dict[str, float] | str:

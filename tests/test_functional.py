@@ -187,7 +187,7 @@ def test_the_kernels_refuse_maps_of_more_pixels_than_int32_holds(monkeypatch):
 def test_explain_names_the_path_and_the_reason():
     x = torch.zeros(2, 4, 3, 3)
     assert explain(x, "attention") == explain(x, "spatial_attention") == explain(x, "shared_kv_attention") == explain(x)
-    names = "spatial_norm, spatial_attention, attention, shared_kv_attention"
+    names = "spatial_norm, upsample_conv, spatial_attention, attention, shared_kv_attention"
     with pytest.raises(ValueError, match=f"operator must be one of {names}, got 'conv'"):
         explain(x, "conv")
     assert explain(torch.zeros(1)) == "native: the CUDA kernels do not run on cpu tensors"
