@@ -54,7 +54,7 @@ MOVQ_DEVICE void store_taps(T* weight, const Channels& channels, int out, int in
     accesses[i / VecSize][i % VecSize] = taps[tap][channel];
   }
 #pragma unroll
-  for (int i = 0; i < kTaps; ++i) store_vec(weight + i * (ChannelsLast ? channels.in : VecSize), accesses[i]);
+  for (int i = 0; i < kTaps; ++i) store_vec(weight + int64_t(i) * (ChannelsLast ? channels.in : VecSize), accesses[i]);
 }
 
 // Calls store(row, column, sums) for each of the 4x4 sums.
@@ -126,7 +126,8 @@ __global__ void __launch_bounds__(kThreads, 4) fold_to_transposed(const T* weigh
   for (int tap = 0; tap < kTaps; ++tap) taps[tap] = tile.accesses.load(Tile::index(tap, in, out) / VecSize);
   folded += int64_t(first_in + in) * 16 * channels.out + first_out + out;
   fold(taps, [&](int row, int column, const Vec<T, VecSize>& sums) {
-    store_vec(folded + ((3 - row) * 4 + 3 - column) * channels.out, sums);
+    // In 64 bits: nvcc 13.0 splits stores at 32-bit multiples of a stride into four.
+    store_vec(folded + int64_t((3 - row) * 4 + 3 - column) * channels.out, sums);
   });
 }
 
