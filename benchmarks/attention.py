@@ -11,6 +11,7 @@ keys and values are one tensor. A second table compares AttnBlock's two orders o
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +20,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from attention_order import compare_orders
-from attention_tune import Case, tune, write_table
+from attention_tune import Case, candidates, tune, write_table
 from timing import arguments, environment, matmul_rate, milliseconds, write
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import movq_ext
 from movq_ext.ops import cuda
-from movq_ext.ops.attention_backends import Problem, choose, requested_backend
+from movq_ext.ops.attention_backends import requested_backend
 
 SIZE = 512
 TOKENS = (1024, 4096, 9216, 16384, 36864)
@@ -59,11 +60,15 @@ def sdpa_with(backend: SDPBackend) -> Attention:
     return attention
 
 
+@functools.cache
+def runs(backend: str, case: Case, device: torch.device) -> bool:
+    return backend in candidates(case, device)
+
+
 def ours_with(backend: str, shared_kv: bool) -> Attention:
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        choice = choose(Problem(q.device.index, q.dtype, q.shape[3], q.shape[2], shared_kv, q.requires_grad))
-        if q.is_cuda and backend == "hopper" and choice.is_fallback:
-            raise RuntimeError(choice.reason)
+        if q.is_cuda and not runs(backend, Case(shared_kv, q.dtype, q.shape[3], q.requires_grad, q.shape[2]), q.device):
+            raise NotImplementedError(f"{backend} does not take these tensors")
         scale = q.shape[3] ** -0.5
         return cuda.shared_kv_attention(q, k, scale, backend) if shared_kv else cuda.attention(q, k, v, scale, backend)
 

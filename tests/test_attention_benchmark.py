@@ -72,6 +72,13 @@ def test_a_backend_that_fails_the_self_test_is_not_measured(benchmark, machine):
     assert requested_backend() is None
 
 
+def test_a_backend_runs_only_where_it_can(benchmark, machine):  # noqa: F811
+    """Without the kernels, the operator for Hopper would run the others."""
+    case, device = benchmark.tune.Case(True, torch.bfloat16, 512, False, 1024), torch.device("cpu")
+    machine.become((8, 0))
+    assert not benchmark.attention.runs("hopper", case, device) and benchmark.attention.runs("tile", case, device)
+
+
 def test_tuning_stops_when_the_time_is_over(benchmark, machine):  # noqa: F811
     answers = iter([True, True, False])
     assert len(benchmark.tune.tune(made_up, torch.device("cpu"), lambda: next(answers))) == 2

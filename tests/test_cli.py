@@ -233,6 +233,7 @@ def test_info(model, capsys):
     assert call("info", "--model", model) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["torch"] == torch.__version__ and report["model"]["n_embed"] == 64 and report["model"]["downsampling"] == 2
+    assert report["attention"] == report["path"] == "native: the CUDA kernels do not run on cpu tensors"
 
 
 @pytest.mark.parametrize("name", PHOTOS)

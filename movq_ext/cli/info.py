@@ -23,6 +23,9 @@ def run(args: argparse.Namespace) -> int:
     report: dict[str, Any] = build_info()
     report["path"] = explain(torch.empty(0, device=args.device))
     model = load_model(args)
+    channels, dtype = model.decoder.conv_in.out_channels, model.quant_conv.weight.dtype
+    operator = "attention" if dtype == torch.float32 else "shared_kv_attention"  # as in AttnBlock
+    report["attention"] = explain(torch.empty(1, 1, 1, channels, dtype=dtype, device=args.device), operator)
     report["model"] = {
         "path": str(args.model),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
