@@ -34,6 +34,11 @@ def compile_kernels(source: Path, target: int, folder: Path) -> dict[str, list[s
     return {name: _names(words) for name, words in _compile(source, target, folder).items()}
 
 
+def read_kernels(cubin: Path) -> dict[str, list[str]]:
+    """Return the instructions of a compiled file's kernels, as compile_kernels() does."""
+    return {name: _names(words) for name, words in _read(cubin).items()}
+
+
 def compile_loops(source: Path, target: int, folder: Path) -> dict[str, list[list[str]]]:
     """Return the instructions of each kernel's loops, from the target of every branch backwards to that branch."""
     loops: dict[str, list[list[str]]] = {}
@@ -51,11 +56,10 @@ def _compile(source: Path, target: int, folder: Path) -> dict[str, list[tuple[in
     cubin = folder / f"{source.stem}.{target}.cubin"
     options = ["-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", f"-arch=sm_{target}", "-cubin"]
     subprocess.run([NVCC, *options, "-o", cubin, source], check=True)
-    return read_kernels(cubin)
+    return _read(cubin)
 
 
-def read_kernels(cubin: Path) -> dict[str, list[str]]:
-    """Return the instructions of a compiled file's kernels, as compile_kernels() does."""
+def _read(cubin: Path) -> dict[str, list[tuple[int, int]]]:
     return {
         name.removeprefix(".text."): list(struct.iter_unpack("<QQ", code))
         for name, code in sections(cubin.read_bytes()).items()
