@@ -290,6 +290,11 @@ def test_small_maps_are_not_folded():
     assert chosen(128, 10) == "direct" and chosen(128, 16) == "transposed"
 
 
+def test_traced_programs_fold_maps_of_any_size(monkeypatch):
+    monkeypatch.setattr(native, "is_tracing", lambda: True)
+    assert chosen(512, 8) == "transposed"
+
+
 def test_explain_says_which_method_runs_and_what_it_costs(launches, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
     x = torch.empty(1, 512, 32, 32, dtype=BF16).as_subclass(PretendGpu)
