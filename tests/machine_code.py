@@ -22,6 +22,13 @@ OPCODES = {
     0xD06: "I2F",
     0x981: "LDG",
     0x986: "STG",
+    0x223: "FFMA",  # of registers; the others take a constant or a uniform register
+    0x423: "FFMA",
+    0x623: "FFMA",
+    0x823: "FFMA",
+    0xA23: "FFMA",
+    0xC23: "FFMA",
+    0x308: "MUFU",
     0x947: "BRA",
     0x983: "LDL",
     0x387: "STL",

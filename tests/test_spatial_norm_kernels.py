@@ -249,12 +249,12 @@ def thread_channels(f):
 def statistics_bytes(cost, f):
     """Return the bytes of partial statistics and coefficients that move between the passes.
 
-    Each thread of the output reads the coefficients of its channels, 8 bytes a channel. They come from memory once.
+    Each thread of the output reads the coefficients of its channels, 16 bytes a channel. They come from memory once.
     """
-    coefficients = 8 * f.shape[0] * f.shape[1]
+    coefficients = 16 * f.shape[0] * f.shape[1]
     workspace, modulate = cost.buffers["workspace"], launch_named(cost, "spatial_norm modulate")
     from_cache = workspace.read_bytes - (workspace.written_bytes - coefficients)
-    assert 0 < from_cache <= 8 * thread_channels(f) * threads(modulate)
+    assert 0 < from_cache <= 16 * thread_channels(f) * threads(modulate)
     return 2 * workspace.written_bytes
 
 

@@ -72,11 +72,14 @@ MOVQ_DEVICE int64_t element_offset(const Geometry& geometry, int64_t image, int 
                       : (image * geometry.channels + channel) * pixels + pixel;
 }
 
+// Which of the three rows or columns of a cell of a bordered zq.
+MOVQ_DEVICE int part_of_cell(int inside, int cell_size) { return inside == 0 ? 0 : inside == cell_size - 1 ? 2 : 1; }
+
 // The position of zq that a position of f reads. It never decreases along the axis.
 MOVQ_DEVICE int source_index(int position, const Axis& axis) {
   if (axis.cell_size == 0) return min(int(floorf(__fmul_rn(float(position), axis.scale))), axis.zq_size - 1);  // as torch rounds
   const int cell = unsigned(position) / unsigned(axis.cell_size), inside = position - cell * axis.cell_size;
-  return 3 * cell + (inside == 0 ? 0 : inside == axis.cell_size - 1 ? 2 : 1);
+  return 3 * cell + part_of_cell(inside, axis.cell_size);
 }
 
 // The first position of f whose source is `source` or later. The positions that read `source` are [first_position(source),

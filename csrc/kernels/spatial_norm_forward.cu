@@ -1,8 +1,7 @@
 // SpatialNorm forward in three kernels: the statistics of chunks of f, their merge per (image, group), and the output.
 //
-// The merge writes one scale and one shift per channel, with the mean, rstd, weight, bias and f_bias in them. So the output is
-// two multiply-adds per value, silu((f * scale + shift) * up(zq_y) + up(zq_b)). The shift is rounded to float32: where a group's
-// mean is m standard deviations from 0, its values are shifted by up to m * 2^-24, as in torch's GroupNorm on a GPU.
+// The merge writes a centre, a scale and a shift per channel, with the mean, rstd, weight, bias and f_bias in them.
+// spatial_norm_output.cuh has the output pass.
 // Bytes: f is read twice and written once. Each chunk adds 16 bytes of statistics per group, which is less than 2% of all bytes
 // where there is work for 256 blocks of 4 rounds.
 // Why not read f once and keep it on chip, in a cluster or a cooperative grid? Up to the size of L2 (50 MB on an H100;
@@ -18,44 +17,26 @@
 // Registers: at most 80 (__launch_bounds__), for 3 blocks of 256 threads per multiprocessor. Each thread has 4 (statistics) or 2
 // (output) loads of 16 bytes in flight, 24 to 48 KB per multiprocessor. An H100 needs about 20 KB to cover its memory latency at
 // full bandwidth. benchmarks/results/resources.md lists what the compiler allocates.
-#include "spatial_norm_plan.h"
+#include "spatial_norm_output.cuh"
 #include "spatial_norm_statistics.cuh"
 
 namespace movq {
 namespace spatial_norm {
 namespace {
 
-// Normalisation and affine parameters of one channel of one image: n * weight + bias = f * scale + shift.
-struct Coefficients { float scale, shift; };
-
-MOVQ_DEVICE void store_coefficients(float* to, int64_t index, const Coefficients& coefficients) {
-  store_vec(to + 2 * index, Vec<float, 2>{{coefficients.scale, coefficients.shift}});
-}
-
-// Those of N adjacent channels, in accesses of up to 16 bytes.
-template <int N>
-MOVQ_DEVICE void load_coefficients(const float* from, int64_t index, Coefficients (&coefficients)[N]) {
-  constexpr int kPairs = N > 1 ? 2 : 1;
-#pragma unroll
-  for (int i = 0; i < N; i += kPairs) {
-    const auto values = load_vec<2 * kPairs>(from + 2 * (index + i));
-#pragma unroll
-    for (int k = 0; k < kPairs; ++k) coefficients[i + k] = {values[2 * k], values[2 * k + 1]};
-  }
-}
-
 template <class T>
 struct MergeArrays {
   const float* partial;  // [batch][group][part][4]
   const void *weight, *bias, *f_bias;
   float *mean, *rstd;
-  float* coefficients;  // [batch][channel][2]
+  float* coefficients;  // [batch][channel][4]
 };
 
 // One block merges the partial moments of one (image, group), always in the same order, and writes the coefficients of its
 // channels.
 template <class T>
-__global__ void __launch_bounds__(kThreads) merge_statistics(Geometry geometry, int parts, float eps, MergeArrays<T> arrays) {
+__global__ void __launch_bounds__(kThreads)
+    merge_statistics(Geometry geometry, int parts, float eps, float pre_scale, MergeArrays<T> arrays) {
   const int64_t image_group = blockIdx.x;
   Moments moments = {};
   for (int part = threadIdx.x; part < parts; part += blockDim.x) {
@@ -71,55 +52,11 @@ __global__ void __launch_bounds__(kThreads) merge_statistics(Geometry geometry, 
   const int first_channel = int(blockIdx.x % unsigned(geometry.groups)) * geometry.group_channels;
   for (int i = threadIdx.x; i < geometry.group_channels; i += blockDim.x) {
     const int channel = first_channel + i;
-    const float scale = rstd * load_parameter<T>(arrays.weight, channel, geometry.float_params, 1);
-    const float centre = moments.mean - load_parameter<T>(arrays.f_bias, channel, geometry.float_f_bias, 0);
-    const float shift = fmaf(-centre, scale, load_parameter<T>(arrays.bias, channel, geometry.float_params, 0));
-    store_coefficients(arrays.coefficients, image_group * geometry.group_channels + i, {scale, shift});
-  }
-}
-
-template <class T>
-struct OutputArrays {
-  const T *f, *zq_y, *zq_b;
-  const float* coefficients;
-  T* out;
-};
-
-template <class T, int VecSize, bool ChannelsLast>
-__global__ void __launch_bounds__(kThreads, 3) modulate(Geometry geometry, Tiling tiling, OutputArrays<T> arrays) {
-  using Thread = ThreadTile<VecSize, ChannelsLast>;
-  constexpr int kLoadsInFlight = 2;
-  const Thread thread(geometry, tiling, gridDim.x - 1 - int64_t(blockIdx.x));  // backwards, see the head of this file
-  if (thread.idle) return;
-
-  Coefficients coefficients[Thread::kChannels];
-  load_coefficients(arrays.coefficients, thread.image * geometry.channels + thread.channel, coefficients);
-  const int64_t first = element_offset<ChannelsLast>(geometry, thread.image, thread.channel, 0, geometry.pixels);
-  const int64_t pixel_stride = ChannelsLast ? geometry.channels : 1;
-  const T* f = arrays.f + first;
-  T* out = arrays.out + first;
-  for (int pixel = thread.pixel; pixel < thread.end_pixel; pixel += kLoadsInFlight * thread.pixel_step) {
-    Vec<T, VecSize> values[kLoadsInFlight];
-#pragma unroll
-    for (int ahead = 0; ahead < kLoadsInFlight; ++ahead) {
-      const int at = pixel + ahead * thread.pixel_step;
-      if (at < thread.end_pixel) values[ahead] = load_vec<VecSize, Cache::kStream>(f + at * pixel_stride);
-    }
-#pragma unroll
-    for (int ahead = 0; ahead < kLoadsInFlight; ++ahead) {
-      const int at = pixel + ahead * thread.pixel_step;
-      if (at >= thread.end_pixel) break;
-      Vec<float, VecSize> y, b, results;
-      load_modulation<T, VecSize, ChannelsLast>(geometry, arrays.zq_y, arrays.zq_b, thread.image, thread.channel, at, true, y, b);
-#pragma unroll
-      for (int i = 0; i < VecSize; ++i) {
-        const Coefficients& channel = coefficients[ChannelsLast ? i : 0];
-        const float normalized = fmaf(to_float(values[ahead][i]), channel.scale, channel.shift);
-        const float modulated = fmaf(normalized, y[i], b[i]);
-        results[i] = geometry.silu ? silu(modulated) : modulated;
-      }
-      store_vec(out + at * pixel_stride, from_float<T>(results));
-    }
+    const float weight = load_parameter<T>(arrays.weight, channel, geometry.float_params, 1);
+    const float bias = load_parameter<T>(arrays.bias, channel, geometry.float_params, 0);
+    const float f_bias = load_parameter<T>(arrays.f_bias, channel, geometry.float_f_bias, 0);
+    store_coefficients(arrays.coefficients, image_group * geometry.group_channels + i,
+                       {moments.mean - f_bias, pre_scale * rstd * weight, pre_scale * bias});
   }
 }
 
@@ -159,13 +96,13 @@ void launch_statistics(const SpatialNormProblem& problem, const Geometry& geomet
 }  // namespace
 }  // namespace spatial_norm
 
-// The workspace: [batch][group][part][4] partial moments, then [batch][channel][2] coefficients.
+// The workspace: [batch][group][part][4] partial moments, then [batch][channel][4] coefficients.
 size_t spatial_norm_forward_workspace(const SpatialNormProblem& problem, const SpatialNormForward& tensors) {
   using namespace spatial_norm;
   const Geometry geometry = make_geometry(problem);
   const int vec_size = forward_vec_size(problem, geometry, tensors);
   const int64_t moments = geometry.batch * partial_moments(problem, geometry, vec_size, tensors.f_bias);
-  return sizeof(float) * (4 * moments + 2 * geometry.batch * geometry.channels);
+  return 4 * sizeof(float) * (moments + geometry.batch * geometry.channels);
 }
 
 void spatial_norm_forward(const SpatialNormProblem& problem, const SpatialNormForward& tensors, cudaStream_t stream) {
@@ -176,7 +113,7 @@ void spatial_norm_forward(const SpatialNormProblem& problem, const SpatialNormFo
   const int parts = int(moments / geometry.groups);
   float* partial = static_cast<float*>(tensors.workspace);
   float* coefficients = partial + 4 * geometry.batch * moments;
-  const Tiling tiling = make_tiling(geometry, vec_size, problem.channels_last);
+  const OutputPlan plan = plan_output(problem, vec_size);
   dispatch(problem, vec_size, [&](auto type, auto vec_size_constant, auto channels_last) {
     using T = typename decltype(type)::type;
     constexpr int VecSize = decltype(vec_size_constant)::value;
@@ -188,13 +125,18 @@ void spatial_norm_forward(const SpatialNormProblem& problem, const SpatialNormFo
     const MergeArrays<T> merge_arrays = {partial,      tensors.weight, tensors.bias, tensors.f_bias,
                                          tensors.mean, tensors.rstd,   coefficients};
     launch(merge_statistics<T>, "spatial_norm merge_statistics", merge_config, stream, geometry, parts, problem.eps,
-           merge_arrays);
+           plan.pre_scale, merge_arrays);
     const OutputArrays<T> arrays = {static_cast<const T*>(tensors.f), static_cast<const T*>(tensors.zq_y),
                                     static_cast<const T*>(tensors.zq_b), coefficients, static_cast<T*>(tensors.out)};
-    const LaunchConfig output_config = {
-        grid_size("spatial_norm modulate", geometry.batch * tiling.channel_tiles * tiling.pixel_chunks),
-        unsigned(tiling.threads())};
-    launch(modulate<T, VecSize, ChannelsLast>, "spatial_norm modulate", output_config, stream, geometry, tiling, arrays);
+    const LaunchConfig output_config = {grid_size("spatial_norm modulate", output_blocks(problem, plan)),
+                                        unsigned(plan.threads())};
+    auto launch_output = [&](auto kernel) { launch(kernel, "spatial_norm modulate", output_config, stream, plan, arrays); };
+    if constexpr (VecSize > 1) {
+      const Resize resize = choose_resize(problem, VecSize);
+      if (resize == Resize::kSameGrid) return launch_output(modulate<T, VecSize, ChannelsLast, Resize::kSameGrid>);
+      if (resize == Resize::kEvenCells) return launch_output(modulate<T, VecSize, ChannelsLast, Resize::kEvenCells>);
+    }
+    launch_output(modulate<T, VecSize, ChannelsLast, Resize::kCells>);
   });
 }
 

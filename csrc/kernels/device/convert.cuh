@@ -34,6 +34,26 @@ MOVQ_DEVICE Vec<T, N> from_float(const Vec<float, N>& values) {
   return results;
 }
 
+// A bfloat16 is the upper half of a float: one instruction per value, where single ones take two.
+template <int N>
+MOVQ_DEVICE Vec<float, N> to_float(const Vec<__nv_bfloat16, N>& values) {
+  if constexpr (N % 2) {
+    return to_float<__nv_bfloat16, N>(values);
+  } else {
+    union {
+      Vec<__nv_bfloat16, N> values;
+      uint32_t pairs[N / 2];
+    } bits = {values};
+    Vec<float, N> results;
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      results[i] = __uint_as_float(bits.pairs[i / 2] << 16);
+      results[i + 1] = __uint_as_float(bits.pairs[i / 2] & 0xffff0000u);
+    }
+    return results;
+  }
+}
+
 // Two 16-bit values in one register, as mma takes them: the first in the low half.
 template <class T> MOVQ_DEVICE uint32_t pack(float low, float high);
 template <> MOVQ_DEVICE uint32_t pack<__half>(float low, float high) {

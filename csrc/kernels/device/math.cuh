@@ -16,4 +16,15 @@ MOVQ_DEVICE float fast_exp2(float x) {
 #endif
 }
 
+// 1 / x to within 1 ulp; 0 for a result below 2^-126, and infinite for such an x.
+MOVQ_DEVICE float fast_reciprocal(float x) {
+#ifdef MOVQ_EMULATOR
+  return 1 / x;
+#else
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#endif
+}
+
 }  // namespace movq
