@@ -153,6 +153,64 @@ def test_nan_in_f_bias_stays_in_its_group(backend):
     assert out[:, 4:8].isnan().all() and not out[:, :4].isnan().any() and not out[:, 8:].isnan().any()
 
 
+# --- Clusters: one kernel where a group fits into the registers of 8 blocks
+
+clustered = backends(emulator=Emulator)
+CLUSTER_CASES = {
+    "tile": ((2, 32, 16, 32), 4, (4, 8)),
+    "same-grid": ((1, 32, 16, 32), 2, (16, 32)),
+    "no-zq": ((1, 64, 24, 40), 8, None),
+    "two-row-cells": ((1, 16, 32, 16), 2, (16, 8)),
+    "one-cell": ((1, 32, 2, 8), 4, (1, 1)),
+    "wide-group": ((1, 512, 2, 8), 1, (1, 2)),
+    "eight-rows-of-float32": ((1, 8, 128, 64), 1, (16, 32)),
+}
+
+
+@pytest.mark.parametrize("name", CLUSTER_CASES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype, silu", [(F32, True), (BF16, True), (F16, False)], ids=["float32", "bfloat16", "float16-linear"])
+def test_clusters_match_the_published_formula(clustered, name, layout, dtype, silu):
+    shape, groups, zq_size = CLUSTER_CASES[name]
+    c = case(shape, zq_size, dtype, layout)
+    f_bias, sums = biased(c, F32)
+    clustered.max_cluster = 8
+    clustered.seeds = (0, 1)
+    out, mean, rstd = clustered.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, groups, 1e-6, silu, f_bias)
+    assert [launch.kernel for launch in clustered.cost.launches] == ["spatial_norm norm_in_cluster"]
+    assert_close(out, expected_forward(sums, groups, 1e-6, silu), slack=2.0)
+    grouped = sums.f.reshape(shape[0], groups, -1)
+    assert_near(mean, grouped.mean(2))
+    assert_near(rstd, (grouped.var(2, correction=0) + 1e-6).rsqrt())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_clusters_read_f_once(clustered, layout, dtype):
+    c = case((1, 32, 64, 64), (32, 32), dtype, layout)
+    clustered.seeds, clustered.max_cluster = (0,), 8
+    clustered.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 2, 1e-6, True)
+    size, cost = c.f.numel() * c.f.element_size(), clustered.cost
+    assert cost.buffers["f"].read_bytes == cost.buffers["f"].read_sectors * 32 == size
+    assert cost.buffers["out"].written_bytes == cost.buffers["out"].written_sectors * 32 == size
+    assert cost.buffers["workspace"].read_bytes == cost.buffers["workspace"].written_bytes == 0
+    (launch,) = cost.launches
+    assert (launch.cluster, launch.grid[0]) == (8, 16) and launch.bank_conflicts == 0
+
+
+@pytest.mark.parametrize("shape, groups, zq_size, max_cluster", [
+    pytest.param((1, 32, 16, 32), 4, (4, 8), 1, id="no-clusters"),
+    pytest.param((1, 32, 16, 32), 4, (4, 8), 4, id="small-clusters"),
+    pytest.param((1, 8, 136, 128), 1, (17, 16), 8, id="large-group"),
+    pytest.param((1, 32, 12, 24), 4, (5, 7), 8, id="not-whole-ratio"),
+])  # fmt: skip
+def test_other_maps_take_three_kernels(clustered, shape, groups, zq_size, max_cluster):
+    c = case(shape, zq_size, BF16, "channels_last")
+    clustered.seeds, clustered.max_cluster = (0,), max_cluster
+    clustered.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, groups, 1e-6, True)
+    assert len(clustered.cost.launches) == 3
+
+
 # --- Extreme values
 
 

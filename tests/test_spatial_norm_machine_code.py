@@ -6,7 +6,7 @@ import pytest
 pytestmark = pytest.mark.skipif(machine_code.NVCC is None, reason="needs nvcc")
 SOURCE = machine_code.ROOT / "csrc/kernels/spatial_norm_forward.cu"
 # Instructions per 16 bytes with zq and SiLU. `first`: two rows that load their cell from zq; `other`: further rows of the cell.
-LIMITS = {"16 bits": {"first": 102, "other": 77, "same grid": 121}, "float32": {"first": 52, "other": 40, "same grid": 56}}
+LIMITS = {"16 bits": {"first": 103, "other": 77, "same grid": 121}, "float32": {"first": 52, "other": 40, "same grid": 56}}
 CELLS, EVEN_CELLS, SAME_GRID = ("ResizeE0E", "ResizeE1E", "ResizeE2E")
 
 
@@ -58,4 +58,4 @@ def test_all_loads_of_a_unit_are_requested_before_one_is_used(loops):
 
 def test_no_loop_spills(loops):
     for name, code in loops.items():
-        assert not {"LDL", "STL"} & set(sum(code, [])), name
+        assert not any({"LDL", "STL"} & set(loop) for loop in code), name

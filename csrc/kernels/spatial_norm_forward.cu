@@ -1,22 +1,21 @@
-// SpatialNorm forward in three kernels: the statistics of chunks of f, their merge per (image, group), and the output.
+// SpatialNorm forward: in one kernel where a group stays on chip (spatial_norm_cluster.cuh), otherwise in three: the statistics
+// of chunks of f, their merge per (image, group), and the output (spatial_norm_output.cuh).
 //
 // The merge writes a centre, a scale and a shift per channel, with the mean, rstd, weight, bias and f_bias in them.
-// spatial_norm_output.cuh has the output pass.
-// Bytes: f is read twice and written once. Each chunk adds 16 bytes of statistics per group, which is less than 2% of all bytes
-// where there is work for 256 blocks of 4 rounds.
-// Why not read f once and keep it on chip, in a cluster or a cooperative grid? Up to the size of L2 (50 MB on an H100;
-// 256x256x256 in bfloat16 is 34 MB) the second read comes from the cache anyway, because the output kernel runs its blocks
-// backwards and so starts with what the statistics kernel read last. The largest maps do not fit on chip: one group of
-// 128x1024x1024 is 8 MB, a cluster of 8 blocks holds 1.8 MB. Only batches of medium maps lie in between.
+// Bytes of the three kernels: f is read twice and written once. Each chunk adds 16 bytes of statistics per group, which is less
+// than 2% of all bytes where there is work for 256 blocks of 4 rounds.
+// Up to the size of L2 (50 MB on an H100; 256x256x256 in bfloat16 is 34 MB) the second read comes from the cache, because the
+// output kernel runs its blocks backwards and so starts with what the statistics kernel read last.
 // Blocks: statistics cuts (image, group), the output cuts (image, channels), into at most 32 and 16 rounds of 256 accesses of 16
-// bytes, and fewer where that would leave fewer than 256 and 1024 blocks. For 512x32x32 in bfloat16 that is 256 blocks per pass
-// at batch 1, for 128x1024x1024 thousands, although there are only 32 groups.
+// bytes, and fewer where that would leave fewer than 256 and 512 blocks. For 512x32x32 in bfloat16 that is 256 blocks per pass at
+// batch 1, for 128x1024x1024 thousands, although there are only 32 groups.
 // f_bias costs neither a pass nor an addition per value: it shifts a channel's mean and leaves its m2 alone, and the coefficients
 // take mean - bias. In NCHW the partial statistics are then per channel rather than per group: 0.5% of all bytes for maps
 // of 32x32 in bfloat16.
 // Registers: at most 80 (__launch_bounds__), for 3 blocks of 256 threads per multiprocessor. Each thread has 4 (statistics) or 2
 // (output) loads of 16 bytes in flight, 24 to 48 KB per multiprocessor. An H100 needs about 20 KB to cover its memory latency at
 // full bandwidth. benchmarks/results/resources.md lists what the compiler allocates.
+#include "spatial_norm_cluster.cuh"
 #include "spatial_norm_output.cuh"
 #include "spatial_norm_statistics.cuh"
 
@@ -93,6 +92,30 @@ void launch_statistics(const SpatialNormProblem& problem, const Geometry& geomet
   }
 }
 
+// Returns false without launching anything if the map or the device does not allow it.
+template <class T, int VecSize, bool ChannelsLast, Resize resize>
+bool launch_in_clusters(const SpatialNormProblem& problem, const Geometry& geometry, const SpatialNormForward& tensors,
+                        cudaStream_t stream) {
+  if (ChannelsLast && geometry.group_channels % VecSize != 0) return false;
+  const OutputPlan plan = plan_cluster(problem, VecSize);
+  if (plan.rows > kHeldRows) return false;
+  const char* name = "spatial_norm norm_in_cluster";
+  const int64_t blocks = kClusterBlocks * geometry.batch * geometry.groups;
+  if (blocks > INT32_MAX) return false;
+  const LaunchConfig config = {unsigned(blocks), kThreads, (kThreads / kWarpSize + 1) * sizeof(Moments), kClusterBlocks};
+  const auto kernel = norm_in_cluster<T, VecSize, ChannelsLast, resize>;
+  if (!can_launch_clusters(kernel, name, config)) return false;
+  const ClusterArrays<T> arrays = {{static_cast<const T*>(tensors.f), static_cast<const T*>(tensors.zq_y),
+                                    static_cast<const T*>(tensors.zq_b), nullptr, static_cast<T*>(tensors.out)},
+                                   tensors.weight,
+                                   tensors.bias,
+                                   tensors.f_bias,
+                                   tensors.mean,
+                                   tensors.rstd};
+  launch(kernel, name, config, stream, plan, geometry, problem.eps, arrays);
+  return true;
+}
+
 }  // namespace
 }  // namespace spatial_norm
 
@@ -118,6 +141,17 @@ void spatial_norm_forward(const SpatialNormProblem& problem, const SpatialNormFo
     using T = typename decltype(type)::type;
     constexpr int VecSize = decltype(vec_size_constant)::value;
     constexpr bool ChannelsLast = decltype(channels_last)::value;
+    if constexpr (VecSize > 1) {
+      const Resize resize = choose_resize(problem, VecSize);
+      if (resize == Resize::kSameGrid &&
+          launch_in_clusters<T, VecSize, ChannelsLast, Resize::kSameGrid>(problem, geometry, tensors, stream)) {
+        return;
+      }
+      if (resize == Resize::kEvenCells &&
+          launch_in_clusters<T, VecSize, ChannelsLast, Resize::kEvenCells>(problem, geometry, tensors, stream)) {
+        return;
+      }
+    }
     launch_statistics<T, VecSize>(problem, geometry, tensors, stream);
     const unsigned threads = std::min(kThreads, round_up(std::max(parts, geometry.group_channels), kWarpSize));
     const LaunchConfig merge_config = {grid_size("spatial_norm merge_statistics", geometry.batch * geometry.groups), threads,

@@ -8,7 +8,7 @@
 //
 // Instructions per 16 bytes, for sm_90, which tests/test_spatial_norm_machine_code.py counts:
 //                                            16-bit types   float32
-//   two rows that load their cell from zq        102            52
+//   two rows that load their cell from zq        103            52
 //   further rows of the cell                      77            40
 //   zq on f's own grid                           121            56
 // so at most 90 where a cell has four rows. A value of 16 bits takes a conversion, a subtraction, a multiply-add, 4 instructions
@@ -67,24 +67,42 @@ inline Resize choose_resize(const SpatialNormProblem& problem, int vec_size) {
   return even_rows && (even_columns || problem.channels_last) && !problem.bordered ? Resize::kEvenCells : Resize::kCells;
 }
 
+// Whether rows do not matter, because no pixel looks for a source.
+inline bool is_flat(const SpatialNormProblem& problem, int vec_size) {
+  return problem.zq_height == 0 || choose_resize(problem, vec_size) == Resize::kSameGrid;
+}
+
+inline void set_width(OutputPlan& plan, int width, int access_pixels, int64_t pixel_bytes) {
+  plan.width = width;
+  plan.height = ceil_div(plan.pixels, plan.width);
+  plan.last_width = plan.pixels - (plan.height - 1) * plan.width;
+  plan.columns = plan.width / access_pixels;
+  plan.row_bytes = plan.width * pixel_bytes;
+}
+
+// The distance between pixels of a channel.
+inline int64_t pixel_bytes(const SpatialNormProblem& problem) {
+  return (problem.channels_last ? problem.channels : 1) * bytes(problem.dtype);
+}
+
 inline OutputPlan plan_output(const SpatialNormProblem& problem, int vec_size) {
   OutputPlan plan = {};
-  const bool is_flat = problem.zq_height == 0 || choose_resize(problem, vec_size) == Resize::kSameGrid;
   const bool nhwc = problem.channels_last;
   const int access_pixels = nhwc ? 1 : vec_size;
   const int channel_accesses = int(problem.channels) / (nhwc ? vec_size : 1);
   plan.channels = int(problem.channels);
   plan.pixels = int(problem.height * problem.width);
   plan.channel_threads = nhwc ? std::min(channel_accesses, channel_threads(vec_size)) : 1;
-  const int pixel_threads = kThreads / plan.channel_threads;
-  plan.width = is_flat ? std::min(plan.pixels, pixel_threads * access_pixels) : int(problem.width);
-  plan.height = ceil_div(plan.pixels, plan.width);
-  plan.last_width = plan.pixels - (plan.height - 1) * plan.width;
-  plan.columns = plan.width / access_pixels;
+  // Small maps get half as many threads per block, since each takes two rows at least.
+  const int64_t accesses = problem.batch * channel_accesses * plan.pixels / access_pixels;
+  const int block_threads = accesses < kOutputTargetBlocks * kThreads ? kThreads / 2 : kThreads;
+  const int pixel_threads = block_threads / plan.channel_threads;
+  set_width(plan, is_flat(problem, vec_size) ? std::min(plan.pixels, pixel_threads * access_pixels) : int(problem.width),
+            access_pixels, pixel_bytes(problem));
   const int column_tiles = ceil_div(plan.columns, pixel_threads);
   plan.column_threads = ceil_div(plan.columns, column_tiles);
   plan.row_threads = std::min(pixel_threads / plan.column_threads, plan.height);
-  if (!nhwc) plan.channel_threads = std::min(kThreads / (plan.column_threads * plan.row_threads), plan.channels);
+  if (!nhwc) plan.channel_threads = std::min(block_threads / (plan.column_threads * plan.row_threads), plan.channels);
   const int channel_tiles = ceil_div(channel_accesses, plan.channel_threads);
 
   const int steps = ceil_div(plan.height, plan.row_threads);
@@ -99,13 +117,12 @@ inline OutputPlan plan_output(const SpatialNormProblem& problem, int vec_size) {
   plan.row_tiles = Divisor(ceil_div(steps, plan.rows));
 
   plan.zq_width = int(problem.zq_width);
-  plan.row_bytes = int64_t(plan.width) * (nhwc ? plan.channels : 1) * bytes(problem.dtype);
-  plan.zq_row_bytes = problem.zq_width * (nhwc ? plan.channels : 1) * bytes(problem.dtype);
+  plan.zq_row_bytes = problem.zq_width * pixel_bytes(problem);
   plan.zq_pixels = int(problem.zq_height * problem.zq_width);
   plan.source_rows = make_axis(int(problem.height), int(problem.zq_height), problem.bordered);
   plan.source_columns = make_axis(int(problem.width), int(problem.zq_width), problem.bordered);
   plan.cell_row_bits = 31;  // without zq every source is 0
-  while (problem.zq_height && problem.height >> plan.cell_row_bits < problem.zq_height) --plan.cell_row_bits;
+  while (plan.cell_row_bits > 0 && problem.zq_height > problem.height >> plan.cell_row_bits) --plan.cell_row_bits;
   plan.cell_row_mask = int((int64_t(1) << plan.cell_row_bits) - 1);
   if (plan.source_rows.cell_size) plan.cell_height = Divisor(plan.source_rows.cell_size);
   if (plan.source_columns.cell_size) plan.cell_width = Divisor(plan.source_columns.cell_size);
@@ -118,7 +135,7 @@ inline int64_t output_blocks(const SpatialNormProblem& problem, const OutputPlan
   return problem.batch * plan.channel_tiles.value * plan.column_tiles.value * plan.row_tiles.value;
 }
 
-// Normalisation and affine parameters of one channel of one image: pre_scale * (n * weight + bias) = (f - centre) * scale + shift.
+// Normalisation and affine parameters of a channel of an image: (f - centre) * scale + shift = pre_scale * (n * weight + bias).
 // Without the centre a group far from 0 would lose digits in f * scale.
 struct Coefficients { float centre, scale, shift; };
 
@@ -131,6 +148,18 @@ MOVQ_DEVICE Coefficients load_coefficients(const float* from, int64_t index) {
   return {values[0], values[1], values[2]};
 }
 
+// Those of the N channels of a thread.
+template <int N>
+struct ChannelCoefficients {
+  Coefficients of[N];
+
+  ChannelCoefficients() = default;
+  MOVQ_DEVICE ChannelCoefficients(const float* from, int64_t index) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) of[i] = load_coefficients(from, index + i);
+  }
+};
+
 // The first element of a thread's work, and its rows.
 template <int VecSize, bool ChannelsLast>
 struct OutputThread {
@@ -141,13 +170,25 @@ struct OutputThread {
   bool idle;
 
   MOVQ_DEVICE OutputThread(const OutputPlan& plan, int block) {
-    const int middle = int(threadIdx.x) / plan.inner_threads, inner = threadIdx.x - middle * plan.inner_threads.value;
-    const int outer = middle / plan.middle_threads, in_middle = middle - outer * plan.middle_threads.value;
     const int after_channels = block / plan.channel_tiles, after_columns = after_channels / plan.column_tiles;
-    const int channel_tile = block - after_channels * plan.channel_tiles.value;
-    const int column_tile = after_channels - after_columns * plan.column_tiles.value;
     image = after_columns / plan.row_tiles;
-    const int row_tile = after_columns - int(image) * plan.row_tiles.value;
+    assign(plan, threadIdx.x, block - after_channels * plan.channel_tiles.value,
+           after_channels - after_columns * plan.column_tiles.value, after_columns - int(image) * plan.row_tiles.value);
+  }
+  // One of the threads of a cluster, which has one tile of channels to itself.
+  MOVQ_DEVICE OutputThread(const OutputPlan& plan, int thread, int64_t image, int channel_tile) : image(image) {
+    assign(plan, thread, channel_tile, 0, 0);
+  }
+
+  // The offset of the thread's channels in the image at this pixel, in a tensor of f's layout with so many pixels per image.
+  MOVQ_DEVICE int64_t offset(const OutputPlan& plan, int pixel, int pixels) const {
+    return ChannelsLast ? (image * pixels + pixel) * plan.channels + channel : (image * plan.channels + channel) * pixels + pixel;
+  }
+
+ private:
+  MOVQ_DEVICE void assign(const OutputPlan& plan, int thread, int channel_tile, int column_tile, int row_tile) {
+    const int middle = thread / plan.inner_threads, inner = thread - middle * plan.inner_threads.value;
+    const int outer = middle / plan.middle_threads, in_middle = middle - outer * plan.middle_threads.value;
     channel = (channel_tile * plan.channel_threads + (ChannelsLast ? inner : outer)) * kChannels;
     const int access = column_tile * plan.column_threads + (ChannelsLast ? in_middle : inner);
     column = access * (ChannelsLast ? 1 : VecSize);
@@ -155,11 +196,6 @@ struct OutputThread {
     end_row = min(row + plan.rows, plan.height - (column >= plan.last_width));
     idle = outer >= (ChannelsLast ? plan.row_threads : plan.channel_threads) || channel >= plan.channels ||
            access >= plan.columns || row >= end_row;
-  }
-
-  // The offset of the thread's channels in the image at this pixel, in a tensor of f's layout with so many pixels per image.
-  MOVQ_DEVICE int64_t offset(const OutputPlan& plan, int pixel, int pixels) const {
-    return ChannelsLast ? (image * pixels + pixel) * plan.channels + channel : (image * plan.channels + channel) * pixels + pixel;
   }
 };
 
@@ -205,14 +241,12 @@ class CellCoefficients {
   struct Row { Vec<T, kLoaded> y, b; };  // what one row of f needs from zq
 
   MOVQ_DEVICE CellCoefficients(const OutputPlan& plan, const OutputThread<VecSize, ChannelsLast>& thread,
-                               const OutputArrays<T>& arrays) {
-#pragma unroll
-    for (int i = 0; i < kChannels; ++i)
-      channel_[i] = load_coefficients(arrays.coefficients, thread.image * plan.channels + thread.channel + i);
+                               const OutputArrays<T>& arrays, const ChannelCoefficients<ChannelsLast ? VecSize : 1>& channels)
+      : channels_(channels) {
 #pragma unroll
     for (int i = 0; i < VecSize; ++i) {
-      scale_[i] = channel_[ChannelsLast ? i : 0].scale;
-      shift_[i] = channel_[ChannelsLast ? i : 0].shift;
+      scale_[i] = channels_.of[ChannelsLast ? i : 0].scale;
+      shift_[i] = channels_.of[ChannelsLast ? i : 0].shift;
     }
     if (plan.zq_pixels == 0) return;
     end_row_ = thread.row;
@@ -266,7 +300,7 @@ class CellCoefficients {
 #pragma unroll
     for (int i = 0; i < VecSize; ++i) {
       const int from = ChannelsLast ? i : i / kRun;
-      const Coefficients& channel = channel_[ChannelsLast ? i : 0];
+      const Coefficients& channel = channels_.of[ChannelsLast ? i : 0];
       scale_[i] = channel.scale * y[from];
       shift_[i] = fmaf(channel.shift, y[from], plan.pre_scale * b[from]);
     }
@@ -275,7 +309,8 @@ class CellCoefficients {
   MOVQ_DEVICE Vec<float, VecSize> operator()(const Vec<T, VecSize>& f) const {
     Vec<float, VecSize> values = to_float(f);
 #pragma unroll
-    for (int i = 0; i < VecSize; ++i) values[i] = fmaf(values[i] - channel_[ChannelsLast ? i : 0].centre, scale_[i], shift_[i]);
+    for (int i = 0; i < VecSize; ++i)
+      values[i] = fmaf(values[i] - channels_.of[ChannelsLast ? i : 0].centre, scale_[i], shift_[i]);
     return values;
   }
 
@@ -294,8 +329,7 @@ class CellCoefficients {
   int source_columns_[kSources] = {};
   int end_row_ = INT32_MAX;  // of the cell that was folded last; kCells looks at each row
   int source_row_ = -1;
-  static constexpr int kChannels = ChannelsLast ? VecSize : 1;
-  Coefficients channel_[kChannels];
+  ChannelCoefficients<ChannelsLast ? VecSize : 1> channels_;
   float scale_[VecSize], shift_[VecSize];
 };
 
@@ -310,6 +344,8 @@ struct Unit {
     if (two) values[Rows - 1] = load_vec<VecSize, Cache::kStream>(add_bytes(f, plan.row_bytes));
   }
 
+  MOVQ_DEVICE Unit(const Vec<T, VecSize>& first, const Vec<T, VecSize>& second, bool two) : values{first, second}, two(two) {}
+
   template <class Cell>
   MOVQ_DEVICE void store(const OutputPlan& plan, const Cell& cell, T* out) const {
     store_activated(out, cell(values[0]), plan.silu);
@@ -317,31 +353,36 @@ struct Unit {
   }
 };
 
+// A unit of f and its pixels of zq, where zq has f's grid.
+template <bool ChannelsLast, class T, int VecSize>
+MOVQ_DEVICE void store_on_same_grid(const OutputPlan& plan, const ChannelCoefficients<ChannelsLast ? VecSize : 1>& channels,
+                                    const Unit<T, VecSize, 2>& fs, const Unit<T, VecSize, 2>& ys, const Unit<T, VecSize, 2>& bs,
+                                    T* out) {
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    if (k == 1 && !fs.two) break;
+    Vec<float, VecSize> values = to_float(fs.values[k]);
+    const Vec<float, VecSize> y = to_float(ys.values[k]), b = to_float(bs.values[k]);
+#pragma unroll
+    for (int i = 0; i < VecSize; ++i) {
+      const Coefficients& channel = channels.of[ChannelsLast ? i : 0];
+      const float normalized = fmaf(values[i] - channel.centre, channel.scale, channel.shift);
+      values[i] = fmaf(normalized, y[i], plan.pre_scale * b[i]);
+    }
+    store_activated(add_bytes(out, k * plan.row_bytes), values, plan.silu);
+  }
+}
+
 template <class T, int VecSize, bool ChannelsLast>
 MOVQ_DEVICE void modulate_same_grid(const OutputPlan& plan, const OutputThread<VecSize, ChannelsLast>& thread,
-                                    const OutputArrays<T>& arrays, int64_t first) {
-  Coefficients coefficients[ChannelsLast ? VecSize : 1];
-#pragma unroll
-  for (int i = 0; i < (ChannelsLast ? VecSize : 1); ++i)
-    coefficients[i] = load_coefficients(arrays.coefficients, thread.image * plan.channels + thread.channel + i);
+                                    const OutputArrays<T>& arrays, int64_t first,
+                                    const ChannelCoefficients<ChannelsLast ? VecSize : 1>& channels) {
   const T *f = arrays.f + first, *zq_y = arrays.zq_y + first, *zq_b = arrays.zq_b + first;
   T* out = arrays.out + first;
   for (int row = thread.row; row < thread.end_row; row += 2) {
     const bool two = row + 1 < thread.end_row;
     const Unit<T, VecSize, 2> ys(plan, zq_y, two), bs(plan, zq_b, two), fs(plan, f, two);
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      if (k == 1 && !two) break;
-      Vec<float, VecSize> values = to_float(fs.values[k]);
-      const Vec<float, VecSize> y = to_float(ys.values[k]), b = to_float(bs.values[k]);
-#pragma unroll
-      for (int i = 0; i < VecSize; ++i) {
-        const Coefficients& channel = coefficients[ChannelsLast ? i : 0];
-        const float normalized = fmaf(values[i] - channel.centre, channel.scale, channel.shift);
-        values[i] = fmaf(normalized, y[i], plan.pre_scale * b[i]);
-      }
-      store_activated(add_bytes(out, k * plan.row_bytes), values, plan.silu);
-    }
+    store_on_same_grid<ChannelsLast>(plan, channels, fs, ys, bs, out);
     f = add_bytes(f, 2 * plan.row_bytes);
     zq_y = add_bytes(zq_y, 2 * plan.row_bytes);
     zq_b = add_bytes(zq_b, 2 * plan.row_bytes);
@@ -355,11 +396,13 @@ __global__ void __launch_bounds__(kThreads, 3) modulate(OutputPlan plan, OutputA
   const OutputThread<VecSize, ChannelsLast> thread(plan, int(gridDim.x - 1 - blockIdx.x));
   if (thread.idle) return;
   const int64_t first = thread.offset(plan, thread.row * plan.width + thread.column, plan.pixels);
+  const ChannelCoefficients<ChannelsLast ? VecSize : 1> channels(arrays.coefficients,
+                                                                 thread.image * plan.channels + thread.channel);
   if constexpr (resize == Resize::kSameGrid) {
-    modulate_same_grid(plan, thread, arrays, first);
+    modulate_same_grid(plan, thread, arrays, first, channels);
   } else {
     constexpr int kUnitRows = resize == Resize::kEvenCells ? 2 : 1;
-    CellCoefficients<T, VecSize, ChannelsLast, resize> cell(plan, thread, arrays);
+    CellCoefficients<T, VecSize, ChannelsLast, resize> cell(plan, thread, arrays, channels);
     const T* f = arrays.f + first;
     T* out = arrays.out + first;
     int row = thread.row;

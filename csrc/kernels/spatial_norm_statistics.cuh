@@ -118,15 +118,20 @@ struct RunningMoments {
 #pragma unroll
       for (int ahead = 0; ahead < kLoadsInFlight; ++ahead) {
         if (at + ahead * step >= end) break;
-        count += 1;
-        const float weight = __fdividef(1.0f, count);
-#pragma unroll
-        for (int i = 0; i < VecSize; ++i) {
-          const float value = to_float(values[ahead][i]), delta = value - mean[i];
-          mean[i] += delta * weight;
-          m2[i] += delta * (value - mean[i]);
-        }
+        add_access(values[ahead]);
       }
+    }
+  }
+
+  template <class T>
+  MOVQ_DEVICE void add_access(const Vec<T, VecSize>& values) {
+    count += 1;
+    const float weight = __fdividef(1.0f, count);
+#pragma unroll
+    for (int i = 0; i < VecSize; ++i) {
+      const float value = to_float(values[i]), delta = value - mean[i];
+      mean[i] += delta * weight;
+      m2[i] += delta * (value - mean[i]);
     }
   }
 

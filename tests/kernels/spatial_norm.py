@@ -100,18 +100,19 @@ def problem(f, zq_y, parameter, groups, silu, eps=0.0):
     }
 
 
-def call(function, seeds, **arguments):
+def call(function, seeds, max_cluster=1, **arguments):
     """Ask for the size of the workspace, run the kernels, and return the emulator's counters."""
     size = torch.zeros(1, dtype=torch.int64)
     library().call(function, **arguments, workspace=None, size=size, seeds=(0,))
     workspace = torch.full((max(1, int(size)),), 0xFF, dtype=torch.uint8)
-    return library().call(function, **arguments, workspace=workspace, size=size, seeds=seeds)
+    return library().call(function, **arguments, workspace=workspace, size=size, seeds=seeds, max_cluster=max_cluster)
 
 
 class Emulator:
     """Runs the kernels' source on the CPU under several schedules, which must give the same bits."""
 
     seeds = emulator.SEEDS
+    max_cluster = 1  # 8 where the device has clusters
 
     @staticmethod
     def max_map_pixels():
@@ -132,6 +133,7 @@ class Emulator:
         self.cost = call(
             "forward",
             self.seeds,
+            self.max_cluster,
             **problem(f, zq_y, weight if weight is not None else bias, groups, silu, eps),
             f=f,
             zq_y=zq_y,

@@ -14,6 +14,7 @@ struct LaunchConfig {
   dim3 grid;
   dim3 block;
   size_t shared_bytes = 0;
+  unsigned cluster = 1;  // blocks per cluster, see cluster.cuh
 };
 
 // `blocks` as the size of a one-dimensional grid.
@@ -37,7 +38,12 @@ inline void set_max_shared_memory(const void* kernel, const char*, int bytes) { 
 template <class... Params, class... Args>
 void start(void (*kernel)(Params...), const char* name, const LaunchConfig& config, cudaStream_t, Args&&... args) {
   const auto* address = reinterpret_cast<const void*>(kernel);
-  emu::launch(name, {config.grid, config.block, config.shared_bytes, 1, false, address}, [&] { kernel(args...); });
+  emu::launch(name, {config.grid, config.block, config.shared_bytes, config.cluster, false, address}, [&] { kernel(args...); });
+}
+
+template <class... Params>
+bool can_launch_clusters(void (*)(Params...), const char*, const LaunchConfig& config) {
+  return config.cluster <= emu::max_cluster();
 }
 
 template <class... Params>
@@ -78,14 +84,38 @@ inline void set_max_shared_memory(const void* kernel, const char* name, int byte
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name);
 }
 
-template <class... Params, class... Args>
-void start(void (*kernel)(Params...), const char* name, const LaunchConfig& config, cudaStream_t stream, Args&&... args) {
+// The same for CUDA, which keeps a pointer to `attribute`.
+inline cudaLaunchConfig_t to_cuda(const LaunchConfig& config, cudaStream_t stream, cudaLaunchAttribute& attribute) {
   cudaLaunchConfig_t cuda_config = {};
   cuda_config.gridDim = config.grid;
   cuda_config.blockDim = config.block;
   cuda_config.dynamicSmemBytes = config.shared_bytes;
   cuda_config.stream = stream;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {config.cluster, 1, 1};
+  cuda_config.attrs = &attribute;
+  cuda_config.numAttrs = config.cluster > 1 ? 1 : 0;
+  return cuda_config;
+}
+
+template <class... Params, class... Args>
+void start(void (*kernel)(Params...), const char* name, const LaunchConfig& config, cudaStream_t stream, Args&&... args) {
+  cudaLaunchAttribute attribute;
+  const cudaLaunchConfig_t cuda_config = to_cuda(config, stream, attribute);
   check(cudaLaunchKernelEx(&cuda_config, kernel, static_cast<Params>(args)...), name);
+}
+
+template <class... Params>
+bool can_launch_clusters(void (*kernel)(Params...), const char* name, const LaunchConfig& config) {
+  if (!device_attribute(cudaDevAttrClusterLaunch, name)) return false;
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), name);
+  if (attributes.ptxVersion < 90) return false;  // compiled for an earlier GPU: the kernel would trap
+  cudaLaunchAttribute attribute;
+  const cudaLaunchConfig_t cuda_config = to_cuda(config, nullptr, attribute);
+  int clusters = 0;
+  check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &cuda_config), name);
+  return clusters > 0;  // none where MIG leaves too few multiprocessors
 }
 
 template <class... Params>
@@ -117,6 +147,14 @@ template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), const char* name, const LaunchConfig& config, cudaStream_t stream, Args&&... args) {
   allow_shared_memory(kernel, name, config.shared_bytes);
   detail::start(kernel, name, config, stream, std::forward<Args>(args)...);
+}
+
+// Whether the current device can run this kernel in clusters of this many blocks. Asks the driver once per kernel and device.
+template <class... Params>
+bool can_launch_clusters(void (*kernel)(Params...), const char* name, const LaunchConfig& config) {
+  static auto& answers = *new BoundedCache<std::pair<const void*, int>, bool, 1024>;  // never destroyed, like opted_in
+  return answers.get({reinterpret_cast<const void*>(kernel), current_device(name)},
+                     [&] { return detail::can_launch_clusters(kernel, name, config); });
 }
 
 // The number of this kernel's blocks that run on the device at the same time.

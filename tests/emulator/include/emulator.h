@@ -38,6 +38,7 @@ void set_max_shared_memory(const void* function, int bytes);
 int blocks_per_multiprocessor(int threads, size_t shared_bytes);
 int multiprocessors();
 int shared_memory_limit();
+unsigned max_cluster();  // blocks per cluster: 1 where the device has no clusters
 
 // Barriers. `line` is the line of the caller, which identifies the barrier.
 void block_sync(int line);

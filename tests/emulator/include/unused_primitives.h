@@ -2,27 +2,14 @@
 // that needs one adds it to csrc/kernels/device.
 #pragma once
 
+#include "device/cluster.cuh"
 #include "device/launch.cuh"
 #include "device/reduce.cuh"
 #include "device/tma.cuh"
 
 namespace movq {
 
-// Clusters: blocks that run at the same time and read each other's shared memory.
-inline unsigned cluster_rank() { return emu::cluster_rank(); }
 inline unsigned cluster_size() { return emu::cluster_size(); }
-inline void cluster_sync() { emu::cluster_sync(); }
-
-// Element i of this view in the block with the given rank.
-template <class T>
-T cluster_load(const Shared<T>& view, unsigned i, unsigned rank) {
-  T value;
-  const unsigned from = view.address(i, 1);
-  for (unsigned k = 0; k < sizeof(T); k += alignof(T)) {
-    emu::cluster_read(from + k, rank, reinterpret_cast<char*>(&value) + k, alignof(T));
-  }
-  return value;
-}
 
 // Starts a copy that every block of the cluster whose bit in `ranks` is set receives, at the same place, and that completes on
 // the barrier of each at the same address; see tma_load.

@@ -6,6 +6,7 @@
 #include <map>
 #include <stdexcept>
 #include <sys/mman.h>
+#include <tuple>
 
 namespace emu {
 
@@ -337,8 +338,9 @@ static size_t residents(size_t threads, size_t shared_bytes);
 
 // An emulated device is identified by its size. Like CUDA's, the kernels' attributes last as long as the process.
 int device() {
-  static std::map<std::pair<int, size_t>, int> devices;
-  return devices.try_emplace({machine.multiprocessors, machine.shared_limit}, devices.size()).first->second;
+  static std::map<std::tuple<int, size_t, unsigned>, int> devices;
+  const auto key = std::make_tuple(machine.multiprocessors, machine.shared_limit, machine.max_cluster);
+  return devices.try_emplace(key, devices.size()).first->second;
 }
 
 // The dynamic shared memory that each kernel has opted in to, by device.
@@ -402,7 +404,7 @@ int multiprocessors() {
   ++machine.device_queries;
   return machine.multiprocessors;
 }
-
+unsigned max_cluster() { return machine.max_cluster; }
 int shared_memory_limit() { return static_cast<int>(machine.shared_limit); }
 
 // Blocks that run on one multiprocessor at the same time. It holds at most 2048 threads and 32 blocks. Its shared memory is the
