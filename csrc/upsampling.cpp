@@ -11,7 +11,7 @@ using movq::OptionalTensor;
 using movq::shape;
 using movq::Tensor;
 
-// Channels of a 3x3 weight whose folded form has fewer than 2^31 elements per channel, so that kernels index it with 32 bits.
+// Returns the sizes of the problem. Refuses weights that the kernels could not index with 32 bits per channel.
 movq::FoldProblem fold_problem(int64_t out_channels, int64_t in_channels, const Tensor& tensor, const char* name) {
   CHECK_ARGUMENT(0 < out_channels && out_channels < (1 << 26) && 0 < in_channels && in_channels < (1 << 26), name,
                  " must have 1 to 2^26 - 1 channels on both sides, got shape ", shape(tensor));

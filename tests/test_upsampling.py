@@ -1,7 +1,5 @@
 """Upsampling and its convolution as one: the methods, which of them runs, and what each costs."""
 
-import itertools
-
 import published
 import pytest
 import torch
@@ -205,24 +203,49 @@ def test_three_launches_and_the_counted_bytes(launches, method):
     assert_close(out.as_subclass(torch.Tensor), expected)
 
 
+@pytest.mark.parametrize("dtype, casts, bytes_per_pair", [(torch.float32, [], 4 * 130), (BF16, ["_to_copy"], 606)])
 @torch.no_grad()
-def test_folding_without_our_kernel_takes_seven_launches_and_five_times_the_bytes(launches):
-    _, weight, _ = case(32, 64, dtype=BF16)
+def test_folding_without_our_kernel_takes_seven_launches_and_five_times_the_bytes(launches, dtype, casts, bytes_per_pair):
+    """In 16 bits it adds in float32 too, between two casts, and moves twelve times the bytes."""
+    _, weight, _ = case(32, 64, dtype=dtype)
     with launches:
         cuda.fold_upsampling(weight)
         (_, ours), *_ = launches.calls
         fold_upsampling(*on_a_gpu(weight))
-    assert launches.names() == ["fold_upsampling", *["add", "add", "cat"] * 2, "clone"]
-    assert ours == 25 * 32 * 64 * 2 and launches.bytes() - ours == 130 * 32 * 64 * 2
+    assert launches.names() == ["fold_upsampling", *casts, *["add", "add", "cat"] * 2, *casts, "clone"]
+    assert ours == 25 * 32 * 64 * dtype.itemsize and launches.bytes() - ours == bytes_per_pair * 32 * 64
 
 
+@pytest.fixture
+def autocast_to_bf16(monkeypatch):
+    """Casts on the CPU, and tells the operators that the GPU's autocast is on."""
+    with torch.autocast("cpu", BF16), monkeypatch.context() as patch:
+        patch.setattr(torch, "is_autocast_enabled", lambda device: True)
+        patch.setattr(torch, "get_autocast_dtype", lambda device: BF16)
+        yield
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [BF16, torch.float32, torch.float16])
 @torch.no_grad()
-def test_a_bias_of_any_dtype_is_added_by_a_kernel(launches):
-    x, weight, bias = case(32, 64, (4, 6), BF16)
-    for method in METHODS:
-        with torch.autocast("cpu", BF16):
-            functional_out = [upsample_conv(*on_a_gpu(x, weight, b), method) for b in (bias, bias.float())]
-        assert all(torch.equal(functional_out[0], other) for other in functional_out)
+def test_a_bias_of_any_dtype_is_added_by_a_kernel(launches, autocast_to_bf16, method, dtype):
+    x, weight, bias = case(32, 64, (4, 6), torch.float32)
+    with launches:
+        out = upsample_conv(*on_a_gpu(x, weight, bias.to(dtype)), method)
+    assert launches.names()[-1] == CONVOLVED[method][-1]
+    assert out.dtype == BF16
+    assert_close(out.as_subclass(torch.Tensor), published_upsampling(x.double(), weight.double(), bias.double()), slack=2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("x_dtype", [BF16, torch.float32])
+@torch.no_grad()
+def test_counted_bytes_include_the_casts_of_autocast(launches, autocast_to_bf16, method, x_dtype):
+    x, weight, bias = case(32, 64, (4, 6), torch.float32)
+    x = x.to(x_dtype)
+    with launches:
+        upsample_conv(*on_a_gpu(x, weight, bias), method)
+    assert launches.bytes() == count_costs(x, 64, True, BF16, torch.float32)[method].bytes
 
 
 def test_training_folds_by_kernels_both_ways(launches):
@@ -244,6 +267,19 @@ def test_training_folds_by_kernels_both_ways(launches):
 def test_a_fold_can_be_differentiated_twice(launches):
     weight = case(4, 4)[1].requires_grad_()
     assert torch.autograd.gradgradcheck(cuda.fold_upsampling, weight)
+
+
+def test_transforms_without_rules_for_kernels_leave_it_to_pytorch(launches):
+    x, weight, bias = case(4, 4, (24, 24), torch.float32)
+
+    def run(x, weight):
+        return upsample_conv(*on_a_gpu(x, weight, bias))
+
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="vmap, jvp and forward-mode"):
+        batched = torch.func.vmap(run, (0, None))(x[:, None], weight)
+    assert_close(batched.as_subclass(torch.Tensor)[:, 0], published_upsampling(x.double(), weight.double(), bias.double()))
+    _, tangent = torch.func.jvp(run, (x, weight), (x, weight))
+    assert_close(tangent.as_subclass(torch.Tensor), 2 * published_upsampling(x.double(), weight.double(), None), slack=2)
 
 
 def test_failed_kernels_leave_it_to_pytorch(launches, monkeypatch):
@@ -280,7 +316,18 @@ def test_counted_costs(channels, size):
 
 
 def chosen(channels, size, batch=1):
-    return functional.upsampling_method(meta(channels, size, batch), channels, True, in_inference=True)
+    return functional.upsampling_method(meta(channels, size, batch), channels, True, in_inference=True, weight_dtype=BF16)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_the_rate_of_float32_follows_cudnns_precision(precision):
+    """The older flag, allow_tf32, cannot be read once this one was set."""
+    before, torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.conv.fp32_precision, precision
+    try:
+        cost = count_costs(meta(512, 32), 512, True, torch.float32)["transposed"]
+        assert cost.equivalent_bytes(torch.float32) - cost.bytes == cost.operations / (148 if precision == "tf32" else 20)
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
 
 
 def test_small_maps_are_not_folded():
@@ -307,10 +354,12 @@ def test_explain_says_which_method_runs_and_what_it_costs(launches, monkeypatch)
 
 def test_an_upsample_layer_takes_the_chosen_method(launches):
     up = movq_ext.Upsample(32, with_conv=True)
-    x = draw(1, 32, 24, 24).float()
-    with torch.no_grad():
-        expected = up(x)
-        with launches:
-            out = up(x.as_subclass(PretendGpu))
-    assert set(itertools.chain(launches.names())) & {"fold_upsampling", "upsample_nearest2d"}
-    assert_close(out.as_subclass(torch.Tensor), expected.double(), slack=2)
+    for size, method in ((24, "transposed"), (2, "direct")):
+        x = draw(1, 32, size, size).float()
+        launches.calls.clear()
+        with torch.no_grad():
+            expected = up(x)
+            with launches:
+                out = up(x.as_subclass(PretendGpu))
+        assert launches.names() == CONVOLVED[method]
+        assert_close(out.as_subclass(torch.Tensor), expected.double(), slack=2)

@@ -49,8 +49,8 @@ def spatial_norm(
     convolution commutes with a nearest resize, so the result is the published one (MoVQ, arXiv:2209.09002, equation 4) for a
     fraction of the work. Without ``zq_y`` and ``zq_b`` this is plain group normalisation.
 
-    Of clips, statistics span all frames, and zq is resized along time too. The video autoencoders treat the first frame of a clip
-    apart, since it stands for itself and every later one for several: ``split_first_frame``.
+    For a clip, the statistics span all frames, and zq is resized along time too. The video autoencoders treat the first frame of
+    a clip apart, since it stands for itself and every later one for several: ``split_first_frame``.
 
     Args:
         f: ``(B, C, H, W)``, or a clip ``(B, C, T, H, W)``, floating point, any memory format.
@@ -234,10 +234,11 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, method: str | 
         bias: ``(out,)``, or None.
         method: one of `upsampling.METHODS`. None takes the one that costs least in counted operations and bytes on a GPU, and
             ``"transposed"`` elsewhere and in traced programs. ``"windows"`` is for inference: its gradient has no kernels.
+            With kernels it takes at most 65535 images of 32767 rows, and is never the automatic choice.
 
     Returns:
-        ``(B, out, 2 * H, 2 * W)`` in x's dtype, or in autocast's; on a GPU in channels_last, except by ``"direct"``. The kernels
-        add weights in float32 and round once.
+        ``(B, out, 2 * H, 2 * W)`` in x's dtype, or in autocast's; on a GPU in channels_last, except by ``"direct"`` and where
+        ``"windows"`` runs without its kernels. The kernels add weights in float32 and round once.
 
     Raises:
         ValueError: an argument has the wrong rank, shape or device, or the method is unknown.
@@ -248,7 +249,7 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, method: str | 
         return upsampling.upsample_conv(x, weight, bias, method or "transposed")
     in_inference = native.is_inference(*(tensor for tensor in (x, weight, bias) if tensor is not None))
     if method is None:
-        method = upsampling_method(x, weight.shape[0], bias is not None, in_inference)
+        method = upsampling_method(x, weight.shape[0], bias is not None, in_inference, weight.dtype)
     if reason := _why_native(weight) or _failed_self_test("upsample_conv", weight):
         warn_once(reason)
         return upsampling.upsample_conv(x, weight, bias, method)
@@ -271,13 +272,13 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, method: str | 
     return out if bias is None else add_bias_residual_(out, bias, None)
 
 
-def upsampling_method(x: Tensor, out_channels: int, has_bias: bool, in_inference: bool) -> str:
+def upsampling_method(x: Tensor, out_channels: int, has_bias: bool, in_inference: bool, weight_dtype: torch.dtype) -> str:
     """Return the method of `upsample_conv` that takes the least counted time for x on a GPU."""
     if native.is_tracing():  # the program must work for other sizes
         return "transposed"
     dtype = _compute_dtype(x)
     methods = upsampling.METHODS if in_inference else ("transposed", "direct")
-    costs = upsampling.count_costs(x, out_channels, has_bias, dtype)
+    costs = upsampling.count_costs(x, out_channels, has_bias, dtype, weight_dtype)
     return min(methods, key=lambda method: costs[method].equivalent_bytes(dtype))
 
 
@@ -329,15 +330,18 @@ def _explain_attention(x: Tensor, shared_kv: bool, head_dim: int) -> str:
 
 def _explain_upsampling(x: Tensor) -> str:
     channels, dtype = x.shape[1], _compute_dtype(x)
-    costs = upsampling.count_costs(x, channels, True, dtype)
+    weight_dtype = torch.float32 if torch.is_autocast_enabled("cuda") else x.dtype
+    costs = upsampling.count_costs(x, channels, True, dtype, weight_dtype)
     counted = ", ".join(f"{name} {cost.operations / 1e9:.3g} GFLOP and {cost.bytes / 1e6:.3g} MB" for name, cost in costs.items())
-    return f"method {upsampling_method(x, channels, True, native.is_inference(x))} ({counted})"
+    return f"method {upsampling_method(x, channels, True, native.is_inference(x), weight_dtype)} ({counted})"
 
 
 def _why_native(x: Tensor) -> str | None:
     """Return why the kernels cannot take x, a CUDA tensor, or None if they can."""
     if native.traces_plain_operators():
         return "torch.jit.trace and torch.onnx.export trace PyTorch's operators only"
+    if native.is_transformed():
+        return "the CUDA kernels have no rules for vmap, jvp and forward-mode differentiation"
     if x.dtype not in KERNEL_DTYPES:
         return f"the CUDA kernels take {', '.join(_short(dtype) for dtype in KERNEL_DTYPES)}, got {_short(x.dtype)}"
     if x.dim() == 4 and x.shape[2] * x.shape[3] > MAX_MAP_PIXELS:

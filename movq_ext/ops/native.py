@@ -73,6 +73,15 @@ def _jit_traces() -> bool:
     return torch._C._get_tracing_state() is not None  # torch.jit.is_tracing has no annotations
 
 
+def is_transformed() -> bool:
+    """True inside torch.func's vmap and jvp, and other forward-mode differentiation: the kernels have no rules for them."""
+    if is_tracing():
+        return False
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    reverse_mode = torch._C._functorch.TransformType.Grad
+    return forward_ad._current_level >= 0 or any(level.key() != reverse_mode for level in levels)
+
+
 def is_inference(*tensors: Tensor) -> bool:
     """True if a result computed from these tensors may be modified in place.
 

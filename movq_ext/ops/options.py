@@ -21,7 +21,7 @@ class NormOptions:
         bordered: zq_y and zq_b are ``(B, C, 3h, 3w)`` for ``h x w`` cells, each covering at least 2x2 pixels of f. A cell's three
             rows (and columns) hold the values for its first row of pixels, its inner rows and its last row. This is how
             `convolve_cells` represents a latent that was convolved 3x3 after its resize. Inference only.
-        split_first_frame: of clips, see `spatial_norm`.
+        split_first_frame: for clips, see `spatial_norm`.
     """
 
     weight: Tensor | None

@@ -5,7 +5,8 @@ per small pixel, where the large map takes 36.
 
 - ``transposed``: a transposed convolution of the small map, then the bias;
 - ``windows``: a convolution of 2x2 windows of the small map with four times the channels, then a pass that interleaves the four
-  pixels of each window and adds the bias;
+  pixels of each window and adds the bias. By count it costs slightly more than ``transposed``, so it runs only on request until
+  a GPU shows which of the two cuDNN convolves faster;
 - ``direct``: the large map, its convolution, then the bias. Cheapest for small maps: nothing is folded.
 """
 
@@ -35,11 +36,13 @@ def fold_upsampling(weight: Tensor) -> Tensor:
     Returns:
         ``(in, out, 4, 4)``.
     """
+    dtype, weight = weight.dtype, _at_least_float32(weight)
     for dim in (3, 2):
         last, middle, first = weight.split(1, dim)  # a transposed convolution applies its kernel mirrored
         weight = torch.cat([first, first + middle, middle + last, last], dim)
     # On a GPU in the maps' layout, to which cuDNN would copy it; oneDNN repacks any.
-    return weight.transpose(0, 1).contiguous(memory_format=torch.channels_last if weight.is_cuda else torch.contiguous_format)
+    layout = torch.channels_last if weight.is_cuda else torch.contiguous_format
+    return weight.to(dtype).transpose(0, 1).contiguous(memory_format=layout)
 
 
 def fold_windows(weight: Tensor) -> Tensor:
@@ -59,7 +62,13 @@ def fold_windows(weight: Tensor) -> Tensor:
         return torch.cat([first + middle, last], dim), torch.cat([first, middle + last], dim)
 
     # Sums rather than a matrix product, which autocast would compute in 16 bits.
-    return torch.cat([pixel for row in of_both_pixels(weight, 2) for pixel in of_both_pixels(row, 3)])
+    rows = of_both_pixels(_at_least_float32(weight), 2)
+    return torch.cat([pixel for row in rows for pixel in of_both_pixels(row, 3)]).to(weight.dtype)
+
+
+def _at_least_float32(weight: Tensor) -> Tensor:
+    """Return the weight in a dtype whose sums, rounded to the weight's own, are rounded once."""
+    return weight if weight.itemsize >= 4 else weight.float()
 
 
 def interleave_windows(windows: Tensor, bias: Tensor | None) -> Tensor:
@@ -95,23 +104,33 @@ class Cost(NamedTuple):
         """Return the bytes that a GPU moves in the time of all operations and bytes."""
         if dtype.itemsize == 2:
             return self.bytes + self.operations / OPERATIONS_PER_BYTE_16_BIT
-        tf32 = torch.backends.cudnn.allow_tf32
+        tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
         return self.bytes + self.operations / (OPERATIONS_PER_BYTE_TF32 if tf32 else OPERATIONS_PER_BYTE_FLOAT32)
 
 
-def count_costs(x: Tensor, out_channels: int, has_bias: bool, dtype: torch.dtype) -> dict[str, Cost]:
+def count_costs(
+    x: Tensor, out_channels: int, has_bias: bool, dtype: torch.dtype, weight_dtype: torch.dtype | None = None
+) -> dict[str, Cost]:
     """Return the cost of each method with our kernels, for x ``(B, C, H, W)`` convolved in a dtype.
 
-    A fold reads 9 weights per pair of channels and writes 16, which the convolution reads. The bias is added in place.
+    A fold reads 9 weights per pair of channels and writes 16, which the convolution reads. The bias is added in place. If x or
+    the weight (of x's dtype if None) has another dtype, autocast copies what the convolution takes.
     """
+    weight_dtype = weight_dtype or x.dtype
+
+    def cast(values: int, source: torch.dtype) -> int:
+        return 0 if source == dtype else values * (source.itemsize + dtype.itemsize)
+
     batch, channels, height, width = x.shape
     pixels, windows, pairs = batch * height * width, batch * (height + 1) * (width + 1), channels * out_channels
     small, large, interleaved = pixels * channels, 4 * pixels * out_channels, 4 * windows * out_channels
     bias_pass = 2 * large if has_bias else 0
-    values = {
-        "transposed": 25 * pairs + (small + 16 * pairs + large) + bias_pass,
-        "windows": 25 * pairs + (small + 16 * pairs + interleaved) + (large + large),
-        "direct": (small + 4 * small) + (4 * small + 9 * pairs + large) + bias_pass,
+    folding = 25 * pairs * weight_dtype.itemsize + cast(16 * pairs, weight_dtype) + cast(small, x.dtype)
+    doubling = 5 * small * x.dtype.itemsize + cast(9 * pairs, weight_dtype) + cast(4 * small, x.dtype)
+    total = {
+        "transposed": folding + (small + 16 * pairs + large + bias_pass) * dtype.itemsize,
+        "windows": folding + (small + 16 * pairs + interleaved + 2 * large) * dtype.itemsize,
+        "direct": doubling + (4 * small + 9 * pairs + large + bias_pass) * dtype.itemsize,
     }
     multiplications = {"transposed": 16 * pixels * pairs, "windows": 16 * windows * pairs, "direct": 36 * pixels * pairs}
-    return {method: Cost(2 * multiplications[method], values[method] * dtype.itemsize) for method in METHODS}
+    return {method: Cost(2 * multiplications[method], total[method]) for method in METHODS}
