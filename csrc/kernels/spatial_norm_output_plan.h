@@ -1,0 +1,122 @@
+// Host side of the output pass: how pixels find theirs in zq, and how the pass is cut. spatial_norm_output.cuh has the kernels.
+#pragma once
+
+#include "device/divisor.cuh"
+#include "spatial_norm_plan.h"
+
+namespace movq {
+namespace spatial_norm {
+
+// How the pixels of f find theirs in zq. kCells: by source_index(), in any case. kEvenCells: the same, but two rows, and in NCHW
+// two columns, share a source. kSameGrid: zq has f's pixels.
+enum class Resize { kCells, kEvenCells, kSameGrid };
+
+// How the output is cut. The threads of a block are channels x columns x row strips in NHWC, and columns x row strips x channels
+// in NCHW, the fastest first. Blocks are numbered by tile of channels (fastest), columns and row strips, and image.
+struct OutputPlan {
+  Divisor inner_threads, middle_threads;  // the first two of the three
+  Divisor channel_tiles, column_tiles, row_tiles;
+  int channel_threads, column_threads, row_threads;
+  int rows;  // of a strip: the work of one thread
+  int channels, pixels, columns;
+  // Where rows do not matter, a row is as wide as the block.
+  int width, height, last_width;  // in pixels; the last row may be narrower
+  Axis source_rows, source_columns;
+  int cell_row_bits, cell_row_mask;  // kEvenCells: a cell has 1 << cell_row_bits rows
+  Divisor cell_height, cell_width;   // where zq is bordered
+  int zq_width, zq_pixels;
+  int64_t row_bytes, zq_row_bytes;  // from one row of f, or of zq, to the next
+  float pre_scale;                  // what the coefficients and zq_b are multiplied by, see activation()
+  bool silu;
+  int threads() const { return round_up(channel_threads * column_threads * row_threads, kWarpSize); }
+};
+
+// About one wave on the largest GPUs, at 3 blocks per multiprocessor. Smaller problems get blocks of one row instead.
+constexpr int64_t kOutputTargetBlocks = 512;
+
+// SiLU works on v = -log2(e) * u, because 2^v = exp(-u).
+constexpr float kSiluScale = -1.4426950408889634f;
+
+inline Resize choose_resize(const SpatialNormProblem& problem, int vec_size) {
+  if (vec_size == 1) return Resize::kCells;
+  if (problem.zq_height == 0) return Resize::kEvenCells;
+  if (problem.zq_height == problem.height && problem.zq_width == problem.width) return Resize::kSameGrid;
+  // The nearest rule is exact by a power of two, so all cells have the same size.
+  auto is_even = [](int64_t size, int64_t zq_size) {
+    const int64_t cell = size / zq_size;
+    return cell * zq_size == size && cell > 1 && (cell & (cell - 1)) == 0;
+  };
+  const bool even_rows = is_even(problem.height, problem.zq_height), even_columns = is_even(problem.width, problem.zq_width);
+  return even_rows && (even_columns || problem.channels_last) && !problem.bordered ? Resize::kEvenCells : Resize::kCells;
+}
+
+// Whether rows do not matter, because no pixel looks for a source.
+inline bool is_flat(const SpatialNormProblem& problem, int vec_size) {
+  return problem.zq_height == 0 || choose_resize(problem, vec_size) == Resize::kSameGrid;
+}
+
+inline void set_width(OutputPlan& plan, int width, int access_pixels, int64_t pixel_bytes) {
+  plan.width = width;
+  plan.height = ceil_div(plan.pixels, plan.width);
+  plan.last_width = plan.pixels - (plan.height - 1) * plan.width;
+  plan.columns = plan.width / access_pixels;
+  plan.row_bytes = plan.width * pixel_bytes;
+}
+
+// The distance between pixels of a channel.
+inline int64_t pixel_bytes(const SpatialNormProblem& problem) {
+  return (problem.channels_last ? problem.channels : 1) * bytes(problem.dtype);
+}
+
+inline OutputPlan plan_output(const SpatialNormProblem& problem, int vec_size) {
+  OutputPlan plan = {};
+  const bool nhwc = problem.channels_last;
+  const int access_pixels = nhwc ? 1 : vec_size;
+  const int channel_accesses = int(problem.channels) / (nhwc ? vec_size : 1);
+  plan.channels = int(problem.channels);
+  plan.pixels = int(problem.height * problem.width);
+  plan.channel_threads = nhwc ? std::min(channel_accesses, channel_threads(vec_size)) : 1;
+  // Small maps get half as many threads per block, since each takes two rows at least.
+  const int64_t accesses = problem.batch * channel_accesses * plan.pixels / access_pixels;
+  const int block_threads = accesses < kOutputTargetBlocks * kThreads ? kThreads / 2 : kThreads;
+  const int pixel_threads = block_threads / plan.channel_threads;
+  set_width(plan, is_flat(problem, vec_size) ? std::min(plan.pixels, pixel_threads * access_pixels) : int(problem.width),
+            access_pixels, pixel_bytes(problem));
+  const int column_tiles = ceil_div(plan.columns, pixel_threads);
+  plan.column_threads = ceil_div(plan.columns, column_tiles);
+  plan.row_threads = std::min(pixel_threads / plan.column_threads, plan.height);
+  if (!nhwc) plan.channel_threads = std::min(block_threads / (plan.column_threads * plan.row_threads), plan.channels);
+  const int channel_tiles = ceil_div(channel_accesses, plan.channel_threads);
+
+  const int steps = ceil_div(plan.height, plan.row_threads);
+  const int64_t blocks = problem.batch * channel_tiles * column_tiles * steps;
+  plan.rows = int(rounds_per_block(blocks, 16, kOutputTargetBlocks));
+  // Whole units. Where cells are even, so is the height.
+  if (choose_resize(problem, vec_size) != Resize::kCells) plan.rows = std::max(2, plan.rows - plan.rows % 2);
+  plan.inner_threads = Divisor(nhwc ? plan.channel_threads : plan.column_threads);
+  plan.middle_threads = Divisor(nhwc ? plan.column_threads : plan.row_threads);
+  plan.channel_tiles = Divisor(channel_tiles);
+  plan.column_tiles = Divisor(column_tiles);
+  plan.row_tiles = Divisor(ceil_div(steps, plan.rows));
+
+  plan.zq_width = int(problem.zq_width);
+  plan.zq_row_bytes = problem.zq_width * pixel_bytes(problem);
+  plan.zq_pixels = int(problem.zq_height * problem.zq_width);
+  plan.source_rows = make_axis(int(problem.height), int(problem.zq_height), problem.bordered);
+  plan.source_columns = make_axis(int(problem.width), int(problem.zq_width), problem.bordered);
+  plan.cell_row_bits = 31;  // without zq every source is 0
+  while (plan.cell_row_bits > 0 && problem.zq_height > problem.height >> plan.cell_row_bits) --plan.cell_row_bits;
+  plan.cell_row_mask = int((int64_t(1) << plan.cell_row_bits) - 1);
+  if (plan.source_rows.cell_size) plan.cell_height = Divisor(plan.source_rows.cell_size);
+  if (plan.source_columns.cell_size) plan.cell_width = Divisor(plan.source_columns.cell_size);
+  plan.silu = problem.silu;
+  plan.pre_scale = problem.silu ? kSiluScale : 1;
+  return plan;
+}
+
+inline int64_t output_blocks(const SpatialNormProblem& problem, const OutputPlan& plan) {
+  return problem.batch * plan.channel_tiles.value * plan.column_tiles.value * plan.row_tiles.value;
+}
+
+}  // namespace spatial_norm
+}  // namespace movq
