@@ -75,9 +75,14 @@ MOVQ_DEVICE int64_t element_offset(const Geometry& geometry, int64_t image, int 
 // Which of the three rows or columns of a cell of a bordered zq.
 MOVQ_DEVICE int part_of_cell(int inside, int cell_size) { return inside == 0 ? 0 : inside == cell_size - 1 ? 2 : 1; }
 
+// The position of zq that a position of f reads by torch's nearest rule, rounded as there.
+MOVQ_DEVICE int nearest_index(int position, const Axis& axis) {
+  return min(int(floorf(__fmul_rn(float(position), axis.scale))), axis.zq_size - 1);
+}
+
 // The position of zq that a position of f reads. It never decreases along the axis.
 MOVQ_DEVICE int source_index(int position, const Axis& axis) {
-  if (axis.cell_size == 0) return min(int(floorf(__fmul_rn(float(position), axis.scale))), axis.zq_size - 1);  // as torch rounds
+  if (axis.cell_size == 0) return nearest_index(position, axis);
   const int cell = unsigned(position) / unsigned(axis.cell_size), inside = position - cell * axis.cell_size;
   return 3 * cell + part_of_cell(inside, axis.cell_size);
 }
@@ -92,7 +97,7 @@ MOVQ_DEVICE int first_position(int source, const Axis& axis) {
     const int cell = unsigned(source) / 3u, part = source - 3 * cell;
     return cell * axis.cell_size + (part == 2 ? axis.cell_size - 1 : part);
   }
-  int position = min(int(ceilf(float(source) / axis.scale)), axis.size);  // correct up to rounding, which the loops fix
+  int position = min(int(ceilf(__fdividef(float(source), axis.scale))), axis.size);  // up to rounding, which the loops fix
   while (position > 0 && source_index(position - 1, axis) >= source) --position;
   while (position < axis.size && source_index(position, axis) < source) ++position;
   return position;

@@ -7,15 +7,15 @@
 //
 // Four passes. The first sums P and Q per cell, writes dzq_y and dzq_b, and leaves the sums of Y P and Y Q per channel and
 // chunk; how depends on the layout and the size of a cell, see spatial_norm_bands.cuh and spatial_norm_cells.cuh. The second
-// merges those into s1 and s2. The third adds dweight and dbias, the fourth writes df. Each sum has one owner and one order, so
-// every run gives the same bits.
+// merges those into s1 and s2. The third adds dweight and dbias, the fourth writes df (spatial_norm_input_gradient.cuh). Each sum
+// has one owner and one order, so every run gives the same bits.
 // Bytes: f and dout are read twice, df is written once. A chunk leaves 8 bytes per channel, for at least 64 pixels where there
 // is work for 1024 blocks.
-// Registers: at most 128, for 2 blocks of 256 threads per multiprocessor. Each thread has 2 loads of f and 2 of dout in flight
-// (1 of each where it owns 8 channels, and in df, which also loads zq): 16 to 32 KB per multiprocessor.
+// Registers: at most 128, for 2 blocks of 256 threads per multiprocessor. Each file states the bytes that these keep in flight.
 #include "spatial_norm_backward.cuh"
 #include "spatial_norm_bands.cuh"
 #include "spatial_norm_cells.cuh"
+#include "spatial_norm_input_gradient.cuh"
 
 namespace movq {
 namespace spatial_norm {
@@ -73,43 +73,6 @@ __global__ void __launch_bounds__(kThreads)
   write(dbias, sum.p);
 }
 
-template <class T, int VecSize, bool ChannelsLast>
-__global__ void __launch_bounds__(kThreads, 2) write_input_gradient(Geometry geometry, Tiling tiling, BackwardArrays<T> arrays) {
-  using Thread = ThreadTile<VecSize, ChannelsLast>;
-  // Backwards over the blocks, to start with what the first pass left in L2.
-  const Thread thread(geometry, tiling, gridDim.x - 1 - int64_t(blockIdx.x));
-  if (thread.idle) return;
-  Normalization normalize[Thread::kChannels];
-  Affine affine[Thread::kChannels];
-  GradientSums group_sums[Thread::kChannels];
-#pragma unroll
-  for (int i = 0; i < Thread::kChannels; ++i) {
-    const int channel = thread.channel + i;
-    normalize[i].load_from(geometry, arrays, thread.image, channel);
-    affine[i].load_from(geometry, arrays, channel);
-    group_sums[i] = load_sums(arrays.group_sums, thread.image * geometry.groups + channel / geometry.group_channels);
-  }
-  const int64_t base = element_offset<ChannelsLast>(geometry, thread.image, thread.channel, 0, geometry.pixels);
-  const int64_t pixel_stride = ChannelsLast ? geometry.channels : 1;
-  for (int pixel = thread.pixel; pixel < thread.end_pixel; pixel += thread.pixel_step) {
-    const int64_t at = base + pixel * pixel_stride;
-    const auto f = load_vec<VecSize, Cache::kStream>(arrays.f + at), dout = load_vec<VecSize, Cache::kStream>(arrays.dout + at);
-    Vec<float, VecSize> y = {}, b = {}, df;
-    load_modulation<T, VecSize, ChannelsLast>(geometry, arrays.zq_y, arrays.zq_b, thread.image, thread.channel, pixel,
-                                              geometry.silu, y, b);
-#pragma unroll
-    for (int i = 0; i < VecSize; ++i) {
-      const int thread_channel = ChannelsLast ? i : 0;
-      const float n = normalize[thread_channel](to_float(f[i]));
-      const Affine modulated = affine[thread_channel].modulated(y[i], b[i]);
-      const float h = activation_gradient(geometry.silu, to_float(dout[i]), n, modulated);
-      df[i] = normalize[thread_channel].rstd *
-              (modulated.slope * h - group_sums[thread_channel].p - n * group_sums[thread_channel].q);
-    }
-    store_vec(arrays.df + at, from_float<T>(df));
-  }
-}
-
 int backward_vec_size(const SpatialNormProblem& problem, const Geometry& geometry, const SpatialNormBackward& tensors) {
   return choose_vec_size(problem, geometry,
                          {tensors.dout, tensors.f, tensors.df, tensors.zq_y, tensors.zq_b, tensors.dzq_y, tensors.dzq_b});
@@ -125,17 +88,14 @@ struct FirstPass {
 
 FirstPass plan_first_pass(const Geometry& geometry, int vec_size, bool channels_last) {
   FirstPass plan = {};
-  // Bounds for the pixels of a cell: the source rule rounds, so a cell may have one more than the ratio rounded up.
-  auto max_cell = [](int size, int zq_size) { return zq_size == size ? 1 : size / zq_size + 2; };
-  const int cell_width = geometry.zq_pixels ? max_cell(geometry.width, geometry.zq_width) : geometry.width;
-  const int cell_height = geometry.zq_pixels ? max_cell(geometry.height, geometry.zq_height) : 1;
+  // A bound: the source rule rounds, so a cell may be one pixel wider than the ratio rounded up.
+  const int cell_width = geometry.zq_width == geometry.width ? 1 : geometry.zq_width ? geometry.width / geometry.zq_width + 2 : 0;
   plan.use_bands = geometry.zq_pixels && !channels_last && cell_width <= kMaxBandCellWidth;
   if (plan.use_bands) {
     plan.bands = plan_bands(geometry, vec_size, cell_width);
     plan.chunks = int64_t(plan.bands.chunks) * plan.bands.tiles;
   } else {
-    const bool small_cells = int64_t(cell_width) * cell_height <= 100;  // at a ratio of 8 the bounds are 10 x 10
-    plan.cells = plan_cells(geometry, vec_size, channels_last, small_cells);
+    plan.cells = plan_cells(geometry, vec_size, channels_last);
     plan.chunks = plan.cells.chunks;
   }
   return plan;
@@ -190,10 +150,7 @@ void spatial_norm_backward(const SpatialNormProblem& problem, const SpatialNormB
       launch(sum_parameter_gradients<T>, "spatial_norm sum_parameter_gradients", channel_config, stream, geometry,
              arrays.channel_sums, tensors.dweight, tensors.dbias);
     }
-    const char* name = "spatial_norm write_input_gradient";
-    const LaunchConfig pixel_config = {grid_size(name, geometry.batch * tiling.channel_tiles * tiling.pixel_chunks),
-                                       unsigned(tiling.threads())};
-    launch(write_input_gradient<T, VecSize, ChannelsLast>, name, pixel_config, stream, geometry, tiling, arrays);
+    launch_input_gradient<T, VecSize, ChannelsLast>(geometry, tiling, arrays, stream);
   });
 }
 

@@ -70,10 +70,8 @@ __global__ void __launch_bounds__(kThreads, 2) sum_bands(Geometry geometry, Band
   const Shared<float> column_q(column_p.end(), plan.threads_outer * plan.band_floats);
   const Shared<GradientSums> scratch(0, blockDim.x / kWarpSize);  // overlaps column_p, after its last use
 
-  Normalization normalize;
-  normalize.load_from(geometry, arrays, image, channel);
-  Affine affine;
-  affine.load_from(geometry, arrays, channel);
+  const float mean = load_mean(geometry, arrays, image, channel);
+  const Affine affine = load_affine(geometry, arrays, image, channel);
   const int first_cell = tile * plan.tile_cells, end_cell = min(first_cell + plan.tile_cells, geometry.zq_width);
   const int left = first_position(first_cell, geometry.columns) / VecSize * VecSize;
   const int right = first_position(end_cell, geometry.columns);
@@ -107,13 +105,16 @@ __global__ void __launch_bounds__(kThreads, 2) sum_bands(Geometry geometry, Band
 #pragma unroll
         for (int ahead = 0; ahead < kLoadsInFlight; ++ahead) {
           if (row + ahead >= bottom) break;
+          const Vec<float, VecSize> f_values = to_float(f[ahead]), dout_values = to_float(dout[ahead]);
+          with_silu(geometry.silu, [&](auto silu) {
 #pragma unroll
-          for (int i = 0; i < VecSize; ++i) {
-            const float n = normalize(to_float(f[ahead][i]));
-            const float h = activation_gradient(geometry.silu, to_float(dout[ahead][i]), n, modulated[i]);
-            p[i] += h;
-            q[i] += h * n;
-          }
+            for (int i = 0; i < VecSize; ++i) {
+              const float centred = f_values[i] - mean;
+              const float h = activation_gradient<silu>(dout_values[i], centred, modulated[i]);
+              p[i] += h;
+              q[i] += h * centred;
+            }
+          });
         }
       }
       const int first = outer * plan.band_floats + inner * VecSize;
@@ -137,15 +138,16 @@ __global__ void __launch_bounds__(kThreads, 2) sum_bands(Geometry geometry, Band
         at = at + 1 < width ? at + 1 : 0;
       }
       const int64_t cell_row = first_band + in_block;
-      write_cell_gradients(geometry, arrays, channel, zq_base + cell_row * geometry.zq_width + cell, sums);
+      write_cell_gradients<T, 1>(arrays, zq_base + cell_row * geometry.zq_width + cell, {{affine.slope}}, {{affine.offset}},
+                                 sums);
       total = total + sums[0];
     }
     __syncthreads();
   }
   total = block_reduce(total, Sum(), scratch);
   if (threadIdx.x == 0) {
-    const int64_t chunks = int64_t(plan.chunks) * plan.tiles, part = chunk * int64_t(plan.tiles) + tile;
-    store_sums(arrays.chunk_sums, (image * chunks + part) * geometry.channels + channel, total);
+    store_chunk_sums(geometry, arrays, image, int64_t(plan.chunks) * plan.tiles, chunk * int64_t(plan.tiles) + tile, channel,
+                     total);
   }
 }
 

@@ -76,7 +76,7 @@ inline int64_t rounds_per_block(int64_t single_round_blocks, int64_t max_rounds,
 
 // Threads side by side along the channels of NHWC: 128 bytes of one pixel, or 32 single channels. Narrow tiles leave more threads
 // for pixels, so the same number of blocks makes fewer partial results.
-inline int channel_threads(int vec_size) { return vec_size > 1 ? 8 : 32; }
+constexpr int channel_threads(int vec_size) { return vec_size > 1 ? 8 : 32; }
 
 inline Tiling make_tiling(const Geometry& geometry, int vec_size, bool channels_last) {
   Tiling tiling = {};
