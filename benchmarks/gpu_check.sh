@@ -1,19 +1,25 @@
 #!/usr/bin/env bash
-# Build, GPU tests, compute-sanitizer and benchmarks on a GPU, in under 9 minutes.
+# Build, GPU tests and benchmarks on a GPU, or compute-sanitizer: two calls, each of which takes under 10 minutes.
 #   benchmarks/gpu_check.sh [OUT]             needs a GPU, nvcc and a CUDA build of torch; no network if torch is installed
+#   benchmarks/gpu_check.sh --sanitize [OUT]  the small GPU tests under compute-sanitizer, with the same needs
 #   benchmarks/gpu_check.sh --rehearse [OUT]  without a GPU: the emulator's tests, and benchmarks at tiny sizes
 # OUT (benchmarks/results/gpu) receives the log of every step and the benchmarks' results. PYTHON is the interpreter (python3).
 # A failed step does not stop the next one. The exit status is 1 if any step failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-rehearse=0
-if [ "${1:-}" = --rehearse ]; then rehearse=1; shift; fi
+mode=check
+case ${1:-} in
+  --sanitize | --rehearse) mode=${1#--}; shift ;;
+  -*) echo "expected --sanitize, --rehearse or a folder, got $1" >&2; exit 2 ;;
+esac
 out=$(realpath -m "${1:-benchmarks/results/gpu}")
 mkdir -p "$out"
-: > "$out/summary.md"
-echo "| step | result | seconds |" >> "$out/summary.md"
-echo "|---|---|---:|" >> "$out/summary.md"
+summary=$out/summary.md
+if [ $mode = sanitize ]; then summary=$out/sanitizers.md; fi  # both calls can write to one folder
+: > "$summary"
+echo "| step | result | seconds |" >> "$summary"
+echo "|---|---|---:|" >> "$summary"
 failed=0
 
 # step NAME SECONDS COMMAND...
@@ -24,9 +30,9 @@ step() {
   timeout --signal=INT --kill-after=5 "$limit" "$@" > "$out/$name.log" 2>&1
   case $? in 0) ;; 124 | 137) result="timed out" ;; *) result=failed ;; esac
   if [ "$result" != passed ]; then failed=1; echo "--- $name $result:"; tail -n 30 "$out/$name.log"; fi
-  echo "| $name | $result | $((SECONDS - begin)) |" >> "$out/summary.md"
+  echo "| $name | $result | $((SECONDS - begin)) |" >> "$summary"
 }
-missing() { echo "| $1 | missing: $2 | 0 |" >> "$out/summary.md"; }
+missing() { echo "| $1 | missing: $2 | 0 |" >> "$summary"; }
 
 # A virtual environment that sees the installed torch.
 environment=$(mktemp -d)
@@ -46,7 +52,7 @@ install() {
 export -f install
 export python PIP_DEFAULT_TIMEOUT=5 PIP_RETRIES=0
 
-if [ $rehearse = 1 ]; then
+if [ $mode = rehearse ]; then
   MOVQ_EXT_CUDA=0 step build 200 bash -c install
   step tests 300 "$python" -m pytest -q -k "emulator and small" tests/test_spatial_norm_kernels.py tests/test_attention_kernels.py \
     tests/test_epilogue_kernels.py tests/test_upsampling_kernels.py
@@ -59,9 +65,8 @@ if [ $rehearse = 1 ]; then
   step memory 120 "$python" benchmarks/memory.py --device cpu --sizes 64 --max-memory 150 --out "$out"
   step accuracy 240 "$python" benchmarks/accuracy.py --quick --report --seeds 2 --device cpu --out "$out"
   PYTHON="$python" step profile 120 benchmarks/profile_decode.sh "$out" --quick --device cpu
-else
-  MOVQ_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST="$architecture" step build 100 bash -c install
-  step tests 100 "$python" -m pytest -q -m gpu tests
+elif [ $mode = sanitize ]; then
+  MOVQ_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST="$architecture" step build_sanitize 100 bash -c install
   sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
   for tool in memcheck racecheck synccheck initcheck; do
     if [ -x "$sanitizer" ]; then
@@ -70,7 +75,7 @@ else
       only=(--kernel-name kernel_substring=4movq)
       if [ "$tool" = initcheck ]; then only=(); fi
       if [ "$tool" = memcheck ]; then only+=(--report-api-errors no); fi  # torch probes for optional driver features; our own API errors throw
-      PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 15 "$sanitizer" --tool "$tool" "${only[@]}" --error-exitcode 1 \
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 90 "$sanitizer" --tool "$tool" "${only[@]}" --error-exitcode 1 \
         "$python" -m pytest -q -k "gpu and small and (attention or (silu or both) and (bfloat16 or unaligned))" \
         tests/test_spatial_norm_kernels.py tests/test_attention_kernels.py tests/test_epilogue_kernels.py \
         tests/test_upsampling_kernels.py
@@ -78,6 +83,9 @@ else
       missing "$tool" "no compute-sanitizer"
     fi
   done
+else
+  MOVQ_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST="$architecture" step build 100 bash -c install
+  step tests 100 "$python" -m pytest -q -m gpu tests
   step spatial_norm 45 "$python" benchmarks/spatial_norm.py --minutes 0.5 --out "$out"
   step attention 45 "$python" benchmarks/attention.py --minutes 0.5 --out "$out"
   step epilogue 25 "$python" benchmarks/epilogue.py --minutes 0.3 --out "$out"
@@ -88,5 +96,5 @@ else
   step accuracy 40 "$python" benchmarks/accuracy.py --device cuda --compile --minutes 0.5 --out "$out"
   PYTHON="$python" step profile 40 benchmarks/profile_decode.sh "$out" --device cuda
 fi
-cat "$out/summary.md"
+cat "$summary"
 exit $failed

@@ -1,14 +1,17 @@
-"""SpatialNorm + SiLU: our layer against the published formula in eager mode, torch.compile of it, and diffusers' layer.
+"""SpatialNorm + SiLU: our layer and our operator alone, against the published formula in eager mode, torch.compile of it and of
+its reformulation (conv_y and conv_b at the latent's resolution), and diffusers' layer.
 
     python benchmarks/spatial_norm.py --out benchmarks/results/spatial_norm
 
-Before it is timed, every result is checked against the published formula. GB/s count two reads of f and one write for the forward
-pass, and two reads of f and of dout and one write of the gradient in addition for the backward pass. That is the minimum for maps
-that do not fit on chip.
+The operator alone ("op") gets conv_y(zq) and conv_b(zq) as inputs, and its gradients stop there: the difference to "ours" is what
+the layer spends on them. Before it is timed, every result is checked against the published formula. GB/s count two reads of f and
+one write for the forward pass, and two reads of f and of dout and one write of the gradient in addition for the backward pass.
+That is the minimum for maps that do not fit on chip.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,21 +27,59 @@ import movq_ext
 SIZES = [(512, 32), (512, 64), (512, 128), (256, 256), (128, 512), (128, 1024)]  # channels, height = width
 QUICK = [(64, 16), (32, 32)]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-LAYERS = ("ours", "eager", "diffusers", "compile")  # compilation takes longest, so it comes last
+LAYERS = ("ours", "op", "eager", "diffusers", "compile", "compile reformulated")  # compilation takes longest, so it comes last
 Layer = Callable[[Tensor, Tensor], Tensor]
+
+
+def published(norm: movq_ext.SpatialNorm, f: Tensor, zq: Tensor) -> Tensor:
+    zq = F.interpolate(zq, size=f.shape[2:], mode="nearest")
+    return F.silu(group_norm(norm, f) * norm.conv_y(zq) + norm.conv_b(zq))
+
+
+def reformulated(norm: movq_ext.SpatialNorm, f: Tensor, zq: Tensor) -> Tensor:
+    """Compute the same with the 1x1 convolutions before the resize: what a user of torch.compile could write."""
+    y, b = (F.interpolate(conv(zq), size=f.shape[2:], mode="nearest") for conv in (norm.conv_y, norm.conv_b))
+    return F.silu(group_norm(norm, f) * y + b)
+
+
+def group_norm(norm: movq_ext.SpatialNorm, f: Tensor) -> Tensor:
+    layer = norm.norm_layer
+    return F.group_norm(f, layer.num_groups, layer.weight, layer.bias, layer.eps)
+
+
+class OperatorAlone:
+    """Our operator without the layer's convolutions: their results are inputs, computed for the first zq."""
+
+    def __init__(self, norm: movq_ext.SpatialNorm) -> None:
+        self.norm = norm
+        self.modulation: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, f: Tensor, zq: Tensor) -> Tensor:
+        if self.modulation is None:
+            layout = torch.channels_last if f.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+            maps = (conv(zq).detach().contiguous(memory_format=layout) for conv in (self.norm.conv_y, self.norm.conv_b))
+            y, b = (x.requires_grad_() for x in maps)
+            self.modulation = y, b
+        layer = self.norm.norm_layer
+        return movq_ext.spatial_norm(
+            f, *self.modulation, layer.weight, layer.bias, layer.num_groups, layer.eps, activation="silu"
+        )
+
+    def inputs(self, f: Tensor) -> tuple[Tensor, ...]:
+        assert self.modulation is not None, "call the operator before its inputs are asked for"
+        return f, *self.modulation
 
 
 def peers(norm: movq_ext.SpatialNorm, channels: int, compiled: bool) -> dict[str, Layer | None]:
     """Return layers with the same weights; None for one that is not installed."""
-
-    def published(f: Tensor, zq: Tensor) -> Tensor:
-        zq = F.interpolate(zq, size=f.shape[2:], mode="nearest")
-        layer = norm.norm_layer
-        normalised = F.group_norm(f, layer.num_groups, layer.weight, layer.bias, layer.eps)
-        return F.silu(normalised * norm.conv_y(zq) + norm.conv_b(zq))
-
-    found: dict[str, Layer | None] = {"ours": lambda f, zq: norm(f, zq, "silu"), "eager": published}
-    found["compile"] = torch.compile(published, dynamic=False) if compiled else None
+    eager, before_resize = functools.partial(published, norm), functools.partial(reformulated, norm)
+    found: dict[str, Layer | None] = {
+        "ours": lambda f, zq: norm(f, zq, "silu"),
+        "op": OperatorAlone(norm),
+        "eager": eager,
+        "compile": torch.compile(eager, dynamic=False) if compiled else None,
+        "compile reformulated": torch.compile(before_resize, dynamic=False) if compiled else before_resize,
+    }
     try:
         from diffusers.models.attention_processor import SpatialNorm
 
@@ -61,8 +102,8 @@ def measure(layer: Layer, expected: Layer, f: Tensor, zq: Tensor, backward: bool
         if not backward:
             with torch.no_grad():
                 return milliseconds(lambda: layer(f, zq), f.device)
-        dout = torch.randn_like(f)
-        return milliseconds(lambda: torch.autograd.grad(layer(f, zq), (f, zq), dout), f.device)
+        dout, inputs = torch.randn_like(f), layer.inputs(f) if isinstance(layer, OperatorAlone) else (f, zq)
+        return milliseconds(lambda: torch.autograd.grad(layer(f, zq), inputs, dout), f.device)
     except torch.OutOfMemoryError:
         return "out of memory"
     finally:
@@ -71,7 +112,7 @@ def measure(layer: Layer, expected: Layer, f: Tensor, zq: Tensor, backward: bool
 
 
 def main() -> None:
-    options, device = arguments(__doc__, "spatial_norm", 4.0, "tiny sizes and no torch.compile")
+    options, device = arguments(__doc__, "spatial_norm", 4.0, "tiny sizes, and the reformulation without torch.compile")
     torch.backends.cudnn.allow_tf32 = False  # its error in conv_y and conv_b would count as the norm's
     start = time.monotonic()
     bandwidth = copy_bandwidth(device)
