@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from movq_ext.ops.attention_backends import BACKENDS, VARIABLE, Problem, choose
-from movq_ext.ops.functional import SELF_TESTS
+from movq_ext.ops.paths import SELF_TESTS
 from movq_ext.ops.self_test import self_test_failure
 
 TABLE = Path(__file__).resolve().parents[1] / "movq_ext/ops/attention_table.json"

@@ -21,7 +21,8 @@ from timing import arguments, convolution_rate, copy_bandwidth, environment, mil
 from torch import Tensor
 
 import movq_ext
-from movq_ext.ops.functional import upsample_conv, upsampling_method
+from movq_ext.ops.functional import upsample_conv
+from movq_ext.ops.paths import upsampling_method
 from movq_ext.ops.upsampling import METHODS, count_costs
 
 SIZES = [(512, 16), (512, 32), (512, 64), (256, 128), (256, 256), (128, 256)]  # channels, height = width of the small map
@@ -68,7 +69,7 @@ def main() -> None:
             cost = count_costs(x, channels, True, dtype)
             for name, run, methods in (("forward", forward, METHODS), ("backward", backward, ("transposed", "direct"))):
                 exact = run(pytorch, [tensor.double() for tensor in inputs], dout.double())
-                chosen = upsampling_method(x, channels, True, in_inference=run is forward)
+                chosen = upsampling_method(x, channels, True, in_inference=run is forward, weight_dtype=dtype)
                 row: dict[str, Any] = {"dtype": str(dtype)[6:], "C": channels, "H=W": size, "pass": name}
                 functions = {method: partial(upsample_conv, method=method) if method in methods else None for method in METHODS}
                 for method, function in {**functions, "pytorch": pytorch}.items():

@@ -15,7 +15,8 @@ from .model.norms import GroupNorm, SpatialNorm
 from .model.quantize import VectorQuantizer
 from .model.tiled import decode_tiled, encode_tiled
 from .ops.extension import build_info
-from .ops.functional import attention, explain, shared_kv_attention, spatial_attention, spatial_norm
+from .ops.functional import attention, shared_kv_attention, spatial_attention, spatial_norm
+from .ops.paths import explain
 from .profiling import annotate
 
 __all__ = [

@@ -8,7 +8,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from movq_ext import MOVQDecoder
-from movq_ext.ops import functional
+from movq_ext.ops import paths
 from movq_ext.ops.extension import extension_available
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -69,7 +69,7 @@ def test_compiled_and_exported_programs_fold_and_join_layers():
 @pytest.fixture(params=[torch.float32, torch.bfloat16])
 def fake_cuda(monkeypatch, request):
     """Fake GPU tensors, without data, for a machine without a GPU; the kernels count as compiled for it."""
-    monkeypatch.setattr(functional, "device_reason", lambda index: None)
+    monkeypatch.setattr(paths, "device_reason", lambda index: None)
     mode = FakeTensorMode()
     torch.set_default_dtype(request.param)
     with mode, torch.device("cuda"):

@@ -13,7 +13,7 @@ from tolerances import assert_close
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from movq_ext import attention, explain, shared_kv_attention, spatial_attention, spatial_norm
-from movq_ext.ops import functional
+from movq_ext.ops import paths
 from movq_ext.ops.functional import add_bias_residual_, fused_spatial_norm, spatial_shared_kv_attention
 from movq_ext.ops.options import NormOptions
 
@@ -178,10 +178,10 @@ def test_nan_spreads_over_its_group_only():
 
 
 def test_the_kernels_refuse_maps_of_more_pixels_than_int32_holds(monkeypatch):
-    monkeypatch.setattr(functional, "device_reason", lambda index: None)
-    reason = functional._why_native(torch.empty(1, 1, 2**16, 2**15, device="meta"))
+    monkeypatch.setattr(paths, "device_reason", lambda index: None)
+    reason = paths.why_native(torch.empty(1, 1, 2**16, 2**15, device="meta"))
     assert reason == "the CUDA kernels take at most 2147418111 pixels, got shape (1, 1, 65536, 32768)"
-    assert functional._why_native(torch.empty(1, 1, 2**16, 2**15 - 2, device="meta")) is None
+    assert paths.why_native(torch.empty(1, 1, 2**16, 2**15 - 2, device="meta")) is None
 
 
 def test_explain_names_the_path_and_the_reason():

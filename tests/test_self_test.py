@@ -9,7 +9,7 @@ from tolerances import assert_close
 from torch._subclasses import FakeTensorMode
 
 import movq_ext
-from movq_ext.ops import attention_backends, extension, functional, self_test
+from movq_ext.ops import attention_backends, extension, paths, self_test
 from movq_ext.ops.registration import CPU_IMPLEMENTATIONS
 from movq_ext.ops.self_test import CALLS, self_test_failure
 
@@ -60,7 +60,7 @@ class Kernels:
 @pytest.fixture
 def kernels(monkeypatch):
     monkeypatch.setattr(self_test, "_results", {})
-    for module in (functional, attention_backends):
+    for module in (paths, attention_backends):
         monkeypatch.setattr(module, "device_reason", lambda index: None)
     monkeypatch.delenv(self_test.VARIABLE, raising=False)
     extension.warn_once.cache_clear()

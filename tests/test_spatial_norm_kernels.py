@@ -12,7 +12,7 @@ from kernels.spatial_norm import Emulator, Gpu, case, is_channels_last
 from tolerances import RELATIVE, relative_error
 
 import movq_ext
-from movq_ext.ops.functional import MAX_MAP_PIXELS
+from movq_ext.ops.paths import MAX_MAP_PIXELS
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 backend = backends(emulator=Emulator, gpu=Gpu)

@@ -11,7 +11,7 @@ from tolerances import assert_close
 from torch import nn
 
 import movq_ext
-from movq_ext.ops import functional
+from movq_ext.ops import paths
 
 SLACK = 10  # a decode is some thirty operators
 
@@ -132,11 +132,11 @@ def test_a_traced_group_norm_is_as_exact_as_an_eager_one():
 
 
 def test_gpu_tensors_are_traced_without_kernels(monkeypatch):
-    monkeypatch.setattr(functional, "device_reason", lambda index: None)
+    monkeypatch.setattr(paths, "device_reason", lambda index: None)
     x, reasons = torch.empty(1, 32, 4, 4), []
 
     def record(x):
-        reasons.append(functional._why_native(x))
+        reasons.append(paths.why_native(x))
         return x + 1
 
     record(x)

@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 import movq_ext
-from movq_ext.ops import cuda, extension, functional, native, registration, self_test
-from movq_ext.ops.functional import explain, upsample_conv
+from movq_ext.ops import cuda, extension, native, paths, registration, self_test
+from movq_ext.ops.functional import upsample_conv
+from movq_ext.ops.paths import explain
 from movq_ext.ops.upsampling import METHODS, count_costs, fold_upsampling, fold_windows, interleave_windows
 
 BF16 = torch.bfloat16
@@ -174,7 +175,7 @@ def launches(monkeypatch):
         plant(name)
     monkeypatch.setattr(self_test, "_results", {})
     monkeypatch.setenv(self_test.VARIABLE, "0")
-    monkeypatch.setattr(functional, "device_reason", lambda index: None)
+    monkeypatch.setattr(paths, "device_reason", lambda index: None)
     monkeypatch.setattr(native, "is_inference", lambda *tensors: not torch.is_grad_enabled())
     extension.warn_once.cache_clear()
     return mode
@@ -283,7 +284,7 @@ def test_transforms_without_rules_for_kernels_leave_it_to_pytorch(launches):
 
 
 def test_failed_kernels_leave_it_to_pytorch(launches, monkeypatch):
-    monkeypatch.setattr(functional, "device_reason", lambda index: "no kernels for this device")
+    monkeypatch.setattr(paths, "device_reason", lambda index: "no kernels for this device")
     x, weight, bias = case(32, 64, (24, 24), torch.float32)
     with launches, torch.no_grad(), pytest.warns(RuntimeWarning, match="no kernels for this device"):
         out = upsample_conv(*on_a_gpu(x, weight, bias))
@@ -316,7 +317,7 @@ def test_counted_costs(channels, size):
 
 
 def chosen(channels, size, batch=1):
-    return functional.upsampling_method(meta(channels, size, batch), channels, True, in_inference=True, weight_dtype=BF16)
+    return paths.upsampling_method(meta(channels, size, batch), channels, True, in_inference=True, weight_dtype=BF16)
 
 
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import attention_backends, clips, cuda, native, upsampling
+from . import clips, cuda, native, upsampling
 from .argument_checks import (
     check_add_bias_residual,
     check_attention,
@@ -17,13 +17,10 @@ from .argument_checks import (
     check_spatial_norm,
     check_upsample_conv,
 )
-from .extension import device_reason, warn_once
+from .extension import warn_once
 from .options import NormOptions
+from .paths import attention_backend, compute_dtype, failed_self_test, upsampling_method, why_native, why_native_parameters
 from .self_test import self_test_failure
-
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SELF_TESTS = {"hopper": "hopper_attention", "tile": "attention", "cublas": "chunked_attention"}  # of attention's backends
-MAX_MAP_PIXELS = 2**31 - 1 - 2**16  # of one feature map; the same in csrc/kernels/spatial_norm.h
 
 
 def spatial_norm(
@@ -86,7 +83,7 @@ def fused_spatial_norm(f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, opti
         return clips.as_clip(fused_spatial_norm(clips.as_map(f), y, b, replace(options, split_first_frame=False)), f.shape[2])
     if not f.is_cuda:
         return native.spatial_norm(f, zq_y, zq_b, options)
-    if reason := _why_native(f) or _why_native_parameters(f, options) or _failed_self_test("spatial_norm", f):
+    if reason := why_native(f) or why_native_parameters(f, options) or failed_self_test("spatial_norm", f):
         warn_once(reason)
         return native.spatial_norm(f, zq_y, zq_b, options)
     if zq_y is not None and zq_b is not None:
@@ -120,7 +117,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         return native.attention(q, k, v, scale)
     if torch.is_autocast_enabled("cuda"):
         q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
-    if (backend := _attention_backend(q, k, v)) == "native":
+    if (backend := attention_backend(q, k, v)) == "native":
         return native.attention(q, k, v, scale)
     return cuda.attention(q, k, v, q.shape[3] ** -0.5 if scale is None else scale, backend)
 
@@ -150,7 +147,7 @@ def shared_kv_attention(q: Tensor, kv: Tensor, scale: float | None = None) -> Te
         return native.shared_kv_attention(q, kv, scale)
     if torch.is_autocast_enabled("cuda"):
         q, kv = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, kv))
-    if (backend := _attention_backend(q, kv)) == "native":
+    if (backend := attention_backend(q, kv)) == "native":
         return native.shared_kv_attention(q, kv, scale)
     return cuda.shared_kv_attention(q, kv, q.shape[3] ** -0.5 if scale is None else scale, backend)
 
@@ -219,7 +216,7 @@ def add_bias_residual_(x: Tensor, bias: Tensor | None, residual: Tensor | None) 
     check_add_bias_residual(x, bias, residual)
     if not x.is_cuda:
         return native.add_bias_residual_(x, bias, residual)
-    if reason := _why_native(x) or _failed_self_test("add_bias_residual_", x):
+    if reason := why_native(x) or failed_self_test("add_bias_residual_", x):
         warn_once(reason)
         return native.add_bias_residual_(x, bias, residual)
     return cuda.add_bias_residual_(x, bias, residual)
@@ -250,7 +247,7 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, method: str | 
     in_inference = native.is_inference(*(tensor for tensor in (x, weight, bias) if tensor is not None))
     if method is None:
         method = upsampling_method(x, weight.shape[0], bias is not None, in_inference, weight.dtype)
-    if reason := _why_native(weight) or _failed_self_test("upsample_conv", weight):
+    if reason := why_native(weight) or failed_self_test("upsample_conv", weight):
         warn_once(reason)
         return upsampling.upsample_conv(x, weight, bias, method)
     if not in_inference:
@@ -258,9 +255,9 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, method: str | 
             return F.conv_transpose2d(x, cuda.fold_upsampling(weight), bias, stride=2, padding=1)
         return upsampling.upsample_conv(x, weight, bias, method)
     if bias is not None and bias.dtype != torch.float32:
-        bias = bias.to(_compute_dtype(x))
+        bias = bias.to(compute_dtype(x))
     if method == "windows":
-        if reason := self_test_failure("upsample_conv", x.device, _compute_dtype(x), True):  # of windows, which autocast casts
+        if reason := self_test_failure("upsample_conv", x.device, compute_dtype(x), True):  # of windows, which autocast casts
             warn_once(reason)
             return upsampling.upsample_conv(x, weight, bias, method)
         return cuda.upsample_by_windows(x, weight, bias)
@@ -270,126 +267,3 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, method: str | 
         out = upsampling.upsample_conv(x, weight, None, method)
     # Not by the convolution: PyTorch adds its bias in channels_last in a pass of single elements.
     return out if bias is None else add_bias_residual_(out, bias, None)
-
-
-def upsampling_method(x: Tensor, out_channels: int, has_bias: bool, in_inference: bool, weight_dtype: torch.dtype) -> str:
-    """Return the method of `upsample_conv` that takes the least counted time for x on a GPU."""
-    if native.is_tracing():  # the program must work for other sizes
-        return "transposed"
-    dtype = _compute_dtype(x)
-    methods = upsampling.METHODS if in_inference else ("transposed", "direct")
-    costs = upsampling.count_costs(x, out_channels, has_bias, dtype, weight_dtype)
-    return min(methods, key=lambda method: costs[method].equivalent_bytes(dtype))
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which a convolution on a GPU takes x: autocast's, or its own."""
-    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-
-
-def explain(x: Tensor, operator: str = "spatial_norm") -> str:
-    """Return the path that an operator takes for x, ``native``, ``cuda`` or ``cublas``, and why.
-
-    Attention has two kinds of kernels, ``hopper`` and ``tile``; the text names the one that runs.
-
-    Args:
-        x: ``(B, C, H, W)`` for ``"spatial_norm"``, which also takes clips ``(B, C, T, H, W)``, ``"spatial_attention"`` and
-            ``"upsample_conv"`` (the small map, convolved to C channels); ``(B, heads, tokens, C)`` for ``"attention"`` and
-            ``"shared_kv_attention"``.
-        operator: name of the operator.
-
-    Returns:
-        ``native: <reason>``, ``cuda: <reason>`` or ``cublas: <reason>``.
-
-    Raises:
-        ValueError: the operator is unknown, or the environment variable MOVQ_EXT_ATTENTION or MOVQ_EXT_SELF_TEST is invalid.
-    """
-    head_dim = {"spatial_norm": None, "upsample_conv": None, "spatial_attention": 1, "attention": 3, "shared_kv_attention": 3}
-    if operator not in head_dim:
-        raise ValueError(f"operator must be one of {', '.join(head_dim)}, got {operator!r}")
-    if not x.is_cuda:
-        return f"native: the CUDA kernels do not run on {x.device.type} tensors"
-    if (dim := head_dim[operator]) is not None:
-        return _explain_attention(x, operator == "shared_kv_attention", dim)
-    is_clip = operator == "spatial_norm" and x.dim() == 5
-    x = clips.as_map(x) if is_clip else x
-    if reason := _why_native(x) or _failed_self_test(operator, x):
-        return f"native: {reason}"
-    details = (
-        f"; {_explain_upsampling(x)}" if operator == "upsample_conv" else ", which takes a clip as one map" if is_clip else ""
-    )
-    return f"cuda: compiled for {torch.cuda.get_device_name(x.device)}{details}"
-
-
-def _explain_attention(x: Tensor, shared_kv: bool, head_dim: int) -> str:
-    backend, reason, _ = _choose_attention(x, shared_kv, torch.is_grad_enabled() and x.requires_grad, head_dim)
-    if backend in ("native", "cublas"):
-        return f"{backend}: {reason}"
-    return f"cuda: compiled for {torch.cuda.get_device_name(x.device)}; {backend} kernels: {reason}"
-
-
-def _explain_upsampling(x: Tensor) -> str:
-    channels, dtype = x.shape[1], _compute_dtype(x)
-    weight_dtype = torch.float32 if torch.is_autocast_enabled("cuda") else x.dtype
-    costs = upsampling.count_costs(x, channels, True, dtype, weight_dtype)
-    counted = ", ".join(f"{name} {cost.operations / 1e9:.3g} GFLOP and {cost.bytes / 1e6:.3g} MB" for name, cost in costs.items())
-    return f"method {upsampling_method(x, channels, True, native.is_inference(x), weight_dtype)} ({counted})"
-
-
-def _why_native(x: Tensor) -> str | None:
-    """Return why the kernels cannot take x, a CUDA tensor, or None if they can."""
-    if native.traces_plain_operators():
-        return "torch.jit.trace and torch.onnx.export trace PyTorch's operators only"
-    if native.is_transformed():
-        return "the CUDA kernels have no rules for vmap, jvp and forward-mode differentiation"
-    if x.dtype not in KERNEL_DTYPES:
-        return f"the CUDA kernels take {', '.join(_short(dtype) for dtype in KERNEL_DTYPES)}, got {_short(x.dtype)}"
-    if x.dim() == 4 and x.shape[2] * x.shape[3] > MAX_MAP_PIXELS:
-        return f"the CUDA kernels take at most {MAX_MAP_PIXELS} pixels, got shape {tuple(x.shape)}"
-    reason: str | None = device_reason(x.device.index)
-    return reason
-
-
-def _failed_self_test(operator: str, x: Tensor) -> str | None:
-    channels_last = operator not in SELF_TESTS.values() and not x.is_contiguous()
-    failure: str | None = self_test_failure(operator, x.device, x.dtype, channels_last)
-    return failure
-
-
-def _attention_backend(*inputs: Tensor) -> str:
-    """Return the backend for q, k and v, or q and kv, on a GPU. Warn once if it is not the one that was asked for or chosen."""
-    choice = _choose_attention(inputs[0], len(inputs) == 2, torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
-    if choice.is_fallback:
-        if choice.reason.startswith(attention_backends.VARIABLE):
-            attention_backends.warn_of_request_once(choice.reason, choice.backend)
-        else:
-            warn_once(choice.reason)
-    return choice.backend
-
-
-def _choose_attention(q: Tensor, shared_kv: bool, gradient: bool, head_dim: int = 3) -> attention_backends.Choice:
-    """Return the backend for q, whose kernels agree with the native path, and why it runs."""
-    if native.traces_plain_operators():
-        return attention_backends.Choice("native", "torch.jit.trace and torch.onnx.export trace PyTorch's operators only", True)
-    tokens = None if native.is_tracing() else q.shape[2] if head_dim == 3 else q.shape[2] * q.shape[3]
-    problem = attention_backends.Problem(
-        q.device.index, q.dtype, q.shape[head_dim], tokens, shared_kv, gradient, torch.compiler.is_exporting()
-    )
-    choice = attention_backends.choose(problem)
-    if choice.backend != "native" and (failure := _failed_self_test(SELF_TESTS[choice.backend], q)):
-        return attention_backends.Choice("native", failure, True)
-    return choice
-
-
-def _why_native_parameters(f: Tensor, options: NormOptions) -> str | None:
-    weight, bias = options.weight, options.bias
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.dtype not in (torch.float32, f.dtype):
-            return f"the CUDA kernels take {name} in float32 or f's {_short(f.dtype)}, got {_short(parameter.dtype)}"
-    if weight is not None and bias is not None and weight.dtype != bias.dtype:
-        return f"the CUDA kernels take weight and bias of one dtype, got {_short(weight.dtype)} and {_short(bias.dtype)}"
-    return None
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
