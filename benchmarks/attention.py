@@ -224,7 +224,7 @@ def main() -> None:
     head = {
         **environment(device),
         "matmul, TFLOP/s": rate / 1e12,
-        "path": movq_ext.explain(torch.empty(1, 1, 1, SIZE, device=device), "attention"),
+        "path": movq_ext.explain(torch.empty(1, 1, 1, SIZE, device=device).expand(-1, -1, 4096, -1), "attention"),
     }
     write(options.out, "attention", f"Attention, one head of {SIZE}", head, rows)
     orders = compare_orders(device, (100,), 64) if options.quick else compare_orders(device, TOKENS[:4], SIZE)

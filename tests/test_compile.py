@@ -1,5 +1,8 @@
 """The decoder under torch.compile and torch.export: no graph breaks, and our operators in programs for a GPU."""
 
+import time
+import types
+
 import pytest
 import torch
 from models import TINY, latents, make_decoder
@@ -8,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from movq_ext import MOVQDecoder
-from movq_ext.ops import paths
+from movq_ext.ops import attention_backends, extension, paths
 from movq_ext.ops.extension import extension_available
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -64,6 +67,37 @@ def test_compiled_and_exported_programs_fold_and_join_layers():
     convolutions = 2 + 4 * 2 + 1 + 2 * 2  # conv_in, conv_out; conv1 and conv2 of blocks, one shortcut; q, k, v and proj_out
     norms = 4 * 2 + 2 + 1
     assert [layers_of(graph) for graph in graphs] == 2 * [{"conv2d": convolutions, "conv_transpose2d": 1, "baddbmm": norms}]
+
+
+def test_the_choice_of_path_is_a_constant_of_compiled_programs(monkeypatch):
+    """The functions that choose it ask the compiled library and warn, which cannot be traced."""
+
+    def library_says(index):
+        time.sleep(0)
+        return {"binary_version": 0, "device_capability": 75}
+
+    def program(x):
+        if reason := extension.device_reason(0):
+            extension.warn_once(reason)
+        if attention_backends.choose(attention_backends.Problem(0, x.dtype, 512, 64, True, False)).is_fallback:
+            attention_backends.warn_of_request_once("a request that cannot be followed", "tile")
+        return x + 1
+
+    monkeypatch.setattr(extension, "extension", types.SimpleNamespace(device_support=library_says))
+    monkeypatch.setenv(attention_backends.VARIABLE, "hopper")
+    cached = extension.device_reason, extension.warn_once, attention_backends.warn_of_request_once
+    for function in cached:
+        function.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning) as warned:
+            compiled = torch.compile(program, fullgraph=True, backend="eager")
+            assert torch.equal(compiled(torch.zeros(2)), torch.ones(2))
+    finally:
+        for function in cached:
+            function.cache_clear()
+    messages = [str(warning.message) for warning in warned]
+    assert sum("but device 0 has 7.5" in message for message in messages) == 1
+    assert sum("a request that cannot be followed" in message for message in messages) == 1
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16])

@@ -34,12 +34,27 @@ def run_torch(monkeypatch, version, cuda):
 
 @pytest.mark.parametrize(
     "version, cuda",
-    [("2.11.0+cu130", "13.0"), ("2.11.1", "13.2"), ("2.14.1+cu130", "13.0"), ("2.100.0", "13.9"), ("3.0", "13.0")],
+    [
+        ("2.11.0+cu130", "13.0"),
+        ("2.11.1", "13.2"),
+        ("2.14.1+cu130", "13.0"),
+        ("2.100.0", "13.9"),
+        ("3.0", "13.0"),
+        ("2.11.0a0+git1234", "13.0"),
+        ("2.15.0.dev20261126+cu130", "13.0"),
+    ],
 )
 def test_any_torch_from_the_minimum_on_loads_the_extension(monkeypatch, version, cuda):
     run_torch(monkeypatch, version, cuda)
     monkeypatch.setattr(extension, "import_module", lambda name: name)
     assert load_quietly(RECORD) == ("movq_ext._C", None, [])
+
+
+def test_a_record_of_an_older_version_asks_to_reinstall(monkeypatch):
+    run_torch(monkeypatch, "2.14.1+cu130", "13.0")
+    record = {key: value for key, value in RECORD.items() if key != "minimum_torch"}
+    reason = "movq_ext._C was compiled by an older movq_ext; reinstall movq_ext"
+    assert load_quietly(record) == (None, reason, [f"{reason}. The native path is used instead."])
 
 
 @pytest.mark.parametrize(

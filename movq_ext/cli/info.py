@@ -12,6 +12,7 @@ from .. import build_info, explain
 from ..io.codes import codebook_fingerprint
 from .common import add_model, load_model
 
+TOKENS = 4096  # of a 512x512 image, by which attention chooses its backend
 SUMMARY = "Print versions, the build, the path that runs on the device, and the model's config, as JSON."
 
 
@@ -25,7 +26,8 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args)
     channels, dtype = model.decoder.conv_in.out_channels, model.quant_conv.weight.dtype
     operator = "attention" if dtype == torch.float32 else "shared_kv_attention"  # as in AttnBlock
-    report["attention"] = explain(torch.empty(1, 1, 1, channels, dtype=dtype, device=args.device), operator)
+    tokens = torch.empty(1, 1, 1, channels, dtype=dtype, device=args.device).expand(-1, -1, TOKENS, -1)
+    report["attention"] = explain(tokens, operator)
     report["model"] = {
         "path": str(args.model),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .extension import arch_list, device_reason
+from .extension import arch_list, cached_constant, device_reason
 
 BACKENDS = ("hopper", "tile", "cublas", "native")
 VARIABLE = "MOVQ_EXT_ATTENTION"
@@ -35,11 +35,12 @@ HOPPER_HEAD_SIZES = (128, 256, 512)
 #   A100  tile 90% of 312 TFLOP/s: 281. cublas 312 TFLOP/s and 26 bytes at 7.2 TB/s (5120 bytes a cycle: NVIDIA's whitepaper): 201
 #   H100  tile 352 (L2). cublas 989 TFLOP/s and 26 bytes at 5.5 TB/s: 301. Backward, 10 C operations: tile 251, cublas 300. Both
 #         passes take 26 ps per score with tile and 24 with cublas, which needs more memory: too close to choose cublas on paper
-#   newer GPUs have tensor-core instructions that mma.sync does not use, and cuBLAS does
+#   10.x  has tensor-core instructions (tcgen05) that mma.sync does not reach, and cuBLAS uses them. 12.x has mma.sync alone
 # In float32, tile has 3xTF32, an A100 156 / 3 = 52 TFLOP/s, and cuBLAS 19.5 without TF32 (NVIDIA's data sheets).
 ON_PAPER = (
     ((8, 0), "tile", "on paper it is faster than cuBLAS, or as fast with less memory"),
     ((10, 0), "cublas", "the kernels are not yet measured on this GPU, and cuBLAS uses its newest instructions"),
+    ((12, 0), "tile", "its tensor cores have the instructions that the kernels use, and no others"),
 )
 
 
@@ -172,8 +173,7 @@ def device_capability(index: int | None) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@functools.cache
+@cached_constant
 def warn_of_request_once(reason: str, backend: str) -> None:
     """Warn that MOVQ_EXT_ATTENTION cannot be followed, once for each reason."""
     warnings.warn(f"{reason}; {backend} runs instead", RuntimeWarning, stacklevel=4)

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import warnings
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
-from torch.torch_version import TorchVersion
 
 from .._version import __version__
 from .source_folder import warn_if_installed_elsewhere
 
+P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
 PACKAGE = Path(__file__).resolve().parents[1]
 RECORD = PACKAGE / "_build_record.json"  # written by setup.py
+
+
+class CachedConstant(Protocol[P, R_co]):
+    """A function made by `cached_constant`."""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+    def cache_clear(self) -> None: ...
 
 
 def read_record(path: Path = RECORD) -> dict[str, Any]:
@@ -56,9 +68,11 @@ def _mismatch(record: dict[str, Any]) -> str | None:
     The extension uses PyTorch's stable ABI: it runs with every torch from ``minimum_torch`` on. It also uses torch's CUDA
     runtime, which is compatible within a major version.
     """
-    minimum, built_cuda = str(record.get("minimum_torch")), str(record.get("nvcc"))
+    if "minimum_torch" not in record:
+        return "movq_ext._C was compiled by an older movq_ext; reinstall movq_ext"
+    minimum, built_cuda = str(record["minimum_torch"]), str(record.get("nvcc"))
     running = f"torch {torch.__version__} is running"
-    if TorchVersion(torch.__version__) < minimum:
+    if _release(torch.__version__) < _release(minimum):
         return f"movq_ext._C needs torch {minimum} or newer, but {running}"
     if torch.version.cuda is None:
         return f"movq_ext._C needs a torch for CUDA {_major(built_cuda)}, but {running}, a build without CUDA"
@@ -68,6 +82,11 @@ def _mismatch(record: dict[str, Any]) -> str | None:
             "reinstall movq_ext from source to compile it for that"
         )
     return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Return the first two numbers: a pre-release of the minimum has its ABI."""
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
 def _major(version: str) -> str:
@@ -94,9 +113,24 @@ def arch_list() -> str:
     return _record.get("arch_list") or ""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@functools.cache  # the answer cannot change, and asking creates a CUDA context on the device
-def device_reason(index: int) -> str | None:
+def cached_constant(function: Callable[P, R]) -> CachedConstant[P, R]:
+    """Cache a function of constants, and let torch.compile take its results as constants.
+
+    functools.cache alone does not do that: torch.compile traces the function behind it.
+    """
+    cached = functools.cache(function)
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def constant(*args: P.args, **kwargs: P.kwargs) -> R:
+        return cached(*args, **kwargs)  # type: ignore[arg-type]
+
+    functools.update_wrapper(constant, function, updated=())
+    constant.cache_clear = cached.cache_clear
+    return constant  # type: ignore[no-any-return]
+
+
+@cached_constant  # the answer cannot change, and asking creates a CUDA context on the device
+def device_reason(index: int | None) -> str | None:
     """Return why the extension cannot run on a CUDA device, or None if it can."""
     if extension is None:
         return _reason
@@ -113,8 +147,7 @@ def device_reason(index: int) -> str | None:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@functools.cache
+@cached_constant
 def warn_once(reason: str) -> None:
     """Warn that a GPU tensor takes the native path, once for each reason."""
     warnings.warn(f"movq_ext runs PyTorch's own operators: {reason}", RuntimeWarning, stacklevel=4)

@@ -50,7 +50,8 @@ def explain(x: Tensor, operator: str = "spatial_norm") -> str:
 
 
 def _explain_attention(x: Tensor, shared_kv: bool, head_dim: int) -> str:
-    backend, reason, _ = _choose_attention(x, shared_kv, torch.is_grad_enabled() and x.requires_grad, head_dim)
+    gradient = torch.is_grad_enabled() and x.requires_grad
+    backend, reason, _ = _choose_attention(x.to(compute_dtype(x)), shared_kv, gradient, head_dim)  # as attention casts it
     if backend in ("native", "cublas"):
         return f"{backend}: {reason}"
     return f"cuda: compiled for {torch.cuda.get_device_name(x.device)}; {backend} kernels: {reason}"
