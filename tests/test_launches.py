@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import movq_ext
-from movq_ext.ops import attention_backends, extension, functional, registration, self_test
+from movq_ext.ops import attention_backends, extension, paths, registration, self_test
 
 KANDINSKY = dict(
     ch=128, out_ch=3, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_resolutions=[32], in_channels=3, resolution=256,
@@ -76,7 +76,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: self.device.type == "meta"), raising=False)
     monkeypatch.setattr(self_test, "_results", {})
     monkeypatch.setenv(self_test.VARIABLE, "0")
-    for module in (functional, attention_backends):
+    for module in (paths, attention_backends):
         monkeypatch.setattr(module, "device_reason", lambda index: None)
     monkeypatch.setattr(attention_backends, "device_capability", lambda index: None)  # chooses the backend "tile"
     monkeypatch.delenv("MOVQ_EXT_ATTENTION", raising=False)
