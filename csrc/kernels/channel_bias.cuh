@@ -6,8 +6,8 @@
 
 namespace movq {
 
-// N adjacent values in float32 or in T, in accesses of up to 16 bytes; zeros for null. Waits for its loads: issue those of the map
-// first.
+// N adjacent values in float32 or in T, in accesses of up to 16 bytes; zeros for null. Waits for its loads: issue those of the
+// map first.
 template <class T, int N>
 MOVQ_DEVICE Vec<float, N> load_bias(const void* bias, bool is_float, int64_t channel) {
   Vec<float, N> values = {};

@@ -1,13 +1,13 @@
 // The epilogue of a convolution: adds its bias and the residual in place, in one pass.
 //
 // Bytes: x and residual are read once, x is written once.
-// An access is VecSize adjacent elements (16 bytes, or one element where alignment or sizes rule that out). Accesses form a matrix:
-// in NHWC (ChannelsLast) a row is a pixel and a column its channels, in NCHW a row is a channel of an image and a column its
-// pixels. A thread keeps its channels, so it loads the bias once and steps by a constant stride: down a column in NHWC, along a row
-// in NCHW. Threads side by side read adjacent memory.
-// Instructions: at most 66 per access of 8 bfloat16 with bias and residual, none of them a division. A warp issues them in 17 cycles
-// (4 per cycle and multiprocessor), while its 1.5 KB take 106 cycles of an H100's bandwidth (3.35 TB/s over 132 multiprocessors at
-// 1.755 GHz, data sheet). tests/test_epilogue_machine_code.py counts them.
+// An access is VecSize adjacent elements (16 bytes, or one element where alignment or sizes rule that out). Accesses form a
+// matrix: in NHWC (ChannelsLast) a row is a pixel and a column its channels, in NCHW a row is a channel of an image and a column
+// its pixels. A thread keeps its channels, so it loads the bias once and steps by a constant stride: down a column in NHWC, along
+// a row in NCHW. Threads side by side read adjacent memory.
+// Instructions: at most 66 per access of 8 bfloat16 with bias and residual, none of them a division. A warp issues them in 17
+// cycles (4 per cycle and multiprocessor), while its 1.5 KB take 106 cycles of an H100's bandwidth (3.35 TB/s over 132
+// multiprocessors at 1.755 GHz, data sheet). tests/test_epilogue_machine_code.py counts them.
 // Registers: at most 64 (__launch_bounds__), for 4 blocks of 256 threads per multiprocessor. Each thread has 2 loads of x and 2
 // of residual in flight (1 of each in small maps), 64 KB or 32 KB per multiprocessor. An H100 needs about 20 KB to cover its
 // memory latency at full bandwidth. benchmarks/results/resources.md lists what the compiler allocates.
@@ -27,8 +27,8 @@ constexpr int kThreads = 256;
 constexpr int64_t kTargetBlocks = 1024;  // about one wave of blocks on the largest GPUs
 constexpr int kMaxThreadAccesses = 16;
 
-// How the matrix of accesses is cut into blocks, numbered along the rows first. A block has `inner` x `outer` threads over columns
-// x rows, and walks `steps` times down the rows (NHWC) or along the columns (NCHW).
+// How the matrix of accesses is cut into blocks, numbered along the rows first. A block has `inner` x `outer` threads over
+// columns x rows, and walks `steps` times down the rows (NHWC) or along the columns (NCHW).
 struct EpiloguePlan {
   int64_t rows;
   int columns, channels;

@@ -6,9 +6,9 @@
 //
 // Bytes: 9 weights are read and 16 sums written per pair of channels, 50 bytes in 16-bit types: 13 MB for 512 channels, 4 us at
 // 3.35 TB/s (H100 SXM data sheet). A thread executes about 650 instructions for 8 pairs, 0.7 us for 512 channels.
-// The weight has out channels outermost, the transposed form innermost: a block exchanges a tile of 16 in channels and 128 bytes of
-// out channels through 18 KB of shared memory. Global accesses have 16 bytes (one element where alignment or sizes rule that out)
-// and fill whole sectors; in [out][in][3][3] two neighbouring loads share each sector, the second from L1.
+// The weight has out channels outermost, the transposed form innermost: a block exchanges a tile of 16 in channels and 128 bytes
+// of out channels through 18 KB of shared memory. Global accesses have 16 bytes (one element where alignment or sizes rule that
+// out) and fill whole sectors; in [out][in][3][3] two neighbouring loads share each sector, the second from L1.
 // Registers: at most 128 (__launch_bounds__). A thread has 9 (backward: 16) loads of 16 bytes in flight, 18 (32) KB per block;
 // 512 channels make 256 blocks, about two per multiprocessor of an H100, which needs about 20 KB in flight.
 #include "upsampling.h"

@@ -5,10 +5,10 @@
 //
 // Bytes: windows are read once and the map written once, in accesses of 16 bytes (one element where alignment or sizes rule that
 // out). The phases of border windows that lie outside the map, about half of them, are not read.
-// Blocks: one takes 128 bytes of channels of a run of pixels in one row. A thread keeps its channels and its phase, so it loads the
-// bias once, and steps through both maps by constant strides.
-// Instructions: at most 40 per access of 16 bytes, none of them a division. A warp issues them in 10 cycles, while its 1 KB take 70
-// cycles of an H100's bandwidth (see epilogue.cu). tests/test_epilogue_machine_code.py counts them.
+// Blocks: one takes 128 bytes of channels of a run of pixels in one row. A thread keeps its channels and its phase, so it loads
+// the bias once, and steps through both maps by constant strides.
+// Instructions: at most 40 per access of 16 bytes, none of them a division. A warp issues them in 10 cycles, while its 1 KB take
+// 70 cycles of an H100's bandwidth (see epilogue.cu). tests/test_epilogue_machine_code.py counts them.
 // Registers: at most 64 (__launch_bounds__), for 4 blocks of 256 threads per multiprocessor, each with 2 loads of 16 bytes in
 // flight: 32 KB, where an H100 needs about 20 KB to cover its memory latency at full bandwidth.
 #include <algorithm>
