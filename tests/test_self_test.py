@@ -1,9 +1,13 @@
 """The self test of the kernels, with right and wrong ones planted in place of those for a GPU."""
 
+import re
 import warnings
 
+import emulator
 import pytest
 import torch
+from kernels import usable
+from kernels.spatial_norm import ClusterEmulator
 from operators import needs_extension, needs_gpu
 from tolerances import assert_close
 from torch._subclasses import FakeTensorMode
@@ -204,6 +208,37 @@ def test_compiled_programs_test_it_too(kernels):
         return x + (self_test_failure("attention", x.device, x.dtype, False) is not None)
 
     assert torch.compile(failures, backend="eager", fullgraph=True)(torch.zeros(1)).item() == 1
+
+
+def spatial_norm_kernels():
+    """Return the names of all kernels that SpatialNorm's sources launch."""
+    sources = [path.read_text() for path in emulator.KERNELS.glob("spatial_norm*.cu*")]
+    return {name for source in sources for name in re.findall(r'"(spatial_norm \w+)"', source)}
+
+
+@pytest.mark.skipif(not usable("clusters"), reason="needs Linux and a host C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_reaches_every_kernel_of_spatial_norm(kernels, dtype):
+    """On the emulator, with accesses of 16 bytes and of one element."""
+    device, reached = ClusterEmulator(), {"wide": set(), "single": set()}
+    device.seeds = (0,)
+
+    def run(method):
+        def kernel(*arguments):
+            results = method(*arguments)
+            f = arguments[0]
+            row = f.shape[1] if f.stride(1) == 1 else f.shape[3]
+            reached["single" if row * f.element_size() % 16 else "wide"].update(launch.kernel for launch in device.cost.launches)
+            return [torch.empty(0) if result is None else result for result in results]
+
+        return kernel
+
+    for name in ("forward", "backward"):
+        kernels.plant(f"spatial_norm_{name}", run(getattr(device, name)))
+    for channels_last in (False, True):
+        assert self_test_failure("spatial_norm", CPU, dtype, channels_last) is None
+    assert reached["wide"] == spatial_norm_kernels()
+    assert reached["single"] == spatial_norm_kernels() - {"spatial_norm norm_in_cluster"}
 
 
 @needs_extension

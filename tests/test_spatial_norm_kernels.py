@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernels import backends, usable
-from kernels.spatial_norm import Emulator, Gpu, case, is_channels_last
+from kernels.spatial_norm import ClusterEmulator, Emulator, Gpu, case, is_channels_last
 from tolerances import RELATIVE, relative_error
 
 import movq_ext
@@ -16,6 +16,7 @@ from movq_ext.ops.paths import MAX_MAP_PIXELS
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 backend = backends(emulator=Emulator, gpu=Gpu)
+any_device = backends(emulator=Emulator, clusters=ClusterEmulator, gpu=Gpu)
 
 
 # (shape of f, groups, zq's height and width). The cases named `small` are for slow sanitizers.
@@ -146,17 +147,21 @@ def test_bordered_zq(backend, name, dtype, layout):
     assert_close(out, published.spatial_norm(c.f.double(), y, b, c.weight.double(), c.bias.double(), 4, 1e-6, "silu"))
 
 
-def test_nan_in_f_bias_stays_in_its_group(backend):
-    c = case((2, 32, 4, 8), (2, 2), F32, "channels_last")
+@pytest.mark.parametrize("channel", [0, 5])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nan_in_f_bias_stays_in_its_group(any_device, layout, channel):
+    c = case((2, 32, 4, 8), (2, 2), F32, layout)
     f_bias = torch.zeros(32)
-    f_bias[5] = float("nan")
-    out, _, _ = backend.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 8, 1e-6, True, f_bias)
-    assert out[:, 4:8].isnan().all() and not out[:, :4].isnan().any() and not out[:, 8:].isnan().any()
+    f_bias[channel] = float("nan")
+    out, _, _ = any_device.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 8, 1e-6, True, f_bias)
+    expected = torch.zeros(2, 32, dtype=torch.bool)
+    expected[:, channel // 4 * 4 : channel // 4 * 4 + 4] = True
+    assert torch.equal(out.isnan().flatten(2).any(2), expected) and torch.equal(out.isnan().flatten(2).all(2), expected)
 
 
 # --- Clusters: one kernel where a group fits into the registers of 8 blocks
 
-clustered = backends(emulator=Emulator)
+clustered = backends(clusters=ClusterEmulator)
 CLUSTER_CASES = {
     "tile": ((2, 32, 16, 32), 4, (4, 8)),
     "same-grid": ((1, 32, 16, 32), 2, (16, 32)),
@@ -175,7 +180,6 @@ def test_clusters_match_the_published_formula(clustered, name, layout, dtype, si
     shape, groups, zq_size = CLUSTER_CASES[name]
     c = case(shape, zq_size, dtype, layout)
     f_bias, sums = biased(c, F32)
-    clustered.max_cluster = 8
     clustered.seeds = (0, 1)
     out, mean, rstd = clustered.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, groups, 1e-6, silu, f_bias)
     assert [launch.kernel for launch in clustered.cost.launches] == ["spatial_norm norm_in_cluster"]
@@ -185,18 +189,44 @@ def test_clusters_match_the_published_formula(clustered, name, layout, dtype, si
     assert_near(rstd, (grouped.var(2, correction=0) + 1e-6).rsqrt())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_clusters_read_f_once(clustered, layout, dtype):
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_clusters_of_any_shape(clustered, data):
+    """Groups of whole accesses with zq of even cells, on f's grid, or none."""
+    groups, silu = data.draw(st.integers(1, 3)), data.draw(st.booleans())
+    dtype, layout = data.draw(st.sampled_from([F32, BF16])), data.draw(st.sampled_from(LAYOUTS))
+    whole, rest = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
+    channels, columns = (8 * whole, rest) if layout == "channels_last" else (rest, 8 * whole)
+    cell = data.draw(st.sampled_from([(1, 1), (2, 2), (4, 2), (2, 8)]))
+    grid = data.draw(st.integers(1, 9)), columns
+    f_size = tuple(many * size for many, size in zip(grid, cell, strict=True))
+    c = case((data.draw(st.integers(1, 2)), groups * channels, *f_size), data.draw(st.sampled_from([grid, None])), dtype, layout)
+    f_bias, sums = biased(c, F32)
+    clustered.seeds = (0,)
+    out, _, _ = clustered.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, groups, 1e-2, silu, f_bias)
+    assert [launch.kernel for launch in clustered.cost.launches] == ["spatial_norm norm_in_cluster"]
+    assert_close(out, expected_forward(sums, groups, 1e-2, silu), slack=2.0)
+
+
+@pytest.mark.parametrize("layout, dtype, groups, fetches", [
+    pytest.param("nchw", F32, 2, 1, id="nchw-float32"),
+    pytest.param("nchw", BF16, 2, 1, id="nchw-bfloat16"),
+    pytest.param("channels_last", F32, 2, 1, id="channels_last-float32"),
+    pytest.param("channels_last", BF16, 2, 1, id="channels_last-bfloat16"),
+    pytest.param("channels_last", F32, 8, 2, id="channels_last-float32-half-a-sector"),
+    pytest.param("channels_last", BF16, 4, 2, id="channels_last-bfloat16-half-a-sector"),
+])  # fmt: skip
+def test_clusters_read_f_once(clustered, layout, dtype, groups, fetches):
+    """A group of 16 bytes per pixel shares each sector of 32 bytes with its neighbour, so two clusters fetch it."""
     c = case((1, 32, 64, 64), (32, 32), dtype, layout)
-    clustered.seeds, clustered.max_cluster = (0,), 8
-    clustered.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 2, 1e-6, True)
+    clustered.seeds = (0,)
+    clustered.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, groups, 1e-6, True)
     size, cost = c.f.numel() * c.f.element_size(), clustered.cost
-    assert cost.buffers["f"].read_bytes == cost.buffers["f"].read_sectors * 32 == size
-    assert cost.buffers["out"].written_bytes == cost.buffers["out"].written_sectors * 32 == size
+    assert cost.buffers["f"].read_bytes == cost.buffers["out"].written_bytes == size
+    assert cost.buffers["f"].read_sectors * 32 == cost.buffers["out"].written_sectors * 32 == fetches * size
     assert cost.buffers["workspace"].read_bytes == cost.buffers["workspace"].written_bytes == 0
     (launch,) = cost.launches
-    assert (launch.cluster, launch.grid[0]) == (8, 16) and launch.bank_conflicts == 0
+    assert (launch.cluster, launch.grid[0]) == (8, 8 * groups) and launch.bank_conflicts == 0
 
 
 @pytest.mark.parametrize("shape, groups, zq_size, max_cluster", [
@@ -221,39 +251,57 @@ def test_one_pixel_of_f_and_a_row_of_zq_in_channels_last(backend):
     assert_close(out, expected_forward(c, 1, 1e-2, False))
 
 
-def test_nan_and_infinity_stay_in_their_group(backend):
+def test_nan_and_infinity_stay_in_their_group(any_device):
     c = case((2, 32, 4, 8), (2, 2), F32, "nchw")
     c.f[0, 3, 1, 1] = float("nan")
     c.f[1, 31, 0, 0] = float("inf")
-    out, mean, rstd = backend.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 8, 1e-6, True)
+    out, mean, rstd = any_device.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 8, 1e-6, True)
     bad = out.isnan().flatten(2).any(2)
     expected = torch.zeros(2, 32, dtype=torch.bool)
     expected[0, 0:4] = expected[1, 28:32] = True
     assert torch.equal(bad, expected)
-    df = backend.backward(c.dout, c.f, c.zq_y, c.zq_b, c.weight, c.bias, mean, rstd, 8, True)[0]
+    df = any_device.backward(c.dout, c.f, c.zq_y, c.zq_b, c.weight, c.bias, mean, rstd, 8, True)[0]
     assert torch.equal(df.isnan().flatten(2).any(2), expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_large_mean_costs_no_accuracy(backend, layout):
+def test_a_large_mean_costs_no_accuracy(any_device, layout):
     """E[x^2] - E[x]^2 in float32 would have no correct digit here. Only the mean is rounded, to half an ulp."""
     c = case((1, 32, 16, 16), None, F32, layout)
     f = c.f + 4096.0
-    out, _, _ = backend.forward(f, None, None, None, None, 8, 1e-6, False)
+    out, _, _ = any_device.forward(f, None, None, None, None, 8, 1e-6, False)
     assert relative_error(out, published.spatial_norm(f.double(), None, None, None, None, 8)) < 2**-12 * 1.5
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0])
-def test_a_constant_group_is_normalized_by_eps_alone(backend, value):
+def test_a_constant_group_is_normalized_by_eps_alone(any_device, value):
     f = torch.full((1, 32, 4, 4), value)
-    out, mean, rstd = backend.forward(f, None, None, None, None, 8, 1e-4, False)
+    out, mean, rstd = any_device.forward(f, None, None, None, None, 8, 1e-4, False)
     assert torch.equal(out, torch.zeros_like(f)) and torch.equal(mean, torch.full((1, 8), value))
     torch.testing.assert_close(rstd, torch.full((1, 8), 100.0))
+
+
+@pytest.mark.parametrize("zq_size, offset", [((2, 4), 0), ((4, 8), 0), ((3, 5), 0), ((2, 4), 1), (None, 0)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_silu_of_the_largest_values(any_device, layout, zq_size, offset):
+    """log2(e) times them would overflow. Above 2.36e38 the result is 2.36e38, so that it is finite as well."""
+    c = case((1, 16, 4, 8), zq_size, BF16, layout, offset=offset)
+    for largest in (-3e38, 3e38):
+        if zq_size is None:
+            c.bias = torch.full_like(c.bias, largest)
+        else:
+            c.zq_b = torch.full_like(c.zq_b, largest)
+        out, _, _ = any_device.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 2, 1e-6, True)
+        if largest < 0:
+            assert (out == 0).all() and out.signbit().all()  # as torch.nn.functional.silu
+        else:
+            assert float(out.min()) == float(out.max()) == pytest.approx(torch.finfo(F32).max / 1.442695, rel=2**-8)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_shape(backend, data):
+    backend.max_cluster = data.draw(st.sampled_from([1, 8]))  # of the emulated device
     groups = data.draw(st.sampled_from([1, 2, 3, 8, 32]))
     channels = groups * data.draw(st.integers(1, 9))
     size = [data.draw(st.integers(1, 20)) for _ in range(2)]

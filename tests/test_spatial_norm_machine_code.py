@@ -11,9 +11,14 @@ CELLS, EVEN_CELLS, SAME_GRID = ("ResizeE0E", "ResizeE1E", "ResizeE2E")
 
 
 @pytest.fixture(scope="module")
-def loops(tmp_path_factory):
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cubin")
+
+
+@pytest.fixture(scope="module")
+def loops(folder):
     """Return the loops of the output pass's kernels with accesses of 16 bytes, by kernel, the shortest first."""
-    found = machine_code.compile_loops(SOURCE, 90, tmp_path_factory.mktemp("cubin"))
+    found = machine_code.compile_loops(SOURCE, 90, folder)
     wide = {name: sorted(code, key=len) for name, code in found.items() if "8modulateI" in name and "Li1E" not in name}
     assert len(wide) == 3 * 2 * 3  # dtypes, layouts, ways to resize
     return wide
@@ -59,3 +64,12 @@ def test_all_loads_of_a_unit_are_requested_before_one_is_used(loops):
 def test_no_loop_spills(loops):
     for name, code in loops.items():
         assert not any({"LDL", "STL"} & set(loop) for loop in code), name
+
+
+def test_the_cluster_kernel_does_not_spill(loops, folder):
+    """It keeps 8 accesses in registers, and its loops are unrolled: all of its instructions count."""
+    kernels = machine_code.read_kernels(folder / f"{SOURCE.stem}.90.cubin")
+    clusters = {name: code for name, code in kernels.items() if "15norm_in_clusterI" in name}
+    assert len(clusters) == 3 * 2 * 2  # dtypes, layouts, ways to resize
+    for name, code in clusters.items():
+        assert code.count("LDG") >= 8 and not {"LDL", "STL"} & set(code), name

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.skipif(not usable("emulator"), reason="needs Linux and 
 GLUE = """
 #include "spatial_norm_bands.cuh"
 #include "spatial_norm_cells.cuh"
+#include "spatial_norm_cluster.cuh"
 #include "spatial_norm_input_gradient.cuh"
 #include "spatial_norm_statistics.cuh"
 
@@ -38,8 +39,10 @@ static size_t with_vec_size(int vec_size, Function&& function) {
   return function(std::integral_constant<int, 1>());
 }
 
-// Shared memory of each kernel: contiguous statistics without and with f_bias, interleaved statistics, bands, cells, df.
-static void shared_bytes(const Geometry& geometry, int vec_size, bool channels_last, int64_t (&bytes)[6]) {
+// Shared memory of each kernel: contiguous statistics without and with f_bias, interleaved statistics, bands, cells, df,
+// clusters.
+static void shared_bytes(const Geometry& geometry, int vec_size, bool channels_last, int64_t (&bytes)[7]) {
+  bytes[6] = kClusterSharedBytes;
   if (channels_last) {
     bytes[2] = plan_interleaved_groups(geometry, vec_size).shared_bytes(vec_size);
     bytes[5] = with_vec_size(vec_size, [](auto size) { return BlockChannels<size, kGradientTerms>::kSharedBytes; });
@@ -56,16 +59,16 @@ static void shared_bytes(const Geometry& geometry, int vec_size, bool channels_l
 
 // The largest of each over 2 to 64 groups, 1 to max_group_channels channels a group, all dtypes and both layouts.
 EXPORT(largest_shared_bytes, int height, int width, int zq_height, int zq_width, int max_group_channels, int64_t* results) {
-  int64_t largest[6] = {}, channels[6] = {}, groups_of[6] = {};
+  int64_t largest[7] = {}, channels[7] = {}, groups_of[7] = {};
   for (int groups = 2; groups <= 64; ++groups) {
     for (int group_channels = 1; group_channels <= max_group_channels; ++group_channels) {
       for (int form = 0; form < 4; ++form) {  // float32 and 16 bits, in NCHW and in NHWC
         int vec_size;
         const Geometry geometry = geometry_of(1, groups * group_channels, groups, height, width, zq_height, zq_width, form / 2,
                                               form % 2, &vec_size);
-        int64_t bytes[6] = {};
+        int64_t bytes[7] = {};
         shared_bytes(geometry, vec_size, form % 2, bytes);
-        for (int i = 0; i < 6; ++i) {
+        for (int i = 0; i < 7; ++i) {
           if (bytes[i] <= largest[i]) continue;
           largest[i] = bytes[i];
           channels[i] = geometry.channels;
@@ -74,9 +77,17 @@ EXPORT(largest_shared_bytes, int height, int width, int zq_height, int zq_width,
       }
     }
   }
-  write(results, largest, 6);
-  write(results + 6, channels, 6);
-  write(results + 12, groups_of, 6);
+  write(results, largest, 7);
+  write(results + 7, channels, 7);
+  write(results + 14, groups_of, 7);
+}
+
+// Whether cells of two rows and two columns count as even, in maps of 8 channels.
+EXPORT(has_even_cells, int64_t height, int64_t width, bool channels_last, int64_t* result) {
+  SpatialNormProblem p = {1, 8, height, width, 1, height / 2, width / 2, DType::bfloat16};
+  p.channels_last = channels_last;
+  const int64_t even = choose_resize(p, 8) == Resize::kEvenCells;
+  write(result, &even, 1);
 }
 
 // kernel, blocks, threads, threads of a team, accesses in flight
@@ -89,7 +100,9 @@ EXPORT(cell_plan, int64_t batch, int channels, int height, int width, int zq_hei
   write(plan, values, 5);
 }
 """
-KERNELS = ("NCHW statistics", "NCHW statistics with f_bias", "NHWC statistics", "sum_bands", "sum over cells", "df")
+KERNELS = (
+    "NCHW statistics", "NCHW statistics with f_bias", "NHWC statistics", "sum_bands", "sum over cells", "df", "norm_in_cluster",
+)  # fmt: skip
 BUDGETS = {"any GPU without asking": 48 << 10, "sm_86, 89, 120": 99 << 10, "sm_80": 163 << 10, "sm_90, 100": 227 << 10}
 
 
@@ -150,3 +163,22 @@ def test_teams_share_cells_of_many_pixels_only():
     assert cell_plan(1, 512, 64, 32, 2).team_threads == 1
     assert cell_plan(1, 256, 256, 32, 2).team_threads == 8
     assert cell_plan(8, 256, 256, 32, 2).team_threads == 2
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("long_side", ["height", "width"])
+def test_long_maps_follow_torchs_rounding(layout, long_side):
+    """torch's nearest rule rounds positions to float32: row 2^24 + 3 reads the cell after its own."""
+    source = torch.arange((1 << 23) + 8, dtype=torch.float32)[None, None]
+    read = torch.nn.functional.interpolate(source, size=(1 << 24) + 16, mode="nearest")[0, 0]
+    assert int(read[(1 << 24) + 3]) == ((1 << 24) + 3) // 2 + 1
+
+    def has_even_cells(size):
+        result = torch.full((1,), -1, dtype=torch.int64)
+        sides = {"height": 2, "width": 16, long_side: size}
+        library().call("has_even_cells", **sides, channels_last=layout == "channels_last", result=result, seeds=(0,))
+        return bool(result)
+
+    assert has_even_cells(1 << 24)
+    columns_matter = layout == "nchw" or long_side == "height"
+    assert has_even_cells((1 << 24) + 16) != columns_matter

@@ -2,11 +2,12 @@
 //
 // A cluster takes one (image, group). Each thread loads up to 8 accesses of 16 bytes, all at once, and keeps them: 256 KB per
 // cluster, so 8 MB for a map of 32 groups. Blocks merge their moments, then read those of the other blocks from distributed
-// shared memory, in the order of their ranks. Then each thread writes its rows as in spatial_norm_output.cuh.
+// shared memory, in a fixed tree. Then each thread writes its rows as in spatial_norm_output.cuh.
 // Bytes: f is read once and out is written once; nothing else is written but the statistics. In NHWC a pixel of a group has 2 *
-// channels / groups bytes in 16-bit types: from 16 channels a group on, whole sectors.
+// channels / groups bytes in 16-bit types: from 16 channels a group on, whole sectors. With 8 channels two clusters each request
+// one half of every sector of 32 bytes.
 // Registers: at most 128, for 2 blocks per multiprocessor: 256 blocks, the 32 groups of one image, run at once on an H100.
-// Shared memory: the moments of 8 warps and of the block.
+// Shared memory: the moments of 8 warps and of the block, 108 bytes.
 #pragma once
 
 #include "device/cluster.cuh"
@@ -17,6 +18,7 @@ namespace movq {
 namespace spatial_norm {
 
 constexpr int kClusterBlocks = 8, kHeldRows = 8;
+constexpr int kClusterSharedBytes = (kThreads / kWarpSize + 1) * int(sizeof(Moments));
 
 // The threads of a cluster are cut as those of a block in plan_output(). Returns a plan of more than kHeldRows rows if a group is
 // too large.
@@ -95,7 +97,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (k < rows) running.add_access(f[k]);
   }
 #pragma unroll
-  for (int i = 0; i < VecSize; ++i) running.mean[i] += f_bias[ChannelsLast ? i : 0];
+  for (int i = 0; i < VecSize; ++i) {
+    if (rows) running.mean[i] += f_bias[ChannelsLast ? i : 0];  // a NaN would pass through a merge with a count of 0
+  }
   const Moments moments = cluster_reduce(running.merged());
   const float rstd = 1.0f / sqrtf(moments.m2 / moments.count + eps);
   if (cluster_rank() == 0 && threadIdx.x == 0) {
@@ -105,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   ChannelCoefficients<kChannels> channels;
 #pragma unroll
   for (int i = 0; i < kChannels; ++i)
-    channels.of[i] = {moments.mean - f_bias[i], plan.pre_scale * rstd * weight[i], plan.pre_scale * bias[i]};
+    channels.of[i] = {moments.mean - f_bias[i], plan.pre_scale * rstd * weight[i], scaled_shift(plan.pre_scale, bias[i])};
   if (rows) {
     CellCoefficients<T, VecSize, ChannelsLast, resize> cell(plan, thread, arrays.output, channels);
 #pragma unroll

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads)
     const float bias = load_parameter<T>(arrays.bias, channel, geometry.float_params, 0);
     const float f_bias = load_parameter<T>(arrays.f_bias, channel, geometry.float_f_bias, 0);
     store_coefficients(arrays.coefficients, image_group * geometry.group_channels + i,
-                       {moments.mean - f_bias, pre_scale * rstd * weight, pre_scale * bias});
+                       {moments.mean - f_bias, pre_scale * rstd * weight, scaled_shift(pre_scale, bias)});
   }
 }
 
@@ -102,7 +102,7 @@ bool launch_in_clusters(const SpatialNormProblem& problem, const Geometry& geome
   const char* name = "spatial_norm norm_in_cluster";
   const int64_t blocks = kClusterBlocks * geometry.batch * geometry.groups;
   if (blocks > INT32_MAX) return false;
-  const LaunchConfig config = {unsigned(blocks), kThreads, (kThreads / kWarpSize + 1) * sizeof(Moments), kClusterBlocks};
+  const LaunchConfig config = {unsigned(blocks), kThreads, kClusterSharedBytes, kClusterBlocks};
   const auto kernel = norm_in_cluster<T, VecSize, ChannelsLast, resize>;
   if (!can_launch_clusters(kernel, name, config)) return false;
   const ClusterArrays<T> arrays = {{static_cast<const T*>(tensors.f), static_cast<const T*>(tensors.zq_y),

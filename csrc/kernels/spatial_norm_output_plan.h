@@ -26,7 +26,7 @@ struct OutputPlan {
   Divisor cell_height, cell_width;   // where zq is bordered
   int zq_width, zq_pixels;
   int64_t row_bytes, zq_row_bytes;  // from one row of f, or of zq, to the next
-  float pre_scale;                  // what the coefficients and zq_b are multiplied by, see activation()
+  float pre_scale;                  // what the coefficients and zq_b are multiplied by, see silu_of_scaled()
   bool silu;
   int threads() const { return round_up(channel_threads * column_threads * row_threads, kWarpSize); }
 };
@@ -41,10 +41,10 @@ inline Resize choose_resize(const SpatialNormProblem& problem, int vec_size) {
   if (vec_size == 1) return Resize::kCells;
   if (problem.zq_height == 0) return Resize::kEvenCells;
   if (problem.zq_height == problem.height && problem.zq_width == problem.width) return Resize::kSameGrid;
-  // The nearest rule is exact by a power of two, so all cells have the same size.
+  // The nearest rule is exact by a power of two, so all cells have the same size, up to 2^24: torch rounds positions to float32.
   auto is_even = [](int64_t size, int64_t zq_size) {
     const int64_t cell = size / zq_size;
-    return cell * zq_size == size && cell > 1 && (cell & (cell - 1)) == 0;
+    return cell * zq_size == size && cell > 1 && (cell & (cell - 1)) == 0 && size <= (1 << 24);
   };
   const bool even_rows = is_even(problem.height, problem.zq_height), even_columns = is_even(problem.width, problem.zq_width);
   return even_rows && (even_columns || problem.channels_last) && !problem.bordered ? Resize::kEvenCells : Resize::kCells;

@@ -1,5 +1,6 @@
 // Host side of SpatialNorm: how a problem is cut into blocks. The cut depends on sizes and alignment, never on the device, so
-// every GPU adds in the same order.
+// the same kernels add in the same order on every GPU. The kernel of spatial_norm_cluster.cuh adds in another order, and runs
+// only on devices with clusters.
 #pragma once
 
 #include <algorithm>

@@ -170,6 +170,12 @@ class Emulator:
         return grads
 
 
+class ClusterEmulator(Emulator):
+    """Emulates a device with clusters of 8 blocks."""
+
+    max_cluster = 8
+
+
 class Gpu:
     """Runs the operators of the extension three times, which must give the same bits."""
 

@@ -114,7 +114,10 @@ bool can_launch_clusters(void (*kernel)(Params...), const char* name, const Laun
   cudaLaunchAttribute attribute;
   const cudaLaunchConfig_t cuda_config = to_cuda(config, nullptr, attribute);
   int clusters = 0;
-  check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &cuda_config), name);
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &cuda_config) != cudaSuccess) {
+    cudaGetLastError();  // clear it: other kernels serve a device that cannot run clusters
+    return false;
+  }
   return clusters > 0;  // none where MIG leaves too few multiprocessors
 }
 

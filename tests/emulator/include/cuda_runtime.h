@@ -82,3 +82,8 @@ template <class A, class B> constexpr std::common_type_t<A, B> max(A a, B b) {
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fmul_rz(float a, float b) {
+  const double exact = double(a) * b;
+  const float nearest = float(exact);
+  return std::fabs(double(nearest)) > std::fabs(exact) ? std::nextafterf(nearest, 0.0f) : nearest;
+}
