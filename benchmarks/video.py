@@ -83,7 +83,8 @@ def measure(model: Any, z: Tensor, candidates: tuple[str, ...], rounds: int) -> 
 def share_of_norms(run: Callable[[], Tensor], device: torch.device) -> float:
     """Return the share of a call's time in spatial norms and activations."""
     norm3d = diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXSpatialNorm3D
-    parts = [(norm3d, "forward"), (nn.SiLU, "forward"), (cogvideox, "_normalise"), (video_norms, "normalise_clip")]
+    ours = video_norms.CogVideoXSpatialNorm3D
+    parts = [(norm3d, "forward"), (nn.SiLU, "forward"), (cogvideox, "_normalise"), (ours, "modulated")]
     with timed(parts, device) as spent:
         start = _now(device)
         run()

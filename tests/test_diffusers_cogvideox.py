@@ -7,7 +7,7 @@ import torch
 from accelerated_models import assert_same, diffusers
 from tolerances import RELATIVE, assert_close, relative_error
 from torch import nn
-from video_models import cogvideox, draw, latent, video
+from video_models import assert_hooked_tensors_stay, cogvideox, draw, latent, video
 
 from movq_ext import accelerate, restore
 from movq_ext.diffusers import causal_convolution, video_norms
@@ -175,6 +175,20 @@ def test_autocast():
         assert_same([decode(model, z)], [theirs])
 
 
+@pytest.mark.parametrize("name", ["1x1x1 shortcut", "without a latent"])
+@torch.no_grad()
+def test_a_float32_block_under_autocast(name):
+    layer, x = block(**BLOCKS[name]).float(), draw(1, 8, 3, 4, 6)
+    zq, results = None if name == "without a latent" else draw(1, 4, 2, 2, 3), []
+    for change in (lambda layer: None, accelerate):
+        change(layer)
+        with torch.autocast("cpu", torch.bfloat16):
+            first, cache = layer(x, None, zq)
+            second, last = layer(x, None, zq, conv_cache=cache)
+        results.append([first, second, *(cache[name] for cache in (cache, last) for name in ("conv1", "conv2"))])
+    assert_same(results[1], results[0], slack=2)
+
+
 @torch.no_grad()
 def test_compiled():
     model, z = cogvideox(), latent(5)
@@ -229,11 +243,36 @@ def test_blocks(name, train):
     assert torch.equal(x, before)
 
 
+class Adapter(nn.Module):
+    """A layer around a convolution, as LoRA's, that keeps its last result."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.base_layer, self.results = conv, []
+
+    def forward(self, x):
+        out = 2 * self.base_layer(x)
+        self.results.append((out, out.clone()))
+        return out
+
+
+@torch.no_grad()
+def test_hooked_tensors_are_not_overwritten():
+    model = cogvideox(block_out_channels=(8, 8), down_block_types=("CogVideoXDownBlock3D",) * 2,
+                      up_block_types=("CogVideoXUpBlock3D",) * 2)  # fmt: skip
+    accelerate(model)
+    assert_hooked_tensors_stay(model, latent(5))
+
+
 @torch.no_grad()
 def test_hooks_and_adapters_see_every_call():
     model, z = cogvideox(), latent(5)
     seen = []
     up = model.decoder.up_blocks
+    adapters = []
+    for conv in (up[0].resnets[0].conv1, up[0].resnets[1].conv2, up[1].resnets[0].norm1.conv_y):
+        conv.conv = Adapter(conv.conv)
+        adapters.append(conv.conv)
     up[0].resnets[0].norm1.register_forward_hook(lambda *_: seen.append("norm"))
     up[0].resnets[1].conv1.conv.register_forward_hook(lambda layer, inputs, out: 2 * out)
     up[1].resnets[0].conv2.register_forward_hook(lambda layer, inputs, out: (2 * out[0], out[1]))
@@ -242,6 +281,31 @@ def test_hooks_and_adapters_see_every_call():
     accelerate(model)
     assert_same([decode(model, z)], [theirs])
     assert len(seen) == 2 * calls > 0
+    assert {len(adapter.results) for adapter in adapters} == {2 * calls}
+    assert all(torch.equal(*result) for adapter in adapters for result in adapter.results)
+
+
+@pytest.mark.parametrize(("frames", "batches"), [(3, 1), (5, 2)])
+@torch.no_grad()
+def test_parts_inside_a_block_are_counted(frames, batches):
+    model = cogvideox()
+    report = accelerate(model)
+    decode(model, latent(frames))
+    for name, count in report.calls().items():
+        assert (count.accelerated, count.original) == (batches if name.startswith("decoder.") else 0, 0), name
+    encode(model, video(9))
+    assert all(count.accelerated > 0 == count.original for count in report.calls().values())
+
+
+@torch.no_grad()
+def test_calls_of_a_restored_part_are_not_counted():
+    layer, x, zq = block(), draw(1, 8, 3, 4, 6, dtype=F64), draw(1, 4, 2, 2, 3, dtype=F64)
+    report = accelerate(layer)
+    restore(layer.norm1)
+    layer(x, None, zq)
+    accelerate(layer)
+    calls = accelerate(layer).calls()
+    assert (calls["norm1"].accelerated, calls["norm2"].accelerated) == (0, 1) == (0, report.calls()["conv1"].accelerated)
 
 
 # The norm, the convolution and the upsampling alone
@@ -318,6 +382,56 @@ def test_later_batches_are_normalised_in_the_convolutions_input(layout, monkeypa
     assert out.stride() == expected.stride()
 
 
+@torch.no_grad()
+def test_memory_is_on_the_clips_device():
+    """Whatever the default device."""
+    layer = block(out_channels=8).float()
+    x, zq = draw(1, 8, 4, 8, 8), draw(1, 4, 2, 4, 4)
+    _, cache = layer(x, None, zq)
+    expected = layer(x, None, zq, conv_cache=cache)[0]
+    accelerate(layer)
+    with torch.device("meta"):
+        out = layer(x, None, zq, conv_cache=cache)[0]
+    assert_same([out], [expected])
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("part", ["conv1", "conv2"])
+@torch.no_grad()
+def test_a_cache_of_another_length_fails_as_in_diffusers(part, frames):
+    layer = block(out_channels=8).float()
+    x, zq = draw(1, 8, 4, 8, 8), draw(1, 4, 2, 4, 4)
+    _, cache = layer(x, None, zq)
+    cache[part] = draw(1, 8, frames, 8, 8)
+    for change in (lambda layer: None, accelerate):
+        change(layer)
+        with pytest.raises(RuntimeError, match="must match the size of tensor"):
+            layer(x, None, zq, conv_cache=cache)
+
+
+@torch.no_grad()
+def test_a_cache_of_one_frame_shortens_the_clip_as_in_diffusers():
+    layer = block(out_channels=8).float()
+    x, zq = draw(1, 8, 2, 8, 8), draw(1, 4, 2, 4, 4)
+    _, cache = layer(x, None, zq)
+    cache["conv2"] = draw(1, 8, 1, 8, 8)
+    expected, expected_cache = layer(x, None, zq, conv_cache=cache)
+    accelerate(layer)
+    out, new_cache = layer(x, None, zq, conv_cache=cache)
+    assert_same([out, new_cache["conv2"]], [expected, expected_cache["conv2"]])
+
+
+@torch.no_grad()
+def test_a_cache_of_another_batch_fails_as_in_diffusers():
+    layer = block(out_channels=8).float()
+    x, zq = draw(2, 8, 4, 8, 8), draw(2, 4, 2, 4, 4)
+    _, cache = layer(x[:1], None, zq[:1])
+    for change in (lambda layer: None, accelerate):
+        change(layer)
+        with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+            layer(x, None, zq, conv_cache=cache)
+
+
 @pytest.mark.parametrize("folds", [False, True])
 @pytest.mark.parametrize("compress_time", [False, True])
 @pytest.mark.parametrize("frames", [1, 2, 3, 4, 5])
@@ -362,3 +476,5 @@ def test_a_memory_of_the_result_is_given_in_inference_only():
     assert video_norms.can_normalise_into(x) and not video_norms.can_normalise_into(x.half())
     assert not video_norms.can_normalise_into(x.clone().requires_grad_())
     assert not video_norms.can_normalise_into(x, x.double())
+    with torch.autocast("cpu", torch.bfloat16):  # a convolution of the latent changes its dtype
+        assert not video_norms.can_normalise_into(x)

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from accelerated_models import assert_same
+from accelerated_models import SLACK, assert_same
 from tolerances import RELATIVE, assert_close, relative_error
-from video_models import draw, kandinsky6, kvae_video, latent, video
+from video_models import assert_hooked_tensors_stay, draw, kandinsky6, kvae_video, latent, video
 
 from movq_ext import accelerate, restore
 from movq_ext.diffusers import upsampling
@@ -42,7 +42,9 @@ def test_decode(name, frames):
     report = accelerate(model)
     assert set(report.replaced) == SERVED[name]
     ours = decode(model, z)
-    assert ours.shape == theirs.shape and all(not count.original for count in report.calls().values())
+    assert ours.shape == theirs.shape
+    for part, count in report.calls().items():
+        assert not count.original and (count.accelerated > 0) == part.startswith("decoder."), part
     assert relative_error(ours, expected) < 1.5 * relative_error(theirs, expected) + RELATIVE[torch.float32]
     restore(model)
     assert torch.equal(decode(model, z), theirs)
@@ -79,6 +81,31 @@ def test_half_precision(name, dtype):
     ours = decode(model, z)
     assert ours.dtype == dtype
     assert relative_error(ours, expected) < 1.5 * relative_error(theirs, expected)
+
+
+@every_model
+@torch.no_grad()
+def test_autocast(name):
+    """Every block and upsampling has the dtype that it has in diffusers."""
+    model, z, outputs = MODELS[name](), latent(5), []
+    for layer in model.decoder.modules():
+        if type(layer).__name__ in SERVED[name] and hasattr(layer, "linear" if "Upsample" in type(layer).__name__ else "norm2"):
+            layer.register_forward_hook(lambda layer, inputs, out: outputs.append(out))
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = [decode(model, z), *outputs]
+        outputs.clear()
+        report = accelerate(model)
+        ours = [decode(model, z), *outputs]
+    assert [out.dtype for out in ours] == [out.dtype for out in theirs] and len(ours) > 5
+    assert relative_error(ours[0], theirs[0]) < SLACK * RELATIVE[torch.bfloat16]
+    assert all(not count.original for count in report.calls().values())
+
+
+@torch.no_grad()
+def test_hooked_tensors_are_not_overwritten():
+    model = kandinsky6()
+    accelerate(model)
+    assert_hooked_tensors_stay(model, latent(3))
 
 
 @torch.no_grad()
@@ -201,8 +228,9 @@ def test_upsampling(compress_time, layout):
 def test_small_frames_are_left_to_diffusers(monkeypatch):
     kandinsky = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kandinsky6_sr")
     monkeypatch.setattr(upsampling, "MIN_PIXELS", 512)
-    layer = kandinsky.Kandinsky6SRUpsample(4, False)
-    report = accelerate(layer)
-    for pixels, accelerated in ((511, 0), (512, 1)):
-        layer(draw(1, 4, 1, 1, pixels), {})
-        assert report.calls()["Kandinsky6SRUpsample"].accelerated == accelerated
+    kvae = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl_kvae_video")
+    for layer in (kandinsky.Kandinsky6SRUpsample(4, False), kvae.KVAECachedPXSUpsample(4, False)):
+        report = accelerate(layer)
+        for size, accelerated in (((1, 1, 7, 73), 0), ((1, 1, 2, 256), 1), ((1, 4, 2, 63), 1), ((2, 4, 2, 32), 2)):
+            layer(draw(size[0], 4, *size[1:]), {})  # all frames of the batch share the folded weights
+            assert report.calls()[type(layer).__name__].accelerated == accelerated, size

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_clips import SIZES, arguments
-from tolerances import assert_close
+from tolerances import assert_close, relative_error
 
 from movq_ext import spatial_norm
 from movq_ext.ops import norm_into
@@ -35,10 +35,39 @@ def test_the_result_is_the_operators(f_size, zq_size, activation, layout, where,
 def test_statistics_survive_a_large_mean(layout):
     """E[x^2] - E[x]^2 would lose every digit here."""
     f = (torch.randn(2, 6, 5, 8, 8, generator=torch.Generator().manual_seed(0)) + 4096).contiguous(memory_format=layout)
-    mean, rstd = norm_into.group_statistics(f, 3, 1e-6)
+    mean, rest, rstd = norm_into.group_statistics(f, 3, 1e-6)
     exact = f.double().view(2, 3, -1) if f.is_contiguous() else f.double().contiguous().view(2, 3, -1)
     assert_close(mean, exact.mean(2))
+    assert relative_error(mean.double() + rest, exact.mean(2)) < 1e-11
     assert_close(rstd, (exact.var(2, correction=0) + 1e-6).rsqrt(), slack=100)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_large_mean_costs_no_more_digits_than_in_diffusers(seed, latent, layout):
+    """diffusers modulates the result of torch's group norm. The mean is subtracted before anything is scaled."""
+    seed = torch.Generator().manual_seed(seed)
+    f = (torch.randn(1, 8, 5, 32, 48, generator=seed) + 100).contiguous(memory_format=layout)
+    y, b = torch.randn(2, 1, 8, 5, 32, 48, generator=seed) if latent else (None, None)
+    weight, bias = torch.randn(2, 8, generator=seed)
+
+    def published(dtype):
+        normalised = torch.nn.functional.group_norm(f.to(dtype), 4, weight.to(dtype), bias.to(dtype), 1e-6)
+        return normalised * y.to(dtype) + b.to(dtype) if latent else normalised
+
+    ours = norm_into.spatial_norm_into(torch.empty_like(f), f, y, b, NormOptions(weight, bias, 4, 1e-6))
+    exact = published(torch.float64)
+    assert relative_error(ours, exact) <= min(2e-7, relative_error(published(torch.float32), exact))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("value", [0.0, 100.1, 3e8])
+def test_a_constant_clip_gives_the_bias(value, layout):
+    f = torch.full((1, 6, 5, 7, 9), value).contiguous(memory_format=layout)
+    weight, bias = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    out = norm_into.spatial_norm_into(torch.empty_like(f), f, None, None, NormOptions(weight, bias, 3, 1e-6))
+    assert torch.allclose(out, bias[:, None, None, None].expand_as(out), atol=1e-4)
 
 
 def test_parameters_may_be_missing():

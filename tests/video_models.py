@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerated_models import diffusers, randomised
+from tolerances import assert_close
 
 from movq_ext.diffusers import causal_convolution
 
@@ -17,6 +18,45 @@ def cogvideox(**changes):
                     up_block_types=("CogVideoXUpBlock3D",) * 3, latent_channels=4, layers_per_block=1,
                     norm_num_groups=4, sample_height=32, sample_width=48)  # fmt: skip
     return randomised(diffusers.AutoencoderKLCogVideoX(**{**defaults, **changes}))
+
+
+class HeldTensors:
+    """Forward hooks that hold a module's inputs and outputs, with copies of what they were."""
+
+    def __init__(self, module):
+        self.held = []
+        self.handles = [
+            module.register_forward_pre_hook(lambda module, args, kwargs: self.hold((args, kwargs)), with_kwargs=True),
+            module.register_forward_hook(lambda module, args, out: self.hold(out)),
+        ]
+
+    def hold(self, value):
+        if isinstance(value, torch.Tensor):
+            self.held.append((value, value.clone()))
+        elif isinstance(value, (list, tuple, dict)):
+            for item in value.values() if isinstance(value, dict) else value:
+                self.hold(item)
+
+    def release(self):
+        """Remove the hooks, and return how many tensors they held. None may have changed."""
+        for handle in self.handles:
+            handle.remove()
+        assert all(torch.equal(*pair) for pair in self.held)
+        return len(self.held)
+
+
+def assert_hooked_tensors_stay(model, z):
+    """Decode once for each part of the decoder with hooks that hold its tensors: none is overwritten, the results stay."""
+    expected, held = model.decode(z).sample, 0
+    for name, module in model.decoder.named_modules():
+        hooks = HeldTensors(module)
+        out = model.decode(z).sample
+        assert_close(out, expected, slack=10)
+        try:
+            held += hooks.release()
+        except AssertionError:
+            raise AssertionError(f"a tensor of {name} was overwritten") from None
+    assert held > 0
 
 
 def draw(*shape, dtype=torch.float32, seed=1):

@@ -53,8 +53,8 @@ def call_count(part: nn.Module) -> CallCount:
 
 
 def count_call(part: nn.Module, accelerated: bool) -> bool:
-    """Count a call of the part, except while a program is traced. Returns ``accelerated``."""
-    if not is_tracing():
+    """Count a call of a replaced part, except while a program is traced. Returns ``accelerated``."""
+    if isinstance(part, Accelerated) and not is_tracing():
         count = call_count(part)
         count.accelerated += accelerated
         count.original += not accelerated

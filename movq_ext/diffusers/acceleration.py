@@ -47,8 +47,9 @@ class AccelerationReport:
     def calls(self) -> dict[str, CallCount]:
         """Return the calls of each replaced part so far, by dotted name: those that this package computed, and the others.
 
-        A part is called as diffusers calls it where its inputs, or layers that were replaced or hooked, do not allow ours, or
-        where ours would do more work. Calls in compiled, exported and traced programs are not counted.
+        A part that its block computes counts as called. A part is called as diffusers calls it where its inputs, or layers
+        that were replaced or hooked, do not allow ours, or where ours would do more work. Calls in compiled, exported and traced
+        programs are not counted.
         """
         return {name: replace(count) for name, count in self.counts.items()}
 
@@ -74,9 +75,10 @@ def accelerate(model_or_pipeline: Any, *, strict: bool = False) -> AccelerationR
     The parts, with SiLU: ResnetBlock2D (group norm, with or without a time embedding), ResnetBlockCondNorm2D and SpatialNorm
     (Kandinsky's VQModel), KVAE's 2-D SpatialNorm, nearest Upsample2D with its convolution, the group norm before the last
     convolution, and Attention of one head of up to 512 over an image. They make up nearly all of AutoencoderKL (SD, SDXL, FLUX)
-    and VQModel, and much of a UNet. Of AutoencoderKLCogVideoX, AutoencoderKLKVAEVideo and Kandinsky6SRVAE: blocks, spatial norms,
-    upsampling and, except KVAE's, causal convolutions. Results and gradients are the same up to rounding. Idempotent; call it
-    again after adding parts to the model.
+    and VQModel, and much of a UNet. Of clips: the blocks, spatial norms, upsampling and, except KVAE's, causal convolutions of
+    AutoencoderKLCogVideoX, AutoencoderKLKVAEVideo and Kandinsky6SRVAE (blocks of its decoder only); the group norms of
+    TemporalResnetBlock (the decoder and UNet of Stable Video Diffusion) and of HunyuanVideo's and EasyAnimate's (Magvit) blocks.
+    Results and gradients are the same up to rounding. Idempotent; call it again after adding parts to the model.
 
     Args:
         model_or_pipeline: a ``torch.nn.Module``, or a diffusers pipeline, with all its models.

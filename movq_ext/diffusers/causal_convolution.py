@@ -47,7 +47,8 @@ class CausalConv3d(Accelerated):
         return "it repeats the border in space too" if module.pad_mode == "replicate" else None
 
     def forward(self: Any, inputs: Tensor, conv_cache: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        if not count_call(self, not args and not kwargs and self.pad_mode != "replicate" and can_compute_clip(self, inputs)):
+        if args or kwargs or self.pad_mode == "replicate" or not can_compute_clip(self, inputs):
+            count_call(self, False)
             return original_class(self).forward(self, inputs, conv_cache, *args, **kwargs)
         return causal_convolution(self, inputs, conv_cache)
 
@@ -55,7 +56,7 @@ class CausalConv3d(Accelerated):
 def causal_convolution(
     module: Any, x: Tensor, cache: Tensor | None, padded: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return what CogVideoXCausalConv3d's forward returns: the convolution and the next cache.
+    """Return what CogVideoXCausalConv3d's forward returns: the convolution and the next cache. Counts a call of the module.
 
     Args:
         module: with zero padding in space.
@@ -63,6 +64,7 @@ def causal_convolution(
         cache: the frames before x, or None to repeat its first frame.
         padded: from `room_for_padding`, with x as its last frames; then x is not copied.
     """
+    count_call(module, True)
     padding = module.time_kernel_size - 1
     if padding == 0:
         return module.conv(x), None  # diffusers returns a copy of x, which its next call ignores
@@ -89,7 +91,9 @@ def last_frames(x: Tensor, count: int) -> Tensor:
 
 
 def room_for_padding(module: Any, x: Tensor, cache: Tensor | None) -> Tensor | None:
-    """Return uninitialised memory ``(B, C, padding + T, H, W)`` for the input of the convolution, or None if it needs no padding.
+    """Return uninitialised memory ``(B, C, padding + T, H, W)`` for the input of the convolution.
+
+    None if it needs no padding, or if the cache does not fit the padding: concatenation handles it as diffusers does.
 
     Args:
         module: the convolution.
@@ -100,8 +104,10 @@ def room_for_padding(module: Any, x: Tensor, cache: Tensor | None) -> Tensor | N
     if padding == 0 or can_fold_padding(module, x, cache):
         return None
     batch, channels, frames, height, width = x.shape
+    if cache is not None and cache.shape != (batch, channels, padding, height, width):
+        return None
     shape = (batch, channels, padding + frames, height, width)
-    return torch.empty(shape, dtype=x.dtype, memory_format=clip_format(x))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=clip_format(x))
 
 
 def clip_format(x: Tensor) -> torch.memory_format:

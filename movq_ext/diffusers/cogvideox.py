@@ -80,7 +80,7 @@ class CogVideoXResnetBlock3D(Accelerated):
                 x, new_cache["conv_shortcut"] = self.conv_shortcut(x, conv_cache=cache.get("conv_shortcut"))
             else:
                 x = self.conv_shortcut(x)
-        owned = is_plain_conv3d(self.conv2.conv) and h.dtype == x.dtype and is_inference(h, x)
+        owned = is_plain_conv3d(self.conv2.conv) and h.dtype == x.dtype and h.shape == x.shape and is_inference(h, x)
         return h.add_(x) if owned else h + x, new_cache
 
     def can_fuse(self: Any, x: Tensor, zq: Tensor | None) -> bool:

@@ -23,12 +23,13 @@ class KVAECachedPXSUpsample(Accelerated):
         return "it does not double the size" if module.factor != 2 else spatial_conv_reason(module.spatial_conv, "reflect")
 
     def forward(self: Any, x: Tensor, cache: Any, *args: Any) -> Tensor:
-        serves = can_compute_clip(self, x) and not KVAECachedPXSUpsample.unsupported_reason(self) and folding_pays(x[:, :, 0])
+        serves = can_compute_clip(self, x) and not KVAECachedPXSUpsample.unsupported_reason(self) and folding_pays(x)
         if not count_call(self, not args and serves):
             return original_class(self).forward(self, x, cache, *args)  # type: ignore[no-any-return]
         if self.temporal_compress:
             x = self.temporal_upsample(x, cache)
-        out: Tensor = self.linear(enlarge(x, self.spatial_conv, reflects=True))
+        large = enlarge(x, self.spatial_conv, reflects=True)
+        out: Tensor = self.linear(large).to(large.dtype)  # which autocast changes
         return out
 
 
@@ -43,7 +44,7 @@ class Kandinsky6SRUpsample(Accelerated):
 
     def forward(self: Any, hidden_states: Tensor, cache: Any, *args: Any) -> Tensor:
         x = hidden_states
-        serves = can_compute_clip(self, x) and not Kandinsky6SRUpsample.unsupported_reason(self) and folding_pays(x[:, :, 0])
+        serves = can_compute_clip(self, x) and not Kandinsky6SRUpsample.unsupported_reason(self) and folding_pays(x)
         if not count_call(self, not args and serves):
             return original_class(self).forward(self, x, cache, *args)  # type: ignore[no-any-return]
         if self.compress_time:  # T + 1 frames of a clip become 2 T + 1

@@ -40,7 +40,9 @@ class ClipResnetBlock(Accelerated):
         h = self.conv2(self.dropout(h))
         shortcut = self.shortcut if hasattr(self, "shortcut") else self.conv_shortcut
         x = x if shortcut is None else shortcut(x)
-        return (x + h) / getattr(self, "output_scale_factor", 1)  # type: ignore[no-any-return]
+        out: Tensor = x + h
+        divisor = getattr(self, "output_scale_factor", 1)
+        return out if divisor == 1 else out / divisor
 
     def can_fuse(self: Any) -> bool:
         norms = all(can_fuse_group_norm(norm, self.nonlinearity) for norm in (self.norm1, self.norm2))

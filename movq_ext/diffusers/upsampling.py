@@ -36,13 +36,13 @@ class Upsample2D(Accelerated):
 
 
 def folding_pays(x: Tensor) -> bool:
-    """True if a map ``(B, C, H, W)``, before upsampling, has so many pixels that folding saves more than it costs.
+    """True if a map ``(B, C, H, W)`` or clip, before upsampling, has so many pixels that folding saves more than it costs.
 
     Always True on a GPU, where `upsample_conv` decides by counted costs.
     """
     if traces_plain_operators() or torch.compiler.is_exporting():  # the program may be given maps of any size
         return True
-    return x.is_cuda or x.shape[0] * x.shape[2] * x.shape[3] >= MIN_PIXELS
+    return x.is_cuda or x.numel() // x.shape[1] >= MIN_PIXELS
 
 
 def _conv_of(upsample: Any) -> Any:

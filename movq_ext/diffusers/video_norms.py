@@ -34,7 +34,8 @@ class CogVideoXSpatialNorm3D(Accelerated):
 
     def forward(self: Any, f: Tensor, zq: Tensor, conv_cache: Any = None, *args: Any, **kwargs: Any) -> Any:
         serves = not args and not kwargs and can_compute_clip(self, f) and CogVideoXSpatialNorm3D.can_modulate(self, f, zq)
-        if not count_call(self, serves):
+        if not serves:
+            count_call(self, False)
             return original_class(self).forward(self, f, zq, conv_cache, *args, **kwargs)
         return CogVideoXSpatialNorm3D.modulated(self, f, zq), CogVideoXSpatialNorm3D.empty_cache()
 
@@ -48,6 +49,8 @@ class CogVideoXSpatialNorm3D(Accelerated):
 
     def modulated(self: Any, f: Tensor, zq: Tensor, activation: str | None = None, out: Tensor | None = None) -> Tensor:
         """``activation(norm_layer(f) * conv_y(zq) + conv_b(zq))``; see `normalise_clip` for out."""
+        for part in (self, self.conv_y, self.conv_b):
+            count_call(part, True)
         zq = zq.contiguous(memory_format=clip_format(f))  # operators are slow on maps of two layouts
         frames = f.shape[2]
         options = NormOptions.from_layer(self.norm_layer, activation, split_first_frame=frames > 1 and frames % 2 == 1)
@@ -69,7 +72,8 @@ class KVAECachedSpatialNorm3D(Accelerated):
 
     def forward(self: Any, f: Tensor, zq: Tensor, cache: Any, *args: Any, **kwargs: Any) -> Tensor:
         serves = not args and not kwargs and can_compute_clip(self, f) and KVAECachedSpatialNorm3D.can_modulate(self, f, zq)
-        if not count_call(self, serves):
+        if not serves:
+            count_call(self, False)
             return original_class(self).forward(self, f, zq, cache, *args, **kwargs)  # type: ignore[no-any-return]
         return KVAECachedSpatialNorm3D.modulated(self, f, zq, cache)
 
@@ -78,6 +82,7 @@ class KVAECachedSpatialNorm3D(Accelerated):
 
     def modulated(self: Any, f: Tensor, zq: Tensor, cache: Any, activation: str | None = None) -> Tensor:
         """``activation(norm_layer(f) * conv_y(zq) + conv_b(zq))``."""
+        count_call(self, True)
         norm, is_first_segment = self.norm_layer.norm_layer, _start_segment(cache["norm"])
         zq = zq.contiguous(memory_format=clip_format(f))
         options = NormOptions.from_layer(norm, activation, split_first_frame=is_first_segment)
@@ -119,12 +124,14 @@ class Kandinsky6SRSpatialNorm3D(Accelerated):
     def forward(self: Any, hidden_states: Tensor, zq: Tensor, cache: Any, *args: Any, **kwargs: Any) -> Tensor:
         f = hidden_states
         plain = fits_clip(zq, f) and Kandinsky6SRSpatialNorm3D.unsupported_reason(self) is None
-        if not count_call(self, not args and not kwargs and can_compute_clip(self, f) and plain):
+        if args or kwargs or not can_compute_clip(self, f) or not plain:
+            count_call(self, False)
             return original_class(self).forward(self, f, zq, cache, *args, **kwargs)  # type: ignore[no-any-return]
         return Kandinsky6SRSpatialNorm3D.modulated(self, f, zq, cache)
 
     def modulated(self: Any, f: Tensor, zq: Tensor, cache: Any) -> Tensor:
         """``norm_layer(f) * conv_y(zq) + conv_b(zq)``."""
+        count_call(self, True)
         maps = (clips.modulation_map(conv(zq), f, cache["is_first_segment"]) for conv in (self.conv_y, self.conv_b))
         y, b = (clips.widen(zq_map, f.shape[4]) for zq_map in maps)
         cache["is_first_segment"] = False

@@ -1,8 +1,9 @@
 """The spatial norm of a clip on a CPU, in inference, written to memory that the caller chose.
 
-In the native path PyTorch's group norm writes a map, which the modulation overwrites. Here the statistics come first and fold
-into the modulation's scale and offset, which are small. So one pass reads f and writes the result where it is needed: over f
-itself, or behind the padding frames of the next convolution.
+In the native path PyTorch's group norm writes a map, which the modulation overwrites. Here the statistics come first, and rstd
+folds into the modulation's scale, which is small. So one pass reads f and writes the result where it is needed: over f itself,
+or behind the padding frames of the next convolution. It subtracts the mean before it scales: ``f * scale - mean * scale`` would
+cancel digits where the mean is large. What the mean lost to rounding is added to the shift.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from . import clips
 from .native import is_inference
 from .options import NormOptions
 
-CHUNK_ELEMENTS = 1 << 16  # of f, centred at once: 256 KiB in float32, which stay in the cache
+CHUNK_ELEMENTS = 1 << 16  # of f, computed at once: 256 KiB in float32, which stay in the cache
 
 
 def can_normalise_into(*tensors: Tensor | None) -> bool:
@@ -32,42 +33,56 @@ def spatial_norm_into(out: Tensor, f: Tensor, zq_y: Tensor | None, zq_b: Tensor 
         out: ``(B, C, T, H, W)`` of f's dtype, whose frames are adjacent rows: f itself, or memory that does not overlap it.
         f, zq_y, zq_b, options: as for `spatial_norm` of clips.
     """
-    mean, rstd = group_statistics(f, options.groups, options.eps)
-    per_channel = f.shape[1] // options.groups
-    mean, scale = (x.repeat_interleave(per_channel, 1)[:, :, None, None] for x in (mean, rstd))  # (B, C, 1, 1)
-    # norm(f) = f * scale + shift
+    statistics = group_statistics(f, options.groups, options.eps)
+    per_group = f.shape[1] // options.groups
+    mean, rest, scale = (x.repeat_interleave(per_group, 1)[:, :, None, None] for x in statistics)  # (B, C, 1, 1)
+    # norm(f) = (f - mean) * scale + shift
     scale = scale if options.weight is None else scale * options.weight[:, None, None]
-    shift = -mean * scale if options.bias is None else options.bias[:, None, None] - mean * scale
+    shift = -rest * scale if options.bias is None else options.bias[:, None, None] - rest * scale
     if zq_y is not None and zq_b is not None:
         y, b = (clips.widen(clips.modulation_map(zq, f, options.split_first_frame), f.shape[4]) for zq in (zq_y, zq_b))
         scale, shift = scale * y, shift * y + b
-    clips.scale_rows(f, scale, shift, out)
-    if options.activation == "silu":
-        F.silu(out, inplace=True)
+    else:
+        scale, shift = (x.expand(-1, -1, f.shape[2] * f.shape[3], -1) for x in (scale, shift))
+    rows = scale.shape[2]
+    row_blocks = (*f.shape[:2], rows, -1, f.shape[4])  # each row of scale and shift covers a block of f's rows
+    maps = f.reshape(row_blocks), scale.unsqueeze(3), shift.unsqueeze(3), out.view(row_blocks)
+    step = max(1, CHUNK_ELEMENTS * torch.get_num_threads() * rows // f.numel())  # every thread has a cache
+    for f_rows, scale_rows, shift_rows, out_rows in zip(*(x.split(step, dim=2) for x in maps), strict=True):
+        torch.sub(f_rows, mean.unsqueeze(4), out=out_rows)
+        torch.addcmul(shift_rows, out_rows, scale_rows, out=out_rows)
+        if options.activation == "silu":
+            F.silu(out_rows, inplace=True)
     return out
 
 
-def group_statistics(f: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Return mean and ``(variance + eps) ** -0.5`` of each group of a clip, ``(B, groups)``.
+def group_statistics(f: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean, the rest of the mean, and ``(variance + eps) ** -0.5`` of each group of a clip, ``(B, groups)``.
 
-    The variance is the mean square of the centred values. To read f twice is faster than torch.var_mean's single pass.
+    The exact mean is ``mean + rest``: rest is the mean of the centred values, and the variance that of their squares less
+    ``rest ** 2``. To read f twice is faster than torch.var_mean's single pass.
     """
     size = f[0].numel() // groups
     if f.is_contiguous():  # (B * groups, group)
         values = f.view(f.shape[0] * groups, size)
         mean = values.mean(1)
-        squares = torch.stack([_centred_squares(*group) for group in zip(values, mean, strict=True)])
+        sums = torch.stack([_centred_sums(*group) for group in zip(values, mean, strict=True)], dim=1)
     else:  # (B, T * H * W, C), where channels vary fastest, summed by channel first
         values = f.permute(0, 2, 3, 4, 1).flatten(1, 3)
         mean = values.mean(1).view(f.shape[0] * groups, -1).mean(1)
         centre = mean.view(f.shape[0], groups).repeat_interleave(f.shape[1] // groups, 1)
-        by_channel = torch.stack([_centred_squares(*image) for image in zip(values, centre, strict=True)])
-        squares = by_channel.view(f.shape[0] * groups, -1).sum(1)
+        by_channel = torch.stack([_centred_sums(*image) for image in zip(values, centre, strict=True)], dim=1)
+        sums = by_channel.view(2, f.shape[0] * groups, -1).sum(2)
+    rest, squares = sums / size
+    rstd = ((squares - rest.square()).clamp_min(0) + eps).rsqrt()  # rounding may make the difference negative
     shape = (f.shape[0], groups)
-    return mean.view(shape), (squares / size + eps).rsqrt().view(shape)
+    return mean.view(shape), rest.view(shape), rstd.view(shape)
 
 
-def _centred_squares(values: Tensor, centre: Tensor) -> Tensor:
-    """Return the sum over the first dimension of ``(values - centre) ** 2``, a part at a time."""
-    chunks = values.split(max(1, CHUNK_ELEMENTS // values[0].numel()))
-    return torch.stack([(chunk - centre).square_().sum(0) for chunk in chunks]).sum(0)
+def _centred_sums(values: Tensor, centre: Tensor) -> Tensor:
+    """Return the sums over the first dimension of ``values - centre`` and of its squares, a part at a time."""
+    sums = []
+    for chunk in values.split(max(1, CHUNK_ELEMENTS // values[0].numel())):
+        centred = chunk - centre
+        sums.append(torch.stack([centred.sum(0), centred.square_().sum(0)]))
+    return torch.stack(sums).sum(0)
