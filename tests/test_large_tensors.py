@@ -24,8 +24,8 @@ SHAPE = (64, 64, 64)  # of an image
 IMAGES = (1 << 32) // (64 * 64 * 64) + 1  # the last image starts at element 2^32
 FORWARD = ("spatial_norm statistics", "spatial_norm merge_statistics", "spatial_norm modulate")
 BACKWARD = (
-    "spatial_norm sum_cell_per_thread", "spatial_norm sum_cell_per_block", "spatial_norm sum_bands",
-    "spatial_norm sum_pixel_ranges", "spatial_norm merge_sums", "spatial_norm write_input_gradient",
+    "spatial_norm sum_cell_per_thread", "spatial_norm sum_cell_per_team", "spatial_norm sum_cell_per_block",
+    "spatial_norm sum_bands", "spatial_norm sum_pixel_ranges", "spatial_norm merge_sums", "spatial_norm write_input_gradient",
 )  # fmt: skip
 BACKWARDS = (
     "spatial_norm modulate",
