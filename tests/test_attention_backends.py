@@ -63,7 +63,7 @@ def tensors(*shape, dtype=torch.bfloat16, count=3):
 
 
 @pytest.mark.parametrize("capability", GPUS)
-@pytest.mark.parametrize("dtype", attention_backends.DTYPES)
+@pytest.mark.parametrize("dtype", extension.KERNEL_DTYPES)
 @pytest.mark.parametrize("gradient", [False, True])
 def test_on_paper(machine, capability, dtype, gradient):
     """The Hopper kernels are never chosen before they are measured."""
@@ -303,7 +303,7 @@ def test_the_choice_is_traced(machine, dynamic):
 
 @needs_extension
 @needs_gpu
-@pytest.mark.parametrize("dtype", attention_backends.DTYPES)
+@pytest.mark.parametrize("dtype", extension.KERNEL_DTYPES)
 @pytest.mark.parametrize("size", [512, 256, 128, 40])
 def test_every_backend_on_this_gpu(monkeypatch, dtype, size):
     q, kv, dout = (torch.randn(2, 3, n, size, device="cuda", dtype=dtype) for n in (70, 300, 70))

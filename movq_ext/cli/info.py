@@ -10,6 +10,7 @@ import torch
 
 from .. import build_info, explain
 from ..io.codes import codebook_fingerprint
+from ..model.fusion import SHARED_KV_DTYPES
 from .common import add_model, load_model
 
 TOKENS = 4096  # of a 512x512 image, by which attention chooses its backend
@@ -25,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     report["path"] = explain(torch.empty(0, device=args.device))
     model = load_model(args)
     channels, dtype = model.decoder.conv_in.out_channels, model.quant_conv.weight.dtype
-    operator = "attention" if dtype == torch.float32 else "shared_kv_attention"  # as in AttnBlock
+    operator = "shared_kv_attention" if dtype in SHARED_KV_DTYPES else "attention"  # as in AttnBlock
     tokens = torch.empty(1, 1, 1, channels, dtype=dtype, device=args.device).expand(-1, -1, TOKENS, -1)
     report["attention"] = explain(tokens, operator)
     report["model"] = {

@@ -81,8 +81,8 @@ def export_decoder(
 
     The file runs only with this version of torch, on CPUs with this one's vector instructions or GPUs of this one's compute
     capability. For a CPU, it holds only PyTorch's operators. Where the CUDA kernels run (see `explain`), it calls them: a program
-    that does not import movq_ext must first load movq_ext's ``_C.*.so`` with ``torch.ops.load_library`` (in C++ with
-    ``dlopen``, in a program linked with libpython). Not yet run on a GPU.
+    that does not import movq_ext must first load movq_ext's ``_C.*.so`` with ``torch.ops.load_library`` (in C++ with ``dlopen``,
+    in a program linked with libpython). Not yet run on a GPU.
 
     Args:
         model: is not modified.

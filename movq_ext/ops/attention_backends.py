@@ -20,12 +20,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .extension import arch_list, cached_constant, device_reason
+from .extension import arch_list, cached_constant, device_reason, dtype_reason
 
 BACKENDS = ("hopper", "tile", "cublas", "native")
 VARIABLE = "MOVQ_EXT_ATTENTION"
 MEASURED = Path(__file__).with_name("attention_table.json")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_SIZE = 512  # of the kernels; the same in csrc/kernels/attention.h
 LARGER = 1 << 30  # stands for all head sizes beyond that
 HOPPER_HEAD_SIZES = (128, 256, 512)
@@ -90,11 +89,11 @@ def _choose(
     def why_not(backend: str) -> str | None:
         if backend == "native":
             return None
-        if dtype not in DTYPES:
-            return f"the CUDA kernels take {', '.join(_short(dtype) for dtype in DTYPES)}, got {_short(dtype)}"
+        if reason := dtype_reason(dtype):
+            return reason
         if backend == "cublas":
             return "a program that is exported may run without Python, which chunked attention needs" if exporting else None
-        reason: str | None = device_reason(device) or unsupported
+        reason = device_reason(device) or unsupported
         return reason or (_why_not_hopper(capability, dtype, size, is_padded, shared_kv) if backend == "hopper" else None)
 
     found = _measured_choice(capability, dtype, size, tokens, shared_kv, gradient) or _choice_on_paper(capability)
@@ -181,7 +180,3 @@ def warn_of_request_once(reason: str, backend: str) -> None:
 
 def _dotted(capability: tuple[int, int] | None) -> str:
     return "none" if capability is None else f"{capability[0]}.{capability[1]}"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -22,6 +22,7 @@ R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 
 PACKAGE = Path(__file__).resolve().parents[1]
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 RECORD = PACKAGE / "_build_record.json"  # written by setup.py
 
 
@@ -145,6 +146,18 @@ def device_reason(index: int | None) -> str | None:
         f"movq_ext._C was compiled for compute capability {_record.get('arch_list')}, but device {index} has {major}.{minor}; "
         f"reinstall movq_ext with TORCH_CUDA_ARCH_LIST={major}.{minor}"
     )
+
+
+def dtype_reason(dtype: torch.dtype) -> str | None:
+    """Return why the kernels cannot take a dtype, or None if they can."""
+    if dtype in KERNEL_DTYPES:
+        return None
+    return f"the CUDA kernels take {', '.join(dtype_name(kind) for kind in KERNEL_DTYPES)}, got {dtype_name(dtype)}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return ``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
 
 
 @cached_constant

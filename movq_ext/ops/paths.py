@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from . import attention_backends, clips, native, upsampling
-from .extension import device_reason, warn_once
+from .extension import device_reason, dtype_name, dtype_reason, warn_once
 from .options import NormOptions
 from .self_test import self_test_failure
 
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SELF_TESTS = {"hopper": "hopper_attention", "tile": "attention", "cublas": "chunked_attention"}  # of attention's backends
 MAX_MAP_PIXELS = 2**31 - 1 - 2**16  # of one feature map; the same in csrc/kernels/spatial_norm.h
 
@@ -51,7 +50,7 @@ def explain(x: Tensor, operator: str = "spatial_norm") -> str:
 
 def _explain_attention(x: Tensor, shared_kv: bool, head_dim: int) -> str:
     gradient = torch.is_grad_enabled() and x.requires_grad
-    backend, reason, _ = _choose_attention(x.to(compute_dtype(x)), shared_kv, gradient, head_dim)  # as attention casts it
+    backend, reason, _ = _choose_attention(x, compute_dtype(x), shared_kv, gradient, head_dim)
     if backend in ("native", "cublas"):
         return f"{backend}: {reason}"
     return f"cuda: compiled for {torch.cuda.get_device_name(x.device)}; {backend} kernels: {reason}"
@@ -69,12 +68,11 @@ def why_native(x: Tensor) -> str | None:
     """Return why the kernels cannot take x, a CUDA tensor, or None if they can."""
     if no_kernels := _why_no_kernels():
         return no_kernels
-    if x.dtype not in KERNEL_DTYPES:
-        return f"the CUDA kernels take {', '.join(_short(dtype) for dtype in KERNEL_DTYPES)}, got {_short(x.dtype)}"
+    if reason := dtype_reason(x.dtype):
+        return reason
     if x.dim() == 4 and x.shape[2] * x.shape[3] > MAX_MAP_PIXELS:
         return f"the CUDA kernels take at most {MAX_MAP_PIXELS} pixels, got shape {tuple(x.shape)}"
-    reason: str | None = device_reason(x.device.index)
-    return reason
+    return device_reason(x.device.index)
 
 
 def _why_no_kernels() -> str | None:
@@ -91,22 +89,22 @@ def why_native_parameters(f: Tensor, options: NormOptions) -> str | None:
     weight, bias = options.weight, options.bias
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.dtype not in (torch.float32, f.dtype):
-            return f"the CUDA kernels take {name} in float32 or f's {_short(f.dtype)}, got {_short(parameter.dtype)}"
+            return f"the CUDA kernels take {name} in float32 or f's {dtype_name(f.dtype)}, got {dtype_name(parameter.dtype)}"
     if weight is not None and bias is not None and weight.dtype != bias.dtype:
-        return f"the CUDA kernels take weight and bias of one dtype, got {_short(weight.dtype)} and {_short(bias.dtype)}"
+        return f"the CUDA kernels take weight and bias of one dtype, got {dtype_name(weight.dtype)} and {dtype_name(bias.dtype)}"
     return None
 
 
 def failed_self_test(operator: str, x: Tensor) -> str | None:
-    """Return how the kernels of an operator differ from the native path for tensors like x, or None if they agree."""
-    channels_last = operator not in SELF_TESTS.values() and not x.is_contiguous()
-    failure: str | None = self_test_failure(operator, x.device, x.dtype, channels_last)
+    """Return how the kernels of an operator on maps differ from the native path for maps like x, or None if they agree."""
+    failure: str | None = self_test_failure(operator, x.device, x.dtype, not x.is_contiguous())
     return failure
 
 
 def attention_backend(*inputs: Tensor) -> str:
     """Return the backend for q, k and v, or q and kv, on a GPU. Warn once if it is not the one that was asked for or chosen."""
-    choice = _choose_attention(inputs[0], len(inputs) == 2, torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
+    q, gradient = inputs[0], torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    choice = _choose_attention(q, q.dtype, len(inputs) == 2, gradient)
     if choice.is_fallback:
         if choice.reason.startswith(attention_backends.VARIABLE):
             attention_backends.warn_of_request_once(choice.reason, choice.backend)
@@ -115,16 +113,18 @@ def attention_backend(*inputs: Tensor) -> str:
     return choice.backend
 
 
-def _choose_attention(q: Tensor, shared_kv: bool, gradient: bool, head_dim: int = 3) -> attention_backends.Choice:
-    """Return the backend for q, whose kernels agree with the native path, and why it runs."""
+def _choose_attention(
+    q: Tensor, dtype: torch.dtype, shared_kv: bool, gradient: bool, head_dim: int = 3
+) -> attention_backends.Choice:
+    """Return the backend for q cast to a dtype, whose kernels agree with the native path, and why it runs."""
     if reason := _why_no_kernels():
         return attention_backends.Choice("native", reason, is_fallback=True)
     tokens = None if native.is_tracing() else q.shape[2] if head_dim == 3 else q.shape[2] * q.shape[3]
     problem = attention_backends.Problem(
-        q.device.index, q.dtype, q.shape[head_dim], tokens, shared_kv, gradient, torch.compiler.is_exporting()
+        q.device.index, dtype, q.shape[head_dim], tokens, shared_kv, gradient, torch.compiler.is_exporting()
     )
     choice = attention_backends.choose(problem)
-    if choice.backend != "native" and (failure := failed_self_test(SELF_TESTS[choice.backend], q)):
+    if choice.backend != "native" and (failure := self_test_failure(SELF_TESTS[choice.backend], q.device, dtype, False)):
         return attention_backends.Choice("native", failure, True)
     return choice
 
@@ -142,7 +142,3 @@ def upsampling_method(x: Tensor, out_channels: int, has_bias: bool, in_inference
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which a convolution on a GPU takes x: autocast's, or its own."""
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
