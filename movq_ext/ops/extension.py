@@ -10,27 +10,18 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
 from .._version import __version__
 from .source_folder import warn_if_installed_elsewhere
 
-P = ParamSpec("P")
-R = TypeVar("R")
-R_co = TypeVar("R_co", covariant=True)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 PACKAGE = Path(__file__).resolve().parents[1]
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 RECORD = PACKAGE / "_build_record.json"  # written by setup.py
-
-
-class CachedConstant(Protocol[P, R_co]):
-    """A function made by `cached_constant`."""
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
-    def cache_clear(self) -> None: ...
 
 
 def read_record(path: Path = RECORD) -> dict[str, Any]:
@@ -114,7 +105,7 @@ def arch_list() -> str:
     return _record.get("arch_list") or ""
 
 
-def cached_constant(function: Callable[P, R]) -> CachedConstant[P, R]:
+def cached_constant(function: Function) -> Function:
     """Cache a function of constants, and let torch.compile take its results as constants.
 
     functools.cache alone does not do that: torch.compile traces the function behind it.
@@ -122,12 +113,12 @@ def cached_constant(function: Callable[P, R]) -> CachedConstant[P, R]:
     cached = functools.cache(function)
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def constant(*args: P.args, **kwargs: P.kwargs) -> R:
-        return cached(*args, **kwargs)  # type: ignore[arg-type]
+    def constant(*args: Any) -> Any:
+        return cached(*args)
 
     functools.update_wrapper(constant, function, updated=())
     constant.cache_clear = cached.cache_clear
-    return constant  # type: ignore[no-any-return]
+    return cast(Function, constant)
 
 
 @cached_constant  # the answer cannot change, and asking creates a CUDA context on the device
