@@ -103,7 +103,8 @@ def test_the_choice_of_path_is_a_constant_of_compiled_programs(monkeypatch):
 @pytest.fixture(params=[torch.float32, torch.bfloat16])
 def fake_cuda(monkeypatch, request):
     """Fake GPU tensors, without data, for a machine without a GPU; the kernels count as compiled for it."""
-    monkeypatch.setattr(paths, "device_reason", lambda index: None)
+    for module in (paths, attention_backends):
+        monkeypatch.setattr(module, "device_reason", lambda index: None)
     mode = FakeTensorMode()
     torch.set_default_dtype(request.param)
     with mode, torch.device("cuda"):
@@ -122,12 +123,11 @@ def operators(graph):
 
 
 NORMS = 2 * 6 + 3 + 1  # of TINY: two in each of six ResNet blocks, one in each of three attention blocks, norm_out
-FORWARD = {"movq_ext.spatial_norm_forward": NORMS, "movq_ext.attention_forward": 3}
-BACKWARD = {"movq_ext.spatial_norm_backward": NORMS, "movq_ext.attention_backward": 3}
-FORWARD_OF = {
-    torch.float32: FORWARD,
-    torch.bfloat16: {"movq_ext.spatial_norm_forward": NORMS, "movq_ext.shared_kv_attention_forward": 3},
-}
+MAPS_FORWARD = {"movq_ext.spatial_norm_forward": NORMS, "movq_ext.fold_upsampling": 1}
+MAPS_BACKWARD = {"movq_ext.spatial_norm_backward": NORMS, "movq_ext.fold_upsampling_backward": 1}
+FORWARD = MAPS_FORWARD | {"movq_ext.attention_forward": 3}
+BACKWARD = MAPS_BACKWARD | {"movq_ext.attention_backward": 3}
+FORWARD_OF = {torch.float32: FORWARD, torch.bfloat16: MAPS_FORWARD | {"movq_ext.shared_kv_attention_forward": 3}}
 
 
 @pytest.mark.skipif(not extension_available(), reason="needs the compiled extension")
