@@ -1,5 +1,5 @@
 // Errors of the torch side. The stable ABI throws none of PyTorch's exceptions; pybind11, through which Python calls operators,
-// translates those of the standard library: std::invalid_argument becomes a ValueError, std::bad_alloc a MemoryError.
+// translates the standard library's: std::invalid_argument becomes a ValueError, std::bad_alloc a MemoryError.
 #pragma once
 
 #include <new>

@@ -55,7 +55,7 @@ def chunk_bytes(request, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [{}, {"heads": 3}, {"queries": 1}, {"keys": 1}, {"size": 5}, {"queries": 9, "size": 512}])
 def test_it_is_the_formula(chunk_bytes, name, dtype, shape, device):
-    """Most sizes are no multiple of a chunk's."""
+    """Most sizes are not multiples of a chunk's."""
     inputs, dout = case(name, dtype=dtype, device=device, **shape)
     doubles = [x.detach().double().requires_grad_() for x in inputs]
     expected, lse = exact(doubles, 0.3)

@@ -175,7 +175,7 @@ def test_running_out_of_memory_fails_one_image(model_folder, photos, tmp_path, c
 
 
 def test_a_full_disk_stops_the_run(model_folder, photos, tmp_path, capsys, monkeypatch):
-    """It is no fault of one image."""
+    """Such an error concerns every image, so the run stops."""
 
     def full(journal, *image):
         raise OSError(28, os.strerror(28))

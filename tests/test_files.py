@@ -165,7 +165,7 @@ def test_concurrent_writers(tmp_path, monkeypatch):
 
 
 def test_only_partial_files_are_removed(tmp_path):
-    """Other names, folders and links stay; they are no error either."""
+    """Other names, folders and links stay, without an error."""
     target = tmp_path / "target"
     target.touch()
     for name in (".x.a.b.partial", ".x.0123456789abcdef.partial", ".x.0123456789abcdeg.output.partial"):

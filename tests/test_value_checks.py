@@ -50,7 +50,7 @@ def test_a_training_step_is_not_interrupted():
     image, loss = model(x)
     assert image.isnan().all() and loss.isnan()
     with pytest.raises(ValueError, match="x must be finite"):
-        model.encode_code(x)  # codes are no part of a training step
+        model.encode_code(x)  # a training step computes no codes
 
 
 @pytest.mark.parametrize("program", ["compiled", "exported"])

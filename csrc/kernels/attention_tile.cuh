@@ -66,7 +66,7 @@ struct Shape {
   static constexpr int kValueTokens = kColumns * kScorePieces / kPieces, kValueChunks = kColumns / kValueTokens;
 
   // Shared memory, in bytes: statistics for the Pass, weights, resident rows, and the ring of stages. 16 bytes are added to a
-  // pitch, or 8 elements to that of values, so that the rows that one access reads lie in different banks.
+  // pitch, or 8 elements to the values' pitch, so that the rows that one access reads lie in different banks.
   static constexpr int kScorePitch = kScorePieces * 16 + 16;
   static constexpr int kWeightPitch = kColumns * sizeof(T) + 16;
   static constexpr int kRowPitch = kPieces * 16 + 16;
@@ -168,7 +168,7 @@ struct Segment {
     part = first_tile == 0 && end_tile == column_tiles.value ? -1 : 2 * int(blockIdx.x) + (first_tile == 0);
   }
 
-  // The index of a token of this head among those of all heads and images.
+  // The index of a token of this head among the tokens of all heads and images.
   MOVQ_DEVICE int64_t token_index(const Extents& extents, int tokens_per_head, int token) const {
     return (int64_t(image) * extents.heads.value + head) * tokens_per_head + token;
   }

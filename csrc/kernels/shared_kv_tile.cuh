@@ -10,7 +10,7 @@
 //   dkv    keys     kv         32 of dout over 32 of q      [p, p (t - delta)]  p = exp(s - lse), [t, s] = kv [dout, q]^T
 //   dq     queries  q, dout    32 keys                      p (t - delta)       s = q kv^T, t = dout kv^T
 //
-// The stage of dkv makes one product of two: [p, ds]^T [dout, q] adds the gradient of the values and that of the keys.
+// The stage of dkv makes one product of two: [p, ds]^T [dout, q] adds the gradients of the values and of the keys.
 //
 // Roles: warpgroups 0 and 1 compute, one thread of warpgroup 2 loads. Each of the computing warpgroups holds one half of the
 // columns of the sums, 64 x 256 for a head of 512, and computes the scores and weights of every other stage. It takes its own

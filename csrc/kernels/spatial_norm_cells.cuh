@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(kThreads, 2) sum_cell_per_thread(Geometry geom
     for (int i = 0; i < VecSize; ++i) sums[i] = {};
     terms.pixel_sum(geometry, arrays, thread, to_float(y), to_float(b))
         .template add<2>(pixels_of_cell(geometry, cell), 0, 1, sums);
-    asm volatile("" ::: "memory");  // the terms and Y are read again: there are no registers for them
+    asm volatile("" ::: "memory");  // the terms and Y are read again: keeping them would exceed the registers
     write_cell_gradients(arrays, at, terms.load_vec(kSlope, thread.inner), terms.load_vec(kOffset, thread.inner), sums);
     totals.add(sums);
   }

@@ -26,7 +26,7 @@ struct FoldProblem {
 // Every sum is computed in float32 and rounded once. Any alignment is correct; 16 bytes is faster.
 void fold_upsampling(const FoldProblem&, const void* weight, void* folded, cudaStream_t);
 
-// The gradient of the weight from that of its transposed form (`windows` is ignored).
+// The gradient of the weight from the gradient of its transposed form (`windows` is ignored).
 void fold_upsampling_backward(const FoldProblem&, const void* dfolded, void* dweight, cudaStream_t);
 
 struct InterleaveProblem {

@@ -66,7 +66,7 @@ class Interruption:
 
 
 def _set_handlers(handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> dict[signal.Signals, Any]:
-    """Handle signals. Return the previous handlers, or nothing outside the main thread, as no other may set them."""
+    """Handle signals. Return the previous handlers, or nothing outside the main thread, which alone may set them."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     return {number: signal.signal(number, handler) for number in numbers}

@@ -259,7 +259,7 @@ def load_exported(path: str | Path, device: torch.device | str | None = None) ->
 def _parse_inputs(metadata: Mapping[str, Any]) -> dict[str, int]:
     inputs = dict(metadata["channels"])
     if list(inputs) not in (["quant"], ["z", "zq"]):
-        raise ValueError(f"channels must be those of quant, or of z and zq, got {inputs!r}")
+        raise ValueError(f"channels must match quant, or z and zq, got {inputs!r}")
     check_positive(**inputs)
     return inputs
 

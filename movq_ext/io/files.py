@@ -156,7 +156,7 @@ def path_to_text(path: str | PurePath) -> str:
 def text_to_path(text: str) -> Path:
     """Return the path of a name in Unicode: the inverse of `path_to_text`.
 
-    Raises ValueError for text that has no UTF-8.
+    Raises ValueError for text that UTF-8 cannot encode.
     """
     fits = _is_encodable(text, sys.getfilesystemencoding())
     return Path(text if fits else os.fsdecode(text.encode("utf-8", "surrogateescape")))

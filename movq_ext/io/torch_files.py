@@ -74,7 +74,7 @@ def _is_module(value: Any) -> bool:
 
 
 def _module_entries(module: Placeholder, seen: set[int], entry_numbers: Iterator[int]) -> Iterator[tuple[str, Any]]:
-    """Yield (name, tensor) for the parameters and buffers of a saved nn.Module, without those of submodules seen before."""
+    """Yield (name, tensor) for the parameters and buffers of a saved nn.Module, without the ones of submodules seen before."""
     modules = [("", module)]
     while modules:
         prefix, module = modules.pop()

@@ -22,8 +22,8 @@ from .value_checks import can_read_values, is_finite, runs_training_step
 class MOVQ(nn.Module):
     """MoVQ autoencoder (Zheng et al., arXiv:2209.09002), with the module names of the released checkpoints.
 
-    Methods raise ValueError or TypeError naming the argument, as those of the parts do. `encode` and `encode_code` raise
-    FloatingPointError if the encoder overflows.
+    Methods raise ValueError or TypeError naming the argument, as the encoder's and the decoder's do. `encode` and
+    `encode_code` raise FloatingPointError if the encoder overflows.
 
     Args:
         ddconfig: keyword arguments of MOVQDecoder and Encoder, as in the released configs.

@@ -1,4 +1,4 @@
-"""The layers of the MoVQ autoencoder. Attribute names are those of the published checkpoints.
+"""The layers of the MoVQ autoencoder. Attribute names match the published checkpoints.
 
 ``forward`` is the published formula. ``_forward_fused`` computes the same in inference, with fewer passes and less memory.
 """

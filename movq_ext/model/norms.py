@@ -1,4 +1,4 @@
-"""The norms of the MoVQ autoencoder. Attribute names are those of the published checkpoints."""
+"""The norms of the MoVQ autoencoder. Attribute names match the published checkpoints."""
 
 from __future__ import annotations
 

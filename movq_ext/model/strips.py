@@ -1,6 +1,6 @@
 """Run a decoder or an encoder strip by strip.
 
-The result matches that of whole maps, up to rounding, but working memory holds only one strip.
+The result matches whole maps up to rounding, but working memory holds only one strip.
 
 - A convolution's strip has one more row of input above and below.
 - A norm uses the statistics of the whole map, which are gathered while the map is written.

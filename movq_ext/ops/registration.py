@@ -86,7 +86,7 @@ def _sum_cells(dmap: Tensor, f: Tensor, zq: Tensor) -> Tensor:
 
 
 def _in_layout_of(f: Tensor, x: Tensor) -> Tensor:
-    """Return x in the kernels' layout: that of f if it is dense NCHW or NHWC, else NCHW."""
+    """Return x in the kernels' layout: f's layout if f is dense NCHW or NHWC, else NCHW."""
     if f.is_contiguous():
         return x.contiguous()
     return x.contiguous(memory_format=torch._prims_common.suggest_memory_format(f))

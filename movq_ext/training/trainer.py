@@ -214,7 +214,7 @@ class Trainer:
         if state["perceptual_network"] != (None if network is None else network.fingerprint()):
             raise OptionError("perceptual_network", f"must have the weights that {path} was saved with, got others")
         if state["processes"] != self.world_size:
-            logger.warning("%s was saved by %d processes, now %d: the steps differ from those of an uninterrupted run",
+            logger.warning("%s was saved by %d processes, now %d: the steps differ from an uninterrupted run's",
                            path, state["processes"], self.world_size)  # fmt: skip
         with wrap_errors(ValueError, f"{path} is damaged"):
             self.model.load_state_dict(state["model"])

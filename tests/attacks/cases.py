@@ -1,4 +1,4 @@
-"""What the fuzz targets of all readers share: damaged copies of intact files, and paths at which there is no file."""
+"""What the fuzz targets of all readers share: damaged copies of intact files, and paths without a file."""
 
 import json
 import os

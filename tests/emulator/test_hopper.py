@@ -80,7 +80,7 @@ BUGS = [
     ("multicast", 7, "to which a TMA copy is still in flight|race: shared byte|deadlock"),
     ("phases", 1, "race: shared byte|unwritten shared memory"),
     ("roles", 1, "deadlock: .* setmaxnreg.inc, for registers that no warpgroup has returned"),
-    ("roles", 2, "setmaxnreg from 168 to 160 is no increase"),
+    ("roles", 2, "setmaxnreg from 168 to 160 is not an increase"),
     ("roles", 3, "deadlock: 128 threads wait at named barrier 1"),
     ("roles", 4, "named barrier 1 is of .* threads here and of"),
     ("roles", 5, "race: shared byte|unwritten shared memory"),

@@ -1,5 +1,5 @@
 // The fake CUDA runtime, and what Python reads and sets of it. Device 0 has compute capability 9.0 and code for it, device 1 has
-// 7.5 and no code; there are no others.
+// 7.5 and no code; it knows only these.
 #include "fake_cuda.h"
 
 #include <cuda_runtime.h>

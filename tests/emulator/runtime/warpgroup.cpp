@@ -279,7 +279,7 @@ static void change_registers(Warpgroup& warpgroup, WarpgroupArguments arguments)
   if (wanted.registers < 24 || wanted.registers > 256 || wanted.registers % 8)
     fail(what + ": expected a multiple of 8 from 24 to 256");
   if (wanted.increase ? wanted.registers < warpgroup.registers : wanted.registers > warpgroup.registers)
-    fail(what + (wanted.increase ? " is no increase" : " is no decrease"));
+    fail(what + (wanted.increase ? " is not an increase" : " is not a decrease"));
   Block& block = *machine.running->block;
   if (wanted.increase) return;
   block.spare_registers += (warpgroup.registers - wanted.registers) * int(kWarpgroupSize);
