@@ -194,7 +194,7 @@ def quantise(layer):
 
 
 def offload(layer):
-    """Keep a layer's parameters elsewhere except during its calls, with a forward on the instance like accelerate and diffusers."""
+    """Keep a layer's parameters elsewhere between calls, with a forward on the instance like accelerate and diffusers."""
     parameters, forward = dict(layer.named_parameters(recurse=False)), layer.forward
 
     def load_and_run(*args, **kwargs):
