@@ -140,7 +140,7 @@ def test_signals(model, model_folder, tmp_path, capsys, form, number, engine):
     while finished_images(out, form) < 20 and process.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
     os.kill(process.pid, number)
-    status, text = process.wait(60), log.read_text()
+    status, text = process.wait(180), log.read_text()
     assert status == 128 + number, text
     assert ("interrupted" if number == signal.SIGINT else "terminated") + "; run the same command again to continue" in text
     counted = int(re.findall(r"\b(\d+)/300 ", text)[-1])

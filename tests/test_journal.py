@@ -109,8 +109,9 @@ def test_a_second_process_waits(tmp_path, caplog, end):
     threads = [threading.Thread(target=lambda: opened.append(Journal(path, tmp_path))) for _ in range(2)]
     for thread in threads:
         thread.start()
-    threads[0].join(0.2)
-    assert not opened and f"another process is writing to {tmp_path}: waiting until it ends" in caplog.text
+    wait_until(lambda: f"another process is writing to {tmp_path}: waiting until it ends" in caplog.text)
+    threads[0].join(0.1)
+    assert not opened
     getattr(first, end)()
     for number in (1, 2):
         wait_until(lambda number=number: len(opened) == number)

@@ -86,8 +86,7 @@ def test_a_killed_run_resumes(photo_folder, tmp_path, config_file):
 
 
 def test_two_processes_train_one_model(photo_folder, tmp_path, config_file):
-    port = str(20000 + os.getpid() % 20000)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]  # on a free port
     command = train_command(photo_folder, tmp_path / "out", config_file)
     subprocess.run(torchrun + command[1:], check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     state = torch.load(tmp_path / "out/training.pt", weights_only=True)
