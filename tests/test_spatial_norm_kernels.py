@@ -162,6 +162,7 @@ def test_nan_in_f_bias_stays_in_its_group(any_device, layout, channel):
 # --- Clusters: one kernel where a group fits into the registers of 8 blocks
 
 clustered = backends(clusters=ClusterEmulator)
+counted = backends(emulator=Emulator)
 CLUSTER_CASES = {
     "tile": ((2, 32, 16, 32), 4, (4, 8)),
     "same-grid": ((1, 32, 16, 32), 2, (16, 32)),
@@ -240,6 +241,17 @@ def test_other_maps_take_three_kernels(clustered, shape, groups, zq_size, max_cl
     clustered.seeds, clustered.max_cluster = (0,), max_cluster
     clustered.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, groups, 1e-6, True)
     assert len(clustered.cost.launches) == 3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_later_kernels_start_before_the_earlier_ones_end(counted, layout):
+    """The emulator fails if a dependent kernel uses what another one writes before it waits."""
+    c = case((1, 32, 16, 32), (4, 8), BF16, layout)
+    counted.seeds = (0,)
+    _, mean, rstd = counted.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 4, 1e-6, True)
+    assert [launch.dependent for launch in counted.cost.launches] == [False, True, True]
+    counted.backward(c.dout, c.f, c.zq_y, c.zq_b, c.weight, c.bias, mean, rstd, 4, True)
+    assert [launch.dependent for launch in counted.cost.launches] == [False, True, True, True]
 
 
 # --- Extreme values
@@ -335,9 +347,6 @@ def assert_near(actual, expected):
 
 
 # --- Costs, counted by the emulator
-
-
-counted = backends(emulator=Emulator)
 
 
 def launch_named(cost, name):

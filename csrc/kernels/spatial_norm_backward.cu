@@ -12,6 +12,7 @@
 // Bytes: f and dout are read twice, df is written once. A chunk leaves 8 bytes per channel, for at least 64 pixels where there
 // is work for 1024 blocks.
 // Registers: at most 128, for 2 blocks of 256 threads per multiprocessor. Each file states the bytes that these keep in flight.
+#include "device/dependent_launch.cuh"
 #include "spatial_norm_backward.cuh"
 #include "spatial_norm_bands.cuh"
 #include "spatial_norm_cells.cuh"
@@ -25,11 +26,13 @@ namespace {
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     merge_sums(Geometry geometry, int chunks, int threads_inner, BackwardArrays<T> arrays) {
+  allow_next_kernel();
   const int64_t image = blockIdx.x / geometry.groups;
   const int first_channel = blockIdx.x % geometry.groups * geometry.group_channels;
   const int threads_outer = blockDim.x / threads_inner;
   const int inner = threadIdx.x % threads_inner, outer = threadIdx.x / threads_inner;
   const Shared<GradientSums> shared(0, blockDim.x);
+  wait_for_previous_kernel();
   GradientSums group_sum = {};
   for (int first = 0; first < geometry.group_channels; first += threads_inner) {
     const int channel = first + inner;
@@ -59,6 +62,8 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     sum_parameter_gradients(Geometry geometry, const float* channel_sums, void* dweight, void* dbias) {
+  allow_next_kernel();
+  wait_for_previous_kernel();
   const int channel = blockIdx.x * blockDim.x + threadIdx.x;
   if (channel >= geometry.channels) return;
   GradientSums sum = {};
@@ -143,12 +148,12 @@ void spatial_norm_backward(const SpatialNormProblem& problem, const SpatialNormB
     if (!plan.use_bands) launch_cell_sums<T, VecSize, ChannelsLast>(geometry, plan.cells, arrays, stream);
     const LaunchConfig merge_config = {grid_size("spatial_norm merge_sums", geometry.batch * geometry.groups), kThreads,
                                        kThreads * sizeof(GradientSums)};
-    launch(merge_sums<T>, "spatial_norm merge_sums", merge_config, stream, geometry, int(plan.chunks),
-           std::min(geometry.group_channels, kThreads), arrays);
+    launch_dependent(merge_sums<T>, "spatial_norm merge_sums", merge_config, stream, geometry, int(plan.chunks),
+                     std::min(geometry.group_channels, kThreads), arrays);
     if (tensors.dweight || tensors.dbias) {
       const LaunchConfig channel_config = {unsigned(ceil_div(geometry.channels, kThreads)), kThreads};
-      launch(sum_parameter_gradients<T>, "spatial_norm sum_parameter_gradients", channel_config, stream, geometry,
-             arrays.channel_sums, tensors.dweight, tensors.dbias);
+      launch_dependent(sum_parameter_gradients<T>, "spatial_norm sum_parameter_gradients", channel_config, stream, geometry,
+                       arrays.channel_sums, tensors.dweight, tensors.dbias);
     }
     launch_input_gradient<T, VecSize, ChannelsLast>(geometry, tiling, arrays, stream);
   });

@@ -5,6 +5,7 @@
 // memory (16 KB per block). Then threads add the columns of each cell and write its gradients.
 #pragma once
 
+#include "device/dependent_launch.cuh"
 #include "spatial_norm_backward.cuh"
 
 namespace movq {
@@ -60,6 +61,7 @@ MOVQ_DEVICE void store_column_sums(const Shared<float>& shared, int first, const
 
 template <class T, int VecSize>
 __global__ void __launch_bounds__(kThreads, 2) sum_bands(Geometry geometry, BandPlan plan, BackwardArrays<T> arrays) {
+  allow_next_kernel();
   constexpr int kLoadsInFlight = 2;  // of f and of dout each
   const int64_t block = blockIdx.x;
   const int tile = block % plan.tiles, chunk = block / plan.tiles % plan.chunks;

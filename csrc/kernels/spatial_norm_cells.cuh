@@ -15,6 +15,7 @@
 // the time in which those bytes arrive (test_norm_backward_machine_code.py).
 #pragma once
 
+#include "device/dependent_launch.cuh"
 #include "spatial_norm_backward.cuh"
 
 namespace movq {
@@ -236,6 +237,7 @@ struct ChannelTerms : BlockChannels<VecSize, kChannelTerms> {
 
 template <class T, int VecSize>
 __global__ void __launch_bounds__(kThreads, 2) sum_cell_per_thread(Geometry geometry, CellPlan plan, BackwardArrays<T> arrays) {
+  allow_next_kernel();
   const CellThread<VecSize, true> thread(geometry, plan);
   // Sums of Y P and Y Q over each thread's cells. They are in shared memory to leave the registers to loads.
   const ChannelSums<VecSize> totals(geometry, plan, thread.block_channel);
@@ -263,6 +265,7 @@ __global__ void __launch_bounds__(kThreads, 2) sum_cell_per_thread(Geometry geom
 
 template <class T, int VecSize>
 __global__ void __launch_bounds__(kThreads, 2) sum_cell_per_team(Geometry geometry, CellPlan plan, BackwardArrays<T> arrays) {
+  allow_next_kernel();
   const CellThread<VecSize, true> thread(geometry, plan);
   const ChannelSums<VecSize> block_sums(geometry, plan, thread.block_channel);
   const ChannelTerms<VecSize> terms(geometry, arrays, thread, block_sums);
@@ -300,6 +303,7 @@ __global__ void __launch_bounds__(kThreads, 2) sum_cell_per_team(Geometry geomet
 
 template <class T, int VecSize>
 __global__ void __launch_bounds__(kThreads, 2) sum_cell_per_block(Geometry geometry, CellPlan plan, BackwardArrays<T> arrays) {
+  allow_next_kernel();
   const CellThread<VecSize, false> thread(geometry, plan);
   const int cell = thread.chunk;
   const int64_t at = element_offset<false>(geometry, thread.image, thread.channel, cell, geometry.zq_pixels);
@@ -321,6 +325,7 @@ __global__ void __launch_bounds__(kThreads, 2) sum_cell_per_block(Geometry geome
 
 template <class T, int VecSize, bool ChannelsLast>
 __global__ void __launch_bounds__(kThreads, 2) sum_pixel_ranges(Geometry geometry, CellPlan plan, BackwardArrays<T> arrays) {
+  allow_next_kernel();
   const CellThread<VecSize, ChannelsLast> thread(geometry, plan);
   const int left = thread.chunk * plan.chunk_pixels;
   const int right = int(min(left + int64_t(plan.chunk_pixels), int64_t(geometry.pixels)));

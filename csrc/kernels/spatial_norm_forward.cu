@@ -15,6 +15,7 @@
 // Registers: at most 80 (__launch_bounds__), for 3 blocks of 256 threads per multiprocessor. Each thread has 4 (statistics) or 2
 // (output) loads of 16 bytes in flight, 24 to 48 KB per multiprocessor. An H100 needs about 20 KB to cover its memory latency at
 // full bandwidth. benchmarks/results/resources.md lists what the compiler allocates.
+#include "device/dependent_launch.cuh"
 #include "spatial_norm_cluster.cuh"
 #include "spatial_norm_output.cuh"
 #include "spatial_norm_statistics.cuh"
@@ -31,12 +32,26 @@ struct MergeArrays {
   float* coefficients;  // [batch][channel][4]
 };
 
+struct ChannelParameters { float weight, bias, f_bias; };
+
+template <class T>
+MOVQ_DEVICE ChannelParameters load_parameters(const Geometry& geometry, const MergeArrays<T>& arrays, int channel) {
+  return {load_parameter<T>(arrays.weight, channel, geometry.float_params, 1),
+          load_parameter<T>(arrays.bias, channel, geometry.float_params, 0),
+          load_parameter<T>(arrays.f_bias, channel, geometry.float_f_bias, 0)};
+}
+
 // One block merges the partial moments of one (image, group), always in the same order, and writes the coefficients of its
 // channels.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     merge_statistics(Geometry geometry, int parts, float eps, float pre_scale, MergeArrays<T> arrays) {
+  allow_next_kernel();
   const int64_t image_group = blockIdx.x;
+  const int first_channel = int(blockIdx.x % unsigned(geometry.groups)) * geometry.group_channels;
+  ChannelParameters parameters = {};  // of this thread's channel
+  if (int(threadIdx.x) < geometry.group_channels) parameters = load_parameters(geometry, arrays, first_channel + threadIdx.x);
+  wait_for_previous_kernel();
   Moments moments = {};
   for (int part = threadIdx.x; part < parts; part += blockDim.x) {
     const auto values = load_vec<4>(arrays.partial + 4 * (image_group * parts + part));
@@ -48,14 +63,11 @@ __global__ void __launch_bounds__(kThreads)
     store(arrays.mean + image_group, moments.mean);
     store(arrays.rstd + image_group, rstd);
   }
-  const int first_channel = int(blockIdx.x % unsigned(geometry.groups)) * geometry.group_channels;
   for (int i = threadIdx.x; i < geometry.group_channels; i += blockDim.x) {
-    const int channel = first_channel + i;
-    const float weight = load_parameter<T>(arrays.weight, channel, geometry.float_params, 1);
-    const float bias = load_parameter<T>(arrays.bias, channel, geometry.float_params, 0);
-    const float f_bias = load_parameter<T>(arrays.f_bias, channel, geometry.float_f_bias, 0);
-    store_coefficients(arrays.coefficients, image_group * geometry.group_channels + i,
-                       {moments.mean - f_bias, pre_scale * rstd * weight, scaled_shift(pre_scale, bias)});
+    if (i >= int(blockDim.x)) parameters = load_parameters(geometry, arrays, first_channel + i);
+    store_coefficients(
+        arrays.coefficients, image_group * geometry.group_channels + i,
+        {moments.mean - parameters.f_bias, pre_scale * rstd * parameters.weight, scaled_shift(pre_scale, parameters.bias)});
   }
 }
 
@@ -158,13 +170,15 @@ void spatial_norm_forward(const SpatialNormProblem& problem, const SpatialNormFo
                                        threads / kWarpSize * sizeof(Moments)};
     const MergeArrays<T> merge_arrays = {partial,      tensors.weight, tensors.bias, tensors.f_bias,
                                          tensors.mean, tensors.rstd,   coefficients};
-    launch(merge_statistics<T>, "spatial_norm merge_statistics", merge_config, stream, geometry, parts, problem.eps,
-           plan.pre_scale, merge_arrays);
+    launch_dependent(merge_statistics<T>, "spatial_norm merge_statistics", merge_config, stream, geometry, parts, problem.eps,
+                     plan.pre_scale, merge_arrays);
     const OutputArrays<T> arrays = {static_cast<const T*>(tensors.f), static_cast<const T*>(tensors.zq_y),
                                     static_cast<const T*>(tensors.zq_b), coefficients, static_cast<T*>(tensors.out)};
     const LaunchConfig output_config = {grid_size("spatial_norm modulate", output_blocks(problem, plan)),
                                         unsigned(plan.threads())};
-    auto launch_output = [&](auto kernel) { launch(kernel, "spatial_norm modulate", output_config, stream, plan, arrays); };
+    auto launch_output = [&](auto kernel) {
+      launch_dependent(kernel, "spatial_norm modulate", output_config, stream, plan, arrays);
+    };
     if constexpr (VecSize > 1) {
       const Resize resize = choose_resize(problem, VecSize);
       if (resize == Resize::kSameGrid) return launch_output(modulate<T, VecSize, ChannelsLast, Resize::kSameGrid>);

@@ -7,6 +7,7 @@
 // up to 32 KB of zq.
 #pragma once
 
+#include "device/dependent_launch.cuh"
 #include "spatial_norm_backward.cuh"
 
 namespace movq {
@@ -96,6 +97,7 @@ __global__ void __launch_bounds__(kThreads, 2) write_input_gradient(Geometry geo
   using Thread = ThreadTile<VecSize, ChannelsLast>;
   // Backwards over the blocks, to start with what the first pass left in L2.
   const Thread thread(geometry, tiling, gridDim.x - 1 - int64_t(blockIdx.x));
+  wait_for_previous_kernel();
   auto load_terms = [&](int channel, float (&terms)[kGradientTerms]) {
     const int64_t group = group_index(geometry, thread.image, channel);
     const GradientSums sums = load_sums(arrays.group_sums, group);
@@ -162,7 +164,7 @@ void launch_input_gradient(const Geometry& geometry, const Tiling& tiling, const
   const LaunchConfig config = {grid_size(name, geometry.batch * tiling.channel_tiles * tiling.pixel_chunks),
                                unsigned(tiling.threads()),
                                ChannelsLast ? BlockChannels<VecSize, kGradientTerms>::kSharedBytes : 0};
-  launch(write_input_gradient<T, VecSize, ChannelsLast>, name, config, stream, geometry, tiling, arrays);
+  launch_dependent(write_input_gradient<T, VecSize, ChannelsLast>, name, config, stream, geometry, tiling, arrays);
 }
 
 }  // namespace spatial_norm

@@ -17,6 +17,7 @@
 // Instructions"): enough for 11 and 8 values. At 3.35 TB/s and 1.755 GHz (data sheet) its memory moves 3.6, of 4 bytes each.
 #pragma once
 
+#include "device/dependent_launch.cuh"
 #include "device/math.cuh"
 #include "spatial_norm_output_plan.h"
 
@@ -287,8 +288,9 @@ template <class T, int VecSize, bool ChannelsLast, Resize resize>
 __global__ void __launch_bounds__(kThreads, 3) modulate(OutputPlan plan, OutputArrays<T> arrays) {
   // Backwards over the blocks: see spatial_norm_forward.cu.
   const OutputThread<VecSize, ChannelsLast> thread(plan, int(gridDim.x - 1 - blockIdx.x));
-  if (thread.idle) return;
   const int64_t first = thread.offset(plan, thread.row * plan.width + thread.column, plan.pixels);
+  wait_for_previous_kernel();
+  if (thread.idle) return;
   const ChannelCoefficients<ChannelsLast ? VecSize : 1> channels(arrays.coefficients,
                                                                  thread.image * plan.channels + thread.channel);
   if constexpr (resize == Resize::kSameGrid) {

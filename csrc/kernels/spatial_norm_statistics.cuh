@@ -5,6 +5,7 @@
 // spatial_norm_forward.cu states the budget of both.
 #pragma once
 
+#include "device/dependent_launch.cuh"
 #include "spatial_norm_plan.h"
 
 namespace movq {
@@ -152,6 +153,7 @@ MOVQ_DEVICE void store_moments(float* partial, int64_t index, const Moments& mom
 template <class T, int VecSize>
 __global__ void __launch_bounds__(kThreads, 3)
     contiguous_statistics(const T* f, const void* f_bias, ContiguousGroups plan, float* partial) {
+  allow_next_kernel();
   const int64_t block = blockIdx.x;
   const int group = block % plan.groups, chunk = block / plan.groups % plan.chunks;
   const int64_t image_group = block / plan.groups / plan.chunks * plan.groups + group;
@@ -170,6 +172,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 template <class T, int VecSize>
 __global__ void __launch_bounds__(kThreads, 3)
     interleaved_statistics(const T* f, const void* f_bias, InterleavedGroups plan, float* partial) {
+  allow_next_kernel();
   const int64_t block = blockIdx.x;
   const int tile = block % plan.tiles, chunk = block / plan.tiles % plan.chunks;
   const int64_t image = block / plan.tiles / plan.chunks;

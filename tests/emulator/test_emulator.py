@@ -84,6 +84,9 @@ BUGS = [
     ("divergent_shuffle", dict(y=Y), 2, "divergent warp: this lane is at"),
     ("cluster_barriers", dict(y=Y, blocks=4), 1, "race: shared byte|unwritten"),
     ("cluster_barriers", dict(y=Y, blocks=4), 2, "ends while another block|has begun to end"),
+    ("dependent_launch", dict(x=X, between=X.copy(), y=X.copy(), n=64), 1, "global read of 'between' before wait_for_previous"),
+    ("dependent_launch", dict(x=X, between=X.copy(), y=X.copy(), n=64), 2, "global write of 'y' before wait_for_previous"),
+    ("dependent_launch", dict(x=X, between=X.copy(), y=X.copy(), n=64), 3, "ends without wait_for_previous_kernel"),
     ("order_of_blocks", dict(y=Y), True, "'y' depends on the order in which threads run"),
 ]
 
@@ -141,6 +144,18 @@ def test_launches_over_the_limits_are_refused(planted, change, report):
     planted.call("shape", **good)
     with pytest.raises(EmulatorError, match=f"nothing: invalid launch: .*{report}"):
         planted.call("shape", **{**good, **change})
+
+
+def test_the_first_kernel_of_a_call_must_not_be_dependent(planted):
+    with pytest.raises(EmulatorError, match="dependent_launch: invalid launch: the first kernel of a call"):
+        planted.call("dependent_launch", x=X, between=X.copy(), y=X.copy(), n=64, bug=4)
+
+
+def test_a_dependent_kernel_reads_what_the_one_before_it_wrote(planted):
+    between, y = emulator.empty(64), X.copy()
+    cost = planted.call("dependent_launch", x=X, between=between, y=y, n=64, bug=0)
+    np.testing.assert_array_equal(y, X + (X + X))
+    assert [launch.dependent for launch in cost.launches] == [False, True]
 
 
 def test_a_kernel_opts_in_to_shared_memory_once_per_device(planted):

@@ -14,7 +14,8 @@ struct LaunchConfig {
   dim3 grid;
   dim3 block;
   size_t shared_bytes = 0;
-  unsigned cluster = 1;  // blocks per cluster, see cluster.cuh
+  unsigned cluster = 1;    // blocks per cluster, see cluster.cuh
+  bool dependent = false;  // see launch_dependent()
 };
 
 // `blocks` as the size of a one-dimensional grid.
@@ -33,12 +34,15 @@ inline int shared_memory_limit(const char*) { return emu::shared_memory_limit();
 
 namespace detail {
 
+inline bool is_compiled_for_sm90(const void*, const char*) { return true; }
+
 inline void set_max_shared_memory(const void* kernel, const char*, int bytes) { emu::set_max_shared_memory(kernel, bytes); }
 
 template <class... Params, class... Args>
 void start(void (*kernel)(Params...), const char* name, const LaunchConfig& config, cudaStream_t, Args&&... args) {
   const auto* address = reinterpret_cast<const void*>(kernel);
-  emu::launch(name, {config.grid, config.block, config.shared_bytes, config.cluster, false, address}, [&] { kernel(args...); });
+  emu::launch(name, {config.grid, config.block, config.shared_bytes, config.cluster, false, address, config.dependent},
+              [&] { kernel(args...); });
 }
 
 template <class... Params>
@@ -84,35 +88,48 @@ inline void set_max_shared_memory(const void* kernel, const char* name, int byte
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name);
 }
 
-// The same for CUDA, which keeps a pointer to `attribute`.
-inline cudaLaunchConfig_t to_cuda(const LaunchConfig& config, cudaStream_t stream, cudaLaunchAttribute& attribute) {
+// The same for CUDA, which keeps a pointer to `attributes`.
+inline cudaLaunchConfig_t to_cuda(const LaunchConfig& config, cudaStream_t stream, cudaLaunchAttribute (&attributes)[2]) {
   cudaLaunchConfig_t cuda_config = {};
   cuda_config.gridDim = config.grid;
   cuda_config.blockDim = config.block;
   cuda_config.dynamicSmemBytes = config.shared_bytes;
   cuda_config.stream = stream;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {config.cluster, 1, 1};
-  cuda_config.attrs = &attribute;
-  cuda_config.numAttrs = config.cluster > 1 ? 1 : 0;
+  cuda_config.attrs = attributes;
+  if (config.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[cuda_config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {config.cluster, 1, 1};
+  }
+  if (config.dependent) {
+    cudaLaunchAttribute& attribute = attributes[cuda_config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
   return cuda_config;
 }
 
 template <class... Params, class... Args>
 void start(void (*kernel)(Params...), const char* name, const LaunchConfig& config, cudaStream_t stream, Args&&... args) {
-  cudaLaunchAttribute attribute;
-  const cudaLaunchConfig_t cuda_config = to_cuda(config, stream, attribute);
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t cuda_config = to_cuda(config, stream, attributes);
   check(cudaLaunchKernelEx(&cuda_config, kernel, static_cast<Params>(args)...), name);
+}
+
+// Whether the code that the current device runs was compiled for sm_90 or later. A device may run code of an earlier target, in
+// which cluster.cuh traps and wait_for_previous_kernel() does nothing.
+inline bool is_compiled_for_sm90(const void* kernel, const char* name) {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), name);
+  return attributes.ptxVersion >= 90;
 }
 
 template <class... Params>
 bool can_launch_clusters(void (*kernel)(Params...), const char* name, const LaunchConfig& config) {
   if (!device_attribute(cudaDevAttrClusterLaunch, name)) return false;
-  cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), name);
-  if (attributes.ptxVersion < 90) return false;  // compiled for an earlier GPU: the kernel would trap
-  cudaLaunchAttribute attribute;
-  const cudaLaunchConfig_t cuda_config = to_cuda(config, nullptr, attribute);
+  if (!is_compiled_for_sm90(reinterpret_cast<const void*>(kernel), name)) return false;
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t cuda_config = to_cuda(config, nullptr, attributes);
   int clusters = 0;
   if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &cuda_config) != cudaSuccess) {
     cudaGetLastError();  // clear it: other kernels serve a device that cannot run clusters
@@ -150,6 +167,17 @@ template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), const char* name, const LaunchConfig& config, cudaStream_t stream, Args&&... args) {
   allow_shared_memory(kernel, name, config.shared_bytes);
   detail::start(kernel, name, config, stream, std::forward<Args>(args)...);
+}
+
+// Launches a kernel that may start while the one before it on this stream still runs; see dependent_launch.cuh. For the second and
+// later kernels of a chain: the first reads what other libraries' kernels write, and is launched with launch(). Where the code is
+// that of an earlier GPU this is an ordinary launch. Works in CUDA graph capture, as an edge of the graph.
+template <class... Params, class... Args>
+void launch_dependent(void (*kernel)(Params...), const char* name, LaunchConfig config, cudaStream_t stream, Args&&... args) {
+  static auto& answers = *new BoundedCache<std::pair<const void*, int>, bool, 1024>;  // never destroyed, like opted_in
+  const auto* address = reinterpret_cast<const void*>(kernel);
+  config.dependent = answers.get({address, current_device(name)}, [&] { return detail::is_compiled_for_sm90(address, name); });
+  launch(kernel, name, config, stream, std::forward<Args>(args)...);
 }
 
 // Whether the current device can run this kernel in clusters of this many blocks. Asks the driver once per kernel and device.

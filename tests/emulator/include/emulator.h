@@ -31,6 +31,7 @@ struct Shape {
   unsigned cluster = 1;
   bool cooperative = false;
   const void* function = nullptr;  // identifies the kernel in set_max_shared_memory()
+  bool dependent = false;          // may start while the previous kernel runs
 };
 void launch(const char* kernel, const Shape& shape, const std::function<void()>& body);
 int device();  // the index of the emulated device
@@ -39,6 +40,8 @@ int blocks_per_multiprocessor(int threads, size_t shared_bytes);
 int multiprocessors();
 int shared_memory_limit();
 unsigned max_cluster();  // blocks per cluster: 1 where the device has no clusters
+
+void wait_for_previous_kernel();  // dependent_launch.cuh
 
 // Barriers. `line` is the line of the caller, which identifies the barrier.
 void block_sync(int line);

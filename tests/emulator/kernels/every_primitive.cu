@@ -4,6 +4,7 @@
 #include "device/barrier.cuh"
 #include "device/convert.cuh"
 #include "device/cp_async.cuh"
+#include "device/dependent_launch.cuh"
 #include "device/fragment.cuh"
 #include "device/launch.cuh"
 #include "device/ldmatrix.cuh"
@@ -47,6 +48,8 @@ __global__ void __launch_bounds__(128) halves(const T* in, T* out, float* sums) 
 }
 
 __global__ void floats(const float* in, float* out) {
+  allow_next_kernel();
+  wait_for_previous_kernel();
   uint32_t a[4], b[2];
   for (uint32_t& x : a) x = to_tf32(load(in++));
   for (uint32_t& x : b) x = to_tf32(load(in++));
@@ -60,5 +63,5 @@ void launch_all(const void* in, void* out, float* sums, cudaStream_t stream) {
   launch(halves<__half>, "halves", config, stream, static_cast<const __half*>(in), static_cast<__half*>(out), sums);
   launch(halves<__nv_bfloat16>, "halves", config, stream, static_cast<const __nv_bfloat16*>(in), static_cast<__nv_bfloat16*>(out),
          sums);
-  launch(floats, "floats", LaunchConfig{unsigned(resident_blocks(floats, "floats", 32, 0)), 32}, stream, sums, sums);
+  launch_dependent(floats, "floats", LaunchConfig{unsigned(resident_blocks(floats, "floats", 32, 0)), 32}, stream, sums, sums);
 }

@@ -2,6 +2,7 @@
 // nothing is reported without it.
 #include "device/barrier.cuh"
 #include "device/cp_async.cuh"
+#include "device/dependent_launch.cuh"
 #include "device/launch.cuh"
 #include "device/ldmatrix.cuh"
 #include "device/memory.cuh"
@@ -208,6 +209,28 @@ __global__ void order_of_blocks(float* y, bool bug) {
   if (bug) store(y, load(y) * 2 + blockIdx.x);
 }
 EXPORT(order_of_blocks, float* y, bool bug) { launch(::order_of_blocks, "order_of_blocks", LaunchConfig{8, 1}, nullptr, y, bug); }
+
+// The second kernel of a chain reads what the first one writes, and overwrites what it reads.
+enum DependentBug { kNone, kReadsBeforeWait, kWritesBeforeWait, kDoesNotWait, kIsFirst };
+
+__global__ void first_of_chain(const float* x, const float* y, float* between) {
+  allow_next_kernel();
+  store(between + threadIdx.x, load(x + threadIdx.x) + load(y + threadIdx.x));
+}
+
+__global__ void dependent_launch(const float* x, const float* between, float* y, DependentBug bug) {
+  const int i = threadIdx.x;
+  const float own = load(x + i);  // no kernel writes it
+  if (bug == kReadsBeforeWait) load(between + i);
+  if (bug == kWritesBeforeWait) store(y + i, own);
+  if (bug == kDoesNotWait && i == int(blockDim.x) - 1) return;
+  wait_for_previous_kernel();
+  store(y + i, own + load(between + i));
+}
+EXPORT(dependent_launch, const float* x, float* between, float* y, int n, int bug) {
+  if (bug != kIsFirst) launch(first_of_chain, "first_of_chain", LaunchConfig{1, n}, nullptr, x, y, between);
+  launch_dependent(::dependent_launch, "dependent_launch", LaunchConfig{1, n}, nullptr, x, between, y, DependentBug(bug));
+}
 
 __global__ void local_array(const int* index, float* y) {
   float values[4] = {1, 2, 3, 4};

@@ -81,7 +81,8 @@ const char* emu_report() {
     out << ",\"block\":";
     write_json(out, l.shape.block);
     out << ",\"shared_bytes\":" << l.shape.shared_bytes << ",\"cluster\":" << l.shape.cluster
-        << ",\"cooperative\":" << (l.shape.cooperative ? "true" : "false") << ",";
+        << ",\"cooperative\":" << (l.shape.cooperative ? "true" : "false")
+        << ",\"dependent\":" << (l.shape.dependent ? "true" : "false") << ",";
     write_json(out, l.counters);
     out << "}";
   }

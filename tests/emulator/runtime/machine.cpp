@@ -98,6 +98,8 @@ static void thread_main() {
   (*machine.body)();
   Thread* self = machine.running;
   if (!stack_is_whole(self->fiber)) fail("stack overflow: the emulator's threads have 256 KB");
+  if (!self->previous_ended)
+    fail("a thread of a dependent launch ends without wait_for_previous_kernel(): later kernels could overtake earlier ones");
   self->finished = true;
   for (const Gathering& g : self->warp->gatherings) {
     if (g.mask >> self->lane & 1) fail(std::string("divergent warp: ") + g.what + " names a lane that has returned");
@@ -287,6 +289,7 @@ static void add_block(Residents& residents, Cluster& cluster, const Shape& shape
     t.warp = &block.warps[i / kWarpSize];
     t.id = block.rank * threads + i;
     t.lane = i % kWarpSize;
+    t.previous_ended = !shape.dependent;
     t.warp->lanes.push_back(&t);
     if (i / kWarpgroupSize < block.warpgroups.size()) block.warpgroups[i / kWarpgroupSize].threads.push_back(&t);
     prepare(t.fiber, stacks.at(stack++), thread_main);
@@ -383,10 +386,22 @@ static void check_shape(const Shape& s) {
   }
 }
 
+// The kernels of a call are one chain, and other libraries' kernels run before it.
+static void check_dependent(const Shape& s) {
+  if (s.dependent && machine.launches.size() == 1) {
+    throw std::runtime_error(machine.launches.back().kernel +
+                             ": invalid launch: the first kernel of a call is a dependent one, "
+                             "but the inputs may still be written by other kernels");
+  }
+}
+
+void wait_for_previous_kernel() { machine.running->previous_ended = true; }
+
 void launch(const char* kernel, const Shape& shape, const std::function<void()>& body) {
   machine.launches.push_back({kernel, shape, {}});
   check_shape(shape);
   check_opt_in(shape);
+  check_dependent(shape);
   machine.host = host_fiber();
   machine.body = &body;
   std::vector<unsigned> first_blocks(shape.grid.x * shape.grid.y * shape.grid.z / shape.cluster);

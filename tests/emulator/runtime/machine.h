@@ -67,6 +67,7 @@ struct Thread : Builtins {
   unsigned lane;  // in its warp
   uint16_t id;    // in its cluster
   bool finished = false;
+  bool previous_ended = true;      // the kernel before this one: false in a dependent launch until the wait
   const char* waits_at = nullptr;  // while suspended: the operation, and its line if known
   int waits_line = 0;
   uint32_t met[kWarpSize] = {};  // the time of the last __syncwarp with each lane

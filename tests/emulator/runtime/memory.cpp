@@ -50,6 +50,10 @@ static int find_buffer(const void* pointer, int bytes, const char* what) {
     last = std::find_if(machine.buffers.begin(), machine.buffers.end(), holds) - machine.buffers.begin();
     if (last == machine.buffers.size()) fail_out_of_bounds(p, bytes, what);
   }
+  if (!machine.running->previous_ended && machine.buffers[last].writable) {
+    fail(std::string("global ") + what + " of '" + machine.buffers[last].name +
+         "' before wait_for_previous_kernel(): the previous kernel may still use it");
+  }
   if (reinterpret_cast<uintptr_t>(p) % bytes) {
     fail(std::string("misaligned global ") + what + " of " + std::to_string(bytes) + " bytes at byte " +
          std::to_string(p - machine.buffers[last].data) + " of '" + machine.buffers[last].name + "'");
