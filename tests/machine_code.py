@@ -30,6 +30,9 @@ OPCODES = {
     0xC23: "FFMA",
     0x308: "MUFU",
     0x947: "BRA",
+    0x94D: "EXIT",
+    0x82D: "PREEXIT",  # griddepcontrol.launch_dependents
+    0x82E: "ACQBULK",  # griddepcontrol.wait
     0x983: "LDL",
     0x387: "STL",
 }
@@ -38,7 +41,7 @@ INSTRUCTION_BYTES = 16
 
 def compile_kernels(source: Path, target: int, folder: Path) -> dict[str, list[str]]:
     """Return each kernel's instructions by mangled name: one of OPCODES' names, or "" for all others."""
-    return {name: _names(words) for name, words in _compile(source, target, folder).items()}
+    return read_kernels(compile_cubin(source, target, folder))
 
 
 def read_kernels(cubin: Path) -> dict[str, list[str]]:
@@ -48,8 +51,13 @@ def read_kernels(cubin: Path) -> dict[str, list[str]]:
 
 def compile_loops(source: Path, target: int, folder: Path) -> dict[str, list[list[str]]]:
     """Return the instructions of each kernel's loops, from the target of every branch backwards to that branch."""
+    return read_loops(compile_cubin(source, target, folder), target)
+
+
+def read_loops(cubin: Path, target: int) -> dict[str, list[list[str]]]:
+    """Return the loops of a compiled file's kernels, as compile_loops() does."""
     loops: dict[str, list[list[str]]] = {}
-    for name, words in _compile(source, target, folder).items():
+    for name, words in _read(cubin).items():
         names = _names(words)
         branches = [
             (at, _branch_target(at, low | high << 64, target)) for at, (low, high) in enumerate(words) if names[at] == "BRA"
@@ -58,15 +66,16 @@ def compile_loops(source: Path, target: int, folder: Path) -> dict[str, list[lis
     return loops
 
 
-def _compile(source: Path, target: int, folder: Path) -> dict[str, list[tuple[int, int]]]:
-    """Return each kernel's instructions as two words of 64 bits."""
+def compile_cubin(source: Path, target: int, folder: Path) -> Path:
+    """Compile a file's kernels and return the path of the result."""
     cubin = folder / f"{source.stem}.{target}.cubin"
     options = ["-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", f"-arch=sm_{target}", "-cubin"]
     subprocess.run([NVCC, *options, "-o", cubin, source], check=True)
-    return _read(cubin)
+    return cubin
 
 
 def _read(cubin: Path) -> dict[str, list[tuple[int, int]]]:
+    """Return each kernel's instructions as two words of 64 bits."""
     return {
         name.removeprefix(".text."): list(struct.iter_unpack("<QQ", code))
         for name, code in sections(cubin.read_bytes()).items()

@@ -5,22 +5,31 @@ import pytest
 
 pytestmark = pytest.mark.skipif(machine_code.NVCC is None, reason="needs nvcc")
 SOURCE = machine_code.ROOT / "csrc/kernels/spatial_norm_forward.cu"
-# Instructions per 16 bytes with zq and SiLU. `first`: two rows that load their cell from zq; `other`: further rows of the cell.
-LIMITS = {"16 bits": {"first": 103, "other": 77, "same grid": 121}, "float32": {"first": 52, "other": 40, "same grid": 56}}
-CELLS, EVEN_CELLS, SAME_GRID = ("ResizeE0E", "ResizeE1E", "ResizeE2E")
+# Instructions per 16 bytes with zq and SiLU. `first`: a unit that loads its cell from zq; `other`: further units of the cell;
+# `2x2 cell`: one of each.
+LIMITS = {
+    "16 bits": {"first": 103, "other": 77, "2x2 cell": 88, "same grid": 121},
+    "float32": {"first": 52, "other": 40, "2x2 cell": 44, "same grid": 56},
+}
+CELLS, EVEN_CELLS, SAME_GRID, COLUMN_PAIRS = ("ResizeE0E", "ResizeE1E", "ResizeE2E", "ResizeE3E")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("cubin")
+def cubin(tmp_path_factory):
+    return machine_code.compile_cubin(SOURCE, 90, tmp_path_factory.mktemp("cubin"))
 
 
 @pytest.fixture(scope="module")
-def loops(folder):
+def kernels(cubin):
+    return machine_code.read_kernels(cubin)
+
+
+@pytest.fixture(scope="module")
+def loops(cubin):
     """Return the loops of the output pass's kernels with accesses of 16 bytes, by kernel, the shortest first."""
-    found = machine_code.compile_loops(SOURCE, 90, folder)
+    found = machine_code.read_loops(cubin, 90)
     wide = {name: sorted(code, key=len) for name, code in found.items() if "8modulateI" in name and "Li1E" not in name}
-    assert len(wide) == 3 * 2 * 3  # dtypes, layouts, ways to resize
+    assert len(wide) == 3 * 2 * 3 + 3  # dtypes, layouts, ways to resize, and pairs of columns in NHWC
     return wide
 
 
@@ -42,6 +51,26 @@ def test_rows_of_a_cell_take_few_instructions(loops):
         assert len(inner) / 2 <= limits(name)["other"], f"{name}: {len(inner) / 2}"
         assert len(first) / 2 <= limits(name)["first"], f"{name}: {len(first) / 2}"
         assert len(outer) / 4 <= 90, f"{name}: {len(outer) / 4}"
+
+
+def test_small_cells_take_few_instructions(loops):
+    """A thread takes both columns of a 2x2 cell: the first row loads its cell, the second one reuses it."""
+    for name, (inner, outer) in ((name, code) for name, code in loops.items() if COLUMN_PAIRS in name):
+        assert inner.count("STG") == without(outer, inner).count("STG") == 2
+        assert len(outer) / 4 <= limits(name)["2x2 cell"] <= 90, f"{name}: {len(outer) / 4}"
+
+
+def test_dependent_kernels_wait_before_they_use_what_others_write(kernels):
+    """`merge_statistics` loads its parameters before, so that only the partial moments are left to load."""
+    dependent = {name: code for name, code in kernels.items() if "8modulateI" in name or "merge_statistics" in name}
+    assert len(dependent) == 30
+    for name, code in dependent.items():
+        early = code[: code.index("ACQBULK")]
+        assert code.count("ACQBULK") == 1 and "STG" not in early and "EXIT" not in early, name
+        assert ("LDG" in early) == ("merge_statistics" in name), name
+    for name in kernels.keys() - dependent.keys():
+        assert "ACQBULK" not in kernels[name], name
+        assert ("PREEXIT" in kernels[name]) == ("_statisticsI" in name), name
 
 
 def test_rows_with_their_own_zq_take_few_instructions(loops):
@@ -66,9 +95,8 @@ def test_no_loop_spills(loops):
         assert not any({"LDL", "STL"} & set(loop) for loop in code), name
 
 
-def test_the_cluster_kernel_does_not_spill(loops, folder):
+def test_the_cluster_kernel_does_not_spill(kernels):
     """It keeps 8 accesses in registers, and its loops are unrolled: all of its instructions count."""
-    kernels = machine_code.read_kernels(folder / f"{SOURCE.stem}.90.cubin")
     clusters = {name: code for name, code in kernels.items() if "15norm_in_clusterI" in name}
     assert len(clusters) == 3 * 2 * 2  # dtypes, layouts, ways to resize
     for name, code in clusters.items():

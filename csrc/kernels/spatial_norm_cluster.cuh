@@ -23,7 +23,7 @@ constexpr int kClusterSharedBytes = (kThreads / kWarpSize + 1) * int(sizeof(Mome
 // The threads of a cluster are cut as those of a block in plan_output(). Returns a plan of more than kHeldRows rows if a group is
 // too large.
 inline OutputPlan plan_cluster(const SpatialNormProblem& problem, int vec_size) {
-  OutputPlan plan = plan_output(problem, vec_size);
+  OutputPlan plan = plan_output(problem, vec_size, choose_resize(problem, vec_size));
   const bool nhwc = problem.channels_last;
   const int threads = kClusterBlocks * kThreads, access_pixels = nhwc ? 1 : vec_size;
   const int channels = int(problem.channels / problem.groups) / (nhwc ? vec_size : 1);
@@ -115,11 +115,11 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int k = 0; k < kHeldRows; k += 2) {
       if (k >= rows) break;
-      const Unit<T, VecSize, 2> unit(f[k], f[k + 1], k + 1 < rows);
+      const RowPair<T, VecSize> unit(f[k], f[k + 1], k + 1 < rows);
       T* out = add_bytes(arrays.output.out + first, k * plan.row_bytes);
       if constexpr (resize == Resize::kSameGrid) {
-        const Unit<T, VecSize, 2> ys(plan, add_bytes(arrays.output.zq_y + first, k * plan.row_bytes), unit.two);
-        const Unit<T, VecSize, 2> bs(plan, add_bytes(arrays.output.zq_b + first, k * plan.row_bytes), unit.two);
+        const RowPair<T, VecSize> ys(plan, add_bytes(arrays.output.zq_y + first, k * plan.row_bytes), unit.two);
+        const RowPair<T, VecSize> bs(plan, add_bytes(arrays.output.zq_b + first, k * plan.row_bytes), unit.two);
         store_on_same_grid<ChannelsLast>(plan, channels, unit, ys, bs, out);
       } else {
         if (!cell.holds(plan, thread.row + k)) cell.fold(plan, cell.load_row(plan, thread.row + k));

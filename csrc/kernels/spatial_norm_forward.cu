@@ -148,7 +148,8 @@ void spatial_norm_forward(const SpatialNormProblem& problem, const SpatialNormFo
   const int parts = int(moments / geometry.groups);
   float* partial = static_cast<float*>(tensors.workspace);
   float* coefficients = partial + 4 * geometry.batch * moments;
-  const OutputPlan plan = plan_output(problem, vec_size);
+  const Resize output_resize = choose_output_resize(problem, vec_size);
+  const OutputPlan plan = plan_output(problem, vec_size, output_resize);
   dispatch(problem, vec_size, [&](auto type, auto vec_size_constant, auto channels_last) {
     using T = typename decltype(type)::type;
     constexpr int VecSize = decltype(vec_size_constant)::value;
@@ -180,9 +181,11 @@ void spatial_norm_forward(const SpatialNormProblem& problem, const SpatialNormFo
       launch_dependent(kernel, "spatial_norm modulate", output_config, stream, plan, arrays);
     };
     if constexpr (VecSize > 1) {
-      const Resize resize = choose_resize(problem, VecSize);
-      if (resize == Resize::kSameGrid) return launch_output(modulate<T, VecSize, ChannelsLast, Resize::kSameGrid>);
-      if (resize == Resize::kEvenCells) return launch_output(modulate<T, VecSize, ChannelsLast, Resize::kEvenCells>);
+      if constexpr (ChannelsLast) {
+        if (output_resize == Resize::kColumnPairs) return launch_output(modulate<T, VecSize, true, Resize::kColumnPairs>);
+      }
+      if (output_resize == Resize::kSameGrid) return launch_output(modulate<T, VecSize, ChannelsLast, Resize::kSameGrid>);
+      if (output_resize == Resize::kEvenCells) return launch_output(modulate<T, VecSize, ChannelsLast, Resize::kEvenCells>);
     }
     launch_output(modulate<T, VecSize, ChannelsLast, Resize::kCells>);
   });

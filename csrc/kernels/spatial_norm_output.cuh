@@ -3,16 +3,19 @@
 // A thread takes one access of a row of f and walks down the rows. So its channels and columns stay the same, and where rows have
 // the same source in zq, so do scale' = scale * y and shift' = shift * y + b. That leaves (f - centre) * scale' + shift' and the
 // activation.
-// Rows are taken in units of two where they share a source. All loads of a unit, those of zq included, are issued before one is
-// used.
+// Rows are taken in units of two where they share a source. In NHWC two columns of a cell share it too: on large maps a thread
+// takes both, and a unit is the two pixels of a row. All loads of a unit, those of zq included, are issued before one is used.
 //
 // Instructions per 16 bytes, for sm_90, which tests/test_spatial_norm_machine_code.py counts:
 //                                            16-bit types   float32
-//   two rows that load their cell from zq        103            52
-//   further rows of the cell                      77            40
+//   a unit that loads its cell from zq           103            52
+//   further units of the cell                     77            40
+//   a cell of 2x2 pixels in units of columns      88            44
 //   zq on f's own grid                           121            56
-// so at most 90 where a cell has four rows. A value of 16 bits takes a conversion, a subtraction, a multiply-add, 4 instructions
-// for SiLU and half a conversion back; a value of zq a conversion and 2 to fold it.
+// so at most 90 where a cell has four rows, or two and the map is large. A value of 16 bits takes a conversion, a subtraction, a
+// multiply-add, 4 instructions for SiLU and half a conversion back; a value of zq a conversion, and for both 3 to fold them. For
+// 8 values that is 60, and 80 where two rows share 2 x 8 values of zq. On f's own grid it is 92: a value takes 2 conversions, a
+// multiplication and a multiply-add more. The rest are memory accesses, addresses and the loop.
 // An H100 issues 128 instructions and 16 special functions per cycle and multiprocessor (CUDA C++ Programming Guide, "Arithmetic
 // Instructions"): enough for 11 and 8 values. At 3.35 TB/s and 1.755 GHz (data sheet) its memory moves 3.6, of 4 bytes each.
 #pragma once
@@ -53,10 +56,11 @@ struct ChannelCoefficients {
   }
 };
 
-// The first element of a thread's work, and its rows.
-template <int VecSize, bool ChannelsLast>
+// The first element of a thread's work, and its rows. In NHWC a thread has one column or two.
+template <int VecSize, bool ChannelsLast, int Columns = 1>
 struct OutputThread {
   static constexpr int kChannels = ChannelsLast ? VecSize : 1;  // owned by the thread
+  static constexpr int kPixels = ChannelsLast ? Columns : VecSize;
   int64_t image;
   int channel, column;  // `column` is in pixels
   int row, end_row;
@@ -83,12 +87,12 @@ struct OutputThread {
     const int middle = thread / plan.inner_threads, inner = thread - middle * plan.inner_threads.value;
     const int outer = middle / plan.middle_threads, in_middle = middle - outer * plan.middle_threads.value;
     channel = (channel_tile * plan.channel_threads + (ChannelsLast ? inner : outer)) * kChannels;
-    const int access = column_tile * plan.column_threads + (ChannelsLast ? in_middle : inner);
-    column = access * (ChannelsLast ? 1 : VecSize);
+    const int thread_column = column_tile * plan.column_threads + (ChannelsLast ? in_middle : inner);
+    column = thread_column * kPixels;
     row = (row_tile * plan.row_threads + (ChannelsLast ? outer : in_middle)) * plan.rows;
     end_row = min(row + plan.rows, plan.height - (column >= plan.last_width));
     idle = outer >= (ChannelsLast ? plan.row_threads : plan.channel_threads) || channel >= plan.channels ||
-           access >= plan.columns || row >= end_row;
+           thread_column >= plan.columns || row >= end_row;
   }
 };
 
@@ -130,12 +134,14 @@ MOVQ_DEVICE T* add_bytes(T* pointer, int64_t bytes) {
 template <class T, int VecSize, bool ChannelsLast, Resize resize>
 class CellCoefficients {
  public:
+  static constexpr bool kHasEvenRows = resize == Resize::kEvenCells || resize == Resize::kColumnPairs;
   static constexpr int kRun = ChannelsLast ? VecSize : resize == Resize::kEvenCells ? 2 : 1;  // values that are the same in NCHW
   static constexpr int kSources = VecSize / kRun, kLoaded = ChannelsLast ? VecSize : kSources;
   struct Row { Vec<T, kLoaded> y, b; };  // what one row of f needs from zq
 
-  MOVQ_DEVICE CellCoefficients(const OutputPlan& plan, const OutputThread<VecSize, ChannelsLast>& thread,
-                               const OutputArrays<T>& arrays, const ChannelCoefficients<ChannelsLast ? VecSize : 1>& channels)
+  template <class Thread>
+  MOVQ_DEVICE CellCoefficients(const OutputPlan& plan, const Thread& thread, const OutputArrays<T>& arrays,
+                               const ChannelCoefficients<ChannelsLast ? VecSize : 1>& channels)
       : channels_(channels) {
 #pragma unroll
     for (int i = 0; i < VecSize; ++i) {
@@ -150,7 +156,7 @@ class CellCoefficients {
     const int64_t first = thread.offset(plan, ChannelsLast ? source_columns_[0] : 0, plan.zq_pixels);
     y_ = arrays.zq_y + first;
     b_ = arrays.zq_b + first;
-    if (resize == Resize::kEvenCells) skip_rows(plan, thread.row >> plan.cell_row_bits);
+    if (kHasEvenRows) skip_rows(plan, thread.row >> plan.cell_row_bits);
   }
 
   // Whether this row of f, after those before it, belongs to the cell that was folded last. Without zq all rows do.
@@ -178,7 +184,7 @@ class CellCoefficients {
         values.b[i] = load(b_ + (row_start_ + source_columns_[i]));
       }
     }
-    if (resize == Resize::kEvenCells) skip_rows(plan, 1);
+    if (kHasEvenRows) skip_rows(plan, 1);
     return values;
   }
 
@@ -227,15 +233,18 @@ class CellCoefficients {
   float scale_[VecSize], shift_[VecSize];
 };
 
-// One or two rows of f at a time.
-template <class T, int VecSize, int Rows>
+// One access of f at a time, or two: of two rows or, in NHWC, of two columns.
+enum class UnitShape { kOne, kTwoRows, kTwoColumns };
+
+template <class T, int VecSize, UnitShape shape>
 struct Unit {
-  Vec<T, VecSize> values[Rows];
+  static constexpr int kAccesses = shape == UnitShape::kOne ? 1 : 2;
+  Vec<T, VecSize> values[kAccesses];
   bool two;
 
   MOVQ_DEVICE Unit(const OutputPlan& plan, const T* f, bool two) : two(two) {
     values[0] = load_vec<VecSize, Cache::kStream>(f);
-    if (two) values[Rows - 1] = load_vec<VecSize, Cache::kStream>(add_bytes(f, plan.row_bytes));
+    if (two) values[kAccesses - 1] = load_vec<VecSize, Cache::kStream>(second(plan, f));
   }
 
   MOVQ_DEVICE Unit(const Vec<T, VecSize>& first, const Vec<T, VecSize>& second, bool two) : values{first, second}, two(two) {}
@@ -243,14 +252,23 @@ struct Unit {
   template <class Cell>
   MOVQ_DEVICE void store(const OutputPlan& plan, const Cell& cell, T* out) const {
     store_activated(out, cell(values[0]), plan.silu);
-    if (two) store_activated(add_bytes(out, plan.row_bytes), cell(values[Rows - 1]), plan.silu);
+    if (two) store_activated(second(plan, out), cell(values[kAccesses - 1]), plan.silu);
+  }
+
+ private:
+  template <class Pointer>
+  MOVQ_DEVICE static Pointer second(const OutputPlan& plan, Pointer first) {
+    return add_bytes(first, shape == UnitShape::kTwoColumns ? plan.pixel_bytes : plan.row_bytes);
   }
 };
+
+template <class T, int VecSize>
+using RowPair = Unit<T, VecSize, UnitShape::kTwoRows>;
 
 // A unit of f and its pixels of zq, where zq has f's grid.
 template <bool ChannelsLast, class T, int VecSize>
 MOVQ_DEVICE void store_on_same_grid(const OutputPlan& plan, const ChannelCoefficients<ChannelsLast ? VecSize : 1>& channels,
-                                    const Unit<T, VecSize, 2>& fs, const Unit<T, VecSize, 2>& ys, const Unit<T, VecSize, 2>& bs,
+                                    const RowPair<T, VecSize>& fs, const RowPair<T, VecSize>& ys, const RowPair<T, VecSize>& bs,
                                     T* out) {
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
@@ -275,7 +293,7 @@ MOVQ_DEVICE void modulate_same_grid(const OutputPlan& plan, const OutputThread<V
   T* out = arrays.out + first;
   for (int row = thread.row; row < thread.end_row; row += 2) {
     const bool two = row + 1 < thread.end_row;
-    const Unit<T, VecSize, 2> ys(plan, zq_y, two), bs(plan, zq_b, two), fs(plan, f, two);
+    const RowPair<T, VecSize> ys(plan, zq_y, two), bs(plan, zq_b, two), fs(plan, f, two);
     store_on_same_grid<ChannelsLast>(plan, channels, fs, ys, bs, out);
     f = add_bytes(f, 2 * plan.row_bytes);
     zq_y = add_bytes(zq_y, 2 * plan.row_bytes);
@@ -286,8 +304,9 @@ MOVQ_DEVICE void modulate_same_grid(const OutputPlan& plan, const OutputThread<V
 
 template <class T, int VecSize, bool ChannelsLast, Resize resize>
 __global__ void __launch_bounds__(kThreads, 3) modulate(OutputPlan plan, OutputArrays<T> arrays) {
+  constexpr bool kPairs = resize == Resize::kColumnPairs;
   // Backwards over the blocks: see spatial_norm_forward.cu.
-  const OutputThread<VecSize, ChannelsLast> thread(plan, int(gridDim.x - 1 - blockIdx.x));
+  const OutputThread<VecSize, ChannelsLast, kPairs ? 2 : 1> thread(plan, int(gridDim.x - 1 - blockIdx.x));
   const int64_t first = thread.offset(plan, thread.row * plan.width + thread.column, plan.pixels);
   wait_for_previous_kernel();
   if (thread.idle) return;
@@ -297,6 +316,8 @@ __global__ void __launch_bounds__(kThreads, 3) modulate(OutputPlan plan, OutputA
     modulate_same_grid(plan, thread, arrays, first, channels);
   } else {
     constexpr int kUnitRows = resize == Resize::kEvenCells ? 2 : 1;
+    constexpr UnitShape kShape = kPairs ? UnitShape::kTwoColumns : kUnitRows == 2 ? UnitShape::kTwoRows : UnitShape::kOne;
+    constexpr bool kTwo = kShape != UnitShape::kOne;
     CellCoefficients<T, VecSize, ChannelsLast, resize> cell(plan, thread, arrays, channels);
     const T* f = arrays.f + first;
     T* out = arrays.out + first;
@@ -308,12 +329,12 @@ __global__ void __launch_bounds__(kThreads, 3) modulate(OutputPlan plan, OutputA
     };
     while (true) {
       for (; row < thread.end_row && cell.holds(plan, row); next_unit()) {
-        const Unit<T, VecSize, kUnitRows> unit(plan, f, kUnitRows == 2 && row + 1 < thread.end_row);
+        const Unit<T, VecSize, kShape> unit(plan, f, kTwo && (kUnitRows == 1 || row + 1 < thread.end_row));
         unit.store(plan, cell, out);
       }
       if (row >= thread.end_row) return;
       const auto zq = cell.load_row(plan, row);
-      const Unit<T, VecSize, kUnitRows> unit(plan, f, kUnitRows == 2);
+      const Unit<T, VecSize, kShape> unit(plan, f, kTwo);
       cell.fold(plan, zq);
       unit.store(plan, cell, out);
       next_unit();

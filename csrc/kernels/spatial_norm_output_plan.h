@@ -8,8 +8,9 @@ namespace movq {
 namespace spatial_norm {
 
 // How the pixels of f find theirs in zq. kCells: by source_index(), in any case. kEvenCells: the same, but two rows, and in NCHW
-// two columns, share a source. kSameGrid: zq has f's pixels.
-enum class Resize { kCells, kEvenCells, kSameGrid };
+// two columns, share a source. kSameGrid: zq has f's pixels. kColumnPairs: in NHWC two rows and two columns share a source, and a
+// thread takes both columns.
+enum class Resize { kCells, kEvenCells, kSameGrid, kColumnPairs };
 
 // How the output is cut. The threads of a block are channels x columns x row strips in NHWC, and columns x row strips x channels
 // in NCHW, the fastest first. Blocks are numbered by tile of channels (fastest), columns and row strips, and image.
@@ -17,16 +18,16 @@ struct OutputPlan {
   Divisor inner_threads, middle_threads;  // the first two of the three
   Divisor channel_tiles, column_tiles, row_tiles;
   int channel_threads, column_threads, row_threads;
-  int rows;  // of a strip: the work of one thread
-  int channels, pixels, columns;
+  int rows;                       // of a strip: the work of one thread
+  int channels, pixels, columns;  // columns of threads
   // Where rows do not matter, a row is as wide as the block.
   int width, height, last_width;  // in pixels; the last row may be narrower
   Axis source_rows, source_columns;
   int cell_row_bits, cell_row_mask;  // kEvenCells: a cell has 1 << cell_row_bits rows
   Divisor cell_height, cell_width;   // where zq is bordered
   int zq_width, zq_pixels;
-  int64_t row_bytes, zq_row_bytes;  // from one row of f, or of zq, to the next
-  float pre_scale;                  // what the coefficients and zq_b are multiplied by, see silu_of_scaled()
+  int64_t pixel_bytes, row_bytes, zq_row_bytes;  // from one pixel or row of f, or row of zq, to the next
+  float pre_scale;                               // what the coefficients and zq_b are multiplied by, see silu_of_scaled()
   bool silu;
   int threads() const { return round_up(channel_threads * column_threads * row_threads, kWarpSize); }
 };
@@ -37,16 +38,18 @@ constexpr int64_t kOutputTargetBlocks = 512;
 // SiLU works on v = -log2(e) * u, because 2^v = exp(-u).
 constexpr float kSiluScale = -1.4426950408889634f;
 
+// Whether all cells have the same size. The nearest rule is exact by a power of two, up to 2^24: torch rounds positions to float32.
+inline bool has_even_cells(int64_t size, int64_t zq_size) {
+  const int64_t cell = size / zq_size;
+  return cell * zq_size == size && cell > 1 && (cell & (cell - 1)) == 0 && size <= (1 << 24);
+}
+
 inline Resize choose_resize(const SpatialNormProblem& problem, int vec_size) {
   if (vec_size == 1) return Resize::kCells;
   if (problem.zq_height == 0) return Resize::kEvenCells;
   if (problem.zq_height == problem.height && problem.zq_width == problem.width) return Resize::kSameGrid;
-  // The nearest rule is exact by a power of two, so all cells have the same size, up to 2^24: torch rounds positions to float32.
-  auto is_even = [](int64_t size, int64_t zq_size) {
-    const int64_t cell = size / zq_size;
-    return cell * zq_size == size && cell > 1 && (cell & (cell - 1)) == 0 && size <= (1 << 24);
-  };
-  const bool even_rows = is_even(problem.height, problem.zq_height), even_columns = is_even(problem.width, problem.zq_width);
+  const bool even_rows = has_even_cells(problem.height, problem.zq_height);
+  const bool even_columns = has_even_cells(problem.width, problem.zq_width);
   return even_rows && (even_columns || problem.channels_last) && !problem.bordered ? Resize::kEvenCells : Resize::kCells;
 }
 
@@ -55,11 +58,12 @@ inline bool is_flat(const SpatialNormProblem& problem, int vec_size) {
   return problem.zq_height == 0 || choose_resize(problem, vec_size) == Resize::kSameGrid;
 }
 
-inline void set_width(OutputPlan& plan, int width, int access_pixels, int64_t pixel_bytes) {
+inline void set_width(OutputPlan& plan, int width, int thread_pixels, int64_t pixel_bytes) {
   plan.width = width;
   plan.height = ceil_div(plan.pixels, plan.width);
   plan.last_width = plan.pixels - (plan.height - 1) * plan.width;
-  plan.columns = plan.width / access_pixels;
+  plan.columns = plan.width / thread_pixels;
+  plan.pixel_bytes = pixel_bytes;
   plan.row_bytes = plan.width * pixel_bytes;
 }
 
@@ -68,7 +72,16 @@ inline int64_t pixel_bytes(const SpatialNormProblem& problem) {
   return (problem.channels_last ? problem.channels : 1) * bytes(problem.dtype);
 }
 
-inline OutputPlan plan_output(const SpatialNormProblem& problem, int vec_size) {
+// kColumnPairs where it can take the place of kEvenCells. A thread takes at least four accesses, so the map must be large.
+inline Resize choose_output_resize(const SpatialNormProblem& problem, int vec_size) {
+  const Resize resize = choose_resize(problem, vec_size);
+  const int64_t accesses = problem.batch * problem.channels / vec_size * problem.height * problem.width;
+  const bool pairs = problem.channels_last && resize == Resize::kEvenCells && problem.zq_height &&
+                     has_even_cells(problem.width, problem.zq_width) && accesses >= 4 * kOutputTargetBlocks * kThreads;
+  return pairs ? Resize::kColumnPairs : resize;
+}
+
+inline OutputPlan plan_output(const SpatialNormProblem& problem, int vec_size, Resize resize) {
   OutputPlan plan = {};
   const bool nhwc = problem.channels_last;
   const int access_pixels = nhwc ? 1 : vec_size;
@@ -81,7 +94,7 @@ inline OutputPlan plan_output(const SpatialNormProblem& problem, int vec_size) {
   const int block_threads = accesses < kOutputTargetBlocks * kThreads ? kThreads / 2 : kThreads;
   const int pixel_threads = block_threads / plan.channel_threads;
   set_width(plan, is_flat(problem, vec_size) ? std::min(plan.pixels, pixel_threads * access_pixels) : int(problem.width),
-            access_pixels, pixel_bytes(problem));
+            access_pixels * (resize == Resize::kColumnPairs ? 2 : 1), pixel_bytes(problem));
   const int column_tiles = ceil_div(plan.columns, pixel_threads);
   plan.column_threads = ceil_div(plan.columns, column_tiles);
   plan.row_threads = std::min(pixel_threads / plan.column_threads, plan.height);
@@ -92,7 +105,7 @@ inline OutputPlan plan_output(const SpatialNormProblem& problem, int vec_size) {
   const int64_t blocks = problem.batch * channel_tiles * column_tiles * steps;
   plan.rows = int(rounds_per_block(blocks, 16, kOutputTargetBlocks));
   // Whole units. Where cells are even, so is the height.
-  if (choose_resize(problem, vec_size) != Resize::kCells) plan.rows = std::max(2, plan.rows - plan.rows % 2);
+  if (resize != Resize::kCells) plan.rows = std::max(2, plan.rows - plan.rows % 2);
   plan.inner_threads = Divisor(nhwc ? plan.channel_threads : plan.column_threads);
   plan.middle_threads = Divisor(nhwc ? plan.column_threads : plan.row_threads);
   plan.channel_tiles = Divisor(channel_tiles);
