@@ -8,7 +8,7 @@
 // Four passes. The first sums P and Q per cell, writes dzq_y and dzq_b, and leaves the sums of Y P and Y Q per channel and
 // chunk; how depends on the layout and the size of a cell, see spatial_norm_bands.cuh and spatial_norm_cells.cuh. The second
 // merges those into s1 and s2. The third adds dweight and dbias, the fourth writes df (spatial_norm_input_gradient.cuh). Each sum
-// has one owner and one order, so every run gives the same bits.
+// has one owner and one order, so every run gives the same bits. All but the first are dependent launches.
 // Bytes: f and dout are read twice, df is written once. A chunk leaves 8 bytes per channel, for at least 64 pixels where there
 // is work for 1024 blocks.
 // Registers: at most 128, for 2 blocks of 256 threads per multiprocessor. Each file states the bytes that these keep in flight.

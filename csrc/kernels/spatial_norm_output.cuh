@@ -11,7 +11,7 @@
 //   a unit that loads its cell from zq           103            52
 //   further units of the cell                     77            40
 //   a cell of 2x2 pixels in units of columns      88            44
-//   zq on f's own grid                           121            56
+//   zq on f's own grid                           110            50
 // so at most 90 where a cell has four rows, or two and the map is large. A value of 16 bits takes a conversion, a subtraction, a
 // multiply-add, 4 instructions for SiLU and half a conversion back; a value of zq a conversion, and for both 3 to fold them. For
 // 8 values that is 60, and 80 where two rows share 2 x 8 values of zq. On f's own grid it is 92: a value takes 2 conversions, a
@@ -289,17 +289,15 @@ template <class T, int VecSize, bool ChannelsLast>
 MOVQ_DEVICE void modulate_same_grid(const OutputPlan& plan, const OutputThread<VecSize, ChannelsLast>& thread,
                                     const OutputArrays<T>& arrays, int64_t first,
                                     const ChannelCoefficients<ChannelsLast ? VecSize : 1>& channels) {
-  const T *f = arrays.f + first, *zq_y = arrays.zq_y + first, *zq_b = arrays.zq_b + first;
-  T* out = arrays.out + first;
-  for (int row = thread.row; row < thread.end_row; row += 2) {
-    const bool two = row + 1 < thread.end_row;
-    const RowPair<T, VecSize> ys(plan, zq_y, two), bs(plan, zq_b, two), fs(plan, f, two);
-    store_on_same_grid<ChannelsLast>(plan, channels, fs, ys, bs, out);
-    f = add_bytes(f, 2 * plan.row_bytes);
-    zq_y = add_bytes(zq_y, 2 * plan.row_bytes);
-    zq_b = add_bytes(zq_b, 2 * plan.row_bytes);
-    out = add_bytes(out, 2 * plan.row_bytes);
-  }
+  int64_t at = first * int64_t(sizeof(T));  // the same in all tensors
+  auto store_unit = [&](bool two) {
+    const RowPair<T, VecSize> ys(plan, add_bytes(arrays.zq_y, at), two), bs(plan, add_bytes(arrays.zq_b, at), two),
+        fs(plan, add_bytes(arrays.f, at), two);
+    store_on_same_grid<ChannelsLast>(plan, channels, fs, ys, bs, add_bytes(arrays.out, at));
+  };
+  int row = thread.row;  // a single last row apart: the loop has no conditional loads, whose registers would be copied
+  for (; row + 1 < thread.end_row; row += 2, at += 2 * plan.row_bytes) store_unit(true);
+  if (row < thread.end_row) store_unit(false);
 }
 
 template <class T, int VecSize, bool ChannelsLast, Resize resize>

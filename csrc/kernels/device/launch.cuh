@@ -169,9 +169,9 @@ void launch(void (*kernel)(Params...), const char* name, const LaunchConfig& con
   detail::start(kernel, name, config, stream, std::forward<Args>(args)...);
 }
 
-// Launches a kernel that may start while the one before it on this stream still runs; see dependent_launch.cuh. For the second and
-// later kernels of a chain: the first reads what other libraries' kernels write, and is launched with launch(). Where the code is
-// that of an earlier GPU this is an ordinary launch. Works in CUDA graph capture, as an edge of the graph.
+// Launches a kernel that may start while the one before it on this stream still runs; see dependent_launch.cuh. For the second
+// and later kernels of a chain: the first reads what other libraries' kernels write, and is launched with launch(). Code compiled
+// for an earlier GPU gets an ordinary launch. CUDA graph capture records the dependence as a programmatic edge.
 template <class... Params, class... Args>
 void launch_dependent(void (*kernel)(Params...), const char* name, LaunchConfig config, cudaStream_t stream, Args&&... args) {
   static auto& answers = *new BoundedCache<std::pair<const void*, int>, bool, 1024>;  // never destroyed, like opted_in
