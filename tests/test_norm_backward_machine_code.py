@@ -23,12 +23,17 @@ def main_loop(loops, size):
     return min((loop for loop in loops if "LDG" in loop and loop.count("MUFU") >= 2 * 2 * size), key=len)
 
 
-@pytest.mark.parametrize("target", [80, 90])
-def test_loads_come_before_their_use_and_loops_are_short(target, tmp_path):
+@pytest.fixture(scope="module", params=[80, 90])
+def compiled(request, tmp_path_factory):
+    """Return the target and the path of the kernels compiled for it."""
     source = machine_code.ROOT / "csrc/kernels/spatial_norm_backward.cu"
-    kernels = machine_code.compile_loops(source, target, tmp_path)
+    return request.param, machine_code.compile_cubin(source, request.param, tmp_path_factory.mktemp("cubin"))
+
+
+def test_loads_come_before_their_use_and_loops_are_short(compiled):
+    target, cubin = compiled
     found = {}
-    for mangled, loops in kernels.items():
+    for mangled, loops in machine_code.read_loops(cubin, target).items():
         for name, loads in LOADS.items():
             size = next((size for type_, size in TYPES.items() if f"{name}I{type_}Li{size}E" in mangled), None)
             if size is None:
@@ -44,3 +49,17 @@ def test_loads_come_before_their_use_and_loops_are_short(target, tmp_path):
                 assert "I2F" not in loop, f"{mangled} divides integers in its loop"
     print(found)
     assert len(found) == 3 * (2 + 1 + 2 + 1 + 2)  # dtypes x kernels, of which two have both layouts
+
+
+def test_dependent_kernels_wait_before_they_use_memory(compiled):
+    """Later kernels wait for the previous one, and all but the last let the next one start. sm_80 has neither instruction."""
+    target, cubin = compiled
+    waiting, last = {"merge_sums", "sum_parameter_gradients", "write_input_gradient"}, "write_input_gradient"
+    for mangled, code in machine_code.read_kernels(cubin).items():
+        if target < 90:
+            assert not {"ACQBULK", "PREEXIT"} & set(code), mangled
+            continue
+        assert ("PREEXIT" in code) == (last not in mangled), mangled
+        assert code.count("ACQBULK") == any(name in mangled for name in waiting), mangled
+        if "ACQBULK" in code:
+            assert not {"LDG", "STG", "EXIT"} & set(code[: code.index("ACQBULK")]), mangled
