@@ -1,9 +1,11 @@
 """Which layers may be computed together, and the fused computations against the separate ones."""
 
+import published
 import pytest
 import torch
 from models import draw, offload, quantise, scaled
-from tolerances import assert_close
+from spies import record_calls
+from tolerances import assert_close, relative_error
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,6 +20,7 @@ from movq_ext.model.fusion import (
     is_plain_group_norm,
     is_unmodified,
     plain_weight,
+    run_conv1x1,
     run_fused,
     runs_inference,
 )
@@ -153,6 +156,55 @@ def test_a_trained_convolution_keeps_its_bias(on_a_gpu):
     out, bias = conv_deferring_bias(conv, x)
     assert bias is None and out.requires_grad
     assert_close(out, conv(x))
+
+
+def conv1x1(channels=8, out_channels=6, dtype=torch.bfloat16, **changes):
+    torch.manual_seed(0)
+    return nn.Conv2d(channels, out_channels, 1, **changes).to(dtype)
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The number of pixels of every matrix product that stands for a 1x1 convolution."""
+    return record_calls(monkeypatch, fusion.F, "linear", lambda out, x, weight, bias: len(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_1x1_convolution_is_a_matrix_product_on_a_gpu(on_a_gpu, products, dtype, bias):
+    conv, x = conv1x1(dtype=dtype, bias=bias), draw(2, 8, 4, 5).to(dtype, memory_format=torch.channels_last)
+    out = run_conv1x1(conv, x)
+    assert products == [2 * 4 * 5]
+    assert out.shape == (2, 6, 4, 5) and out.is_contiguous(memory_format=torch.channels_last)
+    biases = conv.bias.double() if bias else torch.zeros(6).double()
+    assert_close(out, published.conv1x1(x.double(), conv.weight.double(), biases))
+
+
+@torch.no_grad()
+def test_other_1x1_convolutions_stay_convolutions(on_a_gpu, products, monkeypatch):
+    x = draw(2, 8, 4, 5).to(torch.bfloat16, memory_format=torch.channels_last)
+    run_conv1x1(conv1x1(dtype=torch.float32), x.float())  # cuDNN convolves in TF32
+    run_conv1x1(conv1x1(), x.contiguous())
+    run_conv1x1(scaled(conv1x1()), x)
+    with torch.enable_grad():
+        assert run_conv1x1(conv1x1(), x).requires_grad
+    monkeypatch.setattr(fusion, "runs_kernels", lambda x: False)
+    run_conv1x1(conv1x1(), x)
+    assert products == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [lambda **c: movq_ext.ResnetBlock(in_channels=32, out_channels=64, **c),
+                                  lambda **c: movq_ext.AttnBlock(32, **c)], ids=["ResnetBlock", "AttnBlock"])  # fmt: skip
+def test_blocks_multiply_on_a_gpu(on_a_gpu, products, make):
+    """The shortcut; q, k applied to the queries, and v."""
+    torch.manual_seed(0)
+    block, x, zq = make(zq_ch=4).bfloat16(), draw(1, 32, 6, 8).bfloat16(), draw(1, 4, 3, 4).bfloat16()
+    x = x.contiguous(memory_format=torch.channels_last)
+    out = block(x, zq=zq)
+    assert len(products) == (1 if isinstance(block, movq_ext.ResnetBlock) else 3)
+    assert relative_error(out, block.double()(x.double(), zq=zq.double())) < 2e-2
 
 
 @torch.no_grad()

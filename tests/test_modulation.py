@@ -20,7 +20,7 @@ def norms(*channels, zq=5, **changes):
 @pytest.fixture
 def batch_sizes(monkeypatch):
     """The number of norms in each batched product, in order."""
-    return record_calls(monkeypatch, modulation, "modulate", lambda result, norms, zq: len(norms))
+    return record_calls(monkeypatch, modulation, "multiply", lambda result, batch, zq: len(batch.norms))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -55,7 +55,7 @@ def test_norms_outside_the_batches_are_computed_alone(batch_sizes):
         y, b = modulations[layer]
         assert_close(y, layer.conv_y(zq))
         assert_close(b, layer.conv_b(zq))
-    assert batch_sizes == [1]
+    assert batch_sizes == [1, 1]  # of the listed norm, and of the unlisted one
 
 
 def test_a_decode_computes_one_product_per_width(batch_sizes):

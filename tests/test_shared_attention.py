@@ -140,10 +140,18 @@ def test_it_is_as_accurate_as_the_published_order(monkeypatch, dtype):
 
 @pytest.mark.parametrize("channels, exponent", [(32, -3), (256, -4), (512, -5)])
 def test_the_scale_does_not_round_the_weights(channels, exponent):
-    weight = torch.randn(channels, channels, 1, 1).bfloat16()
-    projection, scale = absorb_keys(weight, None)
-    assert torch.equal(projection, weight.transpose(0, 1) * 2.0**exponent)
+    weight = 1 + torch.rand(channels, channels, 1, 1).half()  # subnormal values would be rounded
+    projection, scale = absorb_keys(weight, None, torch.float16)
+    assert torch.equal(projection.float(), weight.transpose(0, 1).float() * 2.0**exponent)
     assert scale == pytest.approx(channels**-0.5 / 2.0**exponent)
+
+
+def test_bfloat16_needs_no_scaled_weights():
+    """It has the range of float32, so the projection is a view of the weight."""
+    weight = torch.randn(32, 32, 1, 1).bfloat16()
+    projection, scale = absorb_keys(weight, None, torch.bfloat16)
+    assert projection.data_ptr() == weight.data_ptr() and torch.equal(projection, weight.transpose(0, 1))
+    assert scale == 32**-0.5
 
 
 def test_float16_holds_the_queries_of_large_weights(shared_calls):

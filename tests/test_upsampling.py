@@ -348,8 +348,11 @@ def test_explain_says_which_method_runs_and_what_it_costs(launches, monkeypatch)
     x = torch.empty(1, 512, 32, 32, dtype=BF16).as_subclass(PretendGpu)
     with torch.no_grad():
         text = explain(x, "upsample_conv")
+        with torch.autocast("cpu", BF16):
+            under_autocast = explain(x, "upsample_conv")
     costs = "transposed 8.59 GFLOP and 35.1 MB, windows 9.14 GFLOP and 35.4 MB, direct 19.3 GFLOP and 26.7 MB"
-    assert text == f"cuda: compiled for H100; method transposed ({costs})"
+    assert text == f"cuda: compiled for H100; method transposed with a weight in bfloat16 ({costs})"
+    assert "method transposed with a weight in float32 (transposed 8.59 GFLOP and 73.4 MB" in under_autocast
     assert explain(torch.empty(1, 8, 4, 4), "upsample_conv") == "native: the CUDA kernels do not run on cpu tensors"
 
 

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model.fusion import SHARED_KV_DTYPES, absorb_keys, compute_dtype, is_plain_group_norm
+from ..model.fusion import SHARED_KV_DTYPES, absorb_keys, is_plain_group_norm
 from ..ops.attention_backends import MAX_HEAD_SIZE
 from ..ops.functional import attention, fused_spatial_norm, shared_kv_attention
+from ..ops.native import compute_dtype
 from ..ops.options import NormOptions
 from .accelerated import Accelerated, can_compute, count_call, is_plain_instance, original_class
 from .norms import group_norm_reason, spatial_norm_reason
@@ -92,7 +93,7 @@ class Attention(Accelerated):
     def attend_shared(self: Any, tokens: Tensor) -> Tensor:
         """Compute attention with the tokens as keys and values: to_k is applied to the queries, and to_v to the result."""
         tokens = tokens.to(compute_dtype(tokens))
-        projection, scale = absorb_keys(self.to_k.weight, self.to_k.bias)
+        projection, scale = absorb_keys(self.to_k.weight, self.to_k.bias, tokens.dtype)
         q = F.linear(self.to_q(tokens), projection)
         h: Tensor = self.to_v(shared_kv_attention(q.unsqueeze(1), tokens.unsqueeze(1), scale).squeeze(1))
         return h

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..model.fusion import add_residual, conv_deferring_bias, runs_inference
+from ..model.fusion import add_residual, conv_deferring_bias, convolve_shortcut, runs_inference
 from .accelerated import Accelerated, can_compute, child_reason, count_call, original_class
 from .norms import (
     apply_group_norm,
@@ -98,6 +98,6 @@ def _add_shortcut(block: Any, h: Tensor, bias: Tensor | None, x: Tensor) -> Tens
     """``(conv_shortcut(x) + h + bias[c]) / output_scale_factor``, for the h and the deferred bias of conv2."""
     if block.conv_shortcut is not None:
         x = x.contiguous() if block.training else x  # as diffusers does, for DDP
-        x, bias = (block.conv_shortcut(x), None) if bias is None else conv_deferring_bias(block.conv_shortcut, x, bias)
+        x, bias = convolve_shortcut(block.conv_shortcut, x, bias)
     out = add_residual(h, bias, x, block.conv2)
     return out if block.output_scale_factor == 1 else out / block.output_scale_factor

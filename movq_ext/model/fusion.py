@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..ops.functional import add_bias_residual_
-from ..ops.native import is_inference
+from ..ops.native import compute_dtype, is_inference
 from ..profiling import is_range_hook, layer_range
 
 CONV2D_METHODS = {name: getattr(nn.Conv2d, name) for name in ("forward", "_conv_forward")}
@@ -117,6 +117,42 @@ def conv_deferring_bias(conv: nn.Module, x: Tensor, deferred: Tensor | None = No
     return h, bias if deferred is None else bias + deferred
 
 
+def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``F.conv2d(x, weight, bias)`` for a 1x1 kernel; in 16-bit inference on a GPU as a matrix product.
+
+    The product's kernel adds the bias and takes a transposed weight. cuDNN's convolution leaves the bias to another kernel, which
+    reads and writes the map once more, and copies such a weight.
+    """
+    if not _is_product(x, weight, bias):
+        return F.conv2d(x, weight, bias)
+    batch, channels, height, width = x.shape
+    pixels: Tensor = F.linear(x.permute(0, 2, 3, 1).reshape(-1, channels), weight.flatten(1), bias)
+    return pixels.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _is_product(x: Tensor, *parameters: Tensor | None) -> bool:
+    """True if `conv1x1` computes a matrix product. In float32 cuDNN convolves in TF32, a matrix product does not."""
+    in_16_bits = runs_kernels(x) and compute_dtype(x) in SHARED_KV_DTYPES
+    inference = is_inference(x, *(parameter for parameter in parameters if parameter is not None))
+    return in_16_bits and inference and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def run_conv1x1(layer: nn.Module, x: Tensor) -> Tensor:
+    """Compute `conv1x1` of a plain layer in inference; call any other."""
+    if runs_inference(layer, x) and is_plain_conv1x1(layer):
+        return conv1x1(x, layer.weight, layer.bias)
+    return cast(Tensor, layer(x))
+
+
+def convolve_shortcut(shortcut: nn.Module, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return ``shortcut(x)``, and the bias still to be added for the bias that the block's last convolution deferred."""
+    if bias is None:
+        return cast(Tensor, shortcut(x)), None
+    if is_plain_conv1x1(shortcut) and _is_product(x, shortcut.weight, shortcut.bias):
+        return conv1x1(x, shortcut.weight, shortcut.bias), bias
+    return conv_deferring_bias(shortcut, x, bias)
+
+
 def add_residual(h: Tensor, bias: Tensor | None, x: Tensor, conv: nn.Module) -> Tensor:
     """Return ``x + h + bias[c]`` for the h and bias of ``conv_deferring_bias(conv, ...)``; in inference the sum overwrites h."""
     if h.dtype == x.dtype and is_inference(h, x) and is_plain_conv(conv):  # a hooked conv's h may be held elsewhere
@@ -129,32 +165,28 @@ def runs_kernels(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which convolutions and attention take x: autocast's, or its own."""
-    kind = x.device.type
-    autocasts = x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if autocasts else x.dtype
-
-
-def absorb_keys(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, float]:
+def absorb_keys(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, float]:
     """Return the projection that makes queries for keys ``k(n)`` into queries for n itself, and the scale of their scores.
 
     ``q . k(n) = q . (weight @ n + bias) = (weight.T @ q) . n + q . bias``. The last term is the same for all keys of a query, so
     it cancels in the softmax.
 
-    The projected queries can be larger than q. So the projection includes the power of two in ``C ** -0.5``, which rounds only
-    subnormal weights: in float16 they are finite up to ``weight.T @ q * C ** -0.5`` of about 65504.
+    The projected queries can be larger than q. In float16 the projection therefore includes the power of two in ``C ** -0.5``,
+    which rounds only subnormal weights: the queries are finite up to ``weight.T @ q * C ** -0.5`` of about 65504.
 
     Args:
         weight: of k, ``(C, in)`` or ``(C, in, 1, 1)``.
         bias: of k, or None.
+        dtype: of the queries.
 
     Returns:
         The projection's weight, ``(in, C)`` or ``(in, C, 1, 1)``, and the scale.
     """
     scale = weight.shape[0] ** -0.5
-    power_of_two = 2.0 ** math.floor(math.log2(scale))
-    projection = weight.transpose(0, 1) * power_of_two
+    power_of_two = 2.0 ** math.floor(math.log2(scale)) if dtype == torch.float16 else 1.0
+    projection = weight.transpose(0, 1)
+    if power_of_two != 1:
+        projection = projection * power_of_two
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():
         projection = projection + bias[:0].sum()  # zero: a part in the graph, for DDP, and a gradient of exactly zero
     return projection, scale / power_of_two

@@ -12,17 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.functional import spatial_attention, spatial_shared_kv_attention, upsample_conv
+from ..ops.native import compute_dtype
 from ..profiling import FusedModule
 from .fusion import (
     SHARED_KV_DTYPES,
     absorb_keys,
     add_residual,
-    compute_dtype,
+    conv1x1,
     conv_deferring_bias,
+    convolve_shortcut,
     is_plain_conv,
     is_plain_conv1x1,
     is_plain_conv3x3,
     is_unmodified,
+    run_conv1x1,
     run_fused,
     runs_inference,
 )
@@ -148,7 +151,7 @@ class ResnetBlock(nn.Module, FusedModule):
         h = run_fused(self.norm2, h, modulations, "silu", f_bias=bias)
         h, bias = conv_deferring_bias(self.conv2, self.dropout(h))
         if (shortcut := self._shortcut_layer()) is not None:
-            x, bias = (shortcut(x), None) if bias is None else conv_deferring_bias(shortcut, x, bias)
+            x, bias = convolve_shortcut(shortcut, x, bias)
         return add_residual(h, bias, x, self.conv2)
 
     def _shortcut(self, x: Tensor) -> Tensor:
@@ -218,8 +221,9 @@ class AttnBlock(nn.Module, FusedModule):
 
     def shared_queries(self, n: Tensor) -> tuple[Tensor, float]:
         """Return the queries that attend to n rather than to k(n), and the scale of their scores."""
-        projection, scale = absorb_keys(self.k.weight, self.k.bias)
-        return F.conv2d(self.q(n), projection), scale
+        q = run_conv1x1(self.q, n)
+        projection, scale = absorb_keys(self.k.weight, self.k.bias, compute_dtype(q))
+        return conv1x1(q, projection), scale
 
     def _attend_shared(self, n: Tensor) -> Tensor:
         """Compute ``attention(q(n), k(n), v(n))`` with n as keys and values.
@@ -228,8 +232,7 @@ class AttnBlock(nn.Module, FusedModule):
         """
         n = n.to(compute_dtype(n))  # once, rather than in q and in attention
         q, scale = self.shared_queries(n)
-        h: Tensor = self.v(spatial_shared_kv_attention(q, n, scale))
-        return h
+        return run_conv1x1(self.v, spatial_shared_kv_attention(q, n, scale))
 
     def _project(self, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q(n), k(n) and v(n), from one convolution if all three are plain."""

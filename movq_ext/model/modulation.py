@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,20 @@ from torch import Tensor, nn
 from ..ops.native import is_power_of_two_ratio
 
 MAX_BATCH_BYTES = 64 << 20
+
+
+class Batch(NamedTuple):
+    """The 1x1 convolutions of norms with C channels each, conv_y and conv_b in turn.
+
+    Attributes:
+        norms: SpatialNorm layers.
+        weight: ``(2 * len(norms) * C, zq_ch)``.
+        bias: ``(2 * len(norms) * C,)``.
+    """
+
+    norms: Sequence[Any]
+    weight: Tensor
+    bias: Tensor
 
 
 def modulate(norms: Sequence[Any], zq: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -25,12 +39,23 @@ def modulate(norms: Sequence[Any], zq: Tensor) -> list[tuple[Tensor, Tensor]]:
     Returns:
         Pairs of ``(B, C, h, w)`` in channels_last.
     """
-    layers = [layer for norm in norms for layer in (norm.conv_y, norm.conv_b)]
-    weight, bias = torch.stack([layer.weight.flatten(1) for layer in layers]), torch.stack([layer.bias for layer in layers])
-    cells = zq.permute(0, 2, 3, 1).reshape(1, -1, zq.shape[1]).expand(len(layers), -1, -1)
+    return multiply(Batch(norms, *_concatenate(norms)), zq)
+
+
+def multiply(batch: Batch, zq: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return what `modulate` returns, from weights that are already in one tensor."""
+    layers = 2 * len(batch.norms)
+    cells = zq.permute(0, 2, 3, 1).reshape(1, -1, zq.shape[1]).expand(layers, -1, -1)
+    weight, bias = (x.unflatten(0, (layers, -1)) for x in (batch.weight, batch.bias))
     products = torch.baddbmm(bias.unsqueeze(1), cells, weight.transpose(1, 2))
     maps = products.unflatten(1, (zq.shape[0], *zq.shape[2:])).permute(0, 1, 4, 2, 3).unbind()
     return list(zip(maps[::2], maps[1::2], strict=True))
+
+
+def _concatenate(norms: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Return the weights and the biases of the norms' 1x1 convolutions, one below the other."""
+    layers = [layer for norm in norms for layer in (norm.conv_y, norm.conv_b)]
+    return torch.cat([layer.weight.flatten(1) for layer in layers]), torch.cat([layer.bias for layer in layers])
 
 
 class Modulations:
@@ -47,8 +72,8 @@ class Modulations:
     def __init__(self, zq: Tensor | None, norms: Iterable[Any] = (), max_batch_bytes: int = MAX_BATCH_BYTES) -> None:
         self.zq = zq
         batchable = [norm for norm in norms if norm.is_plain_modulation() and not norm.add_conv]
-        batches = [] if zq is None else _batches(batchable, zq, max_batch_bytes)
-        self._batch_of = {norm: batch for batch in batches for norm in batch}
+        batches = [] if zq is None or not batchable else _batches(batchable, zq, max_batch_bytes)
+        self._batch_of = {norm: batch for batch in batches for norm in batch.norms}
         self._computed: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def __getitem__(self, norm: Any) -> tuple[Tensor, Tensor]:
@@ -58,18 +83,29 @@ class Modulations:
         if norm not in self._computed:
             batch = self._batch_of[norm]
             self._computed = {}  # freed before the next allocation
-            self._computed = dict(zip(batch, modulate(batch, self.zq), strict=True))
+            self._computed = dict(zip(batch.norms, multiply(batch, self.zq), strict=True))
         return self._computed[norm]
 
 
-def _batches(norms: Sequence[Any], zq: Tensor, max_bytes: int) -> Iterator[list[Any]]:
-    """Split norms, in order, into batches of equal channels whose modulations fit max_bytes."""
-    for channels, group in groupby(norms, key=lambda norm: norm.conv_y.out_channels):
+def _batches(norms: Sequence[Any], zq: Tensor, max_bytes: int) -> list[Batch]:
+    """Split norms, in order, into batches of equal channels whose modulations fit max_bytes.
+
+    One kernel concatenates the weights of all batches, and one their biases: a batch has views.
+    """
+    batches: list[list[Any]] = []
+    for channels, group in groupby(norms, key=_channels):
         norm_bytes = 2 * channels * zq[:, 0].numel() * zq.itemsize
         batch_size = max(1, max_bytes // norm_bytes)
         neighbours = list(group)
-        for start in range(0, len(neighbours), batch_size):
-            yield neighbours[start : start + batch_size]
+        batches += [neighbours[start : start + batch_size] for start in range(0, len(neighbours), batch_size)]
+    rows = [2 * sum(map(_channels, batch)) for batch in batches]
+    weights, biases = (x.split(rows) for x in _concatenate(norms))
+    return [Batch(*batch) for batch in zip(batches, weights, biases, strict=True)]
+
+
+def _channels(norm: Any) -> int:
+    channels: int = norm.conv_y.out_channels
+    return channels
 
 
 def can_convolve_cells(zq: Tensor, size: Sequence[int]) -> bool:

@@ -19,7 +19,7 @@ from .argument_checks import (
 )
 from .extension import warn_once
 from .options import NormOptions
-from .paths import attention_backend, compute_dtype, failed_self_test, upsampling_method, why_native, why_native_parameters
+from .paths import attention_backend, failed_self_test, upsampling_method, why_native, why_native_parameters
 from .self_test import self_test_failure
 
 
@@ -254,10 +254,11 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, method: str | 
         if method == "transposed":
             return F.conv_transpose2d(x, cuda.fold_upsampling(weight), bias, stride=2, padding=1)
         return upsampling.upsample_conv(x, weight, bias, method)
+    dtype = native.compute_dtype(x)  # of the windows too
     if bias is not None and bias.dtype != torch.float32:
-        bias = bias.to(compute_dtype(x))
+        bias = bias.to(dtype)
     if method == "windows":
-        if reason := self_test_failure("upsample_conv", x.device, compute_dtype(x), True):  # of windows, which autocast casts
+        if reason := self_test_failure("upsample_conv", x.device, dtype, True):
             warn_once(reason)
             return upsampling.upsample_conv(x, weight, bias, method)
         return cuda.upsample_by_windows(x, weight, bias)

@@ -94,6 +94,13 @@ def is_inference(*tensors: Tensor) -> bool:
     return all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors) and not torch._C._are_functorch_transforms_active()
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which convolutions and attention take x: autocast's, or its own."""
+    kind = x.device.type
+    autocasts = x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if autocasts else x.dtype
+
+
 def _modulate(x: Tensor, y: Tensor, b: Tensor, in_place: bool) -> Tensor:
     """``x * up(y) + up(b)``, with y and b resized to x's grid by torch's nearest rule."""
     if not is_tracing() and all(

@@ -21,8 +21,8 @@ def explain(x: Tensor, operator: str = "spatial_norm") -> str:
 
     Args:
         x: ``(B, C, H, W)`` for ``"spatial_norm"``, which also takes clips ``(B, C, T, H, W)``, ``"spatial_attention"`` and
-            ``"upsample_conv"`` (the small map, convolved to C channels); ``(B, heads, tokens, C)`` for ``"attention"`` and
-            ``"shared_kv_attention"``.
+            ``"upsample_conv"`` (the small map, convolved to C channels by a weight in x's dtype, or in float32 under autocast);
+            ``(B, heads, tokens, C)`` for ``"attention"`` and ``"shared_kv_attention"``.
         operator: name of the operator.
 
     Returns:
@@ -50,18 +50,19 @@ def explain(x: Tensor, operator: str = "spatial_norm") -> str:
 
 def _explain_attention(x: Tensor, shared_kv: bool, head_dim: int) -> str:
     gradient = torch.is_grad_enabled() and x.requires_grad
-    backend, reason, _ = _choose_attention(x, compute_dtype(x), shared_kv, gradient, head_dim)
+    backend, reason, _ = _choose_attention(x, native.compute_dtype(x), shared_kv, gradient, head_dim)
     if backend in ("native", "cublas"):
         return f"{backend}: {reason}"
     return f"cuda: compiled for {torch.cuda.get_device_name(x.device)}; {backend} kernels: {reason}"
 
 
 def _explain_upsampling(x: Tensor) -> str:
-    channels, dtype = x.shape[1], compute_dtype(x)
-    weight_dtype = torch.float32 if torch.is_autocast_enabled("cuda") else x.dtype
+    channels, dtype = x.shape[1], native.compute_dtype(x)
+    weight_dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype  # as a trained model has under autocast
     costs = upsampling.count_costs(x, channels, True, dtype, weight_dtype)
     counted = ", ".join(f"{name} {cost.operations / 1e9:.3g} GFLOP and {cost.bytes / 1e6:.3g} MB" for name, cost in costs.items())
-    return f"method {upsampling_method(x, channels, True, native.is_inference(x), weight_dtype)} ({counted})"
+    method = upsampling_method(x, channels, True, native.is_inference(x), weight_dtype)
+    return f"method {method} with a weight in {dtype_name(weight_dtype)} ({counted})"
 
 
 def why_native(x: Tensor) -> str | None:
@@ -133,12 +134,7 @@ def upsampling_method(x: Tensor, out_channels: int, has_bias: bool, in_inference
     """Return the method of `upsample_conv` that takes the least counted time for x on a GPU."""
     if native.is_tracing():  # the program must work for other sizes
         return "transposed"
-    dtype = compute_dtype(x)
+    dtype = native.compute_dtype(x)
     methods = upsampling.METHODS if in_inference else ("transposed", "direct")
     costs = upsampling.count_costs(x, out_channels, has_bias, dtype, weight_dtype)
     return min(methods, key=lambda method: costs[method].equivalent_bytes(dtype))
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which a convolution on a GPU takes x: autocast's, or its own."""
-    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype

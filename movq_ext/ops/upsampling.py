@@ -12,6 +12,7 @@ per small pixel, where the large map takes 36.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -116,17 +117,22 @@ def count_costs(
     A fold reads 9 weights per pair of channels and writes 16, which the convolution reads. The bias is added in place. If x or
     the weight (of x's dtype if None) has another dtype, autocast copies what the convolution takes.
     """
-    weight_dtype = weight_dtype or x.dtype
+    return _count_costs(tuple(map(int, x.shape)), x.dtype, out_channels, has_bias, dtype, weight_dtype or x.dtype)
 
+
+@functools.lru_cache(maxsize=1024)  # every decode asks for the same few
+def _count_costs(
+    shape: tuple[int, ...], x_dtype: torch.dtype, out_channels: int, has_bias: bool, dtype: torch.dtype, weight_dtype: torch.dtype
+) -> dict[str, Cost]:
     def cast(values: int, source: torch.dtype) -> int:
         return 0 if source == dtype else values * (source.itemsize + dtype.itemsize)
 
-    batch, channels, height, width = x.shape
+    batch, channels, height, width = shape
     pixels, windows, pairs = batch * height * width, batch * (height + 1) * (width + 1), channels * out_channels
     small, large, interleaved = pixels * channels, 4 * pixels * out_channels, 4 * windows * out_channels
     bias_pass = 2 * large if has_bias else 0
-    folding = 25 * pairs * weight_dtype.itemsize + cast(16 * pairs, weight_dtype) + cast(small, x.dtype)
-    doubling = 5 * small * x.dtype.itemsize + cast(9 * pairs, weight_dtype) + cast(4 * small, x.dtype)
+    folding = 25 * pairs * weight_dtype.itemsize + cast(16 * pairs, weight_dtype) + cast(small, x_dtype)
+    doubling = 5 * small * x_dtype.itemsize + cast(9 * pairs, weight_dtype) + cast(4 * small, x_dtype)
     total = {
         "transposed": folding + (small + 16 * pairs + large + bias_pass) * dtype.itemsize,
         "windows": folding + (small + 16 * pairs + interleaved + 2 * large) * dtype.itemsize,
