@@ -49,8 +49,10 @@ if Path(movq_ext.__file__).resolve().is_relative_to(SOURCE / "movq_ext") and not
     pytest.exit("the source folder shadows the installed movq_ext; remove it from PYTHONPATH", returncode=4)
 
 from models import SMALL_MOVQ  # noqa: E402  (needs the checks above)
+from pretend_gpu import Machine  # noqa: E402
 
 from movq_ext.bulk.batches import BatchDecoder, Settings  # noqa: E402
+from movq_ext.ops import attention_backends, extension, self_test  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,17 @@ def model(model_folder):
 def decoder(model_folder):
     """The BatchDecoder of a small MOVQ on a CPU."""
     return BatchDecoder(Settings(model_folder, "cpu"))
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A GPU that this machine does not have."""
+    monkeypatch.setattr(self_test, "_results", {})
+    monkeypatch.delenv(attention_backends.VARIABLE, raising=False)
+    monkeypatch.delenv(self_test.VARIABLE, raising=False)
+    for warn in (extension.warn_once, attention_backends.warn_of_request_once):
+        warn.cache_clear()
+    return Machine(monkeypatch)
 
 
 def pytest_collection_modifyitems(items):

@@ -6,8 +6,8 @@ import warnings
 import pytest
 import torch
 from operators import needs_extension, needs_gpu
+from pretend_gpu import RIGHT, PretendGpu
 from spies import record_calls
-from test_self_test import RIGHT, Kernels, PretendGpu
 from tolerances import assert_close
 
 import movq_ext
@@ -17,37 +17,6 @@ from movq_ext.ops.attention_backends import Problem, choose
 VARIABLE = attention_backends.VARIABLE
 GPUS = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)]
 CPU = torch.device("cpu")
-
-
-class Machine:
-    """A GPU that this machine does not have, for which the extension is compiled, with planted kernels."""
-
-    def __init__(self, monkeypatch):
-        self.monkeypatch, self.kernels = monkeypatch, Kernels(monkeypatch)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA X100")
-        self.measure({})
-        self.become((9, 0))
-
-    def become(self, capability, arch_list="8.0 9.0a 10.0", reason=None):
-        self.monkeypatch.setattr(attention_backends, "device_capability", lambda index: capability)
-        self.monkeypatch.setattr(attention_backends, "arch_list", lambda: arch_list)
-        self.monkeypatch.setattr(attention_backends, "device_reason", lambda index: reason)
-
-    def measure(self, table):
-        self.monkeypatch.setattr(attention_backends, "read_measured", lambda path: table)
-
-    def request(self, backend):
-        self.monkeypatch.setenv(VARIABLE, backend)
-
-
-@pytest.fixture
-def machine(monkeypatch):
-    monkeypatch.setattr(self_test, "_results", {})
-    monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.delenv(self_test.VARIABLE, raising=False)
-    for warn in (extension.warn_once, attention_backends.warn_of_request_once):
-        warn.cache_clear()
-    return Machine(monkeypatch)
 
 
 def problem(dtype=torch.bfloat16, head_size=512, tokens=4096, shared_kv=True, gradient=False, exporting=False):

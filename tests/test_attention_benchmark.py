@@ -8,7 +8,6 @@ import pytest
 import torch
 from operators import needs_gpu  # noqa: F401  (imports the kernels' cases before the benchmark's modules)
 from spies import saved_for_backward
-from test_attention_backends import machine  # noqa: F401  (a fixture)
 
 from movq_ext import AttnBlock
 from movq_ext.ops import attention_backends, cuda, native
@@ -40,7 +39,7 @@ def made_up(case):
     return {"hopper": 4000 / case.tokens, "tile": 2, "cublas": 1 if case.gradient else 3, "native": 9}[backend]
 
 
-def test_the_written_table_decides(benchmark, machine, tmp_path):  # noqa: F811
+def test_the_written_table_decides(benchmark, machine, tmp_path):
     machine.become((9, 0))
     path = tmp_path / "table.json"
     path.write_text(json.dumps({"8.0": {**ENVIRONMENT, "rows": []}}))
@@ -64,7 +63,7 @@ def key_of(row):
     return getattr(torch, row["dtype"]), row["head_size"], row["tokens"], row["shared_kv"], row["gradient"]
 
 
-def test_a_backend_that_fails_the_self_test_is_not_measured(benchmark, machine):  # noqa: F811
+def test_a_backend_that_fails_the_self_test_is_not_measured(benchmark, machine):
     machine.become((8, 0))
     machine.kernels.plant_error_of("attention_forward", lambda result: result.add_(1))
     case = benchmark.tune.Case(True, torch.bfloat16, 512, False, 1024)
@@ -72,14 +71,14 @@ def test_a_backend_that_fails_the_self_test_is_not_measured(benchmark, machine):
     assert requested_backend() is None
 
 
-def test_a_backend_runs_only_where_it_can(benchmark, machine):  # noqa: F811
+def test_a_backend_runs_only_where_it_can(benchmark, machine):
     """Without the kernels, the operator for Hopper would run the others."""
     case, device = benchmark.tune.Case(True, torch.bfloat16, 512, False, 1024), torch.device("cpu")
     machine.become((8, 0))
     assert not benchmark.attention.runs("hopper", case, device) and benchmark.attention.runs("tile", case, device)
 
 
-def test_tuning_stops_when_the_time_is_over(benchmark, machine):  # noqa: F811
+def test_tuning_stops_when_the_time_is_over(benchmark, machine):
     answers = iter([True, True, False])
     assert len(benchmark.tune.tune(made_up, torch.device("cpu"), lambda: next(answers))) == 2
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_clips import SIZES, arguments
+from clip_cases import SIZES, arguments
 from tolerances import assert_close, relative_error
 
 from movq_ext import spatial_norm

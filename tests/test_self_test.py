@@ -9,56 +9,21 @@ import torch
 from kernels import usable
 from kernels.spatial_norm import ClusterEmulator
 from operators import needs_extension, needs_gpu
+from pretend_gpu import RIGHT, Kernels, PretendGpu
 from tolerances import assert_close
 from torch._subclasses import FakeTensorMode
 
 import movq_ext
 from movq_ext.ops import attention_backends, extension, paths, self_test
-from movq_ext.ops.registration import CPU_IMPLEMENTATIONS
 from movq_ext.ops.self_test import CALLS, self_test_failure
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 DTYPES = list(self_test.TOLERANCES)
-CHUNKED = {f"chunked_{name}": right for name, right in CPU_IMPLEMENTATIONS.items() if "attention" in name}
-RIGHT = {**CPU_IMPLEMENTATIONS, **CHUNKED}
 OPERATOR_OF = {  # the others belong to upsampling
     name: next((op for op in sorted(CALLS, key=len, reverse=True) if op in name.replace("shared_kv_", "")), "upsample_conv")
     for name in RIGHT
 }
 SHARED_KV = {"shared_kv_attention_forward", "shared_kv_attention_backward"}
-
-
-class PretendGpu(torch.Tensor):
-    """A CPU tensor for which the public functions choose the kernels."""
-
-    is_cuda = property(lambda self: True)
-
-
-class Kernels:
-    """The planted kernels, which count their calls."""
-
-    def __init__(self, monkeypatch):
-        self.monkeypatch, self.calls = monkeypatch, dict.fromkeys(RIGHT, 0)
-        for name, right in RIGHT.items():
-            self.plant(name, right)
-
-    def plant(self, name, kernel):
-        def counted(*arguments):
-            self.calls[name] += 1
-            return kernel(*arguments)
-
-        self.monkeypatch.setattr(torch.ops.movq_ext, name, counted, raising=False)
-
-    def plant_error_of(self, name, change):
-        right = RIGHT[name]
-
-        def wrong(*arguments):
-            results = right(*arguments)
-            for result in arguments[:1] if results is None else results:
-                change(result)
-            return results
-
-        self.plant(name, wrong)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import draw
+from pretend_gpu import PretendGpu
 from tolerances import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -120,12 +121,6 @@ def test_cpu_and_fake_implementations(dtype, layout):
 
 
 # --- On a GPU: CPU implementations stand in for the kernels
-
-
-class PretendGpu(torch.Tensor):
-    """A CPU tensor for which the public functions choose the kernels."""
-
-    is_cuda = property(lambda self: True)
 
 
 class Launches(TorchDispatchMode):

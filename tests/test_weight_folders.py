@@ -13,7 +13,7 @@ from movq_ext import CheckpointError, from_pretrained, save_pretrained
 
 pytest.importorskip("diffusers")
 
-from test_diffusers_parity import LIMIT, vq_model
+from vq_models import LIMIT, vq_model
 
 FILE = "diffusion_pytorch_model.safetensors"
 
