@@ -61,6 +61,7 @@ if [ $mode = rehearse ]; then
   step attention 120 "$python" benchmarks/attention.py --quick --device cpu --out "$out"
   step epilogue 60 "$python" benchmarks/epilogue.py --quick --device cpu --out "$out"
   step upsample 60 "$python" benchmarks/upsample.py --quick --device cpu --out "$out"
+  step host 60 "$python" benchmarks/host.py --quick --device cpu --out "$out"
   step decode 240 "$python" benchmarks/decode.py --quick --device cuda cpu --out "$out"
   step memory 120 "$python" benchmarks/memory.py --device cpu --sizes 64 --max-memory 150 --out "$out"
   step accuracy 240 "$python" benchmarks/accuracy.py --quick --report --seeds 2 --device cpu --out "$out"
@@ -90,6 +91,7 @@ else
   step attention 45 "$python" benchmarks/attention.py --minutes 0.5 --out "$out"
   step epilogue 25 "$python" benchmarks/epilogue.py --minutes 0.3 --out "$out"
   step upsample 30 "$python" benchmarks/upsample.py --minutes 0.4 --out "$out"
+  step host 40 "$python" benchmarks/host.py --minutes 0.5 --out "$out"
   step decode 80 "$python" benchmarks/decode.py --device cuda --sizes 512 --batches 1 --dtypes bfloat16 --minutes 1.1 \
     --peers ours published "published nhwc" diffusers --out "$out"
   step memory 25 "$python" benchmarks/memory.py --device cuda --sizes 1024 --out "$out"

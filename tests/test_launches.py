@@ -1,25 +1,21 @@
 """The kernels that a decode launches on a GPU, counted on meta tensors. With small images it waits for the host."""
 
-from collections import Counter
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import movq_ext
-from movq_ext.ops import attention_backends, extension, paths, registration, self_test
 
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 KANDINSKY = dict(
     ch=128, out_ch=3, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_resolutions=[32], in_channels=3, resolution=256,
     z_channels=4, zq_ch=4,
 )  # fmt: skip
-# Kernels behind an operator of ours, at most. cuDNN may launch more than one for a convolution.
-KERNELS = {
-    "spatial_norm_forward": 3,
-    "attention_forward": 2,
-    "shared_kv_attention_forward": 2,
-    "baddbmm": 2,  # PyTorch copies the biases into the result first
-}
 SIXTEEN_BITS = {
     "convolution": 37,
     "bias of a convolution": 2,  # conv_in and conv_out
@@ -44,53 +40,16 @@ FLOAT32 = {
 }
 
 
-class Launches(TorchDispatchMode):
-    """Counts the operators that launch a kernel: all but views and allocations."""
-
-    def __init__(self):
-        super().__init__()
-        self.operators = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().partition("::")[2].partition(".")[0]
-        if not func.is_view and "empty" not in name:
-            self.operators[name] += 1
-        out = func(*args, **(kwargs or {}))
-        if name == "convolution" and args[2] is not None:  # PyTorch adds it in a kernel of its own
-            self.operators["bias of a convolution"] += 1
-        if name == "convolution":  # on the meta device it is NCHW, on a GPU it has x's layout
-            with _disable_current_modes():
-                return out.contiguous(memory_format=torch._prims_common.suggest_memory_format(args[0]))
-        return out
-
-    def kernels(self):
-        return sum(count * KERNELS.get(name, 1) for name, count in self.operators.items())
-
-
 @pytest.fixture
 def launches(monkeypatch):
-    """Counts launches while entered. Meta tensors pass for a GPU's, with fake implementations of our kernels."""
-    mode = Launches()
+    """Counts launches while entered. Meta tensors pass for a GPU's."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import meta_gpu
 
-    def plant(name, fake):
-        def kernel(*arguments):
-            mode.operators[name] += 1
-            with _disable_current_modes():
-                return fake(*arguments)
-
-        monkeypatch.setattr(torch.ops.movq_ext, name, kernel, raising=False)
-
-    for name, fake in registration.FAKE_IMPLEMENTATIONS.items():
-        plant(name, fake)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: self.device.type == "meta"), raising=False)
-    monkeypatch.setattr(self_test, "_results", {})
-    monkeypatch.setenv(self_test.VARIABLE, "0")
-    for module in (paths, attention_backends):
-        monkeypatch.setattr(module, "device_reason", lambda index: None)
-    monkeypatch.setattr(attention_backends, "device_capability", lambda index: None)  # chooses the backend "tile"
-    monkeypatch.delenv("MOVQ_EXT_ATTENTION", raising=False)
-    extension.warn_once.cache_clear()
-    return mode
+    counted = meta_gpu.Launches()
+    with meta_gpu.meta_gpu(counted):
+        yield counted
+    sys.modules.pop("meta_gpu")
 
 
 def decode(launches, dtype, grid=(32, 32), **config):
@@ -117,3 +76,18 @@ def test_larger_images_do_not_launch_many_more(launches):
     """A decode of 16 times the pixels: the products of conv_y and conv_b are larger, and so are made in more parts."""
     expected = {**SIXTEEN_BITS, "baddbmm": 14}
     assert decode(launches, torch.bfloat16, grid=(128, 128)).operators == expected
+
+
+def test_the_benchmark_of_the_host_writes_a_row_for_each_decoder(tmp_path):
+    command = [sys.executable, BENCHMARKS / "host.py", "--quick", "--device", "cpu", "--out", tmp_path]
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS)}  # conftest sets PYTHONSAFEPATH, which hides a script's folder
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads((tmp_path / "host.json").read_text())["rows"]
+    kernels = {(row["dtype"], row["decoder"]): row["kernels"] for row in rows}
+    assert kernels["bfloat16", "movq_ext"] == 192  # of a model with fewer channels, and one shortcut
+    for dtype in ("bfloat16", "float32"):
+        ours, accelerated, diffusers = (kernels[dtype, name] for name in ("movq_ext", "diffusers, accelerated", "diffusers"))
+        assert ours < accelerated < diffusers
+    assert all(row["host us"] > 0 for row in rows)
+    assert "without CUDA driver and cuDNN" in (tmp_path / "host.md").read_text()

@@ -33,6 +33,18 @@ def test_modulate_matches_the_convolutions_of_each_norm(layout):
             assert_close(map_, expected)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_single_norm_takes_a_product_for_each_convolution_on_a_gpu(batch_sizes, monkeypatch, layout):
+    monkeypatch.setattr(modulation, "runs_kernels", lambda x: True)
+    zq, (layer, *others) = torch.randn(3, 5, 4, 7, dtype=torch.float64).contiguous(memory_format=layout), norms(16, 16)
+    for map_, conv in zip(*modulate([layer], zq), (layer.conv_y, layer.conv_b), strict=True):
+        assert map_.is_contiguous(memory_format=torch.channels_last)
+        assert_close(map_, conv(zq))
+    assert batch_sizes == []
+    modulate([layer, *others], zq)
+    assert batch_sizes == [2]
+
+
 @pytest.mark.parametrize("max_bytes, sizes", [(1 << 30, [4, 1]), (1, [1, 1, 1, 1, 1]), (2 * 2 * 16 * 28 * 8, [2, 2, 1])])
 def test_batches_stay_under_the_byte_limit(batch_sizes, max_bytes, sizes):
     zq, layers = torch.randn(1, 5, 4, 7, dtype=torch.float64), norms(16, 16, 16, 16, 8)

@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..ops.functional import add_bias_residual_
-from ..ops.native import compute_dtype, is_inference
+from ..ops.native import compute_dtype, is_inference, multiply_pixels
 from ..profiling import is_range_hook, layer_range
 
 CONV2D_METHODS = {name: getattr(nn.Conv2d, name) for name in ("forward", "_conv_forward")}
@@ -123,11 +123,7 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     The product's kernel adds the bias and takes a transposed weight. cuDNN's convolution leaves the bias to another kernel, which
     reads and writes the map once more, and copies such a weight.
     """
-    if not _is_product(x, weight, bias):
-        return F.conv2d(x, weight, bias)
-    batch, channels, height, width = x.shape
-    pixels: Tensor = F.linear(x.permute(0, 2, 3, 1).reshape(-1, channels), weight.flatten(1), bias)
-    return pixels.view(batch, height, width, -1).permute(0, 3, 1, 2)
+    return multiply_pixels(x, weight, bias) if _is_product(x, weight, bias) else F.conv2d(x, weight, bias)
 
 
 def _is_product(x: Tensor, *parameters: Tensor | None) -> bool:

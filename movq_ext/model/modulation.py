@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.native import is_power_of_two_ratio
+from ..ops.native import is_power_of_two_ratio, is_tracing, multiply_pixels
+from .fusion import runs_kernels
 
 MAX_BATCH_BYTES = 64 << 20
 
@@ -30,7 +31,7 @@ class Batch(NamedTuple):
 
 
 def modulate(norms: Sequence[Any], zq: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return conv_y(zq) and conv_b(zq) of every norm, from one batched matrix product.
+    """Return conv_y(zq) and conv_b(zq) of every norm, from one batched matrix product. On a GPU a single norm takes two products.
 
     Args:
         norms: SpatialNorm layers of C channels with plain 1x1 convolutions.
@@ -39,6 +40,9 @@ def modulate(norms: Sequence[Any], zq: Tensor) -> list[tuple[Tensor, Tensor]]:
     Returns:
         Pairs of ``(B, C, h, w)`` in channels_last.
     """
+    if len(norms) == 1 and runs_kernels(zq) and not is_tracing():  # two kernels that add biases, rather than four
+        conv_y, conv_b = norms[0].conv_y, norms[0].conv_b
+        return [(multiply_pixels(zq, conv_y.weight, conv_y.bias), multiply_pixels(zq, conv_b.weight, conv_b.bias))]
     return multiply(Batch(norms, *_concatenate(norms)), zq)
 
 

@@ -94,6 +94,13 @@ def is_inference(*tensors: Tensor) -> bool:
     return all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors) and not torch._C._are_functorch_transforms_active()
 
 
+def multiply_pixels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``F.conv2d(x, weight, bias)`` for a 1x1 kernel, as one matrix product with the bias, in channels_last."""
+    pixels: Tensor = F.linear(x.permute(0, 2, 3, 1).flatten(0, 2), weight.flatten(1), bias)
+    out: Tensor = pixels.unflatten(0, (x.shape[0], *x.shape[2:])).permute(0, 3, 1, 2)
+    return out
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which convolutions and attention take x: autocast's, or its own."""
     kind = x.device.type
