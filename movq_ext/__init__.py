@@ -5,6 +5,7 @@ from .deploy.cuda_graph import CUDAGraphDecoder
 from .deploy.export import ExportedDecoder, ExportError, export_decoder, load_exported
 from .deploy.multi_gpu import decode_sharded
 from .diffusers.acceleration import AccelerationReport, accelerate, restore
+from .diffusers.clip_tiled import decode_clip_tiled
 from .io.tensor_files import CheckpointError
 from .io.weights import from_pretrained, save_pretrained
 from .model.autoencoder import MOVQ
@@ -40,6 +41,7 @@ __all__ = [
     "annotate",
     "attention",
     "build_info",
+    "decode_clip_tiled",
     "decode_sharded",
     "decode_tiled",
     "encode_tiled",

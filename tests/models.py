@@ -3,7 +3,9 @@
 import processes
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from movq_ext import MOVQDecoder
 from movq_ext.training import TrainingConfig
@@ -206,3 +208,21 @@ def offload(layer):
     layer._parameters.update({name: nn.Parameter(p.to("meta")) for name, p in parameters.items()})
     layer.forward = load_and_run
     return layer
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes that results of operators occupy at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak, self.live = 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for result in tree_leaves(out):
+            if isinstance(result, torch.Tensor) and not result.is_mkldnn:  # packed weights
+                storage = result.untyped_storage()
+                self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.live = {key: (ref, size) for key, (ref, size) in self.live.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return out

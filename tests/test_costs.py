@@ -6,10 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import KANDINSKY, Copies, latents, make_decoder
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from models import KANDINSKY, Copies, PeakBytes, latents, make_decoder
 from torch.utils.flop_counter import FlopCounterMode
 
 from movq_ext import AttnBlock, MOVQDecoder, ResnetBlock, SpatialNorm, Upsample, decode_tiled
@@ -74,24 +71,6 @@ def test_strips_copy_no_map_except_a_projected_shortcut():
     with torch.no_grad(), Copies(1, 32 * 16 * 16) as copies:
         decoder(z, zq)
     assert copies.seen == [("aten.copy_.default", (1, 32, 16, 16))]  # the shortcut of the block from 64 to 32 channels
-
-
-class PeakBytes(TorchDispatchMode):
-    """The most bytes that results of operators occupy at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.peak, self.live = 0, {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for result in tree_leaves(out):
-            if isinstance(result, torch.Tensor):
-                storage = result.untyped_storage()
-                self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.live = {key: (ref, size) for key, (ref, size) in self.live.items() if not ref.expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
-        return out
 
 
 @pytest.mark.parametrize(

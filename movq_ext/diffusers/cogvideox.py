@@ -129,13 +129,20 @@ class CogVideoXUpsample3D(Accelerated):
         if not count_call(self, not args and not kwargs and can_compute_clip(self, inputs) and is_plain_conv3x3(conv)):
             return original_class(self).forward(self, inputs, *args, **kwargs)  # type: ignore[no-any-return]
         batch, frames = inputs.shape[0], inputs.shape[2]
-        x = inputs.transpose(1, 2).flatten(0, 1)  # (B * T, C, H, W)
-        if folding_pays(x):
-            x = upsample_conv(x, conv.weight, conv.bias)
-        else:
-            x = conv(F.interpolate(x, scale_factor=2.0))
-        x = x.unflatten(0, (batch, frames)).transpose(1, 2)
-        if self.compress_time and frames > 1:
-            odd = frames % 2
-            x = resize_frames(x, 2 * frames - odd, x.shape[3], split_first_frame=odd == 1)
+        x = enlarge_frames(conv, inputs.transpose(1, 2).flatten(0, 1))
+        x = upsampled_frames(self, x.unflatten(0, (batch, frames)).transpose(1, 2))
         return x.contiguous(memory_format=clip_format(x))
+
+
+def enlarge_frames(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Return ``conv(upsample(x))`` of frames ``(B * T, C, H, W)``, nearest 2x."""
+    return upsample_conv(x, conv.weight, conv.bias) if folding_pays(x) else conv(F.interpolate(x, scale_factor=2.0))
+
+
+def upsampled_frames(module: Any, x: Tensor) -> Tensor:
+    """Return the clip with its frames repeated as CogVideoXUpsample3D does, all but the first where their number is odd."""
+    frames = x.shape[2]
+    if not module.compress_time or frames == 1:
+        return x
+    odd = frames % 2
+    return resize_frames(x, 2 * frames - odd, x.shape[3], split_first_frame=odd == 1)

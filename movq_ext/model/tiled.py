@@ -52,7 +52,7 @@ def decode_tiled(decoder: MOVQDecoder, z: Tensor, zq: Tensor, *, max_memory: int
     check_no_dropout("decoder", decoder)
     dtype = torch.float32 if computes_in_float32(decoder, z) else z.dtype
     needed = _min_memory(decoder, z.shape[3] << (decoder.num_resolutions - 1), dtype)
-    _check_max_memory(max_memory, needed, "z", z)
+    check_max_memory(max_memory, needed, "z", z)
     strip_bytes = _strip_bytes(max_memory, z.device)
     return decode_in_strips(decoder, z, zq, strip_bytes, max_memory - strip_bytes, folder)
 
@@ -87,7 +87,7 @@ def encode_tiled(encoder: Encoder, x: Tensor, *, max_memory: int, folder: str | 
     """
     encoder.check_image(x)
     check_no_dropout("encoder", encoder)
-    _check_max_memory(max_memory, _min_memory(encoder, x.shape[3], x.dtype), "x", x)
+    check_max_memory(max_memory, _min_memory(encoder, x.shape[3], x.dtype), "x", x)
     strip_bytes = _strip_bytes(max_memory, x.device)
     return encode_in_strips(encoder, x, strip_bytes, max_memory - strip_bytes, folder)
 
@@ -99,7 +99,8 @@ def _min_memory(network: LayeredNetwork, width: int, dtype: torch.dtype) -> int:
     return 2 * (1 + HALO) * values * width * dtype.itemsize
 
 
-def _check_max_memory(max_memory: int, needed: int, name: str, x: Tensor) -> None:
+def check_max_memory(max_memory: int, needed: int, name: str, x: Tensor) -> None:
+    """Raise ValueError if max_memory is less than the needed bytes for the argument x of this name."""
     if max_memory < needed:
         expected = f"{needed} bytes ({-(-needed // MIB)} MiB) for {name} of shape {tuple(x.shape)}"
         raise ValueError(f"max_memory must be at least {expected}, got {max_memory}")

@@ -17,13 +17,13 @@ ONES = [1, 1]
 
 
 class Convolution:
-    """``out += conv2d(x, weight, bias, padding=padding)`` for one image in channels_last.
+    """``out += conv2d(x, weight, bias, padding=padding)`` for images in channels_last.
 
     Args:
         weight: ``(out, in, rows, columns)``.
         bias: ``(out,)`` or None.
         padding: rows and columns of zeros on either side.
-        input_shape: typical input ``(1, in, H, W)``, used to pack the weight. Other heights and widths work too.
+        input_shape: typical input ``(B, in, H, W)``, used to pack the weight. Other sizes work too.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, padding: Sequence[int], input_shape: Sequence[int]) -> None:
@@ -35,7 +35,7 @@ class Convolution:
             self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, self.padding, ONES, ONES, 1, list(input_shape))
 
     def add_to(self, out: Tensor, x: Tensor) -> None:
-        """Add the convolution of x ``(1, in, H, W)`` to out, in place."""
+        """Add the convolution of x ``(B, in, H, W)`` to out, in place."""
         if self.packed is None or x.dtype != self.weight.dtype:  # autocast casts in the public convolution only
             out.add_(F.conv2d(x, self.weight, self.bias, padding=self.padding))
             return

@@ -1,0 +1,288 @@
+"""CogVideoX's decoder strip by strip: a batch of frames in little memory, with the norms' statistics of all its rows.
+
+A strip is some rows of every frame. As for images (`movq_ext.model.strips`), a convolution's strip has one more row of input
+above and below, and a norm uses the moments that were gathered while its map was written, so strips leave no seams.
+
+Row by row, a map stores the pixels of all frames side by side. So it is the feature map of an image that is T * W pixels wide,
+and its storage, its moments and its norms are those of images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..model.feature_maps import FeatureMap, MapStore, upcast
+from ..model.strip_norms import split_at_cells
+from ..model.strip_rows import HALO, TYPICAL_ROWS
+from ..model.strips import UPSAMPLE_VALUES, Strips, convolution_values
+from ..ops.clips import resize_frames
+from ..ops.native import scale_by_cells
+from ..ops.onednn import Convolution
+from .cogvideox import enlarge_frames, upsampled_frames
+
+PADDING = 2  # frames before a clip that a causal convolution reads
+
+
+class ClipMap:
+    """A clip ``(1, C, T, H, W)`` whose rows are stored one after another, each with the pixels of all frames."""
+
+    def __init__(self, rows: FeatureMap, frames: int) -> None:
+        self.rows, self.frames = rows, frames  # rows: (1, C, H, T * W)
+
+    @property
+    def width(self) -> int:
+        return self.rows.width // self.frames
+
+    def as_clip(self, rows: Tensor) -> Tensor:
+        """Return rows ``(1, C, rows, T * W)`` as ``(1, C, T, rows, W)``, without a copy."""
+        clip: Tensor = rows.unflatten(3, (self.frames, self.width)).transpose(2, 3)
+        return clip
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Return rows first to last - 1, ``(1, C, T, rows, W)``. Do not modify them."""
+        return self.as_clip(self.rows.read(first, last))
+
+
+class ClipStrips:
+    """Runs the layers of a decoder on one clip, a batch of frames after another.
+
+    Args:
+        store: allocates the maps, and the frames that convolutions take from one batch to the next.
+        strip_bytes: approximate size of all tensors of a strip.
+    """
+
+    def __init__(self, store: MapStore, strip_bytes: int) -> None:
+        self.store, self.spans = store, Strips(store, None, strip_bytes).spans
+        self._frames_before: dict[Any, ClipMap] = {}  # by convolution: the last frames of its input in the batch before
+        self._buffer = store.empty(0)
+        self.zq, self.is_last = store.empty(0), False  # of the current batch
+
+    def decode(self, decoder: Any, z: Tensor, is_last: bool) -> Tensor:
+        """Return the decoder's frames of the next batch of latent frames, ``(1, z_channels, t, h, w)``.
+
+        is_last: no batch follows, so convolutions leave no frames for it.
+        """
+        self.zq, self.is_last = z, is_last
+        x = self._new_map(z.shape[1], *z.shape[2:])
+        x.rows.write(0, z.transpose(2, 3).flatten(3, 4))
+        h = self.convolve(decoder.conv_in, x, StoredClip(x))
+        self.store.release(x.rows)
+        for block in (decoder.mid_block, *decoder.up_blocks):
+            for resnet in block.resnets:
+                h = self._resnet_block(resnet, h)
+            for upsampler in getattr(block, "upsamplers", None) or ():
+                h = self._upsample(upsampler, h)
+        out = self._output(decoder, h)
+        self.store.release(h.rows)
+        return out
+
+    def _new_map(self, channels: int, frames: int, height: int, width: int) -> ClipMap:
+        return ClipMap(self.store.allocate(channels, height, frames * width), frames)
+
+    def _resnet_block(self, block: Any, x: ClipMap) -> ClipMap:
+        h = self.convolve(block.conv1, x, NormalisedClip(block.norm1, x, self.zq))
+        in_place = block.in_channels == block.out_channels
+        if in_place:
+            out = ClipMap(x.rows.reuse_storage(block.out_channels), x.frames)
+        else:
+            out = self._new_map(block.out_channels, x.frames, x.rows.height, x.width)
+
+        def write_shortcut(first: int, last: int, rows: Tensor) -> None:
+            stored = x.rows.read(first, last)
+            if not in_place:
+                rows.copy_(F.conv2d(stored, block.conv_shortcut.weight[:, :, 0], block.conv_shortcut.bias))
+            elif stored.data_ptr() != rows.data_ptr():  # from a file
+                rows.copy_(stored)
+
+        self.convolve(block.conv2, h, NormalisedClip(block.norm2, h, self.zq), out, write_shortcut)
+        self.store.release(h.rows)
+        if not in_place:
+            self.store.release(x.rows)
+        return out
+
+    def convolve(
+        self,
+        module: Any,
+        x: ClipMap,
+        source: StoredClip | NormalisedClip,
+        out: ClipMap | None = None,
+        write_residual: Callable[[int, int, Tensor], None] | None = None,
+    ) -> ClipMap:
+        """Return ``residual + module(source)``, written to out or to a new map. x: the map that the source is computed from."""
+        out = out or self._new_map(module.conv.out_channels, x.frames, x.rows.height, x.width)
+        for first, last, frames in self._convolved(module, x, source):
+            rows = out.rows.reserve(first, last)
+            if write_residual is None:
+                out.as_clip(rows).copy_(frames)
+            else:
+                write_residual(first, last, rows)
+                out.as_clip(rows).add_(frames)
+            out.rows.commit(first, rows)
+        return out
+
+    def _output(self, decoder: Any, x: ClipMap) -> Tensor:
+        """Return ``conv_out(silu(norm_out(x)))``."""
+        out = self.store.empty(1, decoder.conv_out.conv.out_channels, x.frames, x.rows.height, x.width)
+        for first, last, frames in self._convolved(decoder.conv_out, x, NormalisedClip(decoder.norm_out, x, self.zq)):
+            out[:, :, :, first:last] = frames
+        return out
+
+    def _convolved(self, module: Any, x: ClipMap, source: StoredClip | NormalisedClip) -> Any:
+        """Yield (first, last, rows first to last - 1 of ``module(source)``), and store the frames for the next batch."""
+        before = self._frames_before.pop(module, None)
+        after = None if self.is_last else self._new_map(x.rows.channels, PADDING, x.rows.height, x.width)
+        convolution = CausalConvolution(module.conv, x, repeats_first_frame=before is None)
+        values = convolution_values(x.rows.channels, module.conv.out_channels) * (PADDING + x.frames) // x.frames
+        for first, last in self.spans(x.rows, values):
+            padded = self._padded_strip(x, source, before, first, last)
+            if after is not None:
+                rows = padded[:, :, x.frames :, 1:-1]
+                after.rows.write(first, rows.transpose(2, 3).flatten(3, 4))
+            yield first, last, convolution(padded)
+        if before is not None:
+            self.store.release(before.rows)
+        if after is not None:
+            self._frames_before[module] = after
+
+    def _padded_strip(
+        self, x: ClipMap, source: StoredClip | NormalisedClip, before: ClipMap | None, first: int, last: int
+    ) -> Tensor:
+        """Return rows first - 1 to last of the frames before and of the source, zeros outside, in channels_last_3d."""
+        above, below = x.rows.halo(first, last)
+        shape = (1, PADDING + x.frames, last - first + HALO, x.width, x.rows.channels)
+        size = torch.Size(shape).numel()
+        if self._buffer.numel() < size:
+            self._buffer = self.store.empty(size)
+        padded = self._buffer[:size].view(shape).permute(0, 4, 1, 2, 3)
+        inside = padded[:, :, :, 1 - above : padded.shape[3] - 1 + below]
+        source.write_rows(first - above, last + below, inside[:, :, PADDING:])
+        inside[:, :, :PADDING] = inside[:, :, PADDING, None] if before is None else before.read(first - above, last + below)
+        if not above:
+            padded[:, :, :, 0] = 0
+        if not below:
+            padded[:, :, :, -1] = 0
+        return padded
+
+    def _upsample(self, module: Any, x: ClipMap) -> ClipMap:
+        frame_numbers = torch.arange(x.frames, dtype=torch.float32)[None, None, :, None, None]
+        sources = upsampled_frames(module, frame_numbers).flatten().int().tolist()
+        out = self._new_map(module.conv.out_channels, len(sources), 2 * x.rows.height, 2 * x.width)
+        for first, last in self.spans(x.rows, UPSAMPLE_VALUES * x.rows.channels):
+            above, below = x.rows.halo(first, last)
+            strip = x.read(first - above, last + below)[0].transpose(0, 1).contiguous(memory_format=torch.channels_last)
+            large = enlarge_frames(module.conv, strip)
+            large = large[:, :, 2 * above : large.shape[2] - 2 * below]  # without the rows that saw padding, not neighbours
+            rows = out.rows.reserve(2 * first, 2 * last)
+            for frame, source in enumerate(sources):
+                out.as_clip(rows)[0, :, frame] = large[source]
+            out.rows.commit(2 * first, rows)
+        self.store.release(x.rows)
+        return out
+
+
+class StoredClip:
+    """Rows of a stored clip."""
+
+    def __init__(self, x: ClipMap) -> None:
+        self.x = x
+
+    def write_rows(self, first: int, last: int, out: Tensor) -> None:
+        """Write rows first to last - 1 to out, ``(1, C, T, rows, W)``."""
+        out.copy_(self.x.read(first, last))
+
+
+class NormalisedClip:
+    """Rows of ``silu(norm(x, zq))``, a CogVideoXSpatialNorm3D with the statistics of all rows of x.
+
+    Args:
+        norm: its parameters are used, its forward is not.
+        x: a completely written map, by a power of two larger than zq in height and in width.
+        zq: ``(1, zq_channels, t, h, w)``.
+    """
+
+    def __init__(self, norm: Any, x: ClipMap, zq: Tensor) -> None:
+        self.norm, self.x, group_norm = norm, x, norm.norm_layer
+        mean, rstd = x.rows.moments.group_statistics(group_norm.num_groups, group_norm.eps)
+        scale = rstd if group_norm.weight is None else rstd * group_norm.weight
+        shift = -mean * scale if group_norm.bias is None else group_norm.bias - mean * scale
+        self.dtype = torch.promote_types(x.rows.dtype, torch.float32)
+        self.scale, self.shift = (value.to(self.dtype)[None, :, None, None] for value in (scale, shift))
+        splits = x.frames > 1 and x.frames % 2 == 1
+        frames = resize_frames(zq, x.frames, zq.shape[3], split_first_frame=splits)
+        self.zq = frames.transpose(2, 3).flatten(3, 4)  # (1, zq_channels, h, T * w)
+        self.cell = x.rows.height // zq.shape[3]  # rows of x for each of zq's
+
+    def write_rows(self, first: int, last: int, out: Tensor) -> None:
+        """Write rows first to last - 1 to out, ``(1, C, T, rows, W)``."""
+        values = self.x.as_clip(upcast(self.x.rows.read(first, last)))
+        for part_first, part_last in split_at_cells(first, last, self.cell):
+            cells = self.zq[:, :, part_first // self.cell : -(-part_last // self.cell)]
+            y, b = (F.conv2d(cells, c.conv.weight[:, :, 0], c.conv.bias) for c in (self.norm.conv_y, self.norm.conv_b))
+            y, b = upcast(y), upcast(b)
+            scales, shifts = (t.chunk(self.x.frames, dim=3) for t in (y * self.scale, torch.addcmul(b, y, self.shift)))
+            rows = slice(part_first - first, part_last - first)
+            for frame, (scale, shift) in enumerate(zip(scales, shifts, strict=True)):
+                result, target = values[:, :, frame, rows], out[:, :, frame, rows]
+                if target.dtype == self.dtype:
+                    F.silu(scale_by_cells(result, scale, shift, out=target), inplace=True)
+                else:
+                    target.copy_(F.silu(scale_by_cells(result, scale, shift), inplace=True))
+
+
+class Tap(NamedTuple):
+    """A 3x3 convolution of frames of the input, added to as many frames of the result."""
+
+    convolution: Convolution
+    first_in: int
+    first_out: int
+    frames: int
+
+
+class CausalConvolution:
+    """The convolution of a padded strip ``(1, C, 2 + T, rows + 2, W)`` in channels_last_3d, ``(1, out, T, rows, W)``.
+
+    On a CPU, in 32 bits or more, it adds up 3x3 convolutions of frames, one for each tap in time: packed once for all strips, and
+    up to three times as fast as conv3d on few rows.
+
+    Args:
+        conv: 3x3x3, as `is_plain_conv3d` allows.
+        x: its typical input, without padding.
+        repeats_first_frame: the strip's first frames repeat the next. The taps that fall on them are added up.
+    """
+
+    def __init__(self, conv: Any, x: ClipMap, repeats_first_frame: bool) -> None:
+        self.conv, self.frames, self.width = conv, x.frames, x.width
+        self.taps: list[Tap] = []
+        if conv.weight.device.type != "cpu" or conv.weight.itemsize < 4:
+            return
+        taps = conv.weight.unbind(2)
+        starts = [0] * len(taps)  # frames of the result from which on a tap is not added up
+        if repeats_first_frame:
+            starts = [min(PADDING, PADDING - tap + 1) for tap in range(len(taps))]
+            for frame in range(min(PADDING, x.frames)):
+                total = torch.stack(taps[: len(taps) - frame]).sum(0)
+                self._add_tap(total, PADDING, frame, 1)
+        for tap, (weight, start) in enumerate(zip(taps, starts, strict=True)):
+            if start < x.frames:
+                self._add_tap(weight, start + tap, start, x.frames - start)
+
+    def _add_tap(self, weight: Tensor, first_in: int, first_out: int, count: int) -> None:
+        shape = (count, weight.shape[1], TYPICAL_ROWS + HALO, self.width)
+        self.taps.append(Tap(Convolution(weight.contiguous(), None, (0, 1), shape), first_in, first_out, count))
+
+    def __call__(self, padded: Tensor) -> Tensor:
+        if not self.taps:
+            return F.conv3d(padded, self.conv.weight, self.conv.bias, padding=(0, 0, 1))
+        frames = padded[0].transpose(0, 1)
+        shape = (self.frames, padded.shape[3] - HALO, padded.shape[4], self.conv.out_channels)
+        out = frames.new_zeros(shape).permute(0, 3, 1, 2)
+        if self.conv.bias is not None:
+            out += self.conv.bias[:, None, None]
+        for tap in self.taps:
+            tap.convolution.add_to(out[tap.first_out :][: tap.frames], frames[tap.first_in :][: tap.frames])
+        return out.transpose(0, 1)[None]

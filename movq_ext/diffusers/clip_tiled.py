@@ -1,0 +1,132 @@
+"""Decode clips in bounded memory, without approximation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model.feature_maps import MapStore
+from ..model.fusion import is_unmodified
+from ..model.strip_checks import check_no_dropout
+from ..model.strip_rows import HALO
+from ..model.strips import UPSAMPLE_VALUES, convolution_values
+from ..model.tiled import check_max_memory
+from .accelerated import is_diffusers_class, original_class
+from .causal_convolution import is_plain_conv3d
+from .clip_strips import PADDING, ClipStrips
+from .cogvideox import CogVideoXResnetBlock3D, CogVideoXUpsample3D, upsampled_frames
+from .video_norms import CogVideoXSpatialNorm3D
+
+MAX_STRIP_BYTES = 256 << 20  # on a CPU, where larger strips would only take memory
+
+
+@torch.no_grad()
+def decode_clip_tiled(vae: Any, z: Tensor, *, max_memory: int, folder: str | None = None) -> Tensor:
+    """Return ``vae.decode(z).sample`` of diffusers' AutoencoderKLCogVideoX, decoded in bounded memory and without gradients.
+
+    Every batch of frames (``vae.num_latent_frames_batch_size``) is decoded in strips of rows, with the group norms' statistics of
+    all rows. So there are no seams, unlike with diffusers' tiling, whose tiles are normalised alone and blended.
+
+    ``max_memory`` covers the strip being computed (at most half), the maps between layers, and the frames that convolutions take
+    from one batch to the next. Maps beyond it go to temporary files. It does not cover weights, latents and the clip.
+
+    The clips of a batch are decoded one after another. No ``torch.no_grad()`` is needed. The model may be accelerated or not;
+    ``vae.use_tiling`` and ``vae.use_slicing`` do not matter.
+
+    Args:
+        vae: an AutoencoderKLCogVideoX, in evaluation mode if it has dropout.
+        z: ``(B, latent_channels, t, h, w)``, of the model's dtype and device.
+        max_memory: bytes of the device's memory.
+        folder: where to create the temporary files; the system's default if None.
+
+    Returns:
+        The clip ``(B, out_channels, T, H, W)``, equal to ``vae.decode(z).sample`` up to rounding.
+
+    Raises:
+        TypeError: vae has another class, or replaced, hooked or patched layers (adapters, quantised weights); z's dtype differs.
+        ValueError: z has another shape or device; max_memory is too small for one row of the largest map; dropout is active.
+        OSError: the temporary files do not fit on the disk.
+    """
+    _check_model(vae)
+    _check_latents(vae, z)
+    check_no_dropout("vae", vae)
+    batches = frame_batches(z.shape[2], vae.num_latent_frames_batch_size)
+    frames = max(last - first for first, last in batches)
+    check_max_memory(max_memory, _min_memory(vae.decoder, frames, z.shape[4], z.dtype.itemsize), "z", z)
+    strip_bytes = max_memory // 2 if z.is_cuda else min(max_memory // 2, MAX_STRIP_BYTES)
+    clips = []
+    for latents in z.split(1):
+        with MapStore(z.dtype, z.device, max_memory - strip_bytes, folder) as store:
+            strips, parts = ClipStrips(store, strip_bytes), []
+            for first, last in batches:
+                part = latents[:, :, first:last]
+                part = part if vae.post_quant_conv is None else vae.post_quant_conv(part)
+                parts.append(strips.decode(vae.decoder, part, is_last=last == z.shape[2]))
+        clips.append(torch.cat(parts, dim=2))
+    return torch.cat(clips)
+
+
+def frame_batches(frames: int, size: int) -> list[tuple[int, int]]:
+    """Return (first, last) of each batch of latent frames, first to last - 1: as in diffusers, the first takes the rest."""
+    rest = frames % size if frames >= size else frames - size
+    starts = [0, *range(size + rest, frames, size)]
+    return list(zip(starts, [*starts[1:], frames], strict=True))
+
+
+def _check_model(vae: Any) -> None:
+    if not is_diffusers_class(original_class(vae), "AutoencoderKLCogVideoX"):
+        raise TypeError(f"vae must be diffusers' AutoencoderKLCogVideoX, got {type(vae).__name__}")
+    for name, reason in _reasons(vae.decoder):
+        if reason is not None:
+            raise TypeError(f"vae must have the layers of AutoencoderKLCogVideoX, unmodified, got decoder.{name}: {reason}")
+
+
+def _reasons(decoder: Any) -> Iterator[tuple[str, str | None]]:
+    """Yield the name of each part and why it cannot run in strips, or None if it can."""
+    for name, module in decoder.named_modules():
+        kind = original_class(module).__name__
+        if kind == "CogVideoXResnetBlock3D":
+            yield name, CogVideoXResnetBlock3D.unsupported_reason(module)
+        elif kind == "CogVideoXSpatialNorm3D":
+            yield name, CogVideoXSpatialNorm3D.unsupported_reason(module)
+        elif kind == "CogVideoXUpsample3D":
+            yield name, CogVideoXUpsample3D.unsupported_reason(module)
+        elif kind == "CogVideoXCausalConv3d":
+            yield name, None if is_plain_conv3d(module.conv) else "its convolution is replaced or hooked"
+        elif name.endswith("conv_shortcut"):
+            yield name, None if is_plain_conv3d(module) else "it is replaced or hooked"
+        if name:
+            yield name, None if is_unmodified(module) else "it is hooked or patched"
+
+
+def _check_latents(vae: Any, z: Tensor) -> None:
+    channels, weight = vae.config.latent_channels, vae.decoder.conv_in.conv.weight
+    if z.dim() != 5 or z.shape[1] != channels or z.numel() == 0:
+        raise ValueError(f"z must have shape (B, {channels}, frames, height, width), not empty, got {tuple(z.shape)}")
+    if z.dtype != weight.dtype:
+        raise TypeError(f"z must have the model's dtype {weight.dtype}, got {z.dtype}")
+    if z.device != weight.device:
+        raise ValueError(f"z must be on the model's device {weight.device}, got {z.device}")
+
+
+def _min_memory(decoder: Any, frames: int, width: int, itemsize: int) -> int:
+    """Return the smallest max_memory: half of it holds a strip of one row of the largest map.
+
+    Args:
+        decoder: of an AutoencoderKLCogVideoX.
+        frames, width: of its latent.
+        itemsize: bytes of a value.
+    """
+    largest = 0  # values in all tensors of a strip of one row
+    for block in (decoder.mid_block, *decoder.up_blocks):
+        for resnet in block.resnets:
+            values = convolution_values(resnet.in_channels, resnet.out_channels)
+            largest = max(largest, (1 + HALO) * (frames + PADDING) * width * values)
+        for upsampler in getattr(block, "upsamplers", None) or ():
+            values = UPSAMPLE_VALUES * upsampler.conv.in_channels
+            largest = max(largest, (1 + HALO) * frames * width * values)
+            frames, width = upsampled_frames(upsampler, torch.empty(1, 1, frames, 1, 1)).shape[2], 2 * width
+    return 2 * largest * itemsize

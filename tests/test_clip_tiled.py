@@ -1,0 +1,170 @@
+"""decode_clip_tiled against diffusers' decode: results, its memory limit, its temporary files and its arguments."""
+
+import tempfile
+
+import pytest
+import torch
+from accelerated_models import diffusers
+from models import PeakBytes
+from spies import record_calls
+from tolerances import RELATIVE, assert_close, relative_error
+from torch import nn
+from video_models import cogvideox, latent
+
+from movq_ext import accelerate, decode_clip_tiled
+from movq_ext.diffusers import clip_strips, clip_tiled
+from movq_ext.model.strips import Strips
+
+F64 = torch.float64
+SIZE, LITTLE = (5, 3), 440_000  # of float64 maps: 20 rows of 12 pixels in strips of one row
+PLENTY = 1 << 30
+
+
+@pytest.fixture
+def files(monkeypatch):
+    """The temporary files."""
+    return record_calls(monkeypatch, tempfile, "TemporaryFile", lambda file, **_: file)
+
+
+def decode(model, z):
+    with torch.no_grad():
+        return model.decode(z).sample
+
+
+def scaled(limit, dtype):
+    return limit * dtype.itemsize // F64.itemsize
+
+
+@pytest.mark.parametrize("max_memory", [LITTLE, 2 * LITTLE, PLENTY])
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 7])
+def test_it_equals_the_whole_decode(frames, max_memory):
+    """One frame, and odd and even numbers of them in one or several batches; strips of one row, of some, and of all."""
+    model, z = cogvideox().double(), latent(frames, size=SIZE, batch=2, dtype=F64)
+    assert_close(decode_clip_tiled(model, z, max_memory=max_memory), decode(model, z))
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_other_batches_of_frames(size):
+    model, z = cogvideox().double(), latent(7, size=SIZE, dtype=F64)
+    model.num_latent_frames_batch_size = size
+    assert_close(decode_clip_tiled(model, z, max_memory=2 * LITTLE), decode(model, z))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("frames", [1, 5])
+def test_it_is_as_exact_as_diffusers(frames, dtype):
+    model, z = cogvideox().to(dtype), latent(frames, size=SIZE, dtype=dtype)
+    theirs, out = decode(model, z), decode_clip_tiled(model, z, max_memory=scaled(LITTLE, dtype))
+    expected = decode(model.double(), z.double())
+    assert out.dtype == dtype
+    assert relative_error(out, expected) < 1.5 * relative_error(theirs, expected) + RELATIVE[torch.float32]
+
+
+def test_the_model_may_be_accelerated():
+    model, z = cogvideox(), latent(5, size=SIZE)
+    expected = decode_clip_tiled(model, z, max_memory=PLENTY)
+    accelerate(model)
+    model.enable_tiling(), model.enable_slicing()
+    assert torch.equal(decode_clip_tiled(model, z, max_memory=PLENTY), expected)
+
+
+def test_a_change_of_widths_inside_a_block():
+    changes = dict(block_out_channels=(8, 16, 24), norm_num_groups=4, layers_per_block=0)
+    model, z = cogvideox(**changes).double(), latent(4, size=SIZE, dtype=F64)
+    assert_close(decode_clip_tiled(model, z, max_memory=2 * LITTLE), decode(model, z))
+
+
+def test_little_memory_takes_strips_and_files(monkeypatch, files):
+    spans = record_calls(monkeypatch, Strips, "spans", lambda spans, *_: spans)
+    model, z = cogvideox().double(), latent(5, size=SIZE, dtype=F64)
+    decode_clip_tiled(model, z, max_memory=LITTLE)
+    assert max(map(len, spans)) == 4 * SIZE[0] and files and all(file.closed for file in files)
+    spans.clear(), files.clear()
+    decode_clip_tiled(model, z, max_memory=PLENTY)
+    assert max(map(len, spans)) == 1 and not files
+
+
+@torch.no_grad()
+def test_peak_memory():
+    """Beyond the clip and its parts, it stays below the limit; a whole decode takes more, accelerated or not."""
+    model, z, limit = cogvideox(), latent(5, size=(24, 12)), 3 << 20
+    peaks = []
+    for run in (lambda: decode_clip_tiled(model, z, max_memory=limit), lambda: model.decode(z), lambda: model.decode(z)):
+        with PeakBytes() as memory:
+            run()
+        peaks.append(memory.peak)
+        if len(peaks) == 2:
+            accelerate(model)
+    clip = 4 * 3 * 17 * (4 * 24) * (4 * 12)
+    assert peaks[0] < limit + 3 * clip < min(peaks[1:]) / 2
+
+
+@torch.no_grad()
+def test_strips_take_few_operations_more_than_the_whole(monkeypatch):
+    """A clip's repeated first frames are not convolved, here neither."""
+    added = record_calls(monkeypatch, clip_strips.CausalConvolution, "_add_tap", lambda _, self, weight, i, o, count: count)
+    decode_clip_tiled(cogvideox(), latent(1, size=SIZE), max_memory=PLENTY)
+    assert set(added) == {1}
+    assert len(added) == sum(isinstance(m, nn.Conv3d) and m.kernel_size[0] == 3 for m in cogvideox().decoder.modules())
+
+
+def test_files_are_closed_after_an_error(monkeypatch, files):
+    original = clip_strips.ClipStrips.convolve
+
+    def fail_late(*args, **kwargs):
+        if files:
+            raise OSError("disk full")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(clip_strips.ClipStrips, "convolve", fail_late)
+    with pytest.raises(OSError, match="disk full"):
+        decode_clip_tiled(cogvideox().double(), latent(3, size=SIZE, dtype=F64), max_memory=LITTLE)
+    assert files and all(file.closed for file in files)
+
+
+def test_files_go_to_the_folder(tmp_path, monkeypatch):
+    folders = record_calls(monkeypatch, tempfile, "TemporaryFile", lambda file, dir: dir)
+    decode_clip_tiled(cogvideox().double(), latent(3, size=SIZE, dtype=F64), max_memory=LITTLE, folder=str(tmp_path))
+    assert set(folders) == {str(tmp_path)}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("frames", [*range(1, 12)])
+def test_frame_batches_are_those_of_diffusers(frames, size):
+    model, seen = cogvideox(), []
+    model.decoder = nn.Module()
+    model.decoder.forward = lambda z, conv_cache: (seen.append((int(z[0, 0, 0, 0, 0]), int(z[0, 0, -1, 0, 0]) + 1)) or z, None)
+    model.num_latent_frames_batch_size = size
+    decode(model, torch.arange(float(frames)).view(1, 1, -1, 1, 1))
+    assert clip_tiled.frame_batches(frames, size) == seen
+
+
+def test_invalid_arguments():
+    model, z = cogvideox(), latent(3)
+    for bad, error, message in (
+        (z[0], ValueError, r"z must have shape \(B, 4, frames, height, width\), not empty, got \(4, 3, 3, 2\)"),
+        (z[:, :3], ValueError, r"z must have shape \(B, 4, frames, height, width\), not empty, got \(1, 3, 3, 3, 2\)"),
+        (z[:, :, :0], ValueError, r"z must have shape .* not empty, got \(1, 4, 0, 3, 2\)"),
+        (z.half(), TypeError, "z must have the model's dtype torch.float32, got torch.float16"),
+        (z.to("meta"), ValueError, "z must be on the model's device cpu, got meta"),
+    ):
+        with pytest.raises(error, match=message):
+            decode_clip_tiled(model, bad, max_memory=PLENTY)
+    with pytest.raises(ValueError, match=r"max_memory must be at least \d+ bytes \(1 MiB\) for z of shape .*, got 1000"):
+        decode_clip_tiled(model, z, max_memory=1000)
+    with pytest.raises(TypeError, match="vae must be diffusers' AutoencoderKLCogVideoX, got AutoencoderKL"):
+        decode_clip_tiled(diffusers.AutoencoderKL(), z, max_memory=PLENTY)
+    model.train().decoder.mid_block.resnets[0].dropout.p = 0.5
+    with pytest.raises(ValueError, match="vae must be in evaluation mode"):
+        decode_clip_tiled(model, z, max_memory=PLENTY)
+
+
+@pytest.mark.parametrize(
+    "path", ["conv_in.conv", "mid_block.resnets.0", "up_blocks.0.upsamplers.0.conv", "up_blocks.1.resnets.0.norm1.conv_y.conv"]
+)
+def test_hooked_layers_are_refused(path):
+    """They would see strips."""
+    model = cogvideox()
+    model.decoder.get_submodule(path).register_forward_hook(lambda *_: None)
+    with pytest.raises(TypeError, match=r"vae must have .* unmodified, got decoder\..*: it.* is .*hooked"):
+        decode_clip_tiled(model, latent(3), max_memory=PLENTY)
