@@ -1,21 +1,27 @@
 """Decodes of CogVideoX's autoencoder: diffusers eager, in channels_last_3d and compiled, against `movq_ext.accelerate`.
 
-    python benchmarks/video.py --out benchmarks/results/video
+    python benchmarks/video.py --compile-only  # fills the compiler's cache: the next line takes less time
+    python benchmarks/video.py --out benchmarks/results/video_cpu --minutes 17
+    python benchmarks/video_plot.py benchmarks/results/video_cpu
 
-The model has random weights and the published widths. The candidates are timed in turns, for several rounds: "ms" is the median,
+The model has random weights and the published widths; "compiled" has its decoder compiled. The candidates take turns, one decode
+each in a round, and rounds go through all clips until the minutes are over: large clips get fewer "rounds". "ms" is the median,
 "ratio" the median of the rounds' ratios of diffusers' time to the candidate's, and "spread" the ``(largest - smallest) / median``
-of these. "norms" is the share of a decode that its spatial norms and activations take, timed call by call, and "error" the
-relative difference to diffusers' clip. "MB" is the peak memory of a decode beyond what was in use, each in its own process.
+of these. "MB" is the median peak memory of a decode beyond what was in use. "norms" (with activations), "convolutions" (causal
+ones, with padding) and "upsampling" are shares of a decode's time, measured call by call; not in a compiled program. "error" is
+the relative difference to diffusers' clip.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
+import ctypes
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,11 +29,11 @@ from unittest import mock
 
 import diffusers
 import torch
-from timing import environment, milliseconds, peak_megabytes, summary, write
+from timing import environment, peak_megabytes, summary, write
 from torch import Tensor, nn
 
 import movq_ext
-from movq_ext.diffusers import cogvideox, video_norms
+from movq_ext.diffusers import causal_convolution, cogvideox, video_norms
 
 QUICK = {"block_out_channels": (32, 64), "layers_per_block": 1}
 SIZES = ((96, 96), (128, 192))  # height and width in pixels
@@ -56,59 +62,83 @@ def prepare(model: Any, candidate: str, z: Tensor) -> Callable[[], Tensor]:
         if parameter.dim() == 5:
             parameter.data = parameter.data.contiguous(memory_format=layout)
     (movq_ext.accelerate if candidate == "movq_ext" else movq_ext.restore)(model)
-    decode = torch.compile(model.decode) if candidate == "compiled" else model.decode
+    compiled = model.__dict__.setdefault("compiled_decoder", torch.compile(model.decoder._call_impl, dynamic=False))
+    model.decoder._compiled_call_impl = compiled if candidate == "compiled" else None
     z = z.contiguous(memory_format=layout)
-    return lambda: decode(z, return_dict=False)[0]
+    return lambda: model.decode(z, return_dict=False)[0]
 
 
-def measure(model: Any, z: Tensor, candidates: tuple[str, ...], rounds: int) -> list[dict[str, Any]]:
-    times: dict[str, list[float]] = {candidate: [] for candidate in candidates}
-    clips, shares = {}, {}
-    for turn in range(rounds):
-        for candidate in candidates:
-            run = prepare(model, candidate, z)
-            if turn == 0:
-                clips[candidate] = run().float()  # compiles, too
-                shares[candidate] = float("nan") if candidate == "compiled" else share_of_norms(run, z.device)
-            times[candidate].append(milliseconds(run, z.device))
-    rows = []
-    for candidate in candidates:
-        ratio, spread = summary([theirs / ours for theirs, ours in zip(times["diffusers"], times[candidate], strict=True)])
-        error = float((clips[candidate] - clips["diffusers"]).norm() / clips["diffusers"].norm())
-        row = {"candidate": candidate, "ms": median(times[candidate]), "ratio": ratio, "spread": spread}
-        rows.append({**row, "norms": shares[candidate], "error": error})
-    return rows
+def measure(run: Callable[[], Tensor], device: torch.device, by_part: bool) -> dict[str, Any]:
+    """Return the time and the peak memory of a call, the share of each part in its time, and its result."""
+    clips, spent = list[Tensor](), dict.fromkeys(parts(), float("nan"))
+    start, end = 0.0, 0.0
 
-
-def share_of_norms(run: Callable[[], Tensor], device: torch.device) -> float:
-    """Return the share of a call's time in spatial norms and activations."""
-    norm3d = diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXSpatialNorm3D
-    ours = video_norms.CogVideoXSpatialNorm3D
-    parts = [(norm3d, "forward"), (nn.SiLU, "forward"), (cogvideox, "_normalise"), (ours, "modulated")]
-    with timed(parts, device) as spent:
+    def call() -> None:
+        nonlocal start, end
         start = _now(device)
-        run()
-        return spent[0] / (_now(device) - start)
+        clips.append(run())
+        end = _now(device)
+
+    release_memory()
+    if by_part:
+        with timed(parts(), device) as spent:
+            peak = peak_megabytes(call, device)
+    else:
+        peak = peak_megabytes(call, device)
+    seconds = end - start
+    return {
+        "ms": 1e3 * seconds,
+        "MB": peak,
+        **{part: own / seconds for part, own in spent.items()},
+        "clip": clips[0].float().cpu(),
+    }
+
+
+def release_memory() -> None:
+    """Return freed memory to the system: the allocator would serve the next call from it, and its peak would look smaller."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def parts() -> dict[str, list[tuple[Any, str]]]:
+    """Return the functions of diffusers and ours that compute each part of a decoder."""
+    theirs: Any = diffusers.models.autoencoders.autoencoder_kl_cogvideox
+    norms = [(theirs.CogVideoXSpatialNorm3D, "forward"), (nn.SiLU, "forward"), (cogvideox, "_normalise")]
+    return {
+        "norms": [*norms, (video_norms.CogVideoXSpatialNorm3D, "modulated")],
+        "convolutions": [
+            (theirs.CogVideoXCausalConv3d, "forward"),
+            (cogvideox, "causal_convolution"),
+            (causal_convolution.CausalConv3d, "forward"),
+        ],
+        "upsampling": [(theirs.CogVideoXUpsample3D, "forward"), (cogvideox.CogVideoXUpsample3D, "forward")],
+    }
 
 
 @contextmanager
-def timed(functions: list[tuple[Any, str]], device: torch.device) -> Iterator[list[float]]:
-    """Add the time spent in these functions to the first element of the yielded list; one inside another counts once."""
-    spent, depth = [0.0], [0]
+def timed(functions: dict[str, list[tuple[Any, str]]], device: torch.device) -> Iterator[dict[str, float]]:
+    """Add the time spent in each part's functions to the yielded dict; what another calls counts for that one only."""
+    spent, depth = dict.fromkeys(functions, 0.0), 0
 
-    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            depth[0] += 1
+            nonlocal depth
+            depth += 1
             start = _now(device)
             try:
                 return function(*args, **kwargs)
             finally:
-                depth[0] -= 1
-                spent[0] += 0.0 if depth[0] else _now(device) - start
+                depth -= 1
+                spent[part] += 0.0 if depth else _now(device) - start
 
         return call
 
-    patches = [mock.patch.object(owner, name, wrap(getattr(owner, name))) for owner, name in functions]
+    patches = [
+        mock.patch.object(owner, name, wrap(part, getattr(owner, name)))
+        for part, found in functions.items()
+        for owner, name in found
+    ]
     for patch in patches:
         patch.start()
     try:
@@ -124,20 +154,47 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def measure_peak(candidate: str, case: list[str]) -> float:
-    """Return the peak memory of a decode in MB, from a process of its own."""
-    command = [sys.executable, __file__, "--peak-of", candidate, *case]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+class Case:
+    """A clip of random latents, and what was measured of its decodes.
 
+    Args:
+        model: see `build_model`.
+        candidates: with diffusers first.
+        size: frames, height and width of the clip.
+    """
 
-@torch.no_grad()
-def print_peak(candidate: str, device: str, dtype: str, frames: str, height: str, width: str, widths: str) -> None:
-    """Print the peak memory of the second decode in MB."""
-    model = build_model(widths == "quick", device, dtype)
-    z = latents(model, int(frames), int(height), int(width))
-    run = prepare(model, candidate, z)
-    run()
-    print(peak_megabytes(run, z.device))
+    def __init__(self, model: Any, candidates: tuple[str, ...], size: tuple[int, int, int]) -> None:
+        self.model, self.candidates, self.size = model, candidates, size
+        self.z = latents(model, *size)
+        self.measured: dict[str, list[dict[str, Any]]] = {candidate: [] for candidate in candidates}
+        self.errors: dict[str, float] = {}
+        self.seconds = 0.0  # of its last round
+
+    def compile(self) -> None:
+        if "compiled" in self.candidates:
+            prepare(self.model, "compiled", self.z)()
+
+    def measure_round(self) -> None:
+        """Decode once with each candidate."""
+        start, theirs = time.monotonic(), torch.empty(0)
+        for candidate in self.candidates:
+            result = measure(prepare(self.model, candidate, self.z), self.z.device, by_part=candidate != "compiled")
+            clip = result.pop("clip")
+            theirs = clip if candidate == "diffusers" else theirs
+            self.errors[candidate] = float((clip - theirs).norm() / theirs.norm())
+            self.measured[candidate].append(result)
+        self.seconds = time.monotonic() - start
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        frames, height, width = self.size
+        for candidate, results in self.measured.items():
+            if results:
+                pairs = zip(self.measured["diffusers"], results, strict=True)
+                ratio, spread = summary([theirs["ms"] / ours["ms"] for theirs, ours in pairs])
+                row = {"frames": frames, "size": f"{height}x{width}", "candidate": candidate, "rounds": len(results)}
+                middle = {key: median(result[key] for result in results) for key in results[0]}
+                row |= {"ms": middle.pop("ms"), "ratio": ratio, "spread": spread} | middle
+                yield {**row, "error": self.errors[candidate]}
 
 
 @torch.no_grad()
@@ -145,28 +202,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--frames", nargs="+", type=int, default=[9, 17], help="of the decoded clips, 4 n + 1")
-    parser.add_argument("--candidates", nargs="+", default=CANDIDATES, choices=CANDIDATES, help="with diffusers always first")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of every candidate")
+    parser.add_argument("--candidates", nargs="+", default=CANDIDATES, choices=CANDIDATES, help="diffusers is always one")
+    parser.add_argument("--rounds", type=int, default=5, help="of every clip, at most")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/video"), help="folder for the results")
     parser.add_argument("--quick", action="store_true", help="rehearse: a narrow model and small frames")
-    parser.add_argument("--minutes", type=float, default=60.0, help="start no measurement after this long")
-    parser.add_argument("--peak-of", nargs=7, help=argparse.SUPPRESS)
+    parser.add_argument("--minutes", type=float, default=60.0, help="start no round that would end after this long")
+    parser.add_argument("--compile-only", action="store_true", help="compile for every clip, and measure nothing")
     options = parser.parse_args()
-    if options.peak_of:
-        print_peak(*options.peak_of)
-        return
     start, rows = time.monotonic(), []
     candidates = ("diffusers", *(candidate for candidate in options.candidates if candidate != "diffusers"))
     for dtype in ("bfloat16", "float32") if options.device != "cpu" else ("float32",):
         model = build_model(options.quick, options.device, dtype)
-        for height, width in ((16, 16),) if options.quick else SIZES:
-            for frames in options.frames:
-                if time.monotonic() - start > 60 * options.minutes:
-                    continue
-                case = [options.device, dtype, *map(str, (frames, height, width)), "quick" if options.quick else "published"]
-                given = {"device": options.device, "dtype": dtype, "frames": frames, "size": f"{height}x{width}"}
-                for row in measure(model, latents(model, frames, height, width), candidates, options.rounds):
-                    rows.append({**given, **row, "MB": measure_peak(row["candidate"], case)})
+        sizes = [(frames, *size) for size in (((16, 16),) if options.quick else SIZES) for frames in options.frames]
+        cases = [Case(model, candidates, size) for size in sizes]
+        for case in cases:
+            case.compile()
+            print(f"{case.size} is compiled after {time.monotonic() - start:.0f} s", file=sys.stderr)
+        seconds_per_pixel = 0.0
+        for _ in range(0 if options.compile_only else options.rounds):
+            for case in cases:
+                if time.monotonic() - start + seconds_per_pixel * prod(case.size) < 60 * options.minutes:
+                    case.measure_round()
+                    seconds_per_pixel = case.seconds / prod(case.size)
+                    print(f"{case.size} took {case.seconds:.0f} s", file=sys.stderr)
+        rows += [{"dtype": dtype, **row} for case in cases for row in case.rows()]
+    if options.compile_only:
+        return
     head = {**environment(torch.device(options.device)), "diffusers": diffusers.__version__}
     write(options.out, "video", "Decodes of AutoencoderKLCogVideoX with and without movq_ext.accelerate", head, rows)
 

@@ -32,7 +32,7 @@ def test_the_share_of_the_norms_has_the_same_parts_on_both_sides(monkeypatch):
     monkeypatch.setattr(video, "_now", lambda device: clock[0])
     z = video.latents(model, 5, 16, 16)
     for candidate in ("diffusers", "movq_ext"):
-        assert video.share_of_norms(video.prepare(model, candidate, z), z.device) == 1
+        assert video.measure(video.prepare(model, candidate, z), z.device, by_part=True)["norms"] == 1
         assert clock[0] >= len(convolutions) > 0
         clock[0] = 0.0
     for name in ("video", "timing"):
