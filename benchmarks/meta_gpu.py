@@ -19,6 +19,7 @@ from movq_ext.ops import attention_backends, extension, paths, registration, sel
 # Kernels behind one operator, at most. cuDNN may launch more than one for a convolution.
 KERNELS = {
     "spatial_norm_forward": 3,
+    "norm with statistics": 2,
     "attention_forward": 2,
     "shared_kv_attention_forward": 2,
     "baddbmm": 2,  # PyTorch copies the biases into the result first
@@ -54,7 +55,8 @@ def meta_gpu(launches: Launches | None = None) -> Iterator[None]:
     def counted(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
         def kernel(*arguments: Any) -> Any:
             assert launches is not None
-            launches.operators[name] += 1
+            takes_statistics = name == "spatial_norm_forward" and arguments[10:11] not in ((), (None,))
+            launches.operators["norm with statistics" if takes_statistics else name] += 1
             with _disable_current_modes():
                 return fake(*arguments)
 

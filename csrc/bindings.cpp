@@ -16,7 +16,7 @@ namespace py = pybind11;
 STABLE_TORCH_LIBRARY(movq_ext, m) {
   m.def(
       "spatial_norm_forward(Tensor f, Tensor? zq_y, Tensor? zq_b, Tensor? weight, Tensor? bias, int groups, float eps, bool silu,"
-      " Tensor? f_bias=None, bool bordered=False) -> (Tensor out, Tensor mean, Tensor rstd)");
+      " Tensor? f_bias=None, bool bordered=False, Tensor? statistics=None) -> (Tensor out, Tensor mean, Tensor rstd)");
   m.def(
       "spatial_norm_backward(Tensor dout, Tensor f, Tensor? zq_y, Tensor? zq_b, Tensor? weight, Tensor? bias, Tensor mean,"
       " Tensor rstd, int groups, bool silu) -> (Tensor df, Tensor dzq_y, Tensor dzq_b, Tensor dweight, Tensor dbias)");
@@ -30,9 +30,15 @@ STABLE_TORCH_LIBRARY(movq_ext, m) {
       "shared_kv_attention_backward(Tensor dout, Tensor q, Tensor kv, Tensor out, Tensor lse, float scale, bool hopper=False)"
       " -> (Tensor dq, Tensor dkv)");
   m.def("add_bias_residual_(Tensor(a!) x, Tensor? bias, Tensor? residual) -> ()");
+  m.def(
+      "add_bias_residual_statistics_(Tensor(a!) x, Tensor? bias, Tensor? residual, int groups, int chunk_pixels)"
+      " -> Tensor statistics");
   m.def("fold_upsampling(Tensor weight, bool windows=False) -> Tensor");
   m.def("fold_upsampling_backward(Tensor dfolded, bool channels_last) -> Tensor");
   m.def("interleave_windows(Tensor windows, Tensor? bias) -> Tensor");
+  m.def(
+      "interleave_windows_statistics(Tensor windows, Tensor? bias, int groups, int chunk_columns)"
+      " -> (Tensor out, Tensor statistics)");
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -1,4 +1,5 @@
-// The operator add_bias_residual_ for CUDA tensors: checks, layout and stream around the launcher.
+// The operators add_bias_residual_ and add_bias_residual_statistics_ for CUDA tensors: checks, layout, allocation and stream
+// around the launcher.
 #include "kernels/epilogue.h"
 
 #include "tensors.h"
@@ -28,7 +29,10 @@ Tensor in_format_of_x(const Tensor& given, const Tensor& x, MemoryFormat format)
   return residual;
 }
 
-void add_bias_residual_(const Tensor& x, const OptionalTensor& given_bias, const OptionalTensor& given_residual) {
+// `with_statistics` completes the problem, and allocates and returns the statistics.
+template <class WithStatistics>
+OptionalTensor add(const Tensor& x, const OptionalTensor& given_bias, const OptionalTensor& given_residual,
+                   WithStatistics with_statistics) {
   const movq::DeviceGuard guard(x.get_device_index());
   CHECK_ARGUMENT(x.dim() == 4 && x.numel() > 0, "x must have 4 dimensions and not be empty, got shape ", movq::shape(x));
   CHECK_ARGUMENT(x.size(1) <= INT32_MAX && x.size(2) * x.size(3) <= INT32_MAX,
@@ -54,14 +58,38 @@ void add_bias_residual_(const Tensor& x, const OptionalTensor& given_bias, const
     movq::check_dtype("residual", *given_residual, "x", x);
     residual = in_format_of_x(*given_residual, x, format);
   }
+  const OptionalTensor statistics = with_statistics(problem);
   const movq::Epilogue arguments = {
       .x = x.mutable_data_ptr(),
       .bias = movq::read_pointer(bias),
       .residual = movq::read_pointer(residual),
+      .statistics = statistics ? statistics->mutable_data_ptr<float>() : nullptr,
   };
   movq::add_bias_residual(problem, arguments, movq::current_stream(x));
+  return statistics;
+}
+
+void add_bias_residual_(const Tensor& x, const OptionalTensor& bias, const OptionalTensor& residual) {
+  add(x, bias, residual, [](movq::EpilogueProblem&) { return OptionalTensor(); });
+}
+
+Tensor add_bias_residual_statistics_(const Tensor& x, const OptionalTensor& bias, const OptionalTensor& residual, int64_t groups,
+                                     int64_t chunk_pixels) {
+  return *add(x, bias, residual, [&](movq::EpilogueProblem& problem) {
+    CHECK_ARGUMENT(groups > 0 && problem.channels % groups == 0,
+                   "groups must be a positive divisor of x's channels, got groups=", groups, " for ", problem.channels,
+                   " channels");
+    CHECK_ARGUMENT(chunk_pixels > 0, "chunk_pixels must be positive, got ", chunk_pixels);
+    problem.groups = groups;
+    problem.chunk_pixels = chunk_pixels;
+    return OptionalTensor(
+        movq::empty_contiguous<4>({problem.batch, groups, movq::epilogue_parts(problem), 4}, aoti_torch_dtype_float32(), x));
+  });
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(movq_ext, CUDA, m) { m.impl("add_bias_residual_", TORCH_BOX(&add_bias_residual_)); }
+STABLE_TORCH_LIBRARY_IMPL(movq_ext, CUDA, m) {
+  m.impl("add_bias_residual_", TORCH_BOX(&add_bias_residual_));
+  m.impl("add_bias_residual_statistics_", TORCH_BOX(&add_bias_residual_statistics_));
+}

@@ -89,6 +89,17 @@ struct Inputs {
   }
 };
 
+void check_statistics(const Tensor& statistics, const Inputs& inputs, bool with_f_bias) {
+  const movq::SpatialNormProblem& problem = inputs.problem;
+  CHECK_ARGUMENT(statistics.dim() == 4 && statistics.size(0) == problem.batch && statistics.size(1) == problem.groups &&
+                     statistics.size(2) > 0 && statistics.size(2) <= INT32_MAX && statistics.size(3) == 4,
+                 "statistics must have shape (", problem.batch, ", ", problem.groups, ", parts, 4), got ", shape(statistics));
+  CHECK_ARGUMENT(statistics.is_contiguous(), "statistics must be contiguous, got strides ", movq::strides(statistics));
+  CHECK_ARGUMENT(statistics.scalar_type() == ScalarType::Float, "statistics must be float32, got ", statistics.scalar_type());
+  movq::check_device("statistics", statistics, "f", inputs.f);
+  CHECK_ARGUMENT(!with_f_bias, "statistics must not be given with f_bias: they are those of f alone");
+}
+
 void check_bordered(const Inputs& inputs) {
   const movq::SpatialNormProblem& problem = inputs.problem;
   auto fits = [](int64_t size, int64_t zq_size) {
@@ -101,13 +112,15 @@ void check_bordered(const Inputs& inputs) {
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& f, const OptionalTensor& zq_y, const OptionalTensor& zq_b,
                                            const OptionalTensor& weight, const OptionalTensor& bias, int64_t groups, double eps,
-                                           bool silu, const OptionalTensor& given_f_bias, bool bordered) {
+                                           bool silu, const OptionalTensor& given_f_bias, bool bordered,
+                                           const OptionalTensor& statistics) {
   const movq::DeviceGuard guard(f.get_device_index());
   Inputs inputs(f, zq_y, zq_b, weight, bias, groups, eps, silu);
   if (bordered) check_bordered(inputs);
   inputs.problem.bordered = bordered;
   const OptionalTensor f_bias = inputs.checked_parameter("f_bias", given_f_bias);
   if (f_bias) inputs.problem.f_bias_dtype = movq::dtype_of(*f_bias, "f_bias");
+  if (statistics) check_statistics(*statistics, inputs, f_bias.has_value());
   const Tensor out = movq::empty_like(inputs.f);
   const Tensor mean = movq::empty_contiguous<2>({f.size(0), groups}, aoti_torch_dtype_float32(), f),
                rstd = movq::empty_like(mean);
@@ -122,6 +135,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& f, const OptionalTensor
       .mean = mean.mutable_data_ptr<float>(),
       .rstd = rstd.mutable_data_ptr<float>(),
       .workspace = nullptr,
+      .statistics = statistics ? statistics->const_data_ptr<float>() : nullptr,
+      .parts = statistics ? statistics->size(2) : 0,
   };
   const size_t bytes = movq::spatial_norm_forward_workspace(inputs.problem, arguments);
   const Tensor workspace = movq::allocate_workspace(bytes, inputs.f);

@@ -1,6 +1,9 @@
 // The operators around an upsampling convolution for CUDA tensors: checks, allocation and stream around the launchers.
 #include "kernels/upsampling.h"
 
+#include <tuple>
+#include <utility>
+
 #include "tensors.h"
 
 namespace {
@@ -52,7 +55,10 @@ Tensor fold_upsampling_backward(const Tensor& given_dfolded, bool channels_last)
   return dweight;
 }
 
-Tensor interleave_windows(const Tensor& given_windows, const OptionalTensor& given_bias) {
+// `with_statistics` completes the problem, and allocates and returns the statistics.
+template <class WithStatistics>
+std::pair<Tensor, OptionalTensor> interleave(const Tensor& given_windows, const OptionalTensor& given_bias,
+                                             WithStatistics with_statistics) {
   const movq::DeviceGuard guard(given_windows.get_device_index());
   const auto sizes = given_windows.sizes();
   CHECK_ARGUMENT(sizes.size() == 4 && sizes[0] > 0 && sizes[1] > 0 && sizes[1] % 4 == 0 && sizes[2] > 1 && sizes[3] > 1,
@@ -76,9 +82,29 @@ Tensor interleave_windows(const Tensor& given_windows, const OptionalTensor& giv
     bias = movq::contiguous_vector(*given_bias);
     problem.bias_dtype = movq::dtype_of(*bias, "bias");
   }
+  const OptionalTensor statistics = with_statistics(problem);
   movq::interleave_windows(problem, windows.const_data_ptr(), movq::read_pointer(bias), out.mutable_data_ptr(),
-                           movq::current_stream(given_windows));
-  return out;
+                           statistics ? statistics->mutable_data_ptr<float>() : nullptr, movq::current_stream(given_windows));
+  return {out, statistics};
+}
+
+Tensor interleave_windows(const Tensor& windows, const OptionalTensor& bias) {
+  return interleave(windows, bias, [](movq::InterleaveProblem&) { return OptionalTensor(); }).first;
+}
+
+std::tuple<Tensor, Tensor> interleave_windows_statistics(const Tensor& windows, const OptionalTensor& bias, int64_t groups,
+                                                         int64_t chunk_columns) {
+  const auto [out, statistics] = interleave(windows, bias, [&](movq::InterleaveProblem& problem) {
+    CHECK_ARGUMENT(groups > 0 && problem.channels % groups == 0,
+                   "groups must be a positive divisor of the upsampled map's channels, got groups=", groups, " for ",
+                   problem.channels, " channels");
+    CHECK_ARGUMENT(chunk_columns > 0, "chunk_columns must be positive, got ", chunk_columns);
+    problem.groups = groups;
+    problem.chunk_columns = chunk_columns;
+    return OptionalTensor(movq::empty_contiguous<4>({problem.batch, groups, movq::interleave_parts(problem), 4},
+                                                    aoti_torch_dtype_float32(), windows));
+  });
+  return {out, *statistics};
 }
 
 }  // namespace
@@ -87,4 +113,5 @@ STABLE_TORCH_LIBRARY_IMPL(movq_ext, CUDA, m) {
   m.impl("fold_upsampling", TORCH_BOX(&fold_upsampling));
   m.impl("fold_upsampling_backward", TORCH_BOX(&fold_upsampling_backward));
   m.impl("interleave_windows", TORCH_BOX(&interleave_windows));
+  m.impl("interleave_windows_statistics", TORCH_BOX(&interleave_windows_statistics));
 }

@@ -145,8 +145,7 @@ def test_peak_memory_of_an_encode_in_strips():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_kernels_of_a_decode_on_a_gpu():
-    """Statistics and modulation per norm, one pass after each block's last convolution and each upsampling, and no layout
-    conversions."""
+    """Up to three kernels per norm, one pass after each block's last convolution and each upsampling, no layout conversions."""
     decoder = make_decoder(ch=64, ch_mult=(1, 2, 2)).cuda().bfloat16()
     z, zq = latents((16, 16), 1, torch.bfloat16, device="cuda")
     with torch.no_grad():
@@ -158,6 +157,12 @@ def test_kernels_of_a_decode_on_a_gpu():
     norms = sum(isinstance(module, SpatialNorm) for module in decoder.modules())
     blocks = sum(step.takes_zq for step in decoder.steps())
     upsamplings = sum(isinstance(module, Upsample) for module in decoder.modules())
-    for kernel, count in {"statistics<": norms, "modulate<": norms, "epilogue": blocks + upsamplings}.items():
-        assert sum("movq" in name and kernel in name for name in names) == count, (kernel, names)
+
+    def launches(kernel):
+        return sum("movq" in name and kernel in name for name in names)
+
+    assert launches("epilogue") == blocks + upsamplings, names
+    assert launches("merge_statistics<") + launches("norm_in_cluster<") == norms, names
+    # None of its own where the kernel before has left a map's statistics.
+    assert launches("interleaved_statistics<") <= launches("merge_statistics<") == launches("modulate<"), names
     assert not [name for name in names if "nchwToNhwc" in name or "nhwcToNchw" in name]

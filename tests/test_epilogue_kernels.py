@@ -1,10 +1,11 @@
 """The kernel of the epilogue: the same cases on the emulator everywhere, and on a GPU if there is one."""
 
+import emulator
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernels import backends, usable
+from kernels import backends, epilogue, spatial_norm, usable
 from kernels.epilogue import Emulator, Gpu
 from kernels.spatial_norm import case
 from tolerances import assert_close
@@ -13,6 +14,8 @@ from movq_ext.ops.functional import add_bias_residual_
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 backend = backends(emulator=Emulator, gpu=Gpu)
+counted = backends(emulator=Emulator)
+NORMS = {Emulator: spatial_norm.Emulator, Gpu: spatial_norm.Gpu}
 
 # Shapes of x. The cases named `small` are for slow sanitizers.
 SHAPES = {
@@ -108,10 +111,104 @@ def test_any_shape(backend, data):
     assert_close(backend.add_(c.f, bias, residual), expected)
 
 
+# --- Statistics of the sum
+
+
+def merged(statistics):
+    """Return mean, variance and count of every image and group in float64, from the statistics of its parts."""
+    mean, m2, count, zero = statistics.double().unbind(3)
+    assert (zero == 0).all() and (count > 0).all()
+    total = count.sum(2)
+    centre = (mean * count).sum(2) / total
+    return centre, (m2 + count * (mean - centre[:, :, None]) ** 2).sum(2) / total, total
+
+
+def moments(x, groups):
+    values = x.double().reshape(x.shape[0], groups, -1)
+    return values.mean(2), values.var(2, correction=0), torch.full(values.shape[:2], values.shape[2], dtype=torch.float64)
+
+
+# Shape, groups and pixels of a chunk. Both quads of an access belong to one group, to two, or to the only one.
+STATISTICS_CASES = {
+    "two-quads-of-a-group": ((2, 64, 8, 24), 4, 64),
+    "two-groups-of-an-access": ((1, 128, 16, 16), 32, 80),
+    "groups-of-many-quads": ((1, 1024, 1, 8), 2, 8),
+    "one-group": ((3, 40, 6, 8), 1, 16),
+    "one-chunk": ((2, 32, 8, 8), 8, 4096),
+    "columns-beside-a-warp": ((1, 24, 9, 24), 6, 40),
+    "one-pixel": ((70, 32, 1, 8), 8, 8),
+}
+
+
+@pytest.mark.parametrize("name", STATISTICS_CASES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+def test_statistics_of_the_sum(backend, dtype, layout, name):
+    shape, groups, chunk = STATISTICS_CASES[name]
+    c = case(shape, None, dtype, layout)
+    residual = None if dtype == F16 else c.dout
+    expected = total(c.f, c.bias, residual)
+    statistics = backend.add_with_statistics_(c.f, c.bias, residual, groups, chunk)
+    assert_close(c.f, expected)
+    mean, variance, count = merged(statistics)
+    exact_mean, exact_variance, exact_count = moments(c.f, groups)  # of the rounded values
+    assert torch.equal(count, exact_count)
+    torch.testing.assert_close(mean, exact_mean, rtol=0, atol=3e-7)
+    torch.testing.assert_close(variance, exact_variance, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mean", [1e2, 1e4, 1e5])
+def test_statistics_do_not_cancel(backend, layout, mean):
+    """At most twice the error of the norm's own pass, which has Welford's update for every value."""
+    c = case((1, 32, 32, 32), None, F32, layout)
+    c.f.mul_(0.5).add_(mean)
+    statistics = backend.add_with_statistics_(c.f, None, c.dout, 8, 64)
+    exact_mean, exact_variance, _ = moments(c.f, 8)
+    actual_mean, variance, _ = merged(statistics)
+    _, own_mean, own_rstd = NORMS[type(backend)]().forward(c.f, None, None, None, None, 8, 0.0, False)
+    own_variance = own_rstd.double() ** -2
+
+    def error(values, exact):
+        return ((values - exact) / exact).abs().max()
+
+    assert error(actual_mean, exact_mean) <= 2 * error(own_mean, exact_mean) + 2**-24
+    assert error(variance, exact_variance) <= 2 * error(own_variance, exact_variance) + 2**-22
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nan_and_infinity_stay_in_their_group(backend, layout, dtype):
+    c = case((2, 32, 4, 16), None, dtype, layout)
+    c.f[0, 5, 1, 1], c.dout[1, 31, 3, 7] = float("nan"), float("inf")
+    mean, variance, _ = merged(backend.add_with_statistics_(c.f, c.bias, c.dout, 8, 16))
+    finite = torch.ones(2, 8, dtype=torch.bool)
+    finite[0, 1] = finite[1, 7] = False
+    assert torch.equal(variance.isfinite(), finite) and torch.equal(mean.isfinite(), finite)
+
+
+@pytest.mark.parametrize(
+    "shape, layout, groups, chunk, offset",
+    [
+        ((1, 24, 8, 8), "channels_last", 4, 16, 0),  # 6 channels a group
+        ((1, 4096, 1, 8), "channels_last", 32, 8, 0),  # more than a block reads of a pixel
+        ((1, 32, 8, 8), "channels_last", 5, 8, 0),
+        ((1, 32, 8, 8), "channels_last", 8, 0, 0),
+        ((1, 32, 8, 8), "channels_last", 8, 8, 1),
+        ((1, 32, 5, 5), "nchw", 8, 8, 0),
+        ((1, 32, 8, 8), "nchw", 8, 12, 0),
+    ],
+)
+def test_sizes_without_statistics_are_an_error(counted, shape, layout, groups, chunk, offset):
+    c = case(shape, None, BF16, layout, offset=offset)
+    library = epilogue.library()
+    problem = dict(batch=1, channels=shape[1], pixels=shape[2] * shape[3], dtype=2, bias_dtype=0, groups=groups)
+    arguments = dict(**problem, chunk_pixels=chunk, channels_last=layout == "channels_last", x=c.f, bias=c.bias, residual=c.dout)
+    with pytest.raises(emulator.EmulatorError, match="expected sizes and alignment for which"):
+        library.call("add", **arguments, statistics=torch.zeros(1 << 16), seeds=(0,))
+
+
 # --- Costs, counted by the emulator
-
-
-counted = backends(emulator=Emulator)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -127,6 +224,22 @@ def test_one_pass_in_whole_sectors_and_wide_requests(counted, layout, dtype):
     for requests in (x.read_requests, residual.read_requests, x.write_requests):
         assert requests * 32 * 16 == size  # 32 lanes of 16 bytes
     assert launch.shared_bytes == 0 and launch.grid[0] >= min(1024, size // 16 // 256)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_statistics_cost_no_reads_and_few_writes(counted, layout, dtype):
+    c = case((1, 128, 64, 96), None, dtype, layout)
+    counted.seeds = (0,)
+    chunk = 128 if layout == "channels_last" else 2048
+    statistics = counted.add_with_statistics_(c.f, c.bias, c.dout, 32, chunk)
+    size, (launch,) = c.f.numel() * c.f.element_size(), counted.cost.launches
+    x, residual, written = (counted.cost.buffers[name] for name in ("x", "residual", "statistics"))
+    assert x.read_sectors * 32 == residual.read_sectors * 32 == x.written_sectors * 32 == size
+    for requests in (x.read_requests, residual.read_requests, x.write_requests):
+        assert requests * 32 * 16 == size  # 32 lanes of 16 bytes
+    assert written.read_bytes == 0 and written.written_bytes == statistics.numel() * 4 <= 0.02 * size
+    assert launch.bank_conflicts == 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -68,7 +68,16 @@ def test_spatial_norm(layout, zq_size):
         call_for_last_image(library, function, kernels, IMAGES, **arguments, workspace=workspace, windows=window)
 
     out = spatial_norm.poisoned(c.f)
-    run("forward", FORWARD, dict(f=c.f, zq_y=c.zq_y, zq_b=c.zq_b, out=out), f_bias=None, f_bias_dtype=0, bordered=False)
+    run(
+        "forward",
+        FORWARD,
+        dict(f=c.f, zq_y=c.zq_y, zq_b=c.zq_b, out=out),
+        f_bias=None,
+        f_bias_dtype=0,
+        bordered=False,
+        statistics=None,
+        parts=0,
+    )
     inputs = [None if x is None else x.double().requires_grad_() for x in (c.f, c.zq_y, c.zq_b, c.weight, c.bias)]
     expected = published.spatial_norm(*inputs, groups, 1e-6, "silu")
     assert_close(out, expected)
@@ -93,7 +102,8 @@ def test_epilogue(layout):
     )
     channels, height, width = SHAPE
     arguments = dict(batch=IMAGES, channels=channels, pixels=height * width, dtype=DTYPES.index(BF16), bias_dtype=0,
-                     channels_last=layout == "channels_last", x=x, bias=c.bias, residual=c.dout)  # fmt: skip
+                     channels_last=layout == "channels_last", groups=0, chunk_pixels=0, x=x, bias=c.bias, residual=c.dout,
+                     statistics=None)  # fmt: skip
     start = (IMAGES - 1) * x.numel()
     call_for_last_image(epilogue.library(), "add", ("epilogue add",), IMAGES, **arguments, windows=dict(x=start, residual=start))
     assert_close(x, expected)
@@ -105,7 +115,7 @@ def test_interleaving_of_windows():
     windows = spatial_norm.case((1, 4 * channels, height + 1, width + 1), None, BF16, "channels_last").f
     out = upsampling.in_channels_last(1, *SHAPE, dtype=BF16)
     arguments = dict(batch=IMAGES, channels=channels, height=height, width=width, dtype=DTYPES.index(BF16), bias_dtype=0,
-                     pixels=windows, bias=None, out=out)  # fmt: skip
+                     groups=0, chunk_columns=0, pixels=windows, bias=None, out=out, statistics=None)  # fmt: skip
     starts = dict(pixels=(IMAGES - 1) * windows.numel(), out=(IMAGES - 1) * out.numel())
     call_for_last_image(upsampling.library(), "interleave", ("interleave windows",), IMAGES, **arguments, windows=starts)
     assert torch.equal(out, interleave_windows(windows, None))

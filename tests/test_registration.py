@@ -188,6 +188,46 @@ def test_opcheck_of_the_epilogue(device, layout, dtype):
 @needs_extension
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_opcheck_of_statistics(device, layout, dtype):
+    x, bias, residual = epilogue_arguments(dtype, layout, device=device)
+    operators = torch.ops.movq_ext
+    for b, r, groups, chunk in ((bias, residual, GROUPS, 40), (None, residual, 1, 8), (bias, None, 4, 1000)):
+        torch.library.opcheck(operators.add_bias_residual_statistics_.default, (x.clone(), b, r, groups, chunk))
+    statistics = operators.add_bias_residual_statistics_(x, bias, None, GROUPS, 40)
+    norm = operators.spatial_norm_forward.default
+    torch.library.opcheck(norm, (x, None, None, bias, None, GROUPS, EPS, True), {"statistics": statistics})
+    windows = torch.randn(2, 4 * 32, 4, 5, device=device, dtype=dtype)
+    torch.library.opcheck(operators.interleave_windows_statistics.default, (windows, bias, GROUPS, 4))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fake_statistics_have_the_shapes_of_real_ones(layout):
+    x, bias, residual = epilogue_arguments(layout=layout)
+    for groups, chunk in ((GROUPS, 40), (1, 8), (4, 1000)):
+        given = bias, residual, groups, chunk
+        real = registration.add_bias_residual_statistics_cpu(x.clone(), *given)
+        assert described([registration.add_bias_residual_statistics_fake(x, *given)]) == described([real])
+        mean, m2, count, _ = real.double().unbind(3)
+        values = (x + bias[:, None, None] + residual).double().reshape(2, groups, -1)
+        total = (mean * count).sum(2) / count.sum(2)
+        assert_close(total.float(), values.mean(2))
+        assert_close(((m2 + count * (mean - total[:, :, None]) ** 2).sum(2) / count.sum(2)).float(), values.var(2, correction=0))
+    windows = torch.randn(2, 4 * 32, 4, 6)
+    real = registration.interleave_windows_statistics_cpu(windows, bias, GROUPS, 4)
+    assert described(registration.interleave_windows_statistics_fake(windows, bias, GROUPS, 4)) == described(real)
+
+
+@needs_extension
+def test_statistics_must_be_asked_for():
+    """A program that was exported before there were any has one argument less."""
+    last = torch.ops.movq_ext.spatial_norm_forward.default._schema.arguments[-1]
+    assert (last.name, str(last.type), last.default_value) == ("statistics", "Optional[Tensor]", None)
+
+
+@needs_extension
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_epilogue_rounds_once(device, layout):
     x, bias, residual = epilogue_arguments(torch.bfloat16, layout, device=device)
     expected = (x.float() + bias[:, None, None] + residual.float()).bfloat16()

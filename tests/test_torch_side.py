@@ -152,6 +152,33 @@ def test_epilogue_takes_x_as_its_residual_but_no_other_overlap():
         operators.add_bias_residual_(x, None, storage[4:].view(2, 3, 4, 4))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_epilogue_with_statistics(dtype, layout):
+    x, bias, residual = epilogue_arguments(dtype, layout)
+    for groups, chunk in ((8, 40), (1, 96), (4, 1000)):
+        for b, r in ((bias, residual), (None, sliced(residual))):
+            out, expected = x.clone(), x.clone()
+            statistics = operators.add_bias_residual_statistics_(out, b, r, groups, chunk)
+            assert_same([statistics], [CPU_IMPLEMENTATIONS["add_bias_residual_statistics_"](expected, b, r, groups, chunk)])
+            assert torch.equal(out, expected) and out.stride() == x.stride()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_spatial_norm_takes_statistics(dtype, layout):
+    (f, *others), _ = norm_arguments(dtype, layout)
+    f = f.detach()
+    statistics = operators.add_bias_residual_statistics_(f, None, torch.zeros_like(f), GROUPS, 40)
+    norm = f, *detached(others), GROUPS, EPS, True
+    results = operators.spatial_norm_forward(*norm, None, False, statistics)
+    assert_same(results, CPU_IMPLEMENTATIONS["spatial_norm_forward"](*norm))
+    statistics[1, 2, 0, 0] += 1  # they are what the launcher gets
+    others = operators.spatial_norm_forward(*norm, None, False, statistics)
+    differs = (others[0] != results[0]).unflatten(1, (GROUPS, -1)).any(4).any(3).any(2)
+    assert differs[1, 2] and differs.sum() == 1
+
+
 # --- Upsampling
 
 
@@ -175,3 +202,5 @@ def test_interleaved_windows(dtype):
     windows, bias = torch.randn(2, 12, 4, 3).to(dtype), torch.randn(3)
     for given, b in ((windows, bias), (sliced(windows), sliced(bias)), (windows, None), (windows, bias.to(dtype))):
         assert_same([operators.interleave_windows(given, b)], [CPU_IMPLEMENTATIONS["interleave_windows"](given, b)])
+        results = operators.interleave_windows_statistics(given, b, 3, 3)
+        assert_same(results, CPU_IMPLEMENTATIONS["interleave_windows_statistics"](given, b, 3, 3))

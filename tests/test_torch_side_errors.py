@@ -139,6 +139,30 @@ def test_errors_of_the_epilogue():
         assert str(caught.value) == message
 
 
+def test_errors_of_statistics():
+    x, bias, windows = torch.zeros(2, 6, 4, 5), torch.zeros(6), torch.zeros(1, 8, 2, 2)
+    statistics = torch.zeros(2, 3, 7, 4)
+    norm = x, None, None, None, None, 3, EPS, False
+    for message, operator, arguments in [
+        ("groups must be a positive divisor of x's channels, got groups=4 for 6 channels", "add_bias_residual_statistics_",
+         (x, bias, None, 4, 8)),
+        ("chunk_pixels must be positive, got 0", "add_bias_residual_statistics_", (x, bias, None, 3, 0)),
+        ("groups must be a positive divisor of the upsampled map's channels, got groups=0 for 2 channels",
+         "interleave_windows_statistics", (windows, None, 0, 8)),
+        ("chunk_columns must be positive, got -1", "interleave_windows_statistics", (windows, None, 2, -1)),
+        ("statistics must have shape (2, 3, parts, 4), got [2, 2, 7, 4]", "spatial_norm_forward",
+         (*norm, None, False, statistics[:, :2])),
+        ("statistics must be contiguous, got strides [84, 28, 1, 7]", "spatial_norm_forward",
+         (*norm, None, False, torch.zeros(2, 3, 4, 7).mT)),
+        ("statistics must be float32, got Double", "spatial_norm_forward", (*norm, None, False, statistics.double())),
+        ("statistics must not be given with f_bias: they are those of f alone", "spatial_norm_forward",
+         (*norm, bias, False, statistics)),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError) as caught:
+            getattr(operators, operator)(*arguments)
+        assert str(caught.value) == message
+
+
 def test_errors_of_upsampling():
     weight, windows = torch.zeros(2, 3, 3, 3), torch.zeros(1, 8, 2, 2)
     for message, operator, arguments in [

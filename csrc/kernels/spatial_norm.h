@@ -41,9 +41,11 @@ struct SpatialNormForward {
   const void* bias;    // [channels]; null means 0
   const void* f_bias;  // [channels], added to f first; null means 0
   void* out;
-  float* mean;      // [batch, groups]
-  float* rstd;      // [batch, groups]
-  void* workspace;  // spatial_norm_forward_workspace() bytes
+  float* mean;              // [batch, groups]
+  float* rstd;              // [batch, groups]
+  void* workspace;          // spatial_norm_forward_workspace() bytes
+  const float* statistics;  // [batch][groups][parts][4]: mean, m2 and count of parts of f, left by the kernel that wrote f, for
+  int64_t parts;            // which f is then not read again. Null if there are none; not with f_bias
 };
 
 struct SpatialNormBackward {

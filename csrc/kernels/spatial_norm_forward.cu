@@ -1,6 +1,9 @@
 // SpatialNorm forward: in one kernel where a group stays on chip (spatial_norm_cluster.cuh), otherwise in three: the statistics
 // of chunks of f, their merge per (image, group), and the output (spatial_norm_output.cuh).
 //
+// Where the kernel that wrote f left statistics of its chunks (chunk_statistics.cuh), the first of the three does not run, and f
+// is read once.
+//
 // The merge writes a centre, a scale and a shift per channel, with the mean, rstd, weight, bias and f_bias in them.
 // Bytes of the three kernels: f is read twice and written once. Each chunk adds 16 bytes of statistics per group, which is less
 // than 2% of all bytes where there is work for 256 blocks of 4 rounds.
@@ -77,13 +80,15 @@ int forward_vec_size(const SpatialNormProblem& problem, const Geometry& geometry
   return choose_vec_size(problem, geometry, {tensors.f, tensors.out, tensors.zq_y, tensors.zq_b});
 }
 
-// The number of partial moments per image, over all groups.
-int64_t partial_moments(const SpatialNormProblem& problem, const Geometry& geometry, int vec_size, bool with_f_bias) {
+// The number of partial moments per image in the workspace, over all groups.
+int64_t partial_moments(const SpatialNormProblem& problem, const Geometry& geometry, int vec_size,
+                        const SpatialNormForward& tensors) {
+  if (tensors.statistics) return 0;
   if (problem.channels_last) {
     const InterleavedGroups plan = plan_interleaved_groups(geometry, vec_size);
     return int64_t(plan.groups) * plan.chunks;
   }
-  const ContiguousGroups plan = plan_contiguous_groups(geometry, vec_size, with_f_bias);
+  const ContiguousGroups plan = plan_contiguous_groups(geometry, vec_size, tensors.f_bias);
   return int64_t(plan.groups) * plan.chunks;
 }
 
@@ -110,6 +115,7 @@ void launch_statistics(const SpatialNormProblem& problem, const Geometry& geomet
 template <class T, int VecSize, bool ChannelsLast, Resize resize>
 bool launch_in_clusters(const SpatialNormProblem& problem, const Geometry& geometry, const SpatialNormForward& tensors,
                         cudaStream_t stream) {
+  if (tensors.statistics) return false;  // f is read once anyhow
   if (ChannelsLast && geometry.group_channels % VecSize != 0) return false;
   const OutputPlan plan = plan_cluster(problem, VecSize);
   if (plan.rows > kHeldRows) return false;
@@ -133,12 +139,12 @@ bool launch_in_clusters(const SpatialNormProblem& problem, const Geometry& geome
 }  // namespace
 }  // namespace spatial_norm
 
-// The workspace: [batch][group][part][4] partial moments, then [batch][channel][4] coefficients.
+// The workspace: [batch][group][part][4] partial moments, unless they are given, then [batch][channel][4] coefficients.
 size_t spatial_norm_forward_workspace(const SpatialNormProblem& problem, const SpatialNormForward& tensors) {
   using namespace spatial_norm;
   const Geometry geometry = make_geometry(problem);
   const int vec_size = forward_vec_size(problem, geometry, tensors);
-  const int64_t moments = geometry.batch * partial_moments(problem, geometry, vec_size, tensors.f_bias);
+  const int64_t moments = geometry.batch * partial_moments(problem, geometry, vec_size, tensors);
   return 4 * sizeof(float) * (moments + geometry.batch * geometry.channels);
 }
 
@@ -146,10 +152,11 @@ void spatial_norm_forward(const SpatialNormProblem& problem, const SpatialNormFo
   using namespace spatial_norm;
   const Geometry geometry = make_geometry(problem);
   const int vec_size = forward_vec_size(problem, geometry, tensors);
-  const int64_t moments = partial_moments(problem, geometry, vec_size, tensors.f_bias);
-  const int parts = int(moments / geometry.groups);
-  float* partial = static_cast<float*>(tensors.workspace);
-  float* coefficients = partial + 4 * geometry.batch * moments;
+  const int64_t moments = partial_moments(problem, geometry, vec_size, tensors);
+  const int parts = int(tensors.statistics ? tensors.parts : moments / geometry.groups);
+  float* workspace = static_cast<float*>(tensors.workspace);
+  const float* partial = tensors.statistics ? tensors.statistics : workspace;
+  float* coefficients = workspace + 4 * geometry.batch * moments;
   const Resize output_resize = choose_output_resize(problem, vec_size);
   const OutputPlan plan = plan_output(problem, vec_size, output_resize);
   dispatch(problem, vec_size, [&](auto type, auto vec_size_constant, auto channels_last) {
@@ -167,14 +174,19 @@ void spatial_norm_forward(const SpatialNormProblem& problem, const SpatialNormFo
         return;
       }
     }
-    launch_statistics<T, VecSize>(problem, geometry, tensors, stream);
     const unsigned threads = std::min(kThreads, round_up(std::max(parts, geometry.group_channels), kWarpSize));
     const LaunchConfig merge_config = {grid_size("spatial_norm merge_statistics", geometry.batch * geometry.groups), threads,
                                        threads / kWarpSize * sizeof(Moments)};
     const MergeArrays<T> merge_arrays = {partial,      tensors.weight, tensors.bias, tensors.f_bias,
                                          tensors.mean, tensors.rstd,   coefficients};
-    launch_dependent(merge_statistics<T>, "spatial_norm merge_statistics", merge_config, stream, geometry, parts, problem.eps,
-                     plan.pre_scale, merge_arrays);
+    const char* merge = "spatial_norm merge_statistics";
+    if (tensors.statistics) {  // the merge is the first of the chain
+      launch(merge_statistics<T>, merge, merge_config, stream, geometry, parts, problem.eps, plan.pre_scale, merge_arrays);
+    } else {
+      launch_statistics<T, VecSize>(problem, geometry, tensors, stream);
+      launch_dependent(merge_statistics<T>, merge, merge_config, stream, geometry, parts, problem.eps, plan.pre_scale,
+                       merge_arrays);
+    }
     const OutputArrays<T> arrays = {static_cast<const T*>(tensors.f), static_cast<const T*>(tensors.zq_y),
                                     static_cast<const T*>(tensors.zq_b), coefficients, static_cast<T*>(tensors.out)};
     const LaunchConfig output_config = {grid_size("spatial_norm modulate", output_blocks(problem, plan)),

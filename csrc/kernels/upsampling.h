@@ -33,11 +33,22 @@ struct InterleaveProblem {
   int64_t batch = 0, channels = 0, height = 0, width = 0;  // of the small map; out has twice the height and width
   DType dtype = DType::float32;                            // of windows and out
   DType bias_dtype = DType::float32;                       // float32 or `dtype`
+  int64_t groups = 0;                                      // of the statistics; 0 for none
+  int64_t chunk_columns = 0;                               // of out, in one chunk of the statistics: a part of a row
 };
+
+// The chunks of an image.
+inline int64_t interleave_parts(const InterleaveProblem& problem) {
+  return 2 * problem.height * ((2 * problem.width + problem.chunk_columns - 1) / problem.chunk_columns);
+}
 
 // windows: [batch][height + 1][width + 1][2][2][channels], the convolution's result. out: [batch][2 height][2 width][channels],
 // the four pixels of each window around its centre, plus the bias. bias: [channels], or null for 0. Needs fewer than
 // 2^31 elements per row of windows, and a batch and a height of out of at most 65535, the largest grid in y and z.
-void interleave_windows(const InterleaveProblem&, const void* windows, const void* bias, void* out, cudaStream_t);
+//
+// statistics: of out, for a norm of `groups` groups: [batch][groups][chunk][4], as SpatialNormForward::statistics takes them;
+// null if and only if groups is 0. They need 16-byte accesses, and groups of a multiple of 4 channels that divides 128 bytes of them.
+void interleave_windows(const InterleaveProblem&, const void* windows, const void* bias, void* out, float* statistics,
+                        cudaStream_t);
 
 }  // namespace movq

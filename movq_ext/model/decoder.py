@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.statistics import MeasuredMap
 from .activation_checkpointing import ActivationCheckpointing
 from .checks import (
     check_attention_levels,
@@ -21,7 +22,7 @@ from .checks import (
     check_number,
 )
 from .fusion import plain_weight, run_fused, runs_inference
-from .layers import AttnBlock, MiddleBlock, ResnetBlock, Stage, Upsample, is_plain_network
+from .layers import AttnBlock, MiddleBlock, ResnetBlock, Stage, Upsample, input_groups, is_plain_network
 from .modulation import Modulations
 from .norms import NORM_GROUPS, SpatialNorm, make_norm
 from .strips import STRIP_BYTES, decode_in_strips
@@ -157,16 +158,21 @@ class MOVQDecoder(ActivationCheckpointing):
     def _forward_fused(self, z: Tensor, zq: Tensor) -> Tensor:
         """Compute forward in inference, for a decoder of unmodified layers.
 
-        Runs each layer's ``_forward_fused``, and computes the modulations of neighbouring norms in one product.
+        Runs each layer's ``_forward_fused``, and computes the modulations of neighbouring norms in one product. On a GPU each
+        layer leaves the statistics of its map for the norm of the next.
         """
         z, zq = _in_channels_last(z, zq)
         modulations = Modulations(zq, self._spatial_norms())
-        h: Tensor = self.conv_in(z)
-        for step in self.steps():
-            h = run_fused(step.layer, h, modulations) if step.takes_zq else step.layer(h)
-        if not self.give_pre_end:
-            h = self.conv_out(run_fused(self.norm_out, h, modulations, "silu"))
-        return h.contiguous()
+        layers = list(self.layers())
+        followers = [*layers[1:], None if self.give_pre_end else self.norm_out]
+        h = MeasuredMap(self.conv_in(z))
+        for layer, follower in zip(layers, followers, strict=True):
+            h = run_fused(layer, h, modulations, input_groups(follower))
+        features, statistics = h
+        if self.give_pre_end:
+            return features.contiguous()
+        image: Tensor = self.conv_out(run_fused(self.norm_out, features, modulations, "silu", statistics=statistics))
+        return image.contiguous()
 
     def forward_with_features_output(self, z: Tensor, zq: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Decode as `forward` does, and return every intermediate map by name, in execution order.

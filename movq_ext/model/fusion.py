@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from ..ops.functional import add_bias_residual_
+from ..ops.functional import add_bias_residual_, add_bias_residual_with_statistics_
 from ..ops.native import compute_dtype, is_inference, multiply_pixels
+from ..ops.statistics import MeasuredMap
 from ..profiling import is_range_hook, layer_range
 
 CONV2D_METHODS = {name: getattr(nn.Conv2d, name) for name in ("forward", "_conv_forward")}
@@ -92,10 +93,10 @@ def runs_inference(layer: nn.Module, *inputs: Tensor | None) -> bool:
     return all(isinstance(x, Tensor) for x in tensors) and is_inference(*tensors)
 
 
-def run_fused(layer: Any, *args: Any, **kwargs: Any) -> Tensor:
+def run_fused(layer: Any, *args: Any, **kwargs: Any) -> Any:
     """Run a layer's ``_forward_fused`` inside its profiler range, which a call of the layer would open."""
     with layer_range(layer):
-        return cast(Tensor, layer._forward_fused(*args, **kwargs))
+        return layer._forward_fused(*args, **kwargs)
 
 
 def conv_deferring_bias(conv: nn.Module, x: Tensor, deferred: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -151,9 +152,21 @@ def convolve_shortcut(shortcut: nn.Module, x: Tensor, bias: Tensor | None) -> tu
 
 def add_residual(h: Tensor, bias: Tensor | None, x: Tensor, conv: nn.Module) -> Tensor:
     """Return ``x + h + bias[c]`` for the h and bias of ``conv_deferring_bias(conv, ...)``; in inference the sum overwrites h."""
-    if h.dtype == x.dtype and is_inference(h, x) and is_plain_conv(conv):  # a hooked conv's h may be held elsewhere
+    if _may_overwrite(h, x, conv):
         return h.add_(x) if bias is None else add_bias_residual_(h, bias, x)
     return x + (h if bias is None else h + bias.to(torch.promote_types(h.dtype, x.dtype))[:, None, None])
+
+
+def add_residual_with_statistics(h: Tensor, bias: Tensor | None, x: Tensor, conv: nn.Module, groups: int) -> MeasuredMap:
+    """`add_residual`, with the statistics of the sum for a norm of `groups` groups if its kernel leaves them."""
+    if groups and bias is not None and _may_overwrite(h, x, conv):
+        return add_bias_residual_with_statistics_(h, bias, x, groups)
+    return MeasuredMap(add_residual(h, bias, x, conv))
+
+
+def _may_overwrite(h: Tensor, x: Tensor, conv: nn.Module) -> bool:
+    """True if the sum with x may overwrite h, the result of conv: the h of a hooked one may be held elsewhere."""
+    return h.dtype == x.dtype and is_inference(h, x) and is_plain_conv(conv)
 
 
 def runs_kernels(x: Tensor) -> bool:

@@ -30,10 +30,15 @@ class GroupNorm(nn.GroupNorm):
         return fused_spatial_norm(f, None, None, NormOptions.from_layer(self, activation))
 
     def _forward_fused(
-        self, f: Tensor, modulations: Modulations, activation: str | None = None, f_bias: Tensor | None = None
+        self,
+        f: Tensor,
+        modulations: Modulations,
+        activation: str | None = None,
+        f_bias: Tensor | None = None,
+        statistics: Tensor | None = None,
     ) -> Tensor:
-        """Compute forward of ``f + f_bias[c]`` in inference, with the addition inside the norm."""
-        return fused_spatial_norm(f, None, None, NormOptions.from_layer(self, activation, f_bias))
+        """Compute forward of ``f + f_bias[c]`` in inference, with the addition inside the norm. statistics: see NormOptions."""
+        return fused_spatial_norm(f, None, None, NormOptions.from_layer(self, activation, f_bias, statistics=statistics))
 
 
 class SpatialNorm(nn.Module, FusedModule):
@@ -102,9 +107,14 @@ class SpatialNorm(nn.Module, FusedModule):
         return F.silu(out) if activation == "silu" else out
 
     def _forward_fused(
-        self, f: Tensor, modulations: Modulations, activation: str | None = None, f_bias: Tensor | None = None
+        self,
+        f: Tensor,
+        modulations: Modulations,
+        activation: str | None = None,
+        f_bias: Tensor | None = None,
+        statistics: Tensor | None = None,
     ) -> Tensor:
-        """Compute forward of ``f + f_bias[c]`` in inference, for an unmodified nn.GroupNorm.
+        """Compute forward of ``f + f_bias[c]`` in inference, for an unmodified nn.GroupNorm. statistics: see NormOptions.
 
         Fused: the addition, in the norm; the products of many norms, in modulations; add_conv's convolution, which is computed
         on zq's grid where zq's cells are large enough.
@@ -120,7 +130,8 @@ class SpatialNorm(nn.Module, FusedModule):
         else:
             y, b = modulations[self]
         group_norm = cast(nn.GroupNorm, self.norm_layer)
-        return fused_spatial_norm(f, y, b, NormOptions.from_layer(group_norm, activation, f_bias, bordered=by_cells))
+        options = NormOptions.from_layer(group_norm, activation, f_bias, bordered=by_cells, statistics=statistics)
+        return fused_spatial_norm(f, y, b, options)
 
     def _convolve_resized(self, zq: Tensor, f: Tensor) -> Tensor:
         """Return ``conv(zq)`` at f's size: unlike conv_y and conv_b, a 3x3 convolution does not commute with the resize."""

@@ -36,9 +36,25 @@ def check_spatial_norm(f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, opti
     if options.bordered and (zq_y is None or f.dim() == 5 or not native.is_bordered(zq_y, f)):
         expected = f"three rows and columns for each cell of at least 2x2 of f's {tuple(f.shape[2:])} pixels"
         raise ValueError(f"bordered zq_y must have {expected}, got {None if zq_y is None else tuple(zq_y.shape)}")
-    if options.f_bias is not None or options.bordered:
+    if options.statistics is not None:
+        _check_statistics(f, options)
+    if options.f_bias is not None or options.bordered or options.statistics is not None:
+        fused = "bordered" if options.bordered else "f_bias" if options.f_bias is not None else "statistics"
         tensors = dict(f=f, zq_y=zq_y, zq_b=zq_b, weight=options.weight, bias=options.bias, f_bias=options.f_bias)
-        check_no_gradient(f"spatial_norm with {'bordered' if options.bordered else 'f_bias'}", **tensors)
+        check_no_gradient(f"spatial_norm with {fused}", **tensors)
+
+
+def _check_statistics(f: Tensor, options: NormOptions) -> None:
+    statistics, expected = options.statistics, (f.shape[0], options.groups)
+    assert statistics is not None
+    if statistics.dim() != 4 or statistics.shape[:2] != expected or statistics.shape[2] < 1 or statistics.shape[3] != 4:
+        raise ValueError(f"statistics must have shape ({expected[0]}, {expected[1]}, parts, 4), got {tuple(statistics.shape)}")
+    if statistics.device != f.device:
+        raise ValueError(f"statistics must be on f's device {f.device}, got {statistics.device}")
+    if statistics.dtype != torch.float32:
+        raise TypeError(f"statistics must be float32, got {statistics.dtype}")
+    if options.f_bias is not None:
+        raise ValueError("statistics must not be given with f_bias: they are those of f alone")
 
 
 def _check_modulation(f: Tensor, zq_y: Tensor, zq_b: Tensor) -> None:

@@ -14,6 +14,7 @@ from . import native, upsampling
 from .extension import extension_available
 from .options import NormOptions
 from .registration import register_implementations
+from .statistics import MeasuredMap, chunk_columns, chunk_pixels
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -35,8 +36,9 @@ def spatial_norm(f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, options: N
     weight, bias, silu = options.weight, options.bias, options.activation == "silu"
     arguments = (f, zq_y, zq_b, weight, bias, options.groups, options.eps, silu)
     out: Tensor
-    if options.f_bias is not None or options.bordered:  # inference only: the autograd function does not take them
-        out, _, _ = _call("spatial_norm_forward", *arguments, options.f_bias, options.bordered)
+    if options.f_bias is not None or options.bordered or options.statistics is not None:
+        # Inference only: the autograd function does not take them.
+        out, _, _ = _call("spatial_norm_forward", *arguments, options.f_bias, options.bordered, options.statistics)
     else:
         out, _, _ = SpatialNormFunction.apply(*arguments)  # type: ignore[no-untyped-call]
     return out
@@ -176,10 +178,15 @@ class FoldUpsamplingFunction(torch.autograd.Function):
         return _call("fold_upsampling_backward", dfolded, channels_last)  # type: ignore[no-any-return]
 
 
-def upsample_by_windows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """upsampling.upsample_conv(..., "windows") with CUDA kernels around the convolution. No gradient is recorded."""
+def upsample_by_windows(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 0) -> MeasuredMap:
+    """upsampling.upsample_conv(..., "windows") with CUDA kernels around the convolution. No gradient is recorded.
+
+    Leaves statistics for a norm of `groups` groups where that pays.
+    """
     windows = F.conv2d(x, _call("fold_upsampling", weight, True), padding=1)
-    return _call("interleave_windows", windows, bias)  # type: ignore[no-any-return]
+    if columns := chunk_columns(windows, groups, bias):
+        return MeasuredMap(*_call("interleave_windows_statistics", windows, bias, groups, columns))
+    return MeasuredMap(_call("interleave_windows", windows, bias))
 
 
 def _records_gradient() -> bool:
@@ -198,3 +205,10 @@ def add_bias_residual_(x: Tensor, bias: Tensor | None, residual: Tensor | None) 
     """functional.add_bias_residual_ with a CUDA kernel. Arguments are checked, and no gradient is recorded."""
     _call("add_bias_residual_", x, bias, residual)
     return x
+
+
+def add_bias_residual_with_statistics_(x: Tensor, bias: Tensor | None, residual: Tensor | None, groups: int) -> MeasuredMap:
+    """functional.add_bias_residual_with_statistics_ with a CUDA kernel. Arguments are checked; no gradient is recorded."""
+    if pixels := chunk_pixels(x, groups, bias, residual):
+        return MeasuredMap(x, _call("add_bias_residual_statistics_", x, bias, residual, groups, pixels))
+    return MeasuredMap(add_bias_residual_(x, bias, residual))

@@ -21,6 +21,7 @@ from .extension import warn_once
 from .options import NormOptions
 from .paths import attention_backend, failed_self_test, upsampling_method, why_native, why_native_parameters
 from .self_test import self_test_failure
+from .statistics import MeasuredMap
 
 
 def spatial_norm(
@@ -213,13 +214,23 @@ def add_bias_residual_(x: Tensor, bias: Tensor | None, residual: Tensor | None) 
         ValueError: an argument has the wrong rank, shape, strides or device, or requires a gradient: none is recorded.
         TypeError: an argument has the wrong dtype.
     """
+    return add_bias_residual_with_statistics_(x, bias, residual, 0).values
+
+
+def add_bias_residual_with_statistics_(x: Tensor, bias: Tensor | None, residual: Tensor | None, groups: int) -> MeasuredMap:
+    """`add_bias_residual_` which also leaves the statistics of the sum for a norm of `groups` groups.
+
+    Returns:
+        x and its statistics, which are None with groups of 0, on the native path, and where they would not pay: for maps that
+        the norm reads once anyhow, and for sizes or addresses that rule out accesses of 16 bytes.
+    """
     check_add_bias_residual(x, bias, residual)
     if not x.is_cuda:
-        return native.add_bias_residual_(x, bias, residual)
+        return MeasuredMap(native.add_bias_residual_(x, bias, residual))
     if reason := why_native(x) or failed_self_test("add_bias_residual_", x):
         warn_once(reason)
-        return native.add_bias_residual_(x, bias, residual)
-    return cuda.add_bias_residual_(x, bias, residual)
+        return MeasuredMap(native.add_bias_residual_(x, bias, residual))
+    return cuda.add_bias_residual_with_statistics_(x, bias, residual, groups)
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, method: str | None = None) -> Tensor:
@@ -241,30 +252,42 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, method: str | 
         ValueError: an argument has the wrong rank, shape or device, or the method is unknown.
         TypeError: dtypes differ outside autocast, or x is not floating point.
     """
+    return upsample_conv_with_statistics(x, weight, bias, 0, method).values
+
+
+def upsample_conv_with_statistics(
+    x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, method: str | None = None
+) -> MeasuredMap:
+    """`upsample_conv` which also leaves the statistics of its result for a norm of `groups` groups.
+
+    Returns:
+        The map and its statistics, which are None if the last kernel is not this package's (without a bias or with gradients,
+        say), and where `add_bias_residual_with_statistics_` leaves none.
+    """
     check_upsample_conv(x, weight, bias, method)
     if not x.is_cuda:
-        return upsampling.upsample_conv(x, weight, bias, method or "transposed")
+        return MeasuredMap(upsampling.upsample_conv(x, weight, bias, method or "transposed"))
     in_inference = native.is_inference(*(tensor for tensor in (x, weight, bias) if tensor is not None))
     if method is None:
         method = upsampling_method(x, weight.shape[0], bias is not None, in_inference, weight.dtype)
     if reason := why_native(weight) or failed_self_test("upsample_conv", weight):
         warn_once(reason)
-        return upsampling.upsample_conv(x, weight, bias, method)
+        return MeasuredMap(upsampling.upsample_conv(x, weight, bias, method))
     if not in_inference:
         if method == "transposed":
-            return F.conv_transpose2d(x, cuda.fold_upsampling(weight), bias, stride=2, padding=1)
-        return upsampling.upsample_conv(x, weight, bias, method)
+            return MeasuredMap(F.conv_transpose2d(x, cuda.fold_upsampling(weight), bias, stride=2, padding=1))
+        return MeasuredMap(upsampling.upsample_conv(x, weight, bias, method))
     dtype = native.compute_dtype(x)  # of the windows too
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.to(dtype)
     if method == "windows":
         if reason := self_test_failure("upsample_conv", x.device, dtype, True):
             warn_once(reason)
-            return upsampling.upsample_conv(x, weight, bias, method)
-        return cuda.upsample_by_windows(x, weight, bias)
+            return MeasuredMap(upsampling.upsample_conv(x, weight, bias, method))
+        return cuda.upsample_by_windows(x, weight, bias, groups)
     if method == "transposed":
         out = F.conv_transpose2d(x, cuda.fold_upsampling(weight), stride=2, padding=1)
     else:
         out = upsampling.upsample_conv(x, weight, None, method)
     # Not by the convolution: PyTorch adds its bias in channels_last in a pass of single elements.
-    return out if bias is None else add_bias_residual_(out, bias, None)
+    return MeasuredMap(out) if bias is None else add_bias_residual_with_statistics_(out, bias, None, groups)

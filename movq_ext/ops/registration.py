@@ -29,8 +29,9 @@ def register_implementations() -> None:
 
 def spatial_norm_forward_cpu(
     f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float,
-    silu: bool, f_bias: Tensor | None = None, bordered: bool = False,
+    silu: bool, f_bias: Tensor | None = None, bordered: bool = False, statistics: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Compute the norm from f alone, whose statistics are the given ones."""
     out = torch.empty_like(_in_layout_of(f, f))
     if f_bias is not None:  # added in float32, as the kernels do
         f = f.float() + f_bias.float()[:, None, None]
@@ -229,6 +230,30 @@ def add_bias_residual_fake(x: Tensor, bias: Tensor | None, residual: Tensor | No
     """Do nothing: x is modified in place, and its shape stays."""
 
 
+def add_bias_residual_statistics_cpu(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, groups: int, chunk_pixels: int
+) -> Tensor:
+    add_bias_residual_cpu(x, bias, residual)
+    values = x.float().flatten(2).unflatten(1, (groups, -1))  # (B, groups, channels of a group, pixels)
+    chunks = [_moments(chunk, 3 if x.is_contiguous() else (2, 3)) for chunk in values.split(chunk_pixels, dim=3)]
+    return torch.stack(chunks, dim=-2).flatten(2, -2)
+
+
+def _moments(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """Return the mean, the sum of squared distances from it, the number of values and 0, in a new last dimension."""
+    variance, mean = torch.var_mean(x, dim, correction=0)
+    count = torch.full_like(mean, x.numel() // mean.numel())
+    return torch.stack([mean, variance * count, count, torch.zeros_like(mean)], dim=-1)
+
+
+def add_bias_residual_statistics_fake(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, groups: int, chunk_pixels: int
+) -> Tensor:
+    chunks = (x.shape[2] * x.shape[3] + chunk_pixels - 1) // chunk_pixels
+    parts = chunks * (x.shape[1] // groups) if x.is_contiguous() else chunks
+    return x.new_empty(x.shape[0], groups, parts, 4, dtype=torch.float32)
+
+
 # --- Upsampling
 
 
@@ -247,6 +272,15 @@ def fold_upsampling_backward_cpu(dfolded: Tensor, channels_last: bool) -> Tensor
 def interleave_windows_cpu(windows: Tensor, bias: Tensor | None) -> Tensor:
     out = upsampling.interleave_windows(windows.float(), None if bias is None else bias.float())
     return out.to(windows.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def interleave_windows_statistics_cpu(
+    windows: Tensor, bias: Tensor | None, groups: int, chunk_columns: int
+) -> tuple[Tensor, Tensor]:
+    out = interleave_windows_cpu(windows, bias)
+    values = out.float().unflatten(1, (groups, -1))  # (B, groups, channels of a group, rows, columns)
+    chunks = [_moments(chunk, (2, 4)) for chunk in values.split(chunk_columns, dim=4)]
+    return out, torch.stack(chunks, dim=3).flatten(2, 3)
 
 
 def _empty_channels_last(like: Tensor, *shape: int) -> Tensor:
@@ -268,6 +302,14 @@ def interleave_windows_fake(windows: Tensor, bias: Tensor | None) -> Tensor:
     return _empty_channels_last(windows, batch, phases // 4, 2 * height - 2, 2 * width - 2)
 
 
+def interleave_windows_statistics_fake(
+    windows: Tensor, bias: Tensor | None, groups: int, chunk_columns: int
+) -> tuple[Tensor, Tensor]:
+    out = interleave_windows_fake(windows, bias)
+    parts = out.shape[2] * ((out.shape[3] + chunk_columns - 1) // chunk_columns)
+    return out, out.new_empty(out.shape[0], groups, parts, 4, dtype=torch.float32)
+
+
 CPU_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "spatial_norm_forward": spatial_norm_forward_cpu,
     "spatial_norm_backward": spatial_norm_backward_cpu,
@@ -276,9 +318,11 @@ CPU_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "shared_kv_attention_forward": shared_kv_attention_forward_cpu,
     "shared_kv_attention_backward": shared_kv_attention_backward_cpu,
     "add_bias_residual_": add_bias_residual_cpu,
+    "add_bias_residual_statistics_": add_bias_residual_statistics_cpu,
     "fold_upsampling": fold_upsampling_cpu,
     "fold_upsampling_backward": fold_upsampling_backward_cpu,
     "interleave_windows": interleave_windows_cpu,
+    "interleave_windows_statistics": interleave_windows_statistics_cpu,
 }
 FAKE_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "spatial_norm_forward": spatial_norm_forward_fake,
@@ -288,7 +332,9 @@ FAKE_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "shared_kv_attention_forward": shared_kv_attention_forward_fake,
     "shared_kv_attention_backward": shared_kv_attention_backward_fake,
     "add_bias_residual_": add_bias_residual_fake,
+    "add_bias_residual_statistics_": add_bias_residual_statistics_fake,
     "fold_upsampling": fold_upsampling_fake,
     "fold_upsampling_backward": fold_upsampling_backward_fake,
     "interleave_windows": interleave_windows_fake,
+    "interleave_windows_statistics": interleave_windows_statistics_fake,
 }

@@ -71,9 +71,9 @@ def _failures(operator: str, device: torch.device, dtype: torch.dtype, channels_
     layout = f", {'channels_last' if channels_last else 'NCHW'}" if not operator.endswith("attention") else ""
     where = f"on {device} in {str(dtype).removeprefix('torch.')}{layout}"
     for name, arguments in CALLS[operator](_Inputs(dtype, channels_last)):
-        expected = _outputs(CPU_IMPLEMENTATIONS[name.removeprefix("chunked_")], arguments)
+        expected = _outputs(name, CPU_IMPLEMENTATIONS[name.removeprefix("chunked_")], arguments)
         try:
-            results = _outputs(getattr(torch.ops.movq_ext, name), [_to(device, argument) for argument in arguments])
+            results = _outputs(name, getattr(torch.ops.movq_ext, name), [_to(device, argument) for argument in arguments])
             actual = [result.cpu().double() for result in results]  # waits for the kernel, whose errors appear here
         except torch.OutOfMemoryError:
             raise
@@ -93,13 +93,14 @@ def _failures(operator: str, device: torch.device, dtype: torch.dtype, channels_
                 yield f"the self test of {name} {where} found {figures} ({norms})"
 
 
-def _outputs(function: Callable[..., Any], arguments: list[Any]) -> list[Tensor]:
-    """Return the results of an operator, or its first argument if it works in place."""
+def _outputs(name: str, function: Callable[..., Any], arguments: list[Any]) -> list[Tensor]:
+    """Return the results of an operator, and its first argument if it works in place."""
     arguments = [argument.clone() if isinstance(argument, Tensor) else argument for argument in arguments]
     results = function(*arguments)
-    if isinstance(results, Tensor):
-        return [results]
-    return [arguments[0]] if results is None else list(results)
+    outputs = [results] if isinstance(results, Tensor) else list(results or ())
+    if "statistics" in name:  # mean, m2 and count differ in size: compared as one, the largest would hide errors of the others
+        outputs += outputs.pop().unbind(3)[:3]
+    return [*outputs, arguments[0]] if name.endswith("_") else outputs
 
 
 def _to(device: torch.device, argument: Any) -> Any:
@@ -131,6 +132,8 @@ def _spatial_norm_calls(inputs: _Inputs) -> Iterator[Call]:
     yield "spatial_norm_forward", [f, None, None, weight, bias, groups, eps, silu, f_bias]
     bordered = [inputs.map(2, 64, 9, 12) for _ in range(2)]  # three rows and columns for each of 3x4 cells
     yield "spatial_norm_forward", [f, *bordered, weight, bias, groups, eps, silu, f_bias, True]
+    statistics = CPU_IMPLEMENTATIONS["add_bias_residual_statistics_"](f.clone(), f_bias * 0, None, groups, 64)
+    yield "spatial_norm_forward", [*norm, groups, eps, silu, None, False, statistics]
     # On GPUs with clusters, small groups take one kernel and larger ones three.
     large, same_grid = inputs.map(1, 8, 136, 128), [inputs.map(1, 8, 136, 128) for _ in range(2)]
     for zq in ([inputs.map(1, 8, 17, 16) for _ in range(2)], same_grid):
@@ -183,6 +186,7 @@ def _calls_of_head(inputs: _Inputs, size: int, names: tuple[str, ...]) -> Iterat
 
 def _add_bias_residual_calls(inputs: _Inputs) -> Iterator[Call]:
     yield "add_bias_residual_", [inputs.map(2, 24, 6, 10), inputs.tensor(24), inputs.map(2, 24, 6, 10)]
+    yield "add_bias_residual_statistics_", [inputs.map(2, 32, 6, 12), inputs.tensor(32), inputs.map(2, 32, 6, 12), 8, 24]
 
 
 def _upsample_conv_calls(inputs: _Inputs) -> Iterator[Call]:
@@ -191,6 +195,7 @@ def _upsample_conv_calls(inputs: _Inputs) -> Iterator[Call]:
         yield "fold_upsampling", [weight, windows]
     yield "fold_upsampling_backward", [dfolded, inputs.channels_last]
     yield "interleave_windows", [inputs.map(2, 4 * 24, 4, 36), inputs.tensor(24)]
+    yield "interleave_windows_statistics", [inputs.map(2, 4 * 32, 4, 36), inputs.tensor(32), 8, 32]
 
 
 CALLS: dict[str, Callable[[_Inputs], Iterator[Call]]] = {

@@ -38,11 +38,12 @@ EXPORT(interleaved_statistics_shared_bytes, int groups, int pixels, int64_t* siz
 }
 
 EXPORT(forward, PROBLEM, const void* f, const void* zq_y, const void* zq_b, const void* weight, const void* bias,
-       const void* f_bias, int f_bias_dtype, bool bordered, void* out, float* mean, float* rstd, void* workspace, int64_t* size) {
+       const void* f_bias, int f_bias_dtype, bool bordered, const float* statistics, int64_t parts, void* out, float* mean,
+       float* rstd, void* workspace, int64_t* size) {
   movq::SpatialNormProblem p = MAKE_PROBLEM;
   p.f_bias_dtype = movq::DType(f_bias_dtype);
   p.bordered = bordered;
-  const movq::SpatialNormForward a = {f, zq_y, zq_b, weight, bias, f_bias, out, mean, rstd, workspace};
+  const movq::SpatialNormForward a = {f, zq_y, zq_b, weight, bias, f_bias, out, mean, rstd, workspace, statistics, parts};
   if (workspace) movq::spatial_norm_forward(p, a, nullptr);
   else write_size(size, movq::spatial_norm_forward_workspace(p, a));
 }
@@ -126,9 +127,9 @@ class Emulator:
         library().call("interleaved_statistics_shared_bytes", groups=groups, pixels=pixels, size=size)
         return int(size)
 
-    def forward(self, f, zq_y, zq_b, weight, bias, groups, eps, silu, f_bias=None, bordered=False):
+    def forward(self, f, zq_y, zq_b, weight, bias, groups, eps, silu, f_bias=None, bordered=False, statistics=None):
         zq_y, zq_b = in_layout_of(f, zq_y), in_layout_of(f, zq_b)
-        statistics = [poisoned(f, (f.shape[0], groups), torch.float32) for _ in range(2)]
+        mean, rstd = [poisoned(f, (f.shape[0], groups), torch.float32) for _ in range(2)]
         out = poisoned(f)
         self.cost = call(
             "forward",
@@ -143,11 +144,13 @@ class Emulator:
             f_bias=f_bias,
             f_bias_dtype=DTYPES.index(torch.float32 if f_bias is None else f_bias.dtype),
             bordered=bordered,
+            statistics=statistics,
+            parts=0 if statistics is None else statistics.shape[2],
             out=out,
-            mean=statistics[0],
-            rstd=statistics[1],
+            mean=mean,
+            rstd=rstd,
         )
-        return out, *statistics
+        return out, mean, rstd
 
     def backward(self, dout, f, zq_y, zq_b, weight, bias, mean, rstd, groups, silu):
         zq_y, zq_b = in_layout_of(f, zq_y), in_layout_of(f, zq_b)
@@ -179,10 +182,9 @@ class ClusterEmulator(Emulator):
 class Gpu:
     """Runs the operators of the extension three times, which must give the same bits."""
 
-    def forward(self, f, zq_y, zq_b, weight, bias, groups, eps, silu, f_bias=None, bordered=False):
-        return self._repeat(
-            torch.ops.movq_ext.spatial_norm_forward, f, zq_y, zq_b, weight, bias, groups, eps, silu, f_bias, bordered
-        )
+    def forward(self, f, zq_y, zq_b, weight, bias, groups, eps, silu, f_bias=None, bordered=False, statistics=None):
+        norm = f, zq_y, zq_b, weight, bias, groups, eps, silu
+        return self._repeat(torch.ops.movq_ext.spatial_norm_forward, *norm, f_bias, bordered, statistics)
 
     def backward(self, dout, f, zq_y, zq_b, weight, bias, mean, rstd, groups, silu):
         grads = self._repeat(

@@ -21,10 +21,11 @@ EXPORT(fold_backward, int64_t out_channels, int64_t in_channels, int dtype, bool
   movq::fold_upsampling_backward({out_channels, in_channels, movq::DType(dtype), channels_last}, dfolded, dweight, nullptr);
 }
 
-EXPORT(interleave, int64_t batch, int64_t channels, int64_t height, int64_t width, int dtype, int bias_dtype, const void* pixels,
-       const void* bias, void* out) {
-  movq::interleave_windows({batch, channels, height, width, movq::DType(dtype), movq::DType(bias_dtype)}, pixels, bias, out,
-                           nullptr);
+EXPORT(interleave, int64_t batch, int64_t channels, int64_t height, int64_t width, int dtype, int bias_dtype, int64_t groups,
+       int64_t chunk_columns, const void* pixels, const void* bias, void* out, float* statistics) {
+  const movq::InterleaveProblem p = {batch,  channels,     height, width, movq::DType(dtype), movq::DType(bias_dtype),
+                                     groups, chunk_columns};
+  movq::interleave_windows(p, pixels, bias, out, statistics, nullptr);
 }
 """
 
@@ -60,6 +61,15 @@ class Emulator:
         return dweight
 
     def interleave(self, windows, bias):
+        return self._interleave(windows, bias)
+
+    def interleave_with_statistics(self, windows, bias, groups, chunk_columns):
+        batch, _, height, width = windows.shape
+        parts = (2 * height - 2) * -(-(2 * width - 2) // chunk_columns)
+        statistics = poisoned(windows, (batch, groups, parts, 4), torch.float32)
+        return self._interleave(windows, bias, groups, chunk_columns, statistics), statistics
+
+    def _interleave(self, windows, bias, groups=0, chunk_columns=0, statistics=None):
         batch, phases, height, width = windows.shape
         problem = {
             "batch": batch,
@@ -68,9 +78,12 @@ class Emulator:
             "width": width - 1,
             "dtype": DTYPES.index(windows.dtype),
             "bias_dtype": DTYPES.index(torch.float32 if bias is None else bias.dtype),
+            "groups": groups,
+            "chunk_columns": chunk_columns,
         }
         out = in_channels_last(batch, phases // 4, 2 * height - 2, 2 * width - 2, dtype=windows.dtype)
-        self.cost = library().call("interleave", **problem, pixels=windows, bias=bias, out=out, seeds=self.seeds)
+        tensors = {"pixels": windows, "bias": bias, "out": out, "statistics": statistics}
+        self.cost = library().call("interleave", **problem, **tensors, seeds=self.seeds)
         return out
 
     @staticmethod
@@ -89,6 +102,14 @@ class Gpu:
 
     def interleave(self, windows, bias):
         return self._run("interleave_windows", windows, on_gpu(bias))
+
+    def interleave_with_statistics(self, windows, bias, groups, chunk_columns):
+        operator, given = torch.ops.movq_ext.interleave_windows_statistics, (on_gpu(windows), on_gpu(bias), groups, chunk_columns)
+        first, *others = ([result.cpu() for result in operator(*given)] for _ in range(3))
+        for other in others:
+            pairs = zip(first, other, strict=True)
+            assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs), "not deterministic"
+        return first
 
     @staticmethod
     def _run(name, x, argument):

@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <vector>
@@ -48,6 +49,22 @@ int64_t offset(bool channels_last, int64_t channels, int64_t pixels, int64_t ima
 
 }  // namespace
 
+// Calls function(channel, pixel, part) for every element of a group, in the order of the statistics' parts.
+template <class Function>
+static void each_of_parts(const EpilogueProblem& p, int64_t group, Function function) {
+  const int64_t channels = p.channels / p.groups, chunks = (p.pixels + p.chunk_pixels - 1) / p.chunk_pixels;
+  for (int64_t channel = 0; channel < channels; ++channel)
+    for (int64_t pixel = 0; pixel < p.pixels; ++pixel)
+      function(group * channels + channel, pixel, pixel / p.chunk_pixels + (p.channels_last ? 0 : channel * chunks));
+}
+
+// Adds a value to mean, m2 and count.
+static void add_moment(float* moments, float value) {
+  const float delta = value - moments[0];
+  moments[0] += delta / ++moments[2];
+  moments[1] += delta * (value - moments[0]);
+}
+
 void add_bias_residual(const EpilogueProblem& p, const Epilogue& a, cudaStream_t stream) {
   check_launch(stream);
   for (int64_t image = 0; image < p.batch; ++image)
@@ -57,6 +74,15 @@ void add_bias_residual(const EpilogueProblem& p, const Epilogue& a, cudaStream_t
         const float bias = a.bias ? load(a.bias, p.bias_dtype, channel) : 0;
         store(a.x, p.dtype, i, load(a.x, p.dtype, i) + bias + (a.residual ? load(a.residual, p.dtype, i) : 0));
       }
+  if ((p.groups == 0) != (a.statistics == nullptr)) throw std::runtime_error("launched with groups or statistics alone");
+  const int64_t parts = p.groups ? epilogue_parts(p) : 0;
+  std::fill_n(a.statistics, p.batch * p.groups * parts * 4, 0.0f);
+  for (int64_t image = 0; image < p.batch; ++image)
+    for (int64_t group = 0; group < p.groups; ++group)
+      each_of_parts(p, group, [&](int64_t channel, int64_t pixel, int64_t part) {
+        const int64_t i = offset(p.channels_last, p.channels, p.pixels, image, channel, pixel);
+        add_moment(a.statistics + 4 * ((image * p.groups + group) * parts + part), load(a.x, p.dtype, i));
+      });
 }
 
 // --- Spatial norm
@@ -114,10 +140,19 @@ void spatial_norm_forward(const SpatialNormProblem& p, const SpatialNormForward&
         return load(a.f, p.dtype, element(p, a, image, channel, pixel).f) + f_bias;
       };
       double mean = 0, variance = 0;
-      each_of_group(p, group, [&](int64_t channel, int64_t pixel) { mean += value(channel, pixel) / count; });
-      each_of_group(p, group, [&](int64_t channel, int64_t pixel) {
-        variance += (value(channel, pixel) - mean) * (value(channel, pixel) - mean) / count;
-      });
+      if (a.statistics) {
+        const float* parts = a.statistics + 4 * a.parts * (image * p.groups + group);
+        for (int64_t part = 0; part < a.parts; ++part) mean += parts[4 * part] * parts[4 * part + 2] / count;
+        for (int64_t part = 0; part < a.parts; ++part) {
+          const double distance = parts[4 * part] - mean;
+          variance += (parts[4 * part + 1] + distance * distance * parts[4 * part + 2]) / count;
+        }
+      } else {
+        each_of_group(p, group, [&](int64_t channel, int64_t pixel) { mean += value(channel, pixel) / count; });
+        each_of_group(p, group, [&](int64_t channel, int64_t pixel) {
+          variance += (value(channel, pixel) - mean) * (value(channel, pixel) - mean) / count;
+        });
+      }
       const double rstd = 1 / std::sqrt(variance + p.eps);
       each_of_group(p, group, [&](int64_t channel, int64_t pixel) {
         const Element e = element(p, a, image, channel, pixel);
@@ -313,8 +348,12 @@ void fold_upsampling_backward(const FoldProblem& p, const void* dfolded, void* d
   for (size_t i = 0; i < sums.size(); ++i) store(dweight, p.dtype, i, sums[i]);
 }
 
-void interleave_windows(const InterleaveProblem& p, const void* windows, const void* bias, void* out, cudaStream_t stream) {
+void interleave_windows(const InterleaveProblem& p, const void* windows, const void* bias, void* out, float* statistics,
+                        cudaStream_t stream) {
   check_launch(stream);
+  if ((p.groups == 0) != (statistics == nullptr)) throw std::runtime_error("launched with groups or statistics alone");
+  const int64_t parts = p.groups ? interleave_parts(p) : 0;
+  std::fill_n(statistics, p.batch * p.groups * parts * 4, 0.0f);
   for (int64_t image = 0; image < p.batch; ++image)
     for (int64_t y = 0; y < 2 * p.height; ++y)
       for (int64_t x = 0; x < 2 * p.width; ++x)
@@ -324,6 +363,9 @@ void interleave_windows(const InterleaveProblem& p, const void* windows, const v
           const float value = load(windows, p.dtype, (window * 4 + pixel) * p.channels + channel);
           const int64_t to = ((image * 2 * p.height + y) * 2 * p.width + x) * p.channels + channel;
           store(out, p.dtype, to, value + (bias ? load(bias, p.bias_dtype, channel) : 0));
+          if (!statistics) continue;
+          const int64_t group = channel / (p.channels / p.groups), part = y * (parts / (2 * p.height)) + x / p.chunk_columns;
+          add_moment(statistics + 4 * ((image * p.groups + group) * parts + part), load(out, p.dtype, to));
         }
 }
 
