@@ -24,6 +24,7 @@ SHAPES = {
     "small-whole-ratio": ((2, 32, 8, 16), 8, (2, 4)),
     "small-no-zq": ((1, 32, 8, 8), 32, None),
     "same-grid": ((1, 64, 4, 8), 4, (4, 8)),
+    "two-by-two-cells": ((2, 8, 12, 16), 2, (6, 8)),
     "one-pixel": ((2, 32, 1, 1), 8, (1, 1)),
     "one-value-a-group": ((1, 32, 1, 1), 32, None),
     "prime": ((1, 6, 7, 13), 2, (3, 5)),
@@ -265,6 +266,16 @@ def test_threads_of_large_maps_take_two_columns_in_channels_last(counted, zq_siz
     rows_of_threads = 2
     reads_of_a_cell = 256 // zq_size[0] // rows_of_threads * (256 // zq_size[1] // 2)
     assert buffers["zq_y"].read_bytes == reads_of_a_cell * c.zq_y.numel() * 4
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+def test_small_cells_in_nchw_are_loaded_once(counted, dtype):
+    c = case((2, 6, 44, 72), (22, 36), dtype, "nchw")
+    counted.seeds = (0,)
+    out, _, _ = counted.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 2, 1e-6, True)
+    assert_close(out, expected_forward(c, 2, 1e-6, True))
+    for zq in ("zq_y", "zq_b"):
+        assert counted.cost.buffers[zq].read_bytes == c.zq_y.numel() * c.zq_y.element_size()
 
 
 # --- Extreme values

@@ -195,9 +195,8 @@ void spatial_norm_forward(const SpatialNormProblem& problem, const SpatialNormFo
       launch_dependent(kernel, "spatial_norm modulate", output_config, stream, plan, arrays);
     };
     if constexpr (VecSize > 1) {
-      if constexpr (ChannelsLast) {
-        if (output_resize == Resize::kColumnPairs) return launch_output(modulate<T, VecSize, true, Resize::kColumnPairs>);
-      }
+      constexpr Resize small_cells = ChannelsLast ? Resize::kColumnPairs : Resize::kSmallCells;
+      if (output_resize == small_cells) return launch_output(modulate<T, VecSize, ChannelsLast, small_cells>);
       if (output_resize == Resize::kSameGrid) return launch_output(modulate<T, VecSize, ChannelsLast, Resize::kSameGrid>);
       if (output_resize == Resize::kEvenCells) return launch_output(modulate<T, VecSize, ChannelsLast, Resize::kEvenCells>);
     }

@@ -7,15 +7,18 @@
 // takes both, and a unit is the two pixels of a row. All loads of a unit, those of zq included, are issued before one is used.
 //
 // Instructions per 16 bytes, for sm_90, which tests/test_spatial_norm_machine_code.py counts:
-//                                            16-bit types   float32
-//   a unit that loads its cell from zq           103            52
-//   further units of the cell                     77            40
-//   a cell of 2x2 pixels in units of columns      88            44
-//   zq on f's own grid                           110            50
-// so at most 90 where a cell has four rows, or two and the map is large. A value of 16 bits takes a conversion, a subtraction, a
-// multiply-add, 4 instructions for SiLU and half a conversion back; a value of zq a conversion, and for both 3 to fold them. For
-// 8 values that is 60, and 80 where two rows share 2 x 8 values of zq. On f's own grid it is 92: a value takes 2 conversions, a
-// multiplication and a multiply-add more. The rest are memory accesses, addresses and the loop.
+//                                               16-bit types   float32
+//   a unit that loads its cell from zq              103            52
+//   further units of the cell                        77            40
+//   a cell of 2x2 pixels in NHWC (kColumnPairs)      88            44
+//   a cell of 2x2 pixels in NCHW (kSmallCells)       87            41
+//   zq on f's own grid                              110            50
+// so at most 90 where a cell has four rows or, except on small maps in NHWC, 2x2 pixels. A value of 16 bits takes a conversion, a
+// subtraction, a multiply-add, 4 instructions for SiLU and half a conversion back: 60 for 8 values. Folding takes 5 per source:
+// 2 conversions, 2 multiplications and a multiply-add. The rest are memory accesses, addresses and the loop.
+// On f's own grid each value has its own source, and 90 are out of reach: 8 values take 92, the 4 accesses and their 64-bit
+// addresses 12, and the loop the rest. That pass is still further from the limit, because it moves twice as many bytes per value.
+// Without the subtraction (8) a constant group would not give exactly its bias, and `tanh.approx` for SiLU (16) has only 11 bits.
 // An H100 issues 128 instructions and 16 special functions per cycle and multiprocessor (CUDA C++ Programming Guide, "Arithmetic
 // Instructions"): enough for 11 and 8 values. At 3.35 TB/s and 1.755 GHz (data sheet) its memory moves 3.6, of 4 bytes each.
 #pragma once
@@ -134,8 +137,10 @@ MOVQ_DEVICE T* add_bytes(T* pointer, int64_t bytes) {
 template <class T, int VecSize, bool ChannelsLast, Resize resize>
 class CellCoefficients {
  public:
-  static constexpr bool kHasEvenRows = resize == Resize::kEvenCells || resize == Resize::kColumnPairs;
-  static constexpr int kRun = ChannelsLast ? VecSize : resize == Resize::kEvenCells ? 2 : 1;  // values that are the same in NCHW
+  static constexpr bool kSmallCells = resize == Resize::kSmallCells;
+  static constexpr bool kHasEvenRows = resize == Resize::kEvenCells || resize == Resize::kColumnPairs || kSmallCells;
+  static constexpr bool kOneAccess = ChannelsLast || kSmallCells;             // holds what a thread needs from a row of zq
+  static constexpr int kRun = ChannelsLast ? VecSize : kHasEvenRows ? 2 : 1;  // values with the same source
   static constexpr int kSources = VecSize / kRun, kLoaded = ChannelsLast ? VecSize : kSources;
   struct Row { Vec<T, kLoaded> y, b; };  // what one row of f needs from zq
 
@@ -153,7 +158,7 @@ class CellCoefficients {
 #pragma unroll
     for (int i = 0; i < kSources; ++i)
       source_columns_[i] = source_index(thread.column + i * kRun, plan.source_columns, plan.cell_width);
-    const int64_t first = thread.offset(plan, ChannelsLast ? source_columns_[0] : 0, plan.zq_pixels);
+    const int64_t first = thread.offset(plan, kOneAccess ? source_columns_[0] : 0, plan.zq_pixels);
     y_ = arrays.zq_y + first;
     b_ = arrays.zq_b + first;
     if (kHasEvenRows) skip_rows(plan, thread.row >> plan.cell_row_bits);
@@ -161,6 +166,7 @@ class CellCoefficients {
 
   // Whether this row of f, after those before it, belongs to the cell that was folded last. Without zq all rows do.
   MOVQ_DEVICE bool holds(const OutputPlan& plan, int row) const {
+    if (kSmallCells) return false;  // a unit is a whole cell
     if (row < end_row_) return true;
     return resize == Resize::kCells && source_index(row, plan.source_rows, plan.cell_height) == source_row_;
   }
@@ -174,9 +180,9 @@ class CellCoefficients {
       end_row_ = (row | plan.cell_row_mask) + 1;
     }
     Row values;
-    if constexpr (ChannelsLast) {
-      values.y = load_vec<VecSize>(y_);
-      values.b = load_vec<VecSize>(b_);
+    if constexpr (kOneAccess) {
+      values.y = load_vec<kLoaded>(y_);
+      values.b = load_vec<kLoaded>(b_);
     } else {
 #pragma unroll
       for (int i = 0; i < kSources; ++i) {
@@ -190,7 +196,7 @@ class CellCoefficients {
 
   MOVQ_DEVICE void fold(const OutputPlan& plan, const Row& values) {
     Vec<float, kLoaded> y, b;
-    if constexpr (ChannelsLast) {
+    if constexpr (kOneAccess) {
       y = to_float(values.y);
       b = to_float(values.b);
     } else {
@@ -216,7 +222,7 @@ class CellCoefficients {
 
  private:
   MOVQ_DEVICE void skip_rows(const OutputPlan& plan, int rows) {
-    if constexpr (ChannelsLast) {
+    if constexpr (kOneAccess) {
       y_ = add_bytes(y_, rows * plan.zq_row_bytes);
       b_ = add_bytes(b_, rows * plan.zq_row_bytes);
     } else {
@@ -224,7 +230,7 @@ class CellCoefficients {
     }
   }
 
-  const T *y_ = nullptr, *b_ = nullptr;  // in NHWC at the next row and this thread's column, in NCHW at the map
+  const T *y_ = nullptr, *b_ = nullptr;  // at the next row and this thread's column if kOneAccess, otherwise at the map
   int row_start_ = 0;
   int source_columns_[kSources] = {};
   int end_row_ = INT32_MAX;  // of the cell that was folded last; kCells looks at each row
@@ -313,7 +319,7 @@ __global__ void __launch_bounds__(kThreads, 3) modulate(OutputPlan plan, OutputA
   if constexpr (resize == Resize::kSameGrid) {
     modulate_same_grid(plan, thread, arrays, first, channels);
   } else {
-    constexpr int kUnitRows = resize == Resize::kEvenCells ? 2 : 1;
+    constexpr int kUnitRows = resize == Resize::kEvenCells || resize == Resize::kSmallCells ? 2 : 1;
     constexpr UnitShape kShape = kPairs ? UnitShape::kTwoColumns : kUnitRows == 2 ? UnitShape::kTwoRows : UnitShape::kOne;
     constexpr bool kTwo = kShape != UnitShape::kOne;
     CellCoefficients<T, VecSize, ChannelsLast, resize> cell(plan, thread, arrays, channels);

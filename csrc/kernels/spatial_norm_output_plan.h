@@ -9,8 +9,8 @@ namespace spatial_norm {
 
 // How the pixels of f find theirs in zq. kCells: by source_index(), in any case. kEvenCells: the same, but two rows, and in NCHW
 // two columns, share a source. kSameGrid: zq has f's pixels. kColumnPairs: in NHWC two rows and two columns share a source, and a
-// thread takes both columns.
-enum class Resize { kCells, kEvenCells, kSameGrid, kColumnPairs };
+// thread takes both columns. kSmallCells: in NCHW a cell has two rows and two columns, so that a thread's sources are adjacent.
+enum class Resize { kCells, kEvenCells, kSameGrid, kColumnPairs, kSmallCells };
 
 // How the output is cut. The threads of a block are channels x columns x row strips in NHWC, and columns x row strips x channels
 // in NCHW, the fastest first. Blocks are numbered by tile of channels (fastest), columns and row strips, and image.
@@ -38,7 +38,7 @@ constexpr int64_t kOutputTargetBlocks = 512;
 // SiLU works on v = -log2(e) * u, because 2^v = exp(-u).
 constexpr float kSiluScale = -1.4426950408889634f;
 
-// Whether all cells have the same size. The nearest rule is exact by a power of two, up to 2^24: torch rounds positions to float32.
+// Whether all cells have the same size: by a power of two the nearest rule is exact, up to 2^24 (torch rounds to float32).
 inline bool has_even_cells(int64_t size, int64_t zq_size) {
   const int64_t cell = size / zq_size;
   return cell * zq_size == size && cell > 1 && (cell & (cell - 1)) == 0 && size <= (1 << 24);
@@ -72,12 +72,16 @@ inline int64_t pixel_bytes(const SpatialNormProblem& problem) {
   return (problem.channels_last ? problem.channels : 1) * bytes(problem.dtype);
 }
 
-// kColumnPairs where it can take the place of kEvenCells. A thread takes at least four accesses, so the map must be large.
+// kColumnPairs or kSmallCells where they can take the place of kEvenCells. A thread of kColumnPairs takes at least four accesses,
+// so the map must be large.
 inline Resize choose_output_resize(const SpatialNormProblem& problem, int vec_size) {
   const Resize resize = choose_resize(problem, vec_size);
+  if (resize != Resize::kEvenCells || problem.zq_height == 0) return resize;
+  if (!problem.channels_last) {
+    return problem.height == 2 * problem.zq_height && problem.width == 2 * problem.zq_width ? Resize::kSmallCells : resize;
+  }
   const int64_t accesses = problem.batch * problem.channels / vec_size * problem.height * problem.width;
-  const bool pairs = problem.channels_last && resize == Resize::kEvenCells && problem.zq_height &&
-                     has_even_cells(problem.width, problem.zq_width) && accesses >= 4 * kOutputTargetBlocks * kThreads;
+  const bool pairs = has_even_cells(problem.width, problem.zq_width) && accesses >= 4 * kOutputTargetBlocks * kThreads;
   return pairs ? Resize::kColumnPairs : resize;
 }
 
