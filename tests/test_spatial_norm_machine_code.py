@@ -54,7 +54,7 @@ def test_rows_of_a_cell_take_few_instructions(loops):
 
 
 def test_cells_of_two_by_two_pixels_take_few_instructions(loops):
-    """In NHWC a thread takes both columns of a cell: the first row loads it, the second one reuses it. In NCHW a unit is a cell."""
+    """In NHWC a thread takes both columns of a cell: the first row loads it, the second reuses it. In NCHW a unit is a cell."""
     for name, (inner, outer) in ((name, code) for name, code in loops.items() if COLUMN_PAIRS in name):
         assert inner.count("STG") == without(outer, inner).count("STG") == 2
         assert len(outer) / 4 <= limits(name)["column pairs"] <= 90, f"{name}: {len(outer) / 4}"
