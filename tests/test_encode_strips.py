@@ -210,7 +210,7 @@ def test_the_image_is_copied_in_strips(monkeypatch):
     rows = record_calls(monkeypatch, FeatureMap, "reserve", lambda buffer, *_: buffer.shape[2])
     with MapStore(torch.float32, torch.device("cpu"), budget=0) as store:
         image = images(height=64, batch=1)
-        x = strips.Strips(store, None, strip_bytes=4096).store_input(image)
+        x = strips.Strips(store, None, strips.WorkingMemory(4096, maps=1 << 30)).store_input(image)
         assert torch.equal(x.read(0, 64), image)
     assert sum(rows) == 64 and max(rows) < 10
 

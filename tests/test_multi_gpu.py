@@ -12,6 +12,7 @@ from torch import nn
 
 from movq_ext import ResnetBlock, SpatialNorm, decode_sharded
 from movq_ext.deploy import multi_gpu
+from movq_ext.model.strips import WorkingMemory
 
 LITTLE, PLENTY = 60_000, 1 << 30  # bytes of a strip: several strips a band, and one
 PROCESSES = [2, 4]
@@ -84,7 +85,7 @@ def decode_all(rank, size):
     results = {}
     for name, (changes, grid, zq_grid) in GRIDS.items():
         for strip_bytes in (LITTLE, PLENTY):
-            multi_gpu.STRIP_BYTES = strip_bytes
+            multi_gpu.CPU_MEMORY = WorkingMemory(strip_bytes, maps=0)
             results[name, strip_bytes] = decode_sharded(make_decoder(**changes), *latents(grid, zq_grid=zq_grid))
     for name, change in CHANGES.items():
         change(decoder := make_decoder())

@@ -179,10 +179,10 @@ def test_strips_keep_one_tensor_and_normalise_once(monkeypatch):
     z, zq = latents((6, 4), 1, torch.bfloat16)
     stored = record_calls(monkeypatch, strips.Strips, "all_tokens", lambda tokens, *_: [x.dtype for x in tokens])
     norms = record_calls(monkeypatch, strips.NormalisedRows, "write_rows", lambda result, rows, first, last, out: rows.norm)
-    out = strips.decode_in_strips(decoder, z, zq, 1 << 30)
+    out = strips.decode_in_strips(decoder, z, zq)
     assert stored == [[torch.bfloat16]] * 3 and norms.count(decoder.mid.attn_1.norm) == 1
     with mock.patch.object(layers, "SHARED_KV_DTYPES", ()):
-        published_order = strips.decode_in_strips(decoder, z, zq, 1 << 30)
+        published_order = strips.decode_in_strips(decoder, z, zq)
     assert stored[3:] == [[torch.bfloat16] * 2] * 3
     exact = copy.deepcopy(decoder).double()(z.double(), zq.double())
     assert relative_error(out, exact) < 1.1 * relative_error(published_order, exact)

@@ -9,6 +9,9 @@ from torch import nn
 
 from movq_ext.model.feature_maps import MapStore
 from movq_ext.model.strip_rows import ConvolvedRows, PointwiseRows, StoredRows, StripBuffer, haloed_rows
+from movq_ext.model.strips import CPU_MEMORY
+from movq_ext.ops.onednn import Convolution
+from movq_ext.ops.winograd import WinogradConvolution
 
 HEIGHT, WIDTH = 6, 5
 SPANS = [(first, last) for first in range(HEIGHT) for last in range(first + 1, HEIGHT + 1)]
@@ -58,7 +61,7 @@ def test_pointwise_rows(x, first, last):
 
 @pytest.mark.parametrize("first, last", SPANS)
 def test_haloed_rows_are_zero_outside_the_map(store, x, first, last):
-    buffer = StripBuffer(store)
+    buffer = StripBuffer(store, 0)
     buffer.rows(x, HEIGHT + 2).fill_(torch.nan)
     padded = nn.functional.pad(x.read(0, HEIGHT), (0, 0, 1, 1))
     assert torch.equal(haloed_rows(StoredRows(x), first, last, buffer), padded[:, :, first : last + 2])
@@ -70,7 +73,7 @@ def test_convolved_rows(store, x, kind, packed):
     torch.manual_seed(1)
     conv = kind(4, 3, 3, padding=1)
     expected = conv(x.read(0, HEIGHT)).double()
-    convolved = ConvolvedRows(conv, StoredRows(x), StripBuffer(store))
+    convolved = ConvolvedRows(conv, StoredRows(x), StripBuffer(store, 0))
     assert (convolved.packed is not None) == packed
     for first, last in SPANS:
         out = strip(3, first, last)
@@ -81,17 +84,29 @@ def test_convolved_rows(store, x, kind, packed):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "channels, winograd_bytes, expected",
+    [(128, CPU_MEMORY.winograd, WinogradConvolution), (32, CPU_MEMORY.winograd, Convolution), (128, 1 << 20, Convolution)],
+    ids=["wide", "narrow", "little memory"],
+)
+def test_which_convolution(store, channels, winograd_bytes, expected):
+    x = store.allocate(channels, 32, 32)
+    convolved = ConvolvedRows(nn.Conv2d(channels, channels, 3, padding=1), StoredRows(x), StripBuffer(store, winograd_bytes))
+    assert type(convolved.packed) is expected
+
+
+@torch.no_grad()
 def test_a_hook_may_keep_its_input(store, x):
     conv, hook = nn.Conv2d(4, 3, 3, padding=1), KeepTensors()
     conv.register_forward_hook(hook)
-    convolved = ConvolvedRows(conv, StoredRows(x), StripBuffer(store))
+    convolved = ConvolvedRows(conv, StoredRows(x), StripBuffer(store, 0))
     for first, last in SPANS:
         convolved.write_rows(first, last, strip(3, first, last))
     assert all(torch.equal(a, b) for a, b in zip(hook.kept, hook.copies, strict=True))
 
 
 def test_strips_share_one_buffer_that_grows(store, x):
-    buffer = StripBuffer(store)
+    buffer = StripBuffer(store, 0)
     small = buffer.rows(x, 2)
     assert small.shape == (1, 4, 2, WIDTH) and small.is_contiguous(memory_format=torch.channels_last)
     assert buffer.rows(x, 1).data_ptr() == small.data_ptr()

@@ -27,6 +27,7 @@ from torch import nn
 from movq_ext import ResnetBlock, decode_tiled
 from movq_ext.model import strips
 from movq_ext.model.feature_maps import MapStore
+from movq_ext.ops.winograd import WinogradConvolution
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 LITTLE, SOME, PLENTY = 350_000, 1_000_000, 1 << 30  # bytes: several strips and files, several strips, one strip
@@ -44,6 +45,19 @@ def decode(decoder, z, zq, max_memory):
 def spans(monkeypatch):
     """Return the strips of every layer that ran in strips."""
     return record_calls(monkeypatch, strips.Strips, "spans", lambda spans, *_: spans)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("grid, max_memory", [((32, 24), None), ((34, 23), None), ((32, 24), 64 << 20)])
+def test_wide_layers_take_a_winograd_convolution(monkeypatch, grid, max_memory, dtype):
+    blocks = record_calls(monkeypatch, WinogradConvolution, "_add_block", lambda result, convolution, out, *_: tuple(out.shape))
+    decoder = make_decoder(ch=128, ch_mult=(1,), attn_resolutions=[], mid_attn=False)
+    z, zq = latents(grid, 1)
+    expected = copy.deepcopy(decoder).double().requires_grad_()(z.double(), zq.double())  # layer by layer
+    out = decode(decoder.to(dtype), z.to(dtype), zq.to(dtype), max_memory)
+    assert_close(out, expected, slack=2)
+    assert {shape[2] for shape in blocks} == {128} and len(blocks) >= 8  # all convolutions of four blocks
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -175,13 +189,13 @@ def test_any_latent_size(grid, zq_grid, batch, add_conv):
 
 
 def runner(strip_bytes=1 << 20, budget=None):
-    return strips.Strips(MapStore(torch.float32, torch.device("cpu"), budget), latents((4, 6), batch=1)[1], strip_bytes)
+    return strips.Strips(MapStore(torch.float32, torch.device("cpu"), budget), latents((4, 6), batch=1)[1], strips.WorkingMemory(strip_bytes, maps=budget))
 
 
 @pytest.mark.parametrize("strip_bytes", [1, 4_400, 7_000, 1 << 30])
 @pytest.mark.parametrize("height", [1, 5, 8, 37])
 def test_spans_cover_every_row_once_within_strip_bytes(strip_bytes, height):
-    run, values, row_bytes = runner(strip_bytes), 20, 20 * 6 * 4
+    run, values, row_bytes = runner(strip_bytes, budget=1 << 30), 20, 20 * 6 * 4
     spans = run.spans(run.store.allocate(8, height, 6), values)
     assert [row for first, last in spans for row in range(first, last)] == list(range(height))
     rows, *others = (last - first for first, last in spans)
@@ -189,6 +203,12 @@ def test_spans_cover_every_row_once_within_strip_bytes(strip_bytes, height):
     if others:
         assert rows.bit_count() == 1 and set(others[:-1]) <= {rows} and others[-1] <= rows
         assert (2 * rows + 2) * row_bytes > strip_bytes
+
+
+def test_strips_without_a_limit_have_at_least_four_rows():
+    """So that wide maps are neither normalised twice nor convolved directly."""
+    run = runner(strip_bytes=1)
+    assert run.spans(run.store.allocate(8, 10, 6), 20) == [(0, 4), (4, 8), (8, 10)]
 
 
 @torch.no_grad()

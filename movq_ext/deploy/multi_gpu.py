@@ -17,9 +17,9 @@ from ..model.decoder import MOVQDecoder
 from ..model.feature_maps import FeatureMap, MapStore, Moments, Storage
 from ..model.strip_checks import LayeredDecoder, check_decoder_layers, check_no_dropout
 from ..model.strip_norms import NormalisedRows
-from ..model.strips import STRIP_BYTES, Strips, computes_in_float32, to_float32
+from ..model.strips import CPU_MEMORY, Strips, WorkingMemory, computes_in_float32, to_float32
 
-GPU_STRIP_BYTES = 1 << 30  # enough pixels to fill a GPU; not yet measured on one
+GPU_MEMORY = WorkingMemory(strip=1 << 30)  # enough pixels to fill a GPU; not yet measured on one
 SAMPLED_VALUES = 64  # of each latent, to compare it between processes
 
 
@@ -228,8 +228,8 @@ class BandStore(MapStore):
 class BandStrips(Strips):
     """Runs the layers of a decoder on this process's band of each map."""
 
-    def __init__(self, store: BandStore, zq: Tensor, strip_bytes: int) -> None:
-        super().__init__(store, zq, strip_bytes)
+    def __init__(self, store: BandStore, zq: Tensor, memory: WorkingMemory) -> None:
+        super().__init__(store, zq, memory)
         self.band = store.band
 
     def store_input(self, values: Tensor) -> FeatureMap:
@@ -266,9 +266,9 @@ class BandStrips(Strips):
 
 def _decode_band(decoder: LayeredDecoder, z: Tensor, zq: Tensor, band: Band) -> Tensor:
     """Return this process's rows of the images, decoded one after another."""
-    strip_bytes = STRIP_BYTES if z.device.type == "cpu" else GPU_STRIP_BYTES
+    memory = CPU_MEMORY if z.device.type == "cpu" else GPU_MEMORY
     latents = zip(z.split(1), zq.contiguous(memory_format=torch.channels_last).split(1), strict=True)
-    return torch.cat([BandStrips(BandStore(z.dtype, z.device, band), zq, strip_bytes).decode(decoder, z) for z, zq in latents])
+    return torch.cat([BandStrips(BandStore(z.dtype, z.device, band), zq, memory).decode(decoder, z) for z, zq in latents])
 
 
 def _check_arguments(decoder: MOVQDecoder, z: Tensor, zq: Tensor) -> None:

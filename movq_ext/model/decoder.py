@@ -25,7 +25,7 @@ from .fusion import plain_weight, run_fused, runs_inference
 from .layers import AttnBlock, MiddleBlock, ResnetBlock, Stage, Upsample, input_groups, is_plain_network
 from .modulation import Modulations
 from .norms import NORM_GROUPS, SpatialNorm, make_norm
-from .strips import STRIP_BYTES, decode_in_strips
+from .strips import decode_in_strips
 
 
 class DecoderStep(NamedTuple):
@@ -145,7 +145,7 @@ class MOVQDecoder(ActivationCheckpointing):
         self.check_latents(z, zq)
         if runs_inference(self, z, zq) and is_plain_network(self):
             if z.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-                return decode_in_strips(self, z, zq, STRIP_BYTES)  # strips stay in the cache
+                return decode_in_strips(self, z, zq)  # strips stay in the cache
             return self._forward_fused(z, zq)
         z, zq = _in_channels_last(z, zq)
         h: Tensor = self.conv_in(z)

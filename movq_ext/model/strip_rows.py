@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import profiling
 from ..ops.onednn import Convolution
+from ..ops.winograd import WinogradConvolution, is_faster
 from .feature_maps import FeatureMap, MapStore
 from .fusion import is_plain_conv
 from .strip_norms import NormalisedRows
@@ -47,9 +48,15 @@ class PointwiseRows:
 
 
 class StripBuffer:
-    """Memory for one strip. Each strip overwrites the previous one, so the memory stays in the cache."""
+    """Memory for one strip. Each strip overwrites the previous one, so the memory stays in the cache.
 
-    def __init__(self, store: MapStore) -> None:
+    Args:
+        store: allocates the memory.
+        winograd_bytes: for a Winograd convolution besides the strip.
+    """
+
+    def __init__(self, store: MapStore, winograd_bytes: int) -> None:
+        self.winograd_bytes = winograd_bytes
         self._store, self._values = store, store.empty(0)
 
     def rows(self, x: FeatureMap, count: int) -> Tensor:
@@ -65,9 +72,13 @@ class ConvolvedRows:
 
     def __init__(self, conv: nn.Conv2d, source: StoredRows | NormalisedRows, buffer: StripBuffer) -> None:
         self.conv, self.source, self.buffer = conv, source, buffer
-        self.packed: Convolution | None = None
-        if is_plain_conv(conv):
-            x = source.x
+        self.packed: Convolution | WinogradConvolution | None = None
+        if not is_plain_conv(conv):
+            return
+        x = source.x
+        if is_faster(conv.weight, x.height * x.width, buffer.winograd_bytes):
+            self.packed = WinogradConvolution(conv.weight, conv.bias, buffer.winograd_bytes)
+        else:
             typical_input = (1, x.channels, min(x.height, TYPICAL_ROWS) + HALO, x.width)
             self.packed = Convolution(conv.weight, conv.bias, (0, 1), typical_input)
 

@@ -16,7 +16,7 @@ layers' results are written to memory.
 from __future__ import annotations
 
 import copy
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from .strip_checks import LayeredDecoder, LayeredNetwork, check_decoder_layers, 
 from .strip_norms import NormalisedRows
 from .strip_rows import HALO, ConvolvedRows, PointwiseRows, RowSource, StoredRows, StripBuffer, haloed_rows
 
-STRIP_BYTES = 32 << 20  # for all tensors of a strip: 32 rows of 256 pixels with 128 channels in float32
+MIN_ROWS = 4  # of a strip where memory has no limit: each normalises HALO more, and a Winograd convolution takes four at once
 # Number of values in all tensors of a strip, per pixel and channel of its map.
 ATTENTION_VALUES = 8
 UPSAMPLE_VALUES = 10
@@ -40,43 +40,59 @@ DOWNSAMPLE_VALUES = 12  # of the smaller map
 INPUT_VALUES = 3  # a copy, and its moments in float32
 
 
+class WorkingMemory(NamedTuple):
+    """Bytes for the tensors of a decode or an encode, besides weights, latents and images.
+
+    Attributes:
+        strip: approximate size of all tensors of a strip.
+        winograd: for a Winograd convolution, see `is_faster`.
+        maps: for the maps between layers, see `MapStore`; None for no limit.
+    """
+
+    strip: int
+    winograd: int = 0
+    maps: int | None = None
+
+
+# A strip has 32 rows of 256 pixels with 128 channels in float32, and the factors of 512 x 512 weights take 24 MiB.
+CPU_MEMORY = WorkingMemory(strip=32 << 20, winograd=40 << 20)
+
+
 def decode_in_strips(
-    decoder: LayeredDecoder, z: Tensor, zq: Tensor, strip_bytes: int, budget: int | None = None, folder: str | None = None
+    decoder: LayeredDecoder, z: Tensor, zq: Tensor, memory: WorkingMemory = CPU_MEMORY, folder: str | None = None
 ) -> Tensor:
     """Return ``decoder(z, zq)``, computed image by image and without gradients.
 
     Args:
         decoder: its layers must pass `check_decoder_layers`.
         z, zq: as for the decoder.
-        strip_bytes: see `Strips`.
-        budget, folder: see `MapStore`.
+        memory: how much it takes.
+        folder: see `MapStore`.
     """
     if computes_in_float32(decoder, z):
-        return decode_in_strips(*to_float32(decoder, z, zq), strip_bytes, budget, folder).half()
+        return decode_in_strips(*to_float32(decoder, z, zq), memory, folder).half()
     check_decoder_layers(decoder)
     images = []
     for image_z, image_zq in zip(z.split(1), zq.contiguous(memory_format=torch.channels_last).split(1), strict=True):
-        with MapStore(z.dtype, z.device, budget, folder) as store:
-            images.append(Strips(store, image_zq, strip_bytes).decode(decoder, image_z))
+        with MapStore(z.dtype, z.device, memory.maps, folder) as store:
+            images.append(Strips(store, image_zq, memory).decode(decoder, image_z))
     return torch.cat(images)
 
 
-def encode_in_strips(
-    encoder: LayeredNetwork, x: Tensor, strip_bytes: int, budget: int | None = None, folder: str | None = None
-) -> Tensor:
+def encode_in_strips(encoder: LayeredNetwork, x: Tensor, memory: WorkingMemory, folder: str | None = None) -> Tensor:
     """Return ``encoder(x)``, computed image by image and without gradients.
 
     Args:
         encoder: its layers must pass `check_encoder_layers`.
         x: as for the encoder.
-        strip_bytes: see `Strips`.
-        budget, folder: see `MapStore`.
+        memory: how much it takes.
+        folder: see `MapStore`.
     """
     check_encoder_layers(encoder)
     latents = []
     for image in x.split(1):
-        with MapStore(x.dtype, x.device, budget, folder) as store:
-            latents.append(Strips(store, None, strip_bytes).encode(encoder, image))
+        with MapStore(x.dtype, x.device, memory.maps, folder) as store:
+            latents.append(Strips(store, None, memory).encode(encoder, image))
     return torch.cat(latents)
 
 
@@ -98,12 +114,12 @@ class Strips:
     Args:
         store: allocates the maps.
         zq: the latent that norms are conditioned on, ``(1, zq_ch, h, w)``; None for an encoder.
-        strip_bytes: approximate size of all tensors of a strip.
+        memory: for a strip and a Winograd convolution.
     """
 
-    def __init__(self, store: MapStore, zq: Tensor | None, strip_bytes: int) -> None:
-        self.store, self.zq, self.strip_bytes = store, zq, strip_bytes
-        self._buffer = StripBuffer(store)
+    def __init__(self, store: MapStore, zq: Tensor | None, memory: WorkingMemory) -> None:
+        self.store, self.zq, self.memory = store, zq, memory
+        self._buffer = StripBuffer(store, memory.winograd)
 
     def decode(self, decoder: LayeredDecoder, z: Tensor) -> Tensor:
         """Return the decoder's image of z, ``(1, z_channels, h, w)``."""
@@ -195,7 +211,8 @@ class Strips:
             x: the map.
             values_per_pixel: number of values in all tensors of a strip, per pixel of x.
         """
-        rows = max(1, self.strip_bytes // (values_per_pixel * x.width * x.dtype.itemsize) - HALO)
+        min_rows = MIN_ROWS if self.memory.maps is None else 1
+        rows = max(min_rows, self.memory.strip // (values_per_pixel * x.width * x.dtype.itemsize) - HALO)
         if rows < x.height:
             rows = 1 << rows.bit_length() - 1  # a power of two, so that most strips hold whole cells of zq
         return [(first, min(first + rows, x.height)) for first in range(0, x.height, rows)]

@@ -13,7 +13,14 @@ from .encoder import Encoder
 from .layers import ResnetBlock
 from .strip_checks import LayeredNetwork, check_no_dropout
 from .strip_rows import HALO
-from .strips import STRIP_BYTES, computes_in_float32, convolution_values, decode_in_strips, encode_in_strips
+from .strips import (
+    CPU_MEMORY,
+    WorkingMemory,
+    computes_in_float32,
+    convolution_values,
+    decode_in_strips,
+    encode_in_strips,
+)
 
 MIB = 1 << 20
 
@@ -22,9 +29,9 @@ MIB = 1 << 20
 def decode_tiled(decoder: MOVQDecoder, z: Tensor, zq: Tensor, *, max_memory: int, folder: str | None = None) -> Tensor:
     """Return ``decoder(z, zq)``, decoded in bounded memory: for images of any size, without seams, and without gradients.
 
-    ``max_memory`` covers the strip being computed (at most half) and the maps between layers. Maps beyond it go to temporary
-    files, which hold up to ``(C0 + C1) * H * W`` elements for an image of ``H * W`` pixels, where C0 and C1 are the channels
-    before and in the last level. It does not cover:
+    ``max_memory`` covers the strip being computed and its convolution (at most half), and the maps between layers. Maps beyond
+    it go to temporary files, which hold up to ``(C0 + C1) * H * W`` elements for an image of ``H * W`` pixels, where C0 and C1
+    are the channels before and in the last level. It does not cover:
 
     - weights, latents and the image;
     - an attention layer's keys and values, ``2 * h * w * C`` elements, or half as many in 16-bit types;
@@ -53,17 +60,16 @@ def decode_tiled(decoder: MOVQDecoder, z: Tensor, zq: Tensor, *, max_memory: int
     dtype = torch.float32 if computes_in_float32(decoder, z) else z.dtype
     needed = _min_memory(decoder, z.shape[3] << (decoder.num_resolutions - 1), dtype)
     check_max_memory(max_memory, needed, "z", z)
-    strip_bytes = _strip_bytes(max_memory, z.device)
-    return decode_in_strips(decoder, z, zq, strip_bytes, max_memory - strip_bytes, folder)
+    return decode_in_strips(decoder, z, zq, _divide(max_memory, z.device), folder)
 
 
 @torch.no_grad()
 def encode_tiled(encoder: Encoder, x: Tensor, *, max_memory: int, folder: str | None = None) -> Tensor:
     """Return ``encoder(x)``, encoded in bounded memory: for images of any size, without seams, and without gradients.
 
-    ``max_memory`` covers the strip being computed (at most half) and the maps between layers. Maps beyond it go to temporary
-    files, which hold up to ``2 * C * H * W`` elements for an image of ``H * W`` pixels, where C is the most channels of its first
-    level. It does not cover:
+    ``max_memory`` covers the strip being computed and its convolution (at most half), and the maps between layers. Maps beyond
+    it go to temporary files, which hold up to ``2 * C * H * W`` elements for an image of ``H * W`` pixels, where C is the most
+    channels of its first level. It does not cover:
 
     - weights, the image and the latents;
     - an attention layer's keys and values, ``2 * h * w * C`` elements, or half as many in 16-bit types.
@@ -88,8 +94,7 @@ def encode_tiled(encoder: Encoder, x: Tensor, *, max_memory: int, folder: str | 
     encoder.check_image(x)
     check_no_dropout("encoder", encoder)
     check_max_memory(max_memory, _min_memory(encoder, x.shape[3], x.dtype), "x", x)
-    strip_bytes = _strip_bytes(max_memory, x.device)
-    return encode_in_strips(encoder, x, strip_bytes, max_memory - strip_bytes, folder)
+    return encode_in_strips(encoder, x, _divide(max_memory, x.device), folder)
 
 
 def _min_memory(network: LayeredNetwork, width: int, dtype: torch.dtype) -> int:
@@ -106,7 +111,11 @@ def check_max_memory(max_memory: int, needed: int, name: str, x: Tensor) -> None
         raise ValueError(f"max_memory must be at least {expected}, got {max_memory}")
 
 
-def _strip_bytes(max_memory: int, device: torch.device) -> int:
-    """Return how much of max_memory is for strips."""
+def _divide(max_memory: int, device: torch.device) -> WorkingMemory:
+    """Return how much of max_memory is for strips, at most half, and how much for maps."""
     half = max_memory // 2
-    return min(half, STRIP_BYTES) if device.type == "cpu" else half  # a larger strip would not stay in the CPU's cache
+    if device.type != "cpu":
+        return WorkingMemory(half, maps=max_memory - half)
+    strip = min(half, CPU_MEMORY.strip)  # a larger one would not stay in the cache
+    winograd = min(half - strip, CPU_MEMORY.winograd)
+    return WorkingMemory(strip, winograd, max_memory - strip - winograd)
