@@ -95,7 +95,7 @@ def test_memory_of_a_block():
     assert convolution.block_memory.nbytes <= 1 << 18
 
 
-LIMIT = 32 << 20
+LIMIT = 40 << 20
 
 
 @pytest.mark.parametrize(

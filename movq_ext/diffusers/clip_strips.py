@@ -19,7 +19,7 @@ from torch import Tensor
 from ..model.feature_maps import FeatureMap, MapStore, upcast
 from ..model.strip_norms import split_at_cells
 from ..model.strip_rows import HALO, TYPICAL_ROWS
-from ..model.strips import UPSAMPLE_VALUES, Strips, convolution_values
+from ..model.strips import UPSAMPLE_VALUES, Strips, WorkingMemory, convolution_values
 from ..ops.clips import resize_frames
 from ..ops.native import scale_by_cells
 from ..ops.onednn import Convolution
@@ -57,7 +57,7 @@ class ClipStrips:
     """
 
     def __init__(self, store: MapStore, strip_bytes: int) -> None:
-        self.store, self.spans = store, Strips(store, None, strip_bytes).spans
+        self.store, self.spans = store, Strips(store, None, WorkingMemory(strip_bytes, maps=0)).spans
         self._frames_before: dict[Any, ClipMap] = {}  # by convolution: the last frames of its input in the batch before
         self._buffer = store.empty(0)
         self.zq, self.is_last = store.empty(0), False  # of the current batch
