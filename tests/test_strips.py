@@ -189,11 +189,8 @@ def test_any_latent_size(grid, zq_grid, batch, add_conv):
 
 
 def runner(strip_bytes=1 << 20, budget=None):
-    return strips.Strips(
-        MapStore(torch.float32, torch.device("cpu"), budget),
-        latents((4, 6), batch=1)[1],
-        strips.WorkingMemory(strip_bytes, maps=budget),
-    )
+    store, zq = MapStore(torch.float32, torch.device("cpu"), budget), latents((4, 6), batch=1)[1]
+    return strips.Strips(store, zq, strips.WorkingMemory(strip_bytes, maps=budget))
 
 
 @pytest.mark.parametrize("strip_bytes", [1, 4_400, 7_000, 1 << 30])
