@@ -16,10 +16,17 @@ namespace py = pybind11;
 STABLE_TORCH_LIBRARY(movq_ext, m) {
   m.def(
       "spatial_norm_forward(Tensor f, Tensor? zq_y, Tensor? zq_b, Tensor? weight, Tensor? bias, int groups, float eps, bool silu,"
-      " Tensor? f_bias=None, bool bordered=False, Tensor? statistics=None) -> (Tensor out, Tensor mean, Tensor rstd)");
+      " Tensor? f_bias=None, bool bordered=False, Tensor? statistics=None, int frames=1, int latent_frames=1,"
+      " bool split_first_frame=False)"
+      " -> (Tensor out, Tensor mean, Tensor rstd)");
+  // Writes to `out`, whose images and channels need not be adjacent.
+  m.def(
+      "spatial_norm_into(Tensor(a!) out, Tensor f, Tensor? zq_y, Tensor? zq_b, Tensor? weight, Tensor? bias, int groups,"
+      " float eps, bool silu, int frames=1, int latent_frames=1, bool split_first_frame=False) -> ()");
   m.def(
       "spatial_norm_backward(Tensor dout, Tensor f, Tensor? zq_y, Tensor? zq_b, Tensor? weight, Tensor? bias, Tensor mean,"
-      " Tensor rstd, int groups, bool silu) -> (Tensor df, Tensor dzq_y, Tensor dzq_b, Tensor dweight, Tensor dbias)");
+      " Tensor rstd, int groups, bool silu, int frames=1, int latent_frames=1, bool split_first_frame=False)"
+      " -> (Tensor df, Tensor dzq_y, Tensor dzq_b, Tensor dweight, Tensor dbias)");
   m.def("attention_forward(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor out, Tensor lse)");
   m.def(
       "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale)"

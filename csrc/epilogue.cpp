@@ -17,18 +17,6 @@ MemoryFormat format_of(const Tensor& x) {
   return MemoryFormat::ChannelsLast;
 }
 
-// The residual in x's format. If that takes no copy it may be x itself; any other overlap would read values already overwritten.
-Tensor in_format_of_x(const Tensor& given, const Tensor& x, MemoryFormat format) {
-  const Tensor residual = movq::in_format(given, format);
-  const auto start = reinterpret_cast<uintptr_t>(residual.const_data_ptr());
-  const auto x_start = reinterpret_cast<uintptr_t>(x.const_data_ptr());
-  const size_t bytes = x.numel() * x.element_size();
-  CHECK_ARGUMENT(start == x_start || start >= x_start + bytes || x_start >= start + bytes,
-                 "residual must be x itself or not overlap it, got one that starts ",
-                 static_cast<int64_t>(start) - static_cast<int64_t>(x_start), " bytes after x, which has ", bytes);
-  return residual;
-}
-
 // `with_statistics` completes the problem, and allocates and returns the statistics.
 template <class WithStatistics>
 OptionalTensor add(const Tensor& x, const OptionalTensor& given_bias, const OptionalTensor& given_residual,
@@ -56,7 +44,8 @@ OptionalTensor add(const Tensor& x, const OptionalTensor& given_bias, const Opti
                    movq::shape(*given_residual));
     movq::check_device("residual", *given_residual, "x", x);
     movq::check_dtype("residual", *given_residual, "x", x);
-    residual = in_format_of_x(*given_residual, x, format);
+    residual = movq::in_format(*given_residual, format);
+    movq::check_overlap("residual", *residual, "x", x);
   }
   const OptionalTensor statistics = with_statistics(problem);
   const movq::Epilogue arguments = {

@@ -1,5 +1,5 @@
-// The operators spatial_norm_forward and spatial_norm_backward for CUDA tensors: checks, layout, allocation and stream around the
-// launchers.
+// The operators spatial_norm_forward, spatial_norm_into and spatial_norm_backward for CUDA tensors: checks, layout, allocation and
+// stream around the launchers. A clip is a map whose rows are the rows of all frames.
 #include "kernels/spatial_norm.h"
 
 #include <tuple>
@@ -29,6 +29,12 @@ MemoryFormat format_of(const Tensor& f) {
   return MemoryFormat::ChannelsLast;
 }
 
+// How the rows of f and of zq divide into frames.
+struct Clip {
+  int64_t frames, latent_frames;
+  bool split_first_frame;
+};
+
 // The arguments of both forward and backward, checked and in f's format.
 struct Inputs {
   Tensor f;
@@ -37,7 +43,8 @@ struct Inputs {
   movq::SpatialNormProblem problem;
 
   Inputs(const Tensor& given_f, const OptionalTensor& given_zq_y, const OptionalTensor& given_zq_b,
-         const OptionalTensor& given_weight, const OptionalTensor& given_bias, int64_t groups, double eps, bool silu) {
+         const OptionalTensor& given_weight, const OptionalTensor& given_bias, int64_t groups, double eps, bool silu,
+         const Clip& clip) {
     CHECK_ARGUMENT(given_f.dim() == 4 && given_f.numel() > 0, "f must have 4 dimensions and not be empty, got shape ",
                    shape(given_f));
     CHECK_ARGUMENT(groups > 0 && given_f.size(1) % groups == 0,
@@ -53,7 +60,8 @@ struct Inputs {
     problem.dtype = movq::dtype_of(f, "f");
     problem.batch = f.size(0);
     problem.channels = f.size(1);
-    problem.height = f.size(2);
+    problem.frames = clip.frames;
+    problem.height = rows_of_frame("frames", clip.frames, "f", f);
     problem.width = f.size(3);
     problem.groups = groups;
     problem.channels_last = format == MemoryFormat::ChannelsLast;
@@ -64,13 +72,21 @@ struct Inputs {
       zq_b = checked_zq("zq_b", *given_zq_b);
       CHECK_ARGUMENT(zq_y->sizes().equals(zq_b->sizes()), "zq_y and zq_b must have the same shape, got ", shape(*zq_y), " and ",
                      shape(*zq_b));
-      problem.zq_height = zq_y->size(2);
+      problem.zq_frames = clip.latent_frames;
+      problem.zq_height = rows_of_frame("latent_frames", clip.latent_frames, "zq_y", *zq_y);
       problem.zq_width = zq_y->size(3);
+      problem.split_first_frame = clip.split_first_frame;
     }
     weight = checked_parameter("weight", given_weight);
     bias = checked_parameter("bias", given_bias);
     if (weight && bias) movq::check_dtype("bias", *bias, "weight", *weight);
     problem.param_dtype = weight ? movq::dtype_of(*weight, "weight") : bias ? movq::dtype_of(*bias, "bias") : problem.dtype;
+  }
+
+  static int64_t rows_of_frame(const char* argument, int64_t frames, const char* name, const Tensor& x) {
+    CHECK_ARGUMENT(frames > 0 && x.size(2) % frames == 0, argument, " must be a positive divisor of ", name, "'s ", x.size(2),
+                   " rows, got ", frames);
+    return x.size(2) / frames;
   }
 
   Tensor checked_zq(const char* name, const Tensor& zq) const {
@@ -105,24 +121,18 @@ void check_bordered(const Inputs& inputs) {
   auto fits = [](int64_t size, int64_t zq_size) {
     return zq_size > 0 && zq_size % 3 == 0 && size % (zq_size / 3) == 0 && size / (zq_size / 3) > 1;
   };
+  CHECK_ARGUMENT(problem.frames == 1 && problem.zq_frames == 1, "bordered zq_y must be an image, got frames=", problem.frames,
+                 " and latent_frames=", problem.zq_frames);
   CHECK_ARGUMENT(fits(problem.height, problem.zq_height) && fits(problem.width, problem.zq_width),
                  "bordered zq_y must have three rows and columns for each cell of at least 2x2 of f's ", problem.height, " x ",
                  problem.width, " pixels, got shape ", inputs.zq_y ? shape(*inputs.zq_y) : "none");
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& f, const OptionalTensor& zq_y, const OptionalTensor& zq_b,
-                                           const OptionalTensor& weight, const OptionalTensor& bias, int64_t groups, double eps,
-                                           bool silu, const OptionalTensor& given_f_bias, bool bordered,
-                                           const OptionalTensor& statistics) {
-  const movq::DeviceGuard guard(f.get_device_index());
-  Inputs inputs(f, zq_y, zq_b, weight, bias, groups, eps, silu);
-  if (bordered) check_bordered(inputs);
-  inputs.problem.bordered = bordered;
-  const OptionalTensor f_bias = inputs.checked_parameter("f_bias", given_f_bias);
-  if (f_bias) inputs.problem.f_bias_dtype = movq::dtype_of(*f_bias, "f_bias");
-  if (statistics) check_statistics(*statistics, inputs, f_bias.has_value());
-  const Tensor out = movq::empty_like(inputs.f);
-  const Tensor mean = movq::empty_contiguous<2>({f.size(0), groups}, aoti_torch_dtype_float32(), f),
+// Launches the kernels; returns mean and rstd.
+std::tuple<Tensor, Tensor> launch_forward(const Inputs& inputs, const OptionalTensor& f_bias, const OptionalTensor& statistics,
+                                          const Tensor& out) {
+  const movq::SpatialNormProblem& problem = inputs.problem;
+  const Tensor mean = movq::empty_contiguous<2>({problem.batch, problem.groups}, aoti_torch_dtype_float32(), inputs.f),
                rstd = movq::empty_like(mean);
   movq::SpatialNormForward arguments = {
       .f = read_pointer(inputs.f),
@@ -138,20 +148,68 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& f, const OptionalTensor
       .statistics = statistics ? statistics->const_data_ptr<float>() : nullptr,
       .parts = statistics ? statistics->size(2) : 0,
   };
-  const size_t bytes = movq::spatial_norm_forward_workspace(inputs.problem, arguments);
+  const size_t bytes = movq::spatial_norm_forward_workspace(problem, arguments);
   const Tensor workspace = movq::allocate_workspace(bytes, inputs.f);
   arguments.workspace = workspace.mutable_data_ptr();
-  movq::spatial_norm_forward(inputs.problem, arguments, movq::current_stream(f));
+  movq::spatial_norm_forward(problem, arguments, movq::current_stream(inputs.f));
+  return {mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& f, const OptionalTensor& zq_y, const OptionalTensor& zq_b,
+                                           const OptionalTensor& weight, const OptionalTensor& bias, int64_t groups, double eps,
+                                           bool silu, const OptionalTensor& given_f_bias, bool bordered,
+                                           const OptionalTensor& statistics, int64_t frames, int64_t latent_frames,
+                                           bool split_first_frame) {
+  const movq::DeviceGuard guard(f.get_device_index());
+  Inputs inputs(f, zq_y, zq_b, weight, bias, groups, eps, silu, {frames, latent_frames, split_first_frame});
+  if (bordered) check_bordered(inputs);
+  inputs.problem.bordered = bordered;
+  const OptionalTensor f_bias = inputs.checked_parameter("f_bias", given_f_bias);
+  if (f_bias) inputs.problem.f_bias_dtype = movq::dtype_of(*f_bias, "f_bias");
+  if (statistics) check_statistics(*statistics, inputs, f_bias.has_value());
+  const Tensor out = movq::empty_like(inputs.f);
+  const auto [mean, rstd] = launch_forward(inputs, f_bias, statistics, out);
   return {out, mean, rstd};
+}
+
+// Checks `out` and tells the kernels where its images and channels are.
+void set_output(Inputs& inputs, const Tensor& out) {
+  const Tensor& f = inputs.f;
+  CHECK_ARGUMENT(out.sizes().equals(f.sizes()), "out must have f's shape ", shape(f), ", got ", shape(out));
+  movq::check_device("out", out, "f", f);
+  movq::check_dtype("out", out, "f", f);
+  const bool channels_last = inputs.format == MemoryFormat::ChannelsLast;
+  const int64_t channels = f.size(1), pixels = f.size(2) * f.size(3), pixel = channels_last ? channels : 1;
+  auto has_stride = [&](int64_t dim, int64_t stride) { return out.size(dim) == 1 || out.stride(dim) == stride; };
+  auto is_apart = [&](int64_t dim, int64_t size) { return out.size(dim) == 1 || out.stride(dim) >= size; };
+  CHECK_ARGUMENT(has_stride(3, pixel) && has_stride(2, f.size(3) * pixel) &&
+                     (channels_last ? has_stride(1, 1) : is_apart(1, pixels)) &&
+                     is_apart(0, channels * (channels_last || channels == 1 ? pixels : out.stride(1))),
+                 "out must have f's layout, ", channels_last ? "channels_last" : "NCHW", ", with adjacent rows, got strides ",
+                 movq::strides(out), " for shape ", shape(out));
+  const bool is_dense = movq::is_dense(out, inputs.format);
+  inputs.problem.out_image_stride = is_dense || f.size(0) == 1 ? 0 : out.stride(0);
+  inputs.problem.out_channel_stride = is_dense || channels_last || channels == 1 ? 0 : out.stride(1);
+  movq::check_overlap("f", f, "out", out);
+}
+
+void forward_into(const Tensor& out, const Tensor& f, const OptionalTensor& zq_y, const OptionalTensor& zq_b,
+                  const OptionalTensor& weight, const OptionalTensor& bias, int64_t groups, double eps, bool silu, int64_t frames,
+                  int64_t latent_frames, bool split_first_frame) {
+  const movq::DeviceGuard guard(f.get_device_index());
+  Inputs inputs(f, zq_y, zq_b, weight, bias, groups, eps, silu, {frames, latent_frames, split_first_frame});
+  set_output(inputs, out);
+  launch_forward(inputs, {}, {}, out);
 }
 
 // The gradient of an argument that was not given is an empty tensor.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& given_dout, const Tensor& f, const OptionalTensor& zq_y,
                                                             const OptionalTensor& zq_b, const OptionalTensor& weight,
                                                             const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd,
-                                                            int64_t groups, bool silu) {
+                                                            int64_t groups, bool silu, int64_t frames, int64_t latent_frames,
+                                                            bool split_first_frame) {
   const movq::DeviceGuard guard(f.get_device_index());
-  const Inputs inputs(f, zq_y, zq_b, weight, bias, groups, 0, silu);
+  const Inputs inputs(f, zq_y, zq_b, weight, bias, groups, 0, silu, {frames, latent_frames, split_first_frame});
   CHECK_ARGUMENT(given_dout.sizes().equals(f.sizes()), "dout must have f's shape ", shape(f), ", got ", shape(given_dout));
   movq::check_device("dout", given_dout, "f", f);
   movq::check_dtype("dout", given_dout, "f", f);
@@ -195,5 +253,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& given_
 
 STABLE_TORCH_LIBRARY_IMPL(movq_ext, CUDA, m) {
   m.impl("spatial_norm_forward", TORCH_BOX(&forward));
+  m.impl("spatial_norm_into", TORCH_BOX(&forward_into));
   m.impl("spatial_norm_backward", TORCH_BOX(&backward));
 }

@@ -159,6 +159,25 @@ inline void check_dtype(const char* name, const Tensor& tensor, const char* othe
                  ", got ", tensor.scalar_type());
 }
 
+// The bytes from a tensor's first element to the end of its last.
+inline int64_t extent(const Tensor& tensor) {
+  int64_t last = 0;
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) last += (tensor.size(dim) - 1) * tensor.stride(dim);
+  return (last + 1) * tensor.element_size();
+}
+
+// A tensor that is written may be one that is read. Any other overlap would read values already overwritten.
+inline void check_overlap(const char* name, const Tensor& read, const char* written_name, const Tensor& written) {
+  const auto start = reinterpret_cast<uintptr_t>(read.const_data_ptr());
+  const auto written_start = reinterpret_cast<uintptr_t>(written.const_data_ptr());
+  bool is_same = start == written_start;
+  for (int64_t dim = 0; dim < read.dim(); ++dim) is_same &= read.size(dim) == 1 || read.stride(dim) == written.stride(dim);
+  CHECK_ARGUMENT(is_same || start >= written_start + extent(written) || written_start >= start + extent(read), name, " must be ",
+                 written_name, " itself or not overlap it, got one that starts ",
+                 static_cast<int64_t>(start) - static_cast<int64_t>(written_start), " bytes after ", written_name, ", which has ",
+                 extent(written));
+}
+
 // A tensor of one value per channel of `other` (batch, channels, height, width), in its dtype or float32.
 inline void check_channel_parameter(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {
   const int64_t channels = other.size(1);

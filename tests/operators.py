@@ -17,6 +17,9 @@ LAYOUTS = ("nchw", "channels_last")
 GROUPS = 8
 
 
+CLIP = (4, 2, True)  # frames of f and of zq, and whether the first is apart
+
+
 def norm_arguments(dtype=torch.float32, layout="nchw", zq_size=(2, 4), affine=torch.float32, device="cpu", **options):
     """f, zq_y, zq_b, weight and bias, which require gradients, and dout."""
     c = case((2, 32, 8, 12), zq_size, dtype, layout, affine=affine, **options)

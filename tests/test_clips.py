@@ -1,33 +1,19 @@
 """The spatial norm of clips: the formula on five dimensions, the frames of the latent, gradients and layouts."""
 
-import published
 import pytest
 import torch
 import torch.nn.functional as F
-from clip_cases import SIZES, arguments
+from clip_cases import SIZES, arguments, draw, formula, source_frames
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pretend_gpu import PretendGpu
 from tolerances import assert_close
 
 from movq_ext import explain, spatial_norm
-from movq_ext.ops import clips
+from movq_ext.ops import clips, functional
+from movq_ext.ops.registration import CPU_IMPLEMENTATIONS
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
-
-
-def source_frames(t, frames, split_first_frame):
-    """The latent's frame for each frame of a clip, as the models say it."""
-    if split_first_frame and t > 1 and frames > 1:
-        return torch.cat([torch.tensor([0]), 1 + published.nearest_index(frames - 1, t - 1)])
-    return published.nearest_index(frames, t)
-
-
-def formula(f, zq_y, zq_b, weight, bias, groups, eps=1e-6, activation=None, split_first_frame=False):
-    """`published.spatial_norm` of the frames, with statistics of all of them."""
-    frames = source_frames(zq_y.shape[2], f.shape[2], split_first_frame)
-    y, b = (torch.stack([published.resize(zq[:, :, t], *f.shape[3:]) for t in frames], dim=2) for zq in (zq_y, zq_b))
-    norm = published.group_norm(f.flatten(2, 3), groups, weight, bias, eps).view(f.shape)
-    return published.silu(norm * y + b) if activation == "silu" else norm * y + b
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
@@ -106,6 +92,50 @@ def test_compiled():
         lambda *x: spatial_norm(*x, activation="silu", split_first_frame=True), fullgraph=True, backend="eager"
     )
     assert_close(compiled(*case), formula(*case, activation="silu", split_first_frame=True))
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The compiled operators, computed on a CPU."""
+    for name, implementation in CPU_IMPLEMENTATIONS.items():
+        monkeypatch.setattr(torch.ops.movq_ext, name, implementation, raising=False)
+    monkeypatch.setattr(functional, "why_native", lambda f: None)
+    monkeypatch.setattr(functional, "failed_self_test", lambda operator, f: None)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("f_size", "zq_size"), SIZES)
+def test_the_kernels_are_given_the_clip_and_the_latent_as_they_are(kernels, f_size, zq_size, layout, monkeypatch):
+    calls = []
+
+    def forward(*arguments):
+        calls.append(arguments)
+        return CPU_IMPLEMENTATIONS["spatial_norm_forward"](*arguments)
+
+    monkeypatch.setattr(torch.ops.movq_ext, "spatial_norm_forward", forward, raising=False)
+    f, y, b, *rest = (x.float() if isinstance(x, torch.Tensor) else x for x in arguments(f_size, zq_size))
+    f, y, b = (x.contiguous(memory_format=layout) for x in (f, y, b))
+    out = spatial_norm(f.as_subclass(PretendGpu), y, b, *rest, activation="silu", split_first_frame=True)
+    doubles = (x.double() if isinstance(x, torch.Tensor) else x for x in (f, y, b, *rest))
+    assert_close(out, formula(*doubles, activation="silu", split_first_frame=True), slack=2.0)
+    ((f_map, y_map, b_map, *_, frames, latent_frames, split_first_frame),) = calls
+    assert [x.data_ptr() for x in (f_map, y_map, b_map)] == [x.data_ptr() for x in (f, y, b)]
+    assert (frames, latent_frames, split_first_frame) == (f_size[0], zq_size[0], True)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize(("f_size", "zq_size"), SIZES)
+def test_gradients_of_the_kernels(kernels, f_size, zq_size, create_graph):
+    case = arguments(f_size, zq_size, torch.float32)
+    inputs, groups = [x.requires_grad_() for x in case[:-1]], case[-1]
+    out = spatial_norm(inputs[0].as_subclass(PretendGpu), *inputs[1:], groups, activation="silu", split_first_frame=True)
+    dout = draw(*out.shape, dtype=torch.float32)
+    grads = torch.autograd.grad(out, inputs, dout, create_graph=create_graph)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected = formula(*exact, groups, activation="silu", split_first_frame=True)
+    for grad, want in zip(grads, torch.autograd.grad(expected, exact, dout.double()), strict=True):
+        assert grad.requires_grad == create_graph
+        assert float((grad - want).detach().abs().max()) <= 1e-5 * max(1.0, float(want.abs().max()))
 
 
 def test_explain_takes_clips():

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from clip_cases import SIZES, arguments
+from pretend_gpu import PretendGpu
 from tolerances import assert_close, relative_error
 
 from movq_ext import spatial_norm
 from movq_ext.ops import norm_into
 from movq_ext.ops.options import NormOptions
+from movq_ext.ops.registration import CPU_IMPLEMENTATIONS
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
 
@@ -28,6 +30,25 @@ def test_the_result_is_the_operators(f_size, zq_size, activation, layout, where,
         out = {"new": torch.empty_like(f), "over f": f, "behind frames": frames[:, :, 2:]}[where]
         assert norm_into.spatial_norm_into(out, f, y, b, options) is out
         assert_close(out, expected)
+        assert (frames[:, :, :2] == 7).all()
+
+
+@pytest.mark.parametrize("where", ["over f", "behind frames"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("f_size", "zq_size"), SIZES)
+def test_the_kernels_write_to_the_memory(f_size, zq_size, layout, where, monkeypatch):
+    into = CPU_IMPLEMENTATIONS["spatial_norm_into"]
+    monkeypatch.setattr(torch.ops.movq_ext, "spatial_norm_into", into, raising=False)
+    for latent in (True, False):
+        f, y, b, weight, bias, groups = arguments(f_size, zq_size, torch.float32)
+        y, b = (y, b) if latent else (None, None)
+        options = NormOptions(weight, bias, groups, 1e-6, "silu", split_first_frame=latent)
+        expected = spatial_norm(f, y, b, weight, bias, groups, 1e-6, "silu", split_first_frame=latent)
+        f = f.contiguous(memory_format=layout)
+        frames = torch.full((2, 6, 2 + f_size[0], *f_size[1:]), 7.0).contiguous(memory_format=layout)
+        out = {"over f": f, "behind frames": frames[:, :, 2:]}[where]
+        norm_into.spatial_norm_into(out, f.as_subclass(PretendGpu), y, b, options)
+        assert_close(out, expected, slack=2.0)
         assert (frames[:, :, :2] == 7).all()
 
 

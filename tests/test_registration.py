@@ -3,7 +3,9 @@
 import published
 import pytest
 import torch
+from clip_cases import formula
 from operators import (
+    CLIP,
     DEVICES,
     GROUPS,
     LAYOUTS,
@@ -56,6 +58,24 @@ def test_spatial_norm_on_a_cpu_is_the_published_formula(dtype, affine, zq_size, 
             assert grad.dtype == x.dtype
             assert_close(grad, want, slack=2.0)
     assert all(x.stride() == f.stride() for x in (out, grads[0]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("clip", [CLIP, (4, 4, False), (2, 1, True), (1, 2, True)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_spatial_norm_of_a_clip_on_a_cpu_is_the_formula(dtype, clip, layout):
+    inputs, dout = norm_arguments(dtype, layout, (4, 3))
+    f, y, b, weight, bias = exact = in_double(inputs)
+    frames = [x.unflatten(2, (many, -1)) for x, many in ((f, clip[0]), (y, clip[1]), (b, clip[1]))]
+    expected = formula(*frames, weight, bias, GROUPS, EPS, "silu", clip[2]).flatten(2, 3)
+    out, mean, rstd = registration.spatial_norm_forward_cpu(*detached(inputs), GROUPS, EPS, True, None, False, None, *clip)
+    assert_close(out, expected)
+    written = torch.full_like(out, 7)
+    registration.spatial_norm_into_cpu(written, *detached(inputs), GROUPS, EPS, True, *clip)
+    assert torch.equal(written, out)
+    grads = registration.spatial_norm_backward_cpu(dout, *detached(inputs), mean, rstd, GROUPS, True, *clip)
+    for grad, want in zip(grads, gradients(expected, exact, dout), strict=True):
+        assert_close(grad, want, slack=2.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -129,6 +149,23 @@ def test_opcheck_of_spatial_norm(device, layout, dtype, affine, zq_size):
     torch.library.opcheck(forward, (*inputs, GROUPS, EPS, True, torch.ones(32, device=device)))
     _, mean, rstd = forward(*inputs, GROUPS, EPS, True)
     torch.library.opcheck(backward, (dout, *inputs, mean, rstd, GROUPS, True))
+
+
+@needs_extension
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_of_clips(device, dtype, layout):
+    inputs, dout = norm_arguments(dtype, layout, device=device)
+    inputs = detached(inputs)
+    operators = torch.ops.movq_ext
+    names = dict(zip(("frames", "latent_frames", "split_first_frame"), CLIP, strict=True))
+    torch.library.opcheck(operators.spatial_norm_forward.default, (*inputs, GROUPS, EPS, True), names)
+    _, mean, rstd = operators.spatial_norm_forward(*inputs, GROUPS, EPS, True, **names)
+    torch.library.opcheck(operators.spatial_norm_backward.default, (dout, *inputs, mean, rstd, GROUPS, True), names)
+    padded = torch.zeros_like(torch.cat([inputs[0]] * 2, dim=2))
+    for out in (torch.zeros_like(inputs[0]), padded[:, :, 8:]):
+        torch.library.opcheck(operators.spatial_norm_into.default, (out, *inputs, GROUPS, EPS, True, *CLIP))
 
 
 @needs_extension

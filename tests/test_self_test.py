@@ -7,7 +7,7 @@ import emulator
 import pytest
 import torch
 from kernels import usable
-from kernels.spatial_norm import ClusterEmulator
+from kernels.spatial_norm import Clip, ClusterEmulator
 from operators import needs_extension, needs_gpu
 from pretend_gpu import RIGHT, Kernels, PretendGpu
 from tolerances import assert_close
@@ -187,9 +187,9 @@ def test_it_reaches_every_kernel_of_spatial_norm(kernels):
     device, reached = ClusterEmulator(), {"wide": set(), "single": set()}
     device.seeds = (0,)
 
-    def run(method):
+    def run(method, own_arguments):  # the others are those of the clip
         def kernel(*arguments):
-            results = method(*arguments)
+            results = method(*arguments[:own_arguments], clip=Clip(*arguments[own_arguments:]))
             f = arguments[0]
             row = f.shape[1] if f.stride(1) == 1 else f.shape[3]
             reached["single" if row * f.element_size() % 16 else "wide"].update(launch.kernel for launch in device.cost.launches)
@@ -197,8 +197,8 @@ def test_it_reaches_every_kernel_of_spatial_norm(kernels):
 
         return kernel
 
-    for name in ("forward", "backward"):
-        kernels.plant(f"spatial_norm_{name}", run(getattr(device, name)))
+    kernels.plant("spatial_norm_forward", run(device.forward, 11))
+    kernels.plant("spatial_norm_backward", run(device.backward, 10))
     for channels_last in (False, True):
         assert self_test_failure("spatial_norm", CPU, torch.bfloat16, channels_last) is None
     assert reached["wide"] == spatial_norm_kernels()

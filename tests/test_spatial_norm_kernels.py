@@ -37,6 +37,7 @@ SHAPES = {
     "one-column": ((1, 32, 67, 1), 8, (5, 1)),
     "wide-group": ((1, 1032, 2, 8), 2, (1, 2)),
     "one-group": ((3, 24, 5, 8), 1, (5, 1)),
+    "one-row-of-two": ((1, 16, 1, 16), 2, (2, 8)),  # as many pixels in zq as in f
 }
 LAYOUTS = ("nchw", "channels_last")
 CASES = [

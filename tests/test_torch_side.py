@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch_side
 from operators import (
+    CLIP,
     GROUPS,
     LAYOUTS,
     attention_arguments,
@@ -71,6 +72,36 @@ def test_layouts_of_spatial_norm_match_the_fake_implementation(shape, permutatio
     for x in (f, f.repeat_interleave(2, dim=3)[..., ::2], f.expand(2, *shape[1:]) if shape[0] == 1 else f):
         arguments = x, None, None, None, None, 1, EPS, False
         assert_same(operators.spatial_norm_forward(*arguments), CPU_IMPLEMENTATIONS["spatial_norm_forward"](*arguments))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("clip", [CLIP, (2, 1, False), (8, 2, False)], ids=str)
+def test_the_spatial_norm_of_a_clip(layout, clip):
+    inputs, dout = norm_arguments(layout=layout, zq_size=(4, 3))
+    inputs = detached(inputs)
+    forward = *inputs, GROUPS, EPS, True, None, False, None, *clip
+    results = operators.spatial_norm_forward(*forward)
+    assert_same(results, CPU_IMPLEMENTATIONS["spatial_norm_forward"](*forward))
+    backward = dout, *inputs, *results[1:], GROUPS, True, *clip
+    assert_same(operators.spatial_norm_backward(*backward), CPU_IMPLEMENTATIONS["spatial_norm_backward"](*backward))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("clip", [CLIP, (1, 1, False)], ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_result_goes_behind_other_frames(layout, clip, batch):
+    inputs, _ = norm_arguments(layout=layout)
+    f, zq_y, zq_b, weight, bias = detached(inputs)
+    f, zq_y, zq_b = (x[:batch] for x in (f, zq_y, zq_b))
+    arguments = f, zq_y, zq_b, weight, bias, GROUPS, EPS, True
+    expected, *_ = CPU_IMPLEMENTATIONS["spatial_norm_forward"](*arguments, None, False, None, *clip)
+    padded = torch.full_like(torch.cat([f, f], dim=2), 7)
+    assert operators.spatial_norm_into(padded[:, :, 8:], *arguments, *clip) is None
+    assert_close(padded[:, :, 8:], expected)
+    assert (padded[:, :, :8] == 7).all()
+    f = f.clone()
+    operators.spatial_norm_into(f, f, *arguments[1:], *clip)
+    assert_close(f, expected)
 
 
 def test_a_bordered_latent():

@@ -91,6 +91,46 @@ def test_errors_of_forward_only_arguments():
         operators.spatial_norm_forward(**arguments, bordered=True)
 
 
+def test_errors_of_clips():
+    f, zq = torch.zeros(2, 32, 8, 12), torch.zeros(2, 32, 2, 4)
+    arguments = dict(f=f, zq_y=zq, zq_b=zq, weight=None, bias=None, groups=GROUPS, eps=EPS, silu=True)
+    with pytest.raises(ValueError, match="frames must be a positive divisor of f's 8 rows, got 3"):
+        operators.spatial_norm_forward(**arguments, frames=3)
+    with pytest.raises(ValueError, match="latent_frames must be a positive divisor of zq_y's 2 rows, got 0"):
+        operators.spatial_norm_forward(**arguments, latent_frames=0)
+    with pytest.raises(ValueError, match="bordered zq_y must be an image, got frames=2 and latent_frames=1"):
+        operators.spatial_norm_forward(**arguments, bordered=True, frames=2)
+
+
+OUT_ERRORS = {
+    "out must have f's shape [2, 32, 8, 12], got [2, 32, 9, 12]": torch.zeros(2, 32, 9, 12),
+    "out must have f's dtype Float, got Half": torch.zeros(2, 32, 8, 12).half(),
+    "out must have f's layout, NCHW, with adjacent rows, got strides [3072, 1, 384, 32] for shape [2, 32, 8, 12]": torch.zeros(
+        2, 32, 8, 12
+    ).contiguous(memory_format=torch.channels_last),
+    "out must have f's layout, NCHW, with adjacent rows, got strides [6144, 192, 24, 2] for shape [2, 32, 8, 12]": torch.zeros(
+        2, 32, 8, 24
+    )[..., ::2],
+    "out must have f's layout, NCHW, with adjacent rows, got strides [0, 96, 12, 1] for shape [2, 32, 8, 12]": torch.zeros(
+        1, 32, 8, 12
+    ).expand(2, -1, -1, -1),
+}
+
+
+@pytest.mark.parametrize("message", OUT_ERRORS)
+def test_errors_of_the_memory_for_a_norm(message):
+    with pytest.raises(ValueError) as caught:
+        operators.spatial_norm_into(OUT_ERRORS[message], torch.zeros(2, 32, 8, 12), None, None, None, None, GROUPS, EPS, True)
+    assert str(caught.value) == message
+
+
+def test_f_may_not_overlap_the_memory_for_its_norm():
+    storage = torch.zeros(33 * 96)
+    f, out = storage[: 32 * 96].view(1, 32, 8, 12), storage[96:].view(1, 32, 8, 12)
+    with pytest.raises(ValueError, match="f must be out itself or not overlap it, got one that starts -384 bytes after out"):
+        operators.spatial_norm_into(out, f, None, None, None, None, GROUPS, EPS, True)
+
+
 ATTENTION_ERRORS = {
     "q must have 4 dimensions (batch, heads, tokens, head size) and not be empty, got shape [3]": {"q": torch.zeros(3)},
     "q must have a head size of at most 512, got 520": {"q": torch.zeros(2, 3, 10, 520)},

@@ -22,22 +22,30 @@ struct Axis {
   int cell_size;  // positions of f per cell where zq is bordered, otherwise 0
 };
 
+// Maps the frames of f to those of zq. The first frames of both are `apart`, 1 or 0 of each, and the others are an axis.
+struct FrameAxis {
+  int apart;
+  Axis others;
+};
+
 struct Geometry {
   int64_t batch;
   int channels, groups, group_channels;
-  int height, width, pixels;           // (1, pixels) where rows do not matter: without zq, or with zq on f's grid
-  int zq_height, zq_width, zq_pixels;  // all 0 without zq
+  int frames, height, width, pixels;              // (1, 1, pixels, pixels) where rows do not matter: see has_rows()
+  int zq_frames, zq_height, zq_width, zq_pixels;  // all but zq_frames are 0 without zq
+  FrameAxis frame_axis;
   Axis rows, columns;
   bool silu;
   bool float_params;  // weight and bias are float32, otherwise of f's type
   bool float_f_bias;
 };
 
-// How a pass over f is cut into blocks, numbered by channel tile (fastest), pixel chunk and image. A block has threads_inner x
-// threads_outer threads, over channels x pixels in NHWC and pixels x channels in NCHW: neighbours read adjacent memory.
+// How a pass over f is cut into blocks, numbered by channel tile (fastest), pixel chunk of a frame, frame and image. A block has
+// threads_inner x threads_outer threads, over channels x pixels in NHWC and pixels x channels in NCHW: neighbours read adjacent
+// memory.
 struct Tiling {
   int threads_inner, threads_outer;
-  int channel_tiles, pixel_chunks;
+  int channel_tiles, frame_chunks, pixel_chunks;  // pixel_chunks = frames * frame_chunks
   int chunk_pixels;
   MOVQ_HOST_DEVICE int threads() const { return round_up(threads_inner * threads_outer, kWarpSize); }
 };
@@ -49,17 +57,20 @@ struct ThreadTile {
   static constexpr int kAccessPixels = ChannelsLast ? 1 : VecSize;  // pixels of one access
   int64_t image;
   int channel;
-  int pixel, end_pixel, pixel_step;
+  int frame;
+  int pixel, end_pixel, pixel_step;  // in the frame
   bool idle;
 
   MOVQ_DEVICE ThreadTile(const Geometry& geometry, const Tiling& tiling, int64_t block) {
     const int inner = threadIdx.x % tiling.threads_inner, outer = threadIdx.x / tiling.threads_inner;
-    const int tile = block % tiling.channel_tiles, chunk = block / tiling.channel_tiles % tiling.pixel_chunks;
+    const int tile = block % tiling.channel_tiles, image_chunk = block / tiling.channel_tiles % tiling.pixel_chunks;
     image = block / tiling.channel_tiles / tiling.pixel_chunks;
+    frame = image_chunk / tiling.frame_chunks;
+    const int chunk = image_chunk - frame * tiling.frame_chunks;
     const int tile_channels = ChannelsLast ? tiling.threads_inner : tiling.threads_outer;
     channel = (tile * tile_channels + (ChannelsLast ? inner : outer)) * kChannels;
     pixel = chunk * tiling.chunk_pixels + (ChannelsLast ? outer : inner) * kAccessPixels;
-    end_pixel = int(min(int64_t(geometry.pixels), (chunk + 1) * int64_t(tiling.chunk_pixels)));
+    end_pixel = int(min(int64_t(geometry.height) * geometry.width, (chunk + 1) * int64_t(tiling.chunk_pixels)));
     pixel_step = (ChannelsLast ? tiling.threads_outer : tiling.threads_inner) * kAccessPixels;
     idle = outer >= tiling.threads_outer || channel >= geometry.channels;
   }
@@ -103,47 +114,20 @@ MOVQ_DEVICE int first_position(int source, const Axis& axis) {
   return position;
 }
 
+// The frame of zq that a frame of f reads.
+MOVQ_DEVICE int source_frame(int frame, const FrameAxis& axis) {
+  return frame < axis.apart ? frame : axis.apart + nearest_index(frame - axis.apart, axis.others);
+}
+
+// The first frame of f whose source is `source` or later, see first_position().
+MOVQ_DEVICE int first_frame(int source, const FrameAxis& axis) {
+  return source < axis.apart ? source : axis.apart + first_position(source - axis.apart, axis.others);
+}
+
 template <class T>
 MOVQ_DEVICE float load_parameter(const void* pointer, int channel, bool is_float, float default_value) {
   if (!pointer) return default_value;
   return is_float ? load(static_cast<const float*>(pointer) + channel) : to_float(load(static_cast<const T*>(pointer) + channel));
-}
-
-// y = up(zq_y) and b = up(zq_b) for one access; 1 and 0 without zq. Leaves b alone if not `with_b`.
-template <class T, int VecSize, bool ChannelsLast>
-MOVQ_DEVICE void load_modulation(const Geometry& geometry, const T* zq_y, const T* zq_b, int64_t image, int channel, int pixel,
-                                 bool with_b, Vec<float, VecSize>& y, Vec<float, VecSize>& b) {
-  if (geometry.zq_pixels == 0) {
-#pragma unroll
-    for (int i = 0; i < VecSize; ++i) y[i] = 1, b[i] = 0;
-    return;
-  }
-  const bool same_grid = geometry.zq_pixels == geometry.pixels && geometry.height == 1;
-  int row = 0, column = pixel, source_row = 0;
-  if (!same_grid) {
-    row = unsigned(pixel) / unsigned(geometry.width);
-    column = pixel - row * geometry.width;
-    source_row = source_index(row, geometry.rows) * geometry.zq_width;
-  }
-  if (ChannelsLast || same_grid) {
-    const int source = same_grid ? pixel : source_row + source_index(column, geometry.columns);
-    const int64_t at = element_offset<ChannelsLast>(geometry, image, channel, source, geometry.zq_pixels);
-    y = to_float(load_vec<VecSize>(zq_y + at));
-    if (with_b) b = to_float(load_vec<VecSize>(zq_b + at));
-    return;
-  }
-  const int64_t at = element_offset<ChannelsLast>(geometry, image, channel, source_row, geometry.zq_pixels);
-  int previous = -1;
-#pragma unroll
-  for (int i = 0; i < VecSize; ++i) {  // adjacent pixels usually have the same source: load it once
-    const int source = source_index(column + i, geometry.columns);
-    if (i > 0) y[i] = y[i - 1], b[i] = b[i - 1];
-    if (source != previous) {
-      y[i] = to_float(load(zq_y + at + source));
-      if (with_b) b[i] = to_float(load(zq_b + at + source));
-      previous = source;
-    }
-  }
 }
 
 MOVQ_DEVICE float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }

@@ -4,9 +4,14 @@
 // Without zq (zq_height == 0) this is GroupNorm, with SiLU if requested. f, out, df, dout and the four zq tensors have the same
 // dtype and the same layout (contiguous NCHW, or contiguous NHWC with channels_last). Statistics are float32.
 //
-// Only forward supports two things. f_bias is the bias of the convolution that produced f. A bordered zq stands for a resized map
-// that went through a 3x3 convolution: that map is constant inside each cell except along the cell's border, so zq has three rows
-// and three columns per cell, for its first, inner and last rows and columns.
+// A clip is a map of `frames` frames of `height` rows each, and its zq one of `zq_frames` frames of `zq_height` rows. Each of the
+// three axes is resized by the nearest rule. With split_first_frame, f's first frame reads zq's first and the other frames read
+// the others by that rule. If zq has one frame, all read it.
+//
+// Only forward supports three things. `out` may be part of a larger tensor in which other frames precede those of each image, or
+// of each channel in NCHW. f_bias is the bias of the convolution that produced f. A bordered zq stands for a resized map that went
+// through a 3x3 convolution: that map is constant inside each cell except along the cell's border, so zq has three rows and three
+// columns per cell, for its first, inner and last rows and columns.
 #pragma once
 
 #include <cstddef>
@@ -21,7 +26,7 @@ namespace movq {
 constexpr int64_t kMaxMapPixels = INT32_MAX - (1 << 16);  // a thread steps past the last pixel, and that index is an int too
 
 struct SpatialNormProblem {
-  int64_t batch = 0, channels = 0, height = 0, width = 0;  // height * width <= kMaxMapPixels; the whole tensor may be larger
+  int64_t batch = 0, channels = 0, height = 0, width = 0;  // pixels() <= kMaxMapPixels; the whole tensor may be larger
   int64_t groups = 1;
   int64_t zq_height = 0, zq_width = 0;  // 0 without zq
   DType dtype = DType::float32;         // of f, out, zq_y, zq_b and their gradients
@@ -31,6 +36,13 @@ struct SpatialNormProblem {
   float eps = 1e-6f;
   DType f_bias_dtype = DType::float32;  // float32 or `dtype`
   bool bordered = false;                // cells are at least 2 x 2 pixels of f; zq_height and zq_width count 3 per cell
+  int64_t frames = 1, zq_frames = 1;
+  bool split_first_frame = false;
+  // Elements from one image of `out` to the next, and in NCHW from one channel to the next. 0 where they are adjacent as in f.
+  int64_t out_image_stride = 0, out_channel_stride = 0;
+
+  int64_t pixels() const { return frames * height * width; }
+  int64_t zq_pixels() const { return zq_frames * zq_height * zq_width; }
 };
 
 struct SpatialNormForward {

@@ -30,6 +30,22 @@ struct BackwardArrays {
   float* group_sums;    // [batch][group][2]: s1 and s2
 };
 
+// The rows of f that read one row of zq: the same rows of adjacent frames.
+struct Rows {
+  int first_frame, end_frame, top, bottom;
+  MOVQ_DEVICE bool are_empty() const { return first_frame >= end_frame || top >= bottom; }
+};
+
+// `source` counts the rows of all frames of zq.
+MOVQ_DEVICE Rows rows_that_read(const Geometry& geometry, int source) {
+  if (geometry.zq_frames == 1) {
+    return {0, geometry.frames, first_position(source, geometry.rows), first_position(source + 1, geometry.rows)};
+  }
+  const int frame = source / geometry.zq_height, row = source - frame * geometry.zq_height;
+  return {first_frame(frame, geometry.frame_axis), first_frame(frame + 1, geometry.frame_axis),
+          first_position(row, geometry.rows), first_position(row + 1, geometry.rows)};
+}
+
 // The index of a channel's mean and rstd.
 MOVQ_DEVICE int64_t group_index(const Geometry& geometry, int64_t image, int channel) {
   return image * geometry.groups + channel / geometry.group_channels;

@@ -1,8 +1,8 @@
 // Backward's sums of P and Q in NCHW where cells are narrow: sum_bands.
 //
-// A band is the pixels of one row of cells, over `tile_cells` columns of cells, in one channel. A thread adds a few columns of
-// pixels down the rows of a band, with 16-byte accesses whatever the width of a cell, and leaves one sum per column in shared
-// memory (16 KB per block). Then threads add the columns of each cell and write its gradients.
+// A band is the pixels of one row of cells, over `tile_cells` columns of cells, in one channel; in a clip, the same rows of a few
+// frames. A thread adds a few columns of pixels down the rows of a band, with 16-byte accesses whatever the width of a cell, and
+// leaves one sum per column in shared memory (16 KB per block). Then threads add the columns of each cell and write its gradients.
 #pragma once
 
 #include "device/dependent_launch.cuh"
@@ -31,12 +31,13 @@ inline BandPlan plan_bands(const Geometry& geometry, int vec_size, int cell_widt
   plan.tile_cells = whole_rows ? geometry.zq_width : (block_width - 2 * vec_size) / cell_width;
   plan.tiles = ceil_div(geometry.zq_width, plan.tile_cells);
   plan.threads_inner = whole_rows ? geometry.width / vec_size : kThreads;
-  plan.threads_outer = std::min(kThreads / plan.threads_inner, geometry.zq_height);
+  const int bands = geometry.zq_frames * geometry.zq_height;
+  plan.threads_outer = std::min(kThreads / plan.threads_inner, bands);
   plan.band_floats = plan.threads_inner * vec_size;
-  const int64_t steps = ceil_div(geometry.zq_height, plan.threads_outer);
+  const int64_t steps = ceil_div(bands, plan.threads_outer);
   const int64_t rounds = rounds_per_block(geometry.batch * geometry.channels * plan.tiles * steps, 8);
-  plan.chunk_bands = int(std::min<int64_t>(rounds * plan.threads_outer, geometry.zq_height));
-  plan.chunks = ceil_div(geometry.zq_height, plan.chunk_bands);
+  plan.chunk_bands = int(std::min<int64_t>(rounds * plan.threads_outer, bands));
+  plan.chunks = ceil_div(bands, plan.chunk_bands);
   return plan;
 }
 
@@ -56,6 +57,28 @@ MOVQ_DEVICE void store_column_sums(const Shared<float>& shared, int first, const
     }
   } else {
     shared.store(first, sums[0]);
+  }
+}
+
+// y = up(zq_y) and b = up(zq_b) for the columns of an access that reads the row of zq at `row`. Leaves b alone if not `with_b`.
+template <class T, int VecSize>
+MOVQ_DEVICE void load_modulation(const Geometry& geometry, const BackwardArrays<T>& arrays, int64_t row, int column, bool with_b,
+                                 Vec<float, VecSize>& y, Vec<float, VecSize>& b) {
+  if (geometry.zq_width == geometry.width) {
+    y = to_float(load_vec<VecSize>(arrays.zq_y + row + column));
+    if (with_b) b = to_float(load_vec<VecSize>(arrays.zq_b + row + column));
+    return;
+  }
+  int previous = -1;
+#pragma unroll
+  for (int i = 0; i < VecSize; ++i) {  // adjacent pixels usually have the same source: load it once
+    const int source = source_index(column + i, geometry.columns);
+    if (i > 0) y[i] = y[i - 1], b[i] = b[i - 1];
+    if (source != previous) {
+      y[i] = to_float(load(arrays.zq_y + row + source));
+      if (with_b) b[i] = to_float(load(arrays.zq_b + row + source));
+      previous = source;
+    }
   }
 }
 
@@ -81,47 +104,48 @@ __global__ void __launch_bounds__(kThreads, 2) sum_bands(Geometry geometry, Band
   const int64_t base = plane * geometry.pixels, zq_base = plane * geometry.zq_pixels;
 
   GradientSums total = {};  // sums of Y P and Y Q over this thread's cells
-  const int end_band = min((chunk + 1) * plan.chunk_bands, geometry.zq_height);
+  const int end_band = min((chunk + 1) * plan.chunk_bands, geometry.zq_frames * geometry.zq_height);
   for (int first_band = chunk * plan.chunk_bands; first_band < end_band; first_band += plan.threads_outer) {
     const int band = first_band + outer;
     if (outer < plan.threads_outer && band < end_band && column < right) {
       Vec<float, VecSize> y = {}, b = {}, p = {}, q = {};
-      const int top = first_position(band, geometry.rows);
-      const int bottom = first_position(band + 1, geometry.rows);
-      if (top < bottom) {
-        load_modulation<T, VecSize, false>(geometry, arrays.zq_y, arrays.zq_b, image, channel, top * geometry.width + column,
-                                           geometry.silu, y, b);
+      const Rows rows = rows_that_read(geometry, band);
+      if (!rows.are_empty()) {
+        load_modulation(geometry, arrays, zq_base + int64_t(band) * geometry.zq_width, column, geometry.silu, y, b);
       }
       Affine modulated[VecSize];
 #pragma unroll
       for (int i = 0; i < VecSize; ++i) modulated[i] = affine.modulated(y[i], b[i]);
-      for (int row = top; row < bottom; row += kLoadsInFlight) {
-        Vec<T, VecSize> f[kLoadsInFlight], dout[kLoadsInFlight];
+      for (int frame = rows.first_frame; frame < rows.end_frame; ++frame) {
+        const int64_t first = base + int64_t(frame) * geometry.height * geometry.width + column;
+        for (int row = rows.top; row < rows.bottom; row += kLoadsInFlight) {
+          Vec<T, VecSize> f[kLoadsInFlight], dout[kLoadsInFlight];
 #pragma unroll
-        for (int ahead = 0; ahead < kLoadsInFlight; ++ahead) {
-          if (row + ahead >= bottom) break;
-          const int64_t from = base + int64_t(row + ahead) * geometry.width + column;
-          f[ahead] = load_vec<VecSize>(arrays.f + from);
-          dout[ahead] = load_vec<VecSize>(arrays.dout + from);
-        }
+          for (int ahead = 0; ahead < kLoadsInFlight; ++ahead) {
+            if (row + ahead >= rows.bottom) break;
+            const int64_t from = first + int64_t(row + ahead) * geometry.width;
+            f[ahead] = load_vec<VecSize>(arrays.f + from);
+            dout[ahead] = load_vec<VecSize>(arrays.dout + from);
+          }
 #pragma unroll
-        for (int ahead = 0; ahead < kLoadsInFlight; ++ahead) {
-          if (row + ahead >= bottom) break;
-          const Vec<float, VecSize> f_values = to_float(f[ahead]), dout_values = to_float(dout[ahead]);
-          with_silu(geometry.silu, [&](auto silu) {
+          for (int ahead = 0; ahead < kLoadsInFlight; ++ahead) {
+            if (row + ahead >= rows.bottom) break;
+            const Vec<float, VecSize> f_values = to_float(f[ahead]), dout_values = to_float(dout[ahead]);
+            with_silu(geometry.silu, [&](auto silu) {
 #pragma unroll
-            for (int i = 0; i < VecSize; ++i) {
-              const float centred = f_values[i] - mean;
-              const float h = activation_gradient<silu>(dout_values[i], centred, modulated[i]);
-              p[i] += h;
-              q[i] += h * centred;
-            }
-          });
+              for (int i = 0; i < VecSize; ++i) {
+                const float centred = f_values[i] - mean;
+                const float h = activation_gradient<silu>(dout_values[i], centred, modulated[i]);
+                p[i] += h;
+                q[i] += h * centred;
+              }
+            });
+          }
         }
       }
-      const int first = outer * plan.band_floats + inner * VecSize;
-      store_column_sums(column_p, first, p);
-      store_column_sums(column_q, first, q);
+      const int slot = outer * plan.band_floats + inner * VecSize;
+      store_column_sums(column_p, slot, p);
+      store_column_sums(column_q, slot, q);
     }
     __syncthreads();
     const int cells = end_cell - first_cell, bands = min(plan.threads_outer, end_band - first_band);

@@ -40,7 +40,7 @@ struct CellPlan {
 // The threads that share a cell: 1 for small cells, otherwise at least 2, and as few as make kTargetBlocks blocks. Each has
 // loads_in_flight() accesses or more.
 inline int choose_team_threads(const Geometry& geometry, int vec_size, const CellPlan& plan) {
-  const int cell_pixels = geometry.pixels / geometry.zq_pixels;
+  const int cell_pixels = geometry.height * geometry.width / (geometry.zq_height * geometry.zq_width);  // of one frame
   int team_threads = 1;
   auto blocks = [&] {
     return ceil_div<int64_t>(geometry.zq_pixels, plan.threads_outer / team_threads) * plan.channel_tiles * geometry.batch;
@@ -103,15 +103,18 @@ struct CellThread {
   }
 };
 
-struct Rectangle { int top, bottom, left, right; };
+// The same rectangle of adjacent frames.
+struct Box {
+  Rows rows;
+  int left, right;
+};
 
-MOVQ_DEVICE Rectangle pixels_of_cell(const Geometry& geometry, int cell) {
+MOVQ_DEVICE Box pixels_of_cell(const Geometry& geometry, int cell) {
   const int row = cell / geometry.zq_width, column = cell - row * geometry.zq_width;
-  return {first_position(row, geometry.rows), first_position(row + 1, geometry.rows), first_position(column, geometry.columns),
-          first_position(column + 1, geometry.columns)};
+  return {rows_that_read(geometry, row), first_position(column, geometry.columns), first_position(column + 1, geometry.columns)};
 }
 
-// Sums h and h (f - mean) over the pixels of rectangles, for one thread's channels.
+// Sums h and h (f - mean) over the pixels of boxes, for one thread's channels.
 template <class T, int VecSize, bool ChannelsLast>
 struct PixelSum {
   static constexpr int kChannels = ChannelsLast ? VecSize : 1;
@@ -121,19 +124,28 @@ struct PixelSum {
   Vec<float, kChannels> mean;
   Affine affine[kChannels];  // u, not used without an activation
 
-  // Adds the accesses first, first + step, ... of the rectangle, counted row by row.
+  // Adds the accesses first, first + step, ... of each frame's rectangle, counted row by row.
   template <int kLoadsInFlight = loads_in_flight(VecSize)>
-  MOVQ_DEVICE void add(const Rectangle& pixels, int first, int step, GradientSums (&sums)[kChannels]) const {
+  MOVQ_DEVICE void add(const Box& pixels, int first, int step, GradientSums (&sums)[kChannels]) const {
+    for (int frame = pixels.rows.first_frame; frame < pixels.rows.end_frame; ++frame) {
+      add_frame<kLoadsInFlight>(pixels, frame, first, step, sums);
+    }
+  }
+
+ private:
+  template <int kLoadsInFlight>
+  MOVQ_DEVICE void add_frame(const Box& pixels, int frame, int first, int step, GradientSums (&sums)[kChannels]) const {
     constexpr int kAccessPixels = ChannelsLast ? 1 : VecSize;
     // In NCHW accesses start at multiples of VecSize, so the first and last of a row may reach into the neighbours.
     const int left_access = pixels.left / kAccessPixels, width = ceil_div(pixels.right, kAccessPixels) - left_access;
-    const int accesses = pixels.right > pixels.left ? (pixels.bottom - pixels.top) * width : 0;
+    const int accesses = pixels.right > pixels.left ? (pixels.rows.bottom - pixels.rows.top) * width : 0;
     if (first >= accesses) return;
     const int64_t access_stride = ChannelsLast ? geometry.channels : VecSize,
                   row_stride = geometry.width / kAccessPixels * access_stride;
     const int step_rows = step / width, step_columns = step - step_rows * width, first_row = first / width;
     int column = first - first_row * width;
-    int64_t at = base + (pixels.top + first_row) * row_stride + (left_access + column) * access_stride;
+    int64_t at =
+        base + (frame * geometry.height + pixels.rows.top + first_row) * row_stride + (left_access + column) * access_stride;
     for (int remaining = accesses - first; remaining > 0; remaining -= kLoadsInFlight * step) {
       Vec<T, VecSize> f[kLoadsInFlight], dout[kLoadsInFlight];
       int columns[kLoadsInFlight];
@@ -329,7 +341,7 @@ __global__ void __launch_bounds__(kThreads, 2) sum_pixel_ranges(Geometry geometr
   const CellThread<VecSize, ChannelsLast> thread(geometry, plan);
   const int left = thread.chunk * plan.chunk_pixels;
   const int right = int(min(left + int64_t(plan.chunk_pixels), int64_t(geometry.pixels)));
-  const Rectangle pixels = {0, 1, left, right};
+  const Box pixels = {{0, 1, 0, 1}, left, right};
   auto store = [&](int channel, const GradientSums& sums) {
     store_chunk_sums(geometry, arrays, thread.image, plan.chunks, thread.chunk, channel, sums);
   };

@@ -38,9 +38,11 @@ inline OutputPlan plan_cluster(const SpatialNormProblem& problem, int vec_size) 
   if (plan.columns > pixel_threads) return plan;
   plan.channel_threads = channels;
   plan.column_threads = plan.columns;
-  const int rows = ceil_div(plan.height, pixel_threads / plan.columns);
-  plan.rows = round_up(rows, 2);
-  plan.row_threads = ceil_div(plan.height, plan.rows);
+  auto strips = [&](int rows) { return plan.frames * ceil_div(plan.height, rows); };
+  plan.rows = 2;
+  while (plan.rows <= kHeldRows && strips(plan.rows) > pixel_threads / plan.columns) plan.rows += 2;
+  plan.row_threads = strips(plan.rows);
+  plan.frame_strips = Divisor(ceil_div(plan.height, plan.rows));
   plan.inner_threads = Divisor(nhwc ? channels : plan.columns);
   plan.middle_threads = Divisor(nhwc ? plan.columns : plan.row_threads);
   return plan;
@@ -75,7 +77,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int group = int(image_group - image * geometry.groups);
   const OutputThread<VecSize, ChannelsLast> thread(plan, int(cluster_rank() * kThreads + threadIdx.x), image, group);
   const int rows = thread.idle ? 0 : thread.end_row - thread.row;
-  const int64_t first = rows ? thread.offset(plan, thread.row * plan.width + thread.column, plan.pixels) : 0;
+  const int first_pixel = thread.row * plan.width + thread.column;
+  const int64_t first = rows ? thread.offset(plan, first_pixel) : 0;
 
   Vec<T, VecSize> f[kHeldRows];
 #pragma unroll
@@ -111,12 +114,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int i = 0; i < kChannels; ++i)
     channels.of[i] = {moments.mean - f_bias[i], plan.pre_scale * rstd * weight[i], scaled_shift(plan.pre_scale, bias[i])};
   if (rows) {
+    const int64_t out_first = resize == Resize::kSameGrid ? first : thread.out_offset(plan, first_pixel);
     CellCoefficients<T, VecSize, ChannelsLast, resize> cell(plan, thread, arrays.output, channels);
 #pragma unroll
     for (int k = 0; k < kHeldRows; k += 2) {
       if (k >= rows) break;
       const RowPair<T, VecSize> unit(f[k], f[k + 1], k + 1 < rows);
-      T* out = add_bytes(arrays.output.out + first, k * plan.row_bytes);
+      T* out = add_bytes(arrays.output.out + out_first, k * plan.row_bytes);
       if constexpr (resize == Resize::kSameGrid) {
         const RowPair<T, VecSize> ys(plan, add_bytes(arrays.output.zq_y + first, k * plan.row_bytes), unit.two);
         const RowPair<T, VecSize> bs(plan, add_bytes(arrays.output.zq_b + first, k * plan.row_bytes), unit.two);

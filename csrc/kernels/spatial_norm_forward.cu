@@ -77,7 +77,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 int forward_vec_size(const SpatialNormProblem& problem, const Geometry& geometry, const SpatialNormForward& tensors) {
-  return choose_vec_size(problem, geometry, {tensors.f, tensors.out, tensors.zq_y, tensors.zq_b});
+  const int vec_size = choose_vec_size(problem, geometry, {tensors.f, tensors.out, tensors.zq_y, tensors.zq_b});
+  return problem.out_image_stride % vec_size || problem.out_channel_stride % vec_size ? 1 : vec_size;
 }
 
 // The number of partial moments per image in the workspace, over all groups.

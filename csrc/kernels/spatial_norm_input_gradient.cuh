@@ -17,13 +17,15 @@ namespace spatial_norm {
 template <int VecSize, bool ChannelsLast>
 struct ModulationWalk {
   const Geometry& geometry;
-  const int64_t base;  // of the image and channel in zq
+  const int64_t base;  // of the image, frame and channel in zq
   int pixel, row, column;
   const int step, step_rows, step_columns;
 
   MOVQ_DEVICE ModulationWalk(const Geometry& geometry, const ThreadTile<VecSize, ChannelsLast>& thread)
       : geometry(geometry),
-        base(element_offset<ChannelsLast>(geometry, thread.image, thread.channel, 0, geometry.zq_pixels)),
+        base(element_offset<ChannelsLast>(
+            geometry, thread.image, thread.channel,
+            source_frame(thread.frame, geometry.frame_axis) * geometry.zq_height * geometry.zq_width, geometry.zq_pixels)),
         pixel(thread.pixel),
         row(pixel / geometry.width),
         column(pixel - row * geometry.width),
@@ -39,7 +41,7 @@ struct ModulationWalk {
       for (int i = 0; i < VecSize; ++i) y[i] = from_float<T>(1), b[i] = from_float<T>(0);
       return;
     }
-    const bool same_grid = geometry.zq_pixels == geometry.pixels && geometry.height == 1;
+    const bool same_grid = geometry.height == 1 && geometry.zq_height == 1 && geometry.zq_width == geometry.width;
     if (same_grid) return load_vecs(arrays, pixel, y, b);
     const int source_row = nearest_index(row, geometry.rows) * geometry.zq_width;
     if constexpr (ChannelsLast) {
@@ -125,7 +127,8 @@ __global__ void __launch_bounds__(kThreads, 2) write_input_gradient(Geometry geo
     for (int i = 0; i < kGradientTerms; ++i) terms[i][0] = values[i];
   }
 
-  const int64_t base = element_offset<ChannelsLast>(geometry, thread.image, thread.channel, 0, geometry.pixels);
+  const int64_t base = element_offset<ChannelsLast>(geometry, thread.image, thread.channel,
+                                                    thread.frame * geometry.height * geometry.width, geometry.pixels);
   const int64_t pixel_stride = ChannelsLast ? geometry.channels : 1;
   ModulationWalk<VecSize, ChannelsLast> walk(geometry, thread);
   for (int pixel = thread.pixel; pixel < thread.end_pixel; pixel += kLoadsInFlight * thread.pixel_step) {

@@ -66,7 +66,8 @@ struct OutputThread {
   static constexpr int kPixels = ChannelsLast ? Columns : VecSize;
   int64_t image;
   int channel, column;  // `column` is in pixels
-  int row, end_row;
+  int frame;
+  int row, end_row;  // in the frame
   bool idle;
 
   MOVQ_DEVICE OutputThread(const OutputPlan& plan, int block) {
@@ -80,22 +81,36 @@ struct OutputThread {
     assign(plan, thread, channel_tile, 0, 0);
   }
 
-  // The offset of the thread's channels in the image at this pixel, in a tensor of f's layout with so many pixels per image.
+  // The offsets of the thread's channels at a pixel of its frame in f and out, and of its source frame in zq.
+  MOVQ_DEVICE int64_t offset(const OutputPlan& plan, int pixel) const {
+    return offset(plan, frame * plan.pixels + pixel, plan.frames * plan.pixels);
+  }
+  MOVQ_DEVICE int64_t out_offset(const OutputPlan& plan, int pixel) const {
+    return image * plan.out_image_stride + channel * plan.out_channel_stride +
+           int64_t(frame * plan.pixels + pixel) * (ChannelsLast ? plan.channels : 1);
+  }
+  MOVQ_DEVICE int64_t zq_offset(const OutputPlan& plan, int pixel) const {
+    return offset(plan, source_frame(frame, plan.source_frames) * plan.zq_pixels + pixel, plan.zq_frames * plan.zq_pixels);
+  }
+
+ private:
+  // In a tensor of f's layout with so many pixels per image.
   MOVQ_DEVICE int64_t offset(const OutputPlan& plan, int pixel, int pixels) const {
     return ChannelsLast ? (image * pixels + pixel) * plan.channels + channel : (image * plan.channels + channel) * pixels + pixel;
   }
 
- private:
   MOVQ_DEVICE void assign(const OutputPlan& plan, int thread, int channel_tile, int column_tile, int row_tile) {
     const int middle = thread / plan.inner_threads, inner = thread - middle * plan.inner_threads.value;
     const int outer = middle / plan.middle_threads, in_middle = middle - outer * plan.middle_threads.value;
     channel = (channel_tile * plan.channel_threads + (ChannelsLast ? inner : outer)) * kChannels;
     const int thread_column = column_tile * plan.column_threads + (ChannelsLast ? in_middle : inner);
     column = thread_column * kPixels;
-    row = (row_tile * plan.row_threads + (ChannelsLast ? outer : in_middle)) * plan.rows;
+    const int strip = row_tile * plan.row_threads + (ChannelsLast ? outer : in_middle);
+    frame = strip / plan.frame_strips;
+    row = (strip - frame * plan.frame_strips.value) * plan.rows;
     end_row = min(row + plan.rows, plan.height - (column >= plan.last_width));
     idle = outer >= (ChannelsLast ? plan.row_threads : plan.channel_threads) || channel >= plan.channels ||
-           thread_column >= plan.columns || row >= end_row;
+           thread_column >= plan.columns || frame >= plan.frames || row >= end_row;
   }
 };
 
@@ -158,7 +173,7 @@ class CellCoefficients {
 #pragma unroll
     for (int i = 0; i < kSources; ++i)
       source_columns_[i] = source_index(thread.column + i * kRun, plan.source_columns, plan.cell_width);
-    const int64_t first = thread.offset(plan, kOneAccess ? source_columns_[0] : 0, plan.zq_pixels);
+    const int64_t first = thread.zq_offset(plan, kOneAccess ? source_columns_[0] : 0);
     y_ = arrays.zq_y + first;
     b_ = arrays.zq_b + first;
     if (kHasEvenRows) skip_rows(plan, thread.row >> plan.cell_row_bits);
@@ -311,7 +326,8 @@ __global__ void __launch_bounds__(kThreads, 3) modulate(OutputPlan plan, OutputA
   constexpr bool kPairs = resize == Resize::kColumnPairs;
   // Backwards over the blocks: see spatial_norm_forward.cu.
   const OutputThread<VecSize, ChannelsLast, kPairs ? 2 : 1> thread(plan, int(gridDim.x - 1 - blockIdx.x));
-  const int64_t first = thread.offset(plan, thread.row * plan.width + thread.column, plan.pixels);
+  const int first_pixel = thread.row * plan.width + thread.column;
+  const int64_t first = thread.offset(plan, first_pixel);
   wait_for_previous_kernel();
   if (thread.idle) return;
   const ChannelCoefficients<ChannelsLast ? VecSize : 1> channels(arrays.coefficients,
@@ -324,7 +340,7 @@ __global__ void __launch_bounds__(kThreads, 3) modulate(OutputPlan plan, OutputA
     constexpr bool kTwo = kShape != UnitShape::kOne;
     CellCoefficients<T, VecSize, ChannelsLast, resize> cell(plan, thread, arrays, channels);
     const T* f = arrays.f + first;
-    T* out = arrays.out + first;
+    T* out = arrays.out + thread.out_offset(plan, first_pixel);
     int row = thread.row;
     auto next_unit = [&] {
       f = add_bytes(f, kUnitRows * plan.row_bytes);

@@ -23,23 +23,42 @@ inline Axis make_axis(int size, int zq_size, bool bordered) {
   return {size, zq_size, float(zq_size) / float(size), bordered && zq_size != size ? size / (zq_size / 3) : 0};
 }
 
+inline FrameAxis make_frame_axis(const SpatialNormProblem& problem) {
+  const int frames = int(problem.frames), zq_frames = int(problem.zq_frames);
+  const int apart = problem.split_first_frame && frames > 1 && zq_frames > 1;
+  return {apart, make_axis(frames - apart, zq_frames - apart, false)};
+}
+
+// Whether each pixel of f reads its own pixel of zq.
+inline bool is_same_grid(const SpatialNormProblem& problem) {
+  return problem.zq_frames == problem.frames && problem.zq_height == problem.height && problem.zq_width == problem.width;
+}
+
+// Whether pixels look for their source in zq. Otherwise a clip is one row.
+inline bool has_rows(const SpatialNormProblem& problem) { return problem.zq_height && !is_same_grid(problem); }
+
 inline Geometry make_geometry(const SpatialNormProblem& problem) {
   Geometry geometry = {};
   geometry.batch = problem.batch;
   geometry.channels = int(problem.channels);
   geometry.groups = int(problem.groups);
   geometry.group_channels = int(problem.channels / problem.groups);
-  geometry.height = int(problem.height);
-  geometry.width = int(problem.width);
-  geometry.pixels = int(problem.height * problem.width);
-  geometry.zq_height = int(problem.zq_height);
-  geometry.zq_width = int(problem.zq_width);
-  geometry.zq_pixels = int(problem.zq_height * problem.zq_width);
-  if (geometry.zq_pixels == 0 || (geometry.zq_height == geometry.height && geometry.zq_width == geometry.width)) {
-    geometry.height = 1;
+  geometry.pixels = int(problem.pixels());
+  geometry.zq_pixels = int(problem.zq_pixels());
+  if (has_rows(problem)) {
+    geometry.frames = int(problem.frames);
+    geometry.height = int(problem.height);
+    geometry.width = int(problem.width);
+    geometry.zq_frames = int(problem.zq_frames);
+    geometry.zq_height = int(problem.zq_height);
+    geometry.zq_width = int(problem.zq_width);
+    geometry.frame_axis = make_frame_axis(problem);
+  } else {
+    geometry.frames = geometry.zq_frames = geometry.height = 1;
     geometry.width = geometry.pixels;
     geometry.zq_height = geometry.zq_pixels ? 1 : 0;
     geometry.zq_width = geometry.zq_pixels;
+    geometry.frame_axis = {0, make_axis(1, 1, false)};
   }
   geometry.rows = make_axis(geometry.height, geometry.zq_height, problem.bordered);
   geometry.columns = make_axis(geometry.width, geometry.zq_width, problem.bordered);
@@ -81,7 +100,8 @@ constexpr int channel_threads(int vec_size) { return vec_size > 1 ? 8 : 32; }
 
 inline Tiling make_tiling(const Geometry& geometry, int vec_size, bool channels_last) {
   Tiling tiling = {};
-  const int pixel_accesses = channels_last ? geometry.pixels : geometry.pixels / vec_size;
+  const int frame_pixels = geometry.height * geometry.width;
+  const int pixel_accesses = channels_last ? frame_pixels : frame_pixels / vec_size;
   const int channel_accesses = channels_last ? geometry.channels / vec_size : geometry.channels;
   if (channels_last) {
     tiling.threads_inner = std::min(channel_accesses, channel_threads(vec_size));
@@ -94,9 +114,10 @@ inline Tiling make_tiling(const Geometry& geometry, int vec_size, bool channels_
   const int across_pixels = channels_last ? tiling.threads_outer : tiling.threads_inner;
   tiling.channel_tiles = ceil_div(channel_accesses, across_channels);
   const int64_t steps = ceil_div(pixel_accesses, across_pixels);
-  const int64_t rounds = rounds_per_block(steps * tiling.channel_tiles * geometry.batch, 16);
-  tiling.pixel_chunks = int(ceil_div(steps, rounds));
-  tiling.chunk_pixels = int(std::min<int64_t>(rounds * across_pixels * (channels_last ? 1 : vec_size), geometry.pixels));
+  const int64_t rounds = rounds_per_block(steps * geometry.frames * tiling.channel_tiles * geometry.batch, 16);
+  tiling.frame_chunks = int(ceil_div(steps, rounds));
+  tiling.pixel_chunks = geometry.frames * tiling.frame_chunks;
+  tiling.chunk_pixels = int(std::min<int64_t>(rounds * across_pixels * (channels_last ? 1 : vec_size), frame_pixels));
   return tiling;
 }
 

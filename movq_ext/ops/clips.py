@@ -1,16 +1,35 @@
 """Clips for the spatial norm: a clip of T frames is one feature map of T * H rows.
 
 Group statistics span all frames, so the norm of a clip is the norm of that map. Only the modulation knows about time: each row of
-the map takes a row of the latent, and `resize_frames` says which.
+the map takes a row of the latent, and `resize_frames` says which. The kernels of csrc/kernels/ find it themselves, from a
+`ClipShape`. In the native path `modulation_map` repeats the latent's frames.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
+from .options import NormOptions
+
+
+class ClipShape(NamedTuple):
+    """How the rows of f and of zq divide into frames; one frame each for images."""
+
+    frames: int = 1
+    latent_frames: int = 1
+    split_first_frame: bool = False
+
+    @classmethod
+    def of(cls, f: Tensor, zq: Tensor | None, split_first_frame: bool) -> ClipShape:
+        """Return the shape of a clip ``(B, C, T, H, W)`` and its latent, or of images."""
+        if f.dim() == 4:
+            return cls()
+        return cls(f.shape[2], 1 if zq is None else zq.shape[2], split_first_frame)
 
 
 def as_map(clip: Tensor) -> Tensor:
@@ -22,6 +41,9 @@ def as_clip(map_: Tensor, frames: int) -> Tensor:
     """Return ``(B, C, T * H, W)`` as ``(B, C, T, H, W)``, without a copy."""
     clip: Tensor = map_.unflatten(2, (frames, -1))
     return clip
+
+
+IMAGE = ClipShape()
 
 
 def modulation_map(zq: Tensor, f: Tensor, split_first_frame: bool) -> Tensor:
@@ -39,6 +61,14 @@ def modulation_map(zq: Tensor, f: Tensor, split_first_frame: bool) -> Tensor:
     if native.is_tracing() or not native.is_power_of_two_ratio(rows, height):
         rows = height
     return as_map(resize_frames(zq, frames, rows, split_first_frame))
+
+
+def native_spatial_norm(f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, options: NormOptions, clip: ClipShape) -> Tensor:
+    """native.spatial_norm of a map whose rows are those of a clip's frames, or of images."""
+    if zq_y is not None and zq_b is not None and (clip.frames, clip.latent_frames) != (1, 1):
+        f_clip = as_clip(f, clip.frames)
+        zq_y, zq_b = (modulation_map(as_clip(zq, clip.latent_frames), f_clip, clip.split_first_frame) for zq in (zq_y, zq_b))
+    return native.spatial_norm(f, zq_y, zq_b, options)
 
 
 def scale_rows(clip: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
@@ -65,8 +95,7 @@ def widen(zq: Tensor, width: int) -> Tensor:
 def resize_frames(zq: Tensor, frames: int, rows: int, split_first_frame: bool) -> Tensor:
     """Resize zq ``(B, C, t, h, w)`` to ``(B, C, frames, rows, w)`` by torch's nearest rule.
 
-    This is the one place that knows which frame of the latent a frame takes. Applied to the frame numbers
-    ``torch.arange(t).view(1, 1, t, 1, 1)``, in floating point, it returns them as a table.
+    This and source_frame() in csrc/kernels/spatial_norm.cuh know which frame of the latent a frame takes.
 
     Args:
         zq: any clip of at least one frame.
@@ -78,6 +107,12 @@ def resize_frames(zq: Tensor, frames: int, rows: int, split_first_frame: bool) -
         first, others = zq[:, :, :1], zq[:, :, 1:]
         return torch.cat([_resize(first, 1, rows), _resize(others, frames - 1, rows)], dim=2)
     return _resize(zq, frames, rows)
+
+
+def source_frames(clip: ClipShape) -> Tensor:
+    """Return the frame of the latent that each frame takes."""
+    numbers = torch.arange(clip.latent_frames, dtype=torch.float32).view(1, 1, -1, 1, 1)
+    return resize_frames(numbers, clip.frames, 1, clip.split_first_frame).flatten().long()
 
 
 def _resize(zq: Tensor, frames: int, rows: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import native, upsampling
+from . import clips, native, upsampling
 from .extension import extension_available
 from .options import NormOptions
 from .registration import register_implementations
@@ -30,18 +30,30 @@ def _call(name: str, *arguments: Any) -> Any:
         raise torch.OutOfMemoryError(str(error)) from None
 
 
-def spatial_norm(f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, options: NormOptions) -> Tensor:
-    """functional.fused_spatial_norm with CUDA kernels. Arguments are checked; zq_y and zq_b have f's dtype."""
-    # Autograd and torch.library take tensors and numbers only: this is where the options are unpacked.
-    weight, bias, silu = options.weight, options.bias, options.activation == "silu"
-    arguments = (f, zq_y, zq_b, weight, bias, options.groups, options.eps, silu)
+def spatial_norm(
+    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, options: NormOptions, clip: clips.ClipShape = clips.IMAGE
+) -> Tensor:
+    """functional.fused_spatial_norm with CUDA kernels. Arguments are checked; zq_y and zq_b have f's dtype. A clip is a map."""
+    arguments = (f, zq_y, zq_b, *_unpacked(options))
     out: Tensor
     if options.f_bias is not None or options.bordered or options.statistics is not None:
         # Inference only: the autograd function does not take them.
-        out, _, _ = _call("spatial_norm_forward", *arguments, options.f_bias, options.bordered, options.statistics)
+        out, _, _ = _call("spatial_norm_forward", *arguments, options.f_bias, options.bordered, options.statistics, *clip)
     else:
-        out, _, _ = SpatialNormFunction.apply(*arguments)  # type: ignore[no-untyped-call]
+        out, _, _ = SpatialNormFunction.apply(*arguments, *clip)  # type: ignore[no-untyped-call]
     return out
+
+
+def spatial_norm_into(
+    out: Tensor, f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, options: NormOptions, clip: clips.ClipShape
+) -> None:
+    """`spatial_norm` written to out, which may be part of a larger map with f's memory format. No gradient is recorded."""
+    _call("spatial_norm_into", out, f, zq_y, zq_b, *_unpacked(options), *clip)
+
+
+def _unpacked(options: NormOptions) -> tuple[Tensor | None, Tensor | None, int, float, bool]:
+    """Return what autograd and torch.library take of the options: tensors and numbers only."""
+    return options.weight, options.bias, options.groups, options.eps, options.activation == "silu"
 
 
 class SpatialNormFunction(torch.autograd.Function):
@@ -50,13 +62,14 @@ class SpatialNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(  # not *arguments: torch.compile counts the parameters to tell whether the first is ctx
         f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-        groups: int, eps: float, silu: bool,
+        groups: int, eps: float, silu: bool, frames: int, latent_frames: int, split_first_frame: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        return _call("spatial_norm_forward", f, zq_y, zq_b, weight, bias, groups, eps, silu)  # type: ignore[no-any-return]
+        arguments = f, zq_y, zq_b, weight, bias, groups, eps, silu, None, False, None, frames, latent_frames, split_first_frame
+        return _call("spatial_norm_forward", *arguments)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        *tensors, ctx.groups, ctx.eps, ctx.silu = inputs
+        tensors, (ctx.groups, ctx.eps, ctx.silu, *ctx.clip) = inputs[:5], inputs[5:]
         _, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
         ctx.save_for_backward(*tensors, mean, rstd)
@@ -69,10 +82,11 @@ class SpatialNormFunction(torch.autograd.Function):
         grads: Sequence[Tensor | None]
         if _records_gradient():
             options = NormOptions(weight, bias, ctx.groups, ctx.eps, "silu" if ctx.silu else None)
-            grads = _native_gradients(native.spatial_norm(f, zq_y, zq_b, options), inputs, needed, dout)
+            out = clips.native_spatial_norm(f, zq_y, zq_b, options, clips.ClipShape(*ctx.clip))
+            grads = _native_gradients(out, inputs, needed, dout)
         else:
-            grads = _call("spatial_norm_backward", dout.to(f.dtype), *inputs, mean, rstd, ctx.groups, ctx.silu)
-        return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None, None, None
+            grads = _call("spatial_norm_backward", dout.to(f.dtype), *inputs, mean, rstd, ctx.groups, ctx.silu, *ctx.clip)
+        return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *[None] * 6
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str = "tile") -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -79,17 +77,25 @@ def fused_spatial_norm(f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, opti
     Raises what `spatial_norm` raises, and ValueError if f_bias or bordered is given and a tensor requires a gradient.
     """
     check_spatial_norm(f, zq_y, zq_b, options)
-    if f.dim() == 5:
-        y, b = (None if zq is None else clips.modulation_map(zq, f, options.split_first_frame) for zq in (zq_y, zq_b))
-        return clips.as_clip(fused_spatial_norm(clips.as_map(f), y, b, replace(options, split_first_frame=False)), f.shape[2])
+    if f.dim() == 4:
+        return _spatial_norm_of_map(f, zq_y, zq_b, options, clips.IMAGE)
+    clip = clips.ClipShape.of(f, zq_y, options.split_first_frame)
+    if zq_y is not None and zq_b is not None:
+        zq_y, zq_b = clips.as_map(zq_y), clips.as_map(zq_b)
+    return clips.as_clip(_spatial_norm_of_map(clips.as_map(f), zq_y, zq_b, options, clip), clip.frames)
+
+
+def _spatial_norm_of_map(
+    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, options: NormOptions, clip: clips.ClipShape
+) -> Tensor:
     if not f.is_cuda:
-        return native.spatial_norm(f, zq_y, zq_b, options)
+        return clips.native_spatial_norm(f, zq_y, zq_b, options, clip)
     if reason := why_native(f) or why_native_parameters(f, options) or failed_self_test("spatial_norm", f):
         warn_once(reason)
-        return native.spatial_norm(f, zq_y, zq_b, options)
+        return clips.native_spatial_norm(f, zq_y, zq_b, options, clip)
     if zq_y is not None and zq_b is not None:
         zq_y, zq_b = zq_y.to(f.dtype), zq_b.to(f.dtype)  # they differ under autocast only
-    return cuda.spatial_norm(f, zq_y, zq_b, options)
+    return cuda.spatial_norm(f, zq_y, zq_b, options, clip)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:

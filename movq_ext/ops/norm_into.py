@@ -1,9 +1,10 @@
-"""The spatial norm of a clip on a CPU, in inference, written to memory that the caller chose.
+"""The spatial norm of a clip, in inference, written to memory that the caller chose.
 
-In the native path PyTorch's group norm writes a map, which the modulation overwrites. Here the statistics come first, and rstd
-folds into the modulation's scale, which is small. So one pass reads f and writes the result where it is needed: over f itself,
-or behind the padding frames of the next convolution. It subtracts the mean before it scales: ``f * scale - mean * scale`` would
-cancel digits where the mean is large. What the mean lost to rounding is added to the shift.
+So the result goes where it is needed: over f itself, or behind the padding frames of the next convolution. On a GPU the kernels
+do that. On a CPU, PyTorch's group norm would write a map for the modulation to overwrite. Here the statistics come first, and
+rstd folds into the modulation's scale, which is small; one pass then reads f and writes the result. It subtracts the mean
+before it scales: ``f * scale - mean * scale`` would cancel digits where the mean is large. What the mean lost to rounding is
+added to the shift.
 """
 
 from __future__ import annotations
@@ -12,27 +13,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import clips
+from . import clips, cuda
 from .native import is_inference
 from .options import NormOptions
+from .paths import failed_self_test, why_native
 
 CHUNK_ELEMENTS = 1 << 16  # of f, computed at once: 256 KiB in float32, which stay in the cache
 
 
 def can_normalise_into(*tensors: Tensor | None) -> bool:
-    """True in inference on a CPU, for plain tensors of one dtype, float32 or float64, outside autocast."""
-    given = [x for x in tensors if x is not None]
-    plain = is_inference(*given) and not torch.is_autocast_enabled("cpu")
-    return plain and all(x.device.type == "cpu" and x.dtype == given[0].dtype and x.itemsize >= 4 for x in given)
+    """True in inference, for plain tensors of one dtype and device, outside autocast. The first is the clip.
+
+    On a CPU in float32 or float64, on a GPU where the kernels run.
+    """
+    f, *others = (x for x in tensors if x is not None)
+    plain = is_inference(f, *others) and not torch.is_autocast_enabled(f.device.type)
+    if not plain or any(x.device != f.device or x.dtype != f.dtype for x in others):
+        return False
+    if f.is_cuda:
+        return not (why_native(f) or failed_self_test("spatial_norm", f))
+    return f.device.type == "cpu" and f.itemsize >= 4
 
 
 def spatial_norm_into(out: Tensor, f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, options: NormOptions) -> Tensor:
     """Write ``spatial_norm(f, zq_y, zq_b, ...)`` to out and return it. Arguments as can_normalise_into allows; not checked.
 
     Args:
-        out: ``(B, C, T, H, W)`` of f's dtype, whose frames are adjacent rows: f itself, or memory that does not overlap it.
+        out: ``(B, C, T, H, W)`` of f's dtype and memory format, whose frames are adjacent rows: f itself, or memory that does not
+            overlap it.
         f, zq_y, zq_b, options: as for `spatial_norm` of clips.
     """
+    if f.is_cuda:
+        return _run_kernels(out, f, zq_y, zq_b, options)
     statistics = group_statistics(f, options.groups, options.eps)
     per_group = f.shape[1] // options.groups
     mean, rest, scale = (x.repeat_interleave(per_group, 1)[:, :, None, None] for x in statistics)  # (B, C, 1, 1)
@@ -53,6 +65,17 @@ def spatial_norm_into(out: Tensor, f: Tensor, zq_y: Tensor | None, zq_b: Tensor 
         torch.addcmul(shift_rows, out_rows, scale_rows, out=out_rows)
         if options.activation == "silu":
             F.silu(out_rows, inplace=True)
+    return out
+
+
+def _run_kernels(out: Tensor, f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, options: NormOptions) -> Tensor:
+    clip = clips.ClipShape.of(f, zq_y, options.split_first_frame)
+    channels_last = out.stride(1) == 1 and out.shape[1] > 1
+    f = f.contiguous(memory_format=torch.channels_last_3d if channels_last else torch.contiguous_format)
+    if zq_y is not None and zq_b is not None:
+        zq_y, zq_b = clips.as_map(zq_y), clips.as_map(zq_b)
+    out_map = out.view(*out.shape[:2], -1, out.shape[4])  # fails where flattening would copy
+    cuda.spatial_norm_into(out_map, clips.as_map(f), zq_y, zq_b, options, clip)
     return out
 
 

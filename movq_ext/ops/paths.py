@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import attention_backends, clips, native, upsampling
+from . import attention_backends, native, upsampling
 from .extension import device_reason, dtype_name, dtype_reason, warn_once
 from .options import NormOptions
 from .self_test import self_test_failure
@@ -38,13 +38,11 @@ def explain(x: Tensor, operator: str = "spatial_norm") -> str:
         return f"native: the CUDA kernels do not run on {x.device.type} tensors"
     if (dim := head_dim[operator]) is not None:
         return _explain_attention(x, operator == "shared_kv_attention", dim)
-    is_clip = operator == "spatial_norm" and x.dim() == 5
-    x = clips.as_map(x) if is_clip else x
     if reason := why_native(x) or failed_self_test(operator, x):
         return f"native: {reason}"
-    details = (
-        f"; {_explain_upsampling(x)}" if operator == "upsample_conv" else ", which takes a clip as one map" if is_clip else ""
-    )
+    details = f"; {_explain_upsampling(x)}" if operator == "upsample_conv" else ""
+    if x.dim() == 5:
+        details = "; the kernels read the latent of a clip without a copy"
     return f"cuda: compiled for {torch.cuda.get_device_name(x.device)}{details}"
 
 
@@ -71,7 +69,7 @@ def why_native(x: Tensor) -> str | None:
         return no_kernels
     if reason := dtype_reason(x.dtype):
         return reason
-    if x.dim() == 4 and x.shape[2] * x.shape[3] > MAX_MAP_PIXELS:
+    if x.dim() in (4, 5) and x.shape[2:].numel() > MAX_MAP_PIXELS:
         return f"the CUDA kernels take at most {MAX_MAP_PIXELS} pixels, got shape {tuple(x.shape)}"
     return device_reason(x.device.index)
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import chunked_attention, native, upsampling
+from . import chunked_attention, clips, upsampling
 from .options import NormOptions
 
 
@@ -30,6 +30,7 @@ def register_implementations() -> None:
 def spatial_norm_forward_cpu(
     f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float,
     silu: bool, f_bias: Tensor | None = None, bordered: bool = False, statistics: Tensor | None = None,
+    frames: int = 1, latent_frames: int = 1, split_first_frame: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the norm from f alone, whose statistics are the given ones."""
     out = torch.empty_like(_in_layout_of(f, f))
@@ -37,16 +38,25 @@ def spatial_norm_forward_cpu(
         f = f.float() + f_bias.float()[:, None, None]
         zq_y, zq_b, weight, bias = (None if x is None else x.float() for x in (zq_y, zq_b, weight, bias))
     options = NormOptions(weight, bias, groups, eps, "silu" if silu else None, bordered=bordered)
-    out.copy_(native.spatial_norm(f, zq_y, zq_b, options))
+    clip = clips.ClipShape(frames, latent_frames, split_first_frame)
+    out.copy_(clips.native_spatial_norm(f, zq_y, zq_b, options, clip))
     variance, mean = torch.var_mean(f.float().reshape(f.shape[0], groups, -1), dim=2, correction=0)
     return out, mean, (variance + eps).rsqrt()
 
 
+def spatial_norm_into_cpu(
+    out: Tensor, f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int,
+    eps: float, silu: bool, *clip: Any,
+) -> None:  # fmt: skip
+    out.copy_(spatial_norm_forward_cpu(f, zq_y, zq_b, weight, bias, groups, eps, silu, None, False, None, *clip)[0])
+
+
 def spatial_norm_backward_cpu(
     dout: Tensor, f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    mean: Tensor, rstd: Tensor, groups: int, silu: bool,
+    mean: Tensor, rstd: Tensor, groups: int, silu: bool, frames: int = 1, latent_frames: int = 1, split_first_frame: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    batch, channels, *size = f.shape
+    batch, channels = f.shape[:2]
+    clip = clips.ClipShape(frames, latent_frames, split_first_frame)
 
     def over_map(group_values: Tensor) -> Tensor:  # (B, groups) -> (B, C, 1, 1)
         return group_values.repeat_interleave(channels // groups, dim=1)[:, :, None, None]
@@ -61,7 +71,7 @@ def spatial_norm_backward_cpu(
     affine = affine if bias is None else affine + bias.float()[:, None, None]
     y, modulated = None, affine
     if zq_y is not None and zq_b is not None:
-        y, b = (F.interpolate(zq.float(), size=size, mode="nearest") for zq in (zq_y, zq_b))
+        y, b = (_spread_cells(zq.float(), f, clip) for zq in (zq_y, zq_b))
         modulated = affine * y + b
 
     # Backward, from the output to f.
@@ -71,7 +81,7 @@ def spatial_norm_backward_cpu(
         dmodulated = dmodulated * gate * (1 + modulated * (1 - gate))
     dzq_y, dzq_b = f.new_empty(0), f.new_empty(0)
     if zq_y is not None:
-        dzq_y, dzq_b = (_sum_cells(dmap, f, zq_y) for dmap in (dmodulated * affine, dmodulated))
+        dzq_y, dzq_b = (_sum_cells(dmap, f, zq_y, clip) for dmap in (dmodulated * affine, dmodulated))
     daffine = dmodulated if y is None else dmodulated * y
     dweight = f.new_empty(0) if weight is None else (daffine * normalised).sum((0, 2, 3)).to(weight.dtype)
     dbias = f.new_empty(0) if bias is None else daffine.sum((0, 2, 3)).to(bias.dtype)
@@ -80,10 +90,23 @@ def spatial_norm_backward_cpu(
     return torch.empty_like(_in_layout_of(f, f)).copy_(df), dzq_y, dzq_b, dweight, dbias
 
 
-def _sum_cells(dmap: Tensor, f: Tensor, zq: Tensor) -> Tensor:
-    """Sum a gradient on f's grid over the pixels of each of zq's cells: the gradient of the nearest resize."""
-    sums = torch.ops.aten.upsample_nearest2d_backward(dmap.contiguous(), f.shape[2:], zq.shape)
-    return torch.empty_like(_in_layout_of(f, zq)).copy_(sums)
+def _spread_cells(zq: Tensor, f: Tensor, clip: clips.ClipShape) -> Tensor:
+    """Resize zq to f's grid."""
+    frames = clips.as_clip(zq, clip.latent_frames).index_select(2, clips.source_frames(clip))
+    size = f.shape[2] // clip.frames, f.shape[3]
+    resized = F.interpolate(frames.flatten(1, 2), size=size, mode="nearest")
+    return resized.view(f.shape)  # (B, C * T, H, W) -> (B, C, T * H, W)
+
+
+def _sum_cells(dmap: Tensor, f: Tensor, zq: Tensor, clip: clips.ClipShape) -> Tensor:
+    """Sum a gradient on f's grid over the pixels of each of zq's cells: the gradient of `_spread_cells`."""
+    batch, channels, rows, width = zq.shape
+    frames = clips.as_clip(dmap, clip.frames).flatten(1, 2)  # (B, C * T, H, W)
+    size = batch, channels * clip.frames, rows // clip.latent_frames, width
+    sums = torch.ops.aten.upsample_nearest2d_backward(frames.contiguous(), frames.shape[2:], size)
+    dzq = sums.new_zeros(batch, channels, clip.latent_frames, *size[2:])
+    dzq.index_add_(2, clips.source_frames(clip), sums.unflatten(1, (channels, clip.frames)))
+    return torch.empty_like(_in_layout_of(f, zq)).copy_(clips.as_map(dzq))
 
 
 def _in_layout_of(f: Tensor, x: Tensor) -> Tensor:
@@ -100,9 +123,14 @@ def spatial_norm_forward_fake(
     return torch.empty_like(_in_layout_of(f, f)), mean, rstd
 
 
+def spatial_norm_into_fake(out: Tensor, f: Tensor, *_: Any, **__: Any) -> None:
+    """Do nothing: out is written in place, and its shape stays."""
+
+
 def spatial_norm_backward_fake(
-    dout: Tensor, f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, *_: Any
-) -> tuple[Tensor, ...]:
+    dout: Tensor, f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, weight: Tensor | None, bias: Tensor | None, *_: Any,
+    **__: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     maps = [None if x is None else _in_layout_of(f, x) for x in (f, zq_y, zq_b)]
     return tuple(f.new_empty(0) if x is None else torch.empty_like(x) for x in (*maps, weight, bias))
 
@@ -312,6 +340,7 @@ def interleave_windows_statistics_fake(
 
 CPU_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "spatial_norm_forward": spatial_norm_forward_cpu,
+    "spatial_norm_into": spatial_norm_into_cpu,
     "spatial_norm_backward": spatial_norm_backward_cpu,
     "attention_forward": attention_forward_cpu,
     "attention_backward": attention_backward_cpu,
@@ -326,6 +355,7 @@ CPU_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 }
 FAKE_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "spatial_norm_forward": spatial_norm_forward_fake,
+    "spatial_norm_into": spatial_norm_into_fake,
     "spatial_norm_backward": spatial_norm_backward_fake,
     "attention_forward": attention_forward_fake,
     "attention_backward": attention_backward_fake,

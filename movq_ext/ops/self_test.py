@@ -73,7 +73,7 @@ def _failures(operator: str, device: torch.device, dtype: torch.dtype, channels_
     for name, arguments in CALLS[operator](_Inputs(dtype, channels_last)):
         expected = _outputs(name, CPU_IMPLEMENTATIONS[name.removeprefix("chunked_")], arguments)
         try:
-            results = _outputs(name, getattr(torch.ops.movq_ext, name), [_to(device, argument) for argument in arguments])
+            results = _outputs(name, getattr(torch.ops.movq_ext, name), [_copy(argument, device) for argument in arguments])
             actual = [result.cpu().double() for result in results]  # waits for the kernel, whose errors appear here
         except torch.OutOfMemoryError:
             raise
@@ -95,16 +95,20 @@ def _failures(operator: str, device: torch.device, dtype: torch.dtype, channels_
 
 def _outputs(name: str, function: Callable[..., Any], arguments: list[Any]) -> list[Tensor]:
     """Return the results of an operator, and its first argument if it works in place."""
-    arguments = [argument.clone() if isinstance(argument, Tensor) else argument for argument in arguments]
+    arguments = [_copy(argument) for argument in arguments]
     results = function(*arguments)
     outputs = [results] if isinstance(results, Tensor) else list(results or ())
     if "statistics" in name:  # mean, m2 and count differ in size: compared as one, the largest would hide errors of the others
         outputs += outputs.pop().unbind(3)[:3]
-    return [*outputs, arguments[0]] if name.endswith("_") else outputs
+    return [*outputs, arguments[0]] if name.endswith(("_", "_into")) else outputs
 
 
-def _to(device: torch.device, argument: Any) -> Any:
-    return argument.to(device) if isinstance(argument, Tensor) else argument
+def _copy(argument: Any, device: torch.device | None = None) -> Any:
+    """Copy a tensor with its strides, which Tensor.clone and Tensor.to do not keep if it has gaps."""
+    if not isinstance(argument, Tensor):
+        return argument
+    copy = torch.empty_strided(argument.shape, argument.stride(), dtype=argument.dtype, device=device or argument.device)
+    return copy.copy_(argument)
 
 
 class _Inputs:
@@ -141,9 +145,19 @@ def _spatial_norm_calls(inputs: _Inputs) -> Iterator[Call]:
     yield "spatial_norm_forward", [f, *(inputs.map(2, 64, 12, 16) for _ in range(2)), weight, bias, groups, eps, silu]
     _, mean, rstd = CPU_IMPLEMENTATIONS["spatial_norm_forward"](*norm, groups, eps, silu)
     yield "spatial_norm_backward", [dout, *norm, mean, rstd, groups, silu]
+    yield from _clip_calls(f, dout, [inputs.map(2, 64, 4, 8) for _ in range(2)], weight, bias)
     # Accesses of 16 bytes, and of one element: neither 6 channels nor rows of 130 or 390 pixels are whole accesses.
     yield from _calls_for_each_cell(inputs, (1, 16, 4, 128), 2)
     yield from _calls_for_each_cell(inputs, (1, 6, 3, 130), 2)
+
+
+def _clip_calls(f: Tensor, dout: Tensor, zq: list[Tensor], weight: Tensor, bias: Tensor) -> Iterator[Call]:
+    """Yield calls for f as three frames and zq as two, the first apart, and for a result behind three other frames."""
+    norm, clip = [f, *zq, weight, bias], [3, 2, True]
+    yield "spatial_norm_forward", [*norm, 8, 1e-6, True, None, False, None, *clip]
+    yield "spatial_norm_into", [torch.cat([f, f], dim=2)[:, :, f.shape[2] :], *norm, 8, 1e-6, True, *clip]
+    _, mean, rstd = CPU_IMPLEMENTATIONS["spatial_norm_forward"](*norm, 8, 1e-6, True)
+    yield "spatial_norm_backward", [dout, *norm, mean, rstd, 8, True, *clip]
 
 
 def _calls_for_each_cell(inputs: _Inputs, shape: tuple[int, int, int, int], groups: int) -> Iterator[Call]:

@@ -2,6 +2,7 @@
 
 import functools
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import emulator
 import torch
@@ -9,14 +10,15 @@ import torch
 from . import on_gpu
 
 PROBLEM = """int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t groups, int64_t zq_height, int64_t zq_width,
-    int dtype, int param_dtype, bool channels_last, bool silu, float eps"""
+    int dtype, int param_dtype, bool channels_last, bool silu, float eps, int64_t frames, int64_t zq_frames,
+    bool split_first_frame"""
 # A call with a null `workspace` only returns its size.
 GLUE = """
 #include "spatial_norm.h"
 #include "spatial_norm_statistics.cuh"
 
 #define MAKE_PROBLEM {batch, channels, height, width, groups, zq_height, zq_width, movq::DType(dtype), movq::DType(param_dtype), \
-                     channels_last, silu, eps}
+                     channels_last, silu, eps, movq::DType::float32, false, frames, zq_frames, split_first_frame}
 
 static void write_size(int64_t* size, int64_t value) { emu::copy_to_device(size, &value, sizeof value); }
 
@@ -38,11 +40,15 @@ EXPORT(interleaved_statistics_shared_bytes, int groups, int pixels, int64_t* siz
 }
 
 EXPORT(forward, PROBLEM, const void* f, const void* zq_y, const void* zq_b, const void* weight, const void* bias,
-       const void* f_bias, int f_bias_dtype, bool bordered, const float* statistics, int64_t parts, void* out, float* mean,
-       float* rstd, void* workspace, int64_t* size) {
+       const void* f_bias, int f_bias_dtype, bool bordered, const float* statistics, int64_t parts, void* out,
+       int64_t out_offset, int64_t out_image_stride, int64_t out_channel_stride, float* mean, float* rstd, void* workspace,
+       int64_t* size) {
   movq::SpatialNormProblem p = MAKE_PROBLEM;
   p.f_bias_dtype = movq::DType(f_bias_dtype);
   p.bordered = bordered;
+  p.out_image_stride = out_image_stride;
+  p.out_channel_stride = out_channel_stride;
+  out = static_cast<char*>(out) + out_offset * movq::bytes(p.dtype);
   const movq::SpatialNormForward a = {f, zq_y, zq_b, weight, bias, f_bias, out, mean, rstd, workspace, statistics, parts};
   if (workspace) movq::spatial_norm_forward(p, a, nullptr);
   else write_size(size, movq::spatial_norm_forward_workspace(p, a));
@@ -66,6 +72,17 @@ def library():
     return emulator.build(*(emulator.KERNELS / f"spatial_norm_{name}.cu" for name in ("forward", "backward")), glue=GLUE)
 
 
+class Clip(NamedTuple):
+    """How the rows of f and zq divide into frames."""
+
+    frames: int = 1
+    latent_frames: int = 1
+    split_first_frame: bool = False
+
+
+IMAGE = Clip()
+
+
 def poisoned(like, shape=None, dtype=None):
     """Return a tensor of NaN in like's memory format, in which elements that a kernel does not write stand out."""
     if shape is None:
@@ -82,22 +99,39 @@ def in_layout_of(f, x):
     return x if x is None else x.contiguous(memory_format=torch.channels_last if is_channels_last(f) else torch.contiguous_format)
 
 
-def problem(f, zq_y, parameter, groups, silu, eps=0.0):
-    batch, channels, height, width = f.shape
-    zq_height, zq_width = (0, 0) if zq_y is None else zq_y.shape[2:]
+def problem(f, zq_y, parameter, groups, silu, eps=0.0, clip=IMAGE):
+    batch, channels, rows, width = f.shape
+    zq_rows, zq_width = (0, 0) if zq_y is None else zq_y.shape[2:]
     return {
         "batch": batch,
         "channels": channels,
-        "height": height,
+        "frames": clip.frames,
+        "zq_frames": clip.latent_frames,
+        "split_first_frame": clip.split_first_frame,
+        "height": rows // clip.frames,
         "width": width,
         "groups": groups,
-        "zq_height": zq_height,
+        "zq_height": zq_rows // clip.latent_frames,
         "zq_width": zq_width,
         "dtype": DTYPES.index(f.dtype),
         "silu": silu,
         "eps": eps,
         "channels_last": is_channels_last(f),
         "param_dtype": DTYPES.index(torch.float32 if parameter is None else parameter.dtype),
+    }
+
+
+def behind_frames(f, padding_rows):
+    """Return NaN in f's layout with so many rows more than f, and where out is in it: its offset and strides, for the kernels."""
+    batch, channels, rows, width = f.shape
+    storage = torch.full((batch, channels, padding_rows + rows, width), float("nan"), dtype=f.dtype)
+    storage = in_layout_of(f, storage)
+    out = storage[:, :, padding_rows:]
+    channel_stride = 0 if is_channels_last(f) else out.stride(1)
+    return storage, {
+        "out_offset": out.storage_offset(),
+        "out_image_stride": out.stride(0),
+        "out_channel_stride": channel_stride,
     }
 
 
@@ -127,15 +161,22 @@ class Emulator:
         library().call("interleaved_statistics_shared_bytes", groups=groups, pixels=pixels, size=size)
         return int(size)
 
-    def forward(self, f, zq_y, zq_b, weight, bias, groups, eps, silu, f_bias=None, bordered=False, statistics=None):
+    def forward(
+        self, f, zq_y, zq_b, weight, bias, groups, eps, silu, f_bias=None, bordered=False, statistics=None, clip=IMAGE,
+        padding_rows=0,
+    ):  # fmt: skip
+        """Return out, mean and rstd. With padding_rows, out is the end of a larger tensor, which is returned."""
         zq_y, zq_b = in_layout_of(f, zq_y), in_layout_of(f, zq_b)
         mean, rstd = [poisoned(f, (f.shape[0], groups), torch.float32) for _ in range(2)]
-        out = poisoned(f)
+        out, strides = poisoned(f), {"out_offset": 0, "out_image_stride": 0, "out_channel_stride": 0}
+        if padding_rows:
+            out, strides = behind_frames(f, padding_rows)
         self.cost = call(
             "forward",
             self.seeds,
             self.max_cluster,
-            **problem(f, zq_y, weight if weight is not None else bias, groups, silu, eps),
+            **problem(f, zq_y, weight if weight is not None else bias, groups, silu, eps, clip),
+            **strides,
             f=f,
             zq_y=zq_y,
             zq_b=zq_b,
@@ -152,14 +193,14 @@ class Emulator:
         )
         return out, mean, rstd
 
-    def backward(self, dout, f, zq_y, zq_b, weight, bias, mean, rstd, groups, silu):
+    def backward(self, dout, f, zq_y, zq_b, weight, bias, mean, rstd, groups, silu, clip=IMAGE):
         zq_y, zq_b = in_layout_of(f, zq_y), in_layout_of(f, zq_b)
         grads = [None if x is None else poisoned(x) for x in (f, zq_y, zq_b, weight, bias)]
         names = ("df", "dzq_y", "dzq_b", "dweight", "dbias")
         self.cost = call(
             "backward",
             self.seeds,
-            **problem(f, zq_y, weight if weight is not None else bias, groups, silu),
+            **problem(f, zq_y, weight if weight is not None else bias, groups, silu, clip=clip),
             dout=dout,
             f=f,
             zq_y=zq_y,
@@ -182,13 +223,22 @@ class ClusterEmulator(Emulator):
 class Gpu:
     """Runs the operators of the extension three times, which must give the same bits."""
 
-    def forward(self, f, zq_y, zq_b, weight, bias, groups, eps, silu, f_bias=None, bordered=False, statistics=None):
-        norm = f, zq_y, zq_b, weight, bias, groups, eps, silu
-        return self._repeat(torch.ops.movq_ext.spatial_norm_forward, *norm, f_bias, bordered, statistics)
+    def forward(
+        self, f, zq_y, zq_b, weight, bias, groups, eps, silu, f_bias=None, bordered=False, statistics=None, clip=IMAGE,
+        padding_rows=0,
+    ):  # fmt: skip
+        op, arguments = torch.ops.movq_ext.spatial_norm_forward, (f, zq_y, zq_b, weight, bias, groups, eps, silu)
+        out, mean, rstd = self._repeat(op, *arguments, f_bias, bordered, statistics, *clip)
+        if not padding_rows:
+            return out, mean, rstd
+        storage = on_gpu(behind_frames(f, padding_rows)[0])
+        arguments = [on_gpu(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+        torch.ops.movq_ext.spatial_norm_into(storage[:, :, padding_rows:], *arguments, *clip)
+        return storage.cpu(), mean, rstd
 
-    def backward(self, dout, f, zq_y, zq_b, weight, bias, mean, rstd, groups, silu):
+    def backward(self, dout, f, zq_y, zq_b, weight, bias, mean, rstd, groups, silu, clip=IMAGE):
         grads = self._repeat(
-            torch.ops.movq_ext.spatial_norm_backward, dout, f, zq_y, zq_b, weight, bias, mean, rstd, groups, silu
+            torch.ops.movq_ext.spatial_norm_backward, dout, f, zq_y, zq_b, weight, bias, mean, rstd, groups, silu, *clip
         )
         given = (f, zq_y, zq_b, weight, bias)
         return [None if x is None else grad for x, grad in zip(given, grads, strict=True)]

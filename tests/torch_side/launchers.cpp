@@ -91,7 +91,7 @@ namespace {
 
 // One pixel of a norm's input and everything that the formula needs of it.
 struct Element {
-  int64_t f, zq;  // offsets
+  int64_t f, zq, out;  // offsets
   float y, b, weight, bias;
 };
 
@@ -101,13 +101,23 @@ int64_t source(int64_t position, int64_t size, int64_t zq_size, bool bordered) {
   return position / cell * 3 + (inside == 0 ? 0 : inside == cell - 1 ? 2 : 1);
 }
 
+int64_t source_frame(const SpatialNormProblem& p, int64_t frame) {
+  if (!p.split_first_frame || p.frames == 1 || p.zq_frames == 1) return source(frame, p.frames, p.zq_frames, false);
+  return frame == 0 ? 0 : 1 + source(frame - 1, p.frames - 1, p.zq_frames - 1, false);
+}
+
 template <class Arguments>
 Element element(const SpatialNormProblem& p, const Arguments& a, int64_t image, int64_t channel, int64_t pixel) {
-  Element e = {offset(p.channels_last, p.channels, p.height * p.width, image, channel, pixel), 0, 1, 0, 1, 0};
+  Element e = {offset(p.channels_last, p.channels, p.pixels(), image, channel, pixel), 0, 0, 1, 0, 1, 0};
+  const int64_t image_stride = p.out_image_stride ? p.out_image_stride : p.channels * p.pixels();
+  const int64_t channel_stride = p.out_channel_stride ? p.out_channel_stride : p.pixels();
+  e.out = image * image_stride + (p.channels_last ? pixel * p.channels + channel : channel * channel_stride + pixel);
   if (p.zq_height) {
-    const int64_t row = source(pixel / p.width, p.height, p.zq_height, p.bordered);
+    const int64_t frame_row = pixel / p.width;
+    const int64_t frame = source_frame(p, frame_row / p.height);
+    const int64_t row = source(frame_row % p.height, p.height, p.zq_height, p.bordered);
     const int64_t column = source(pixel % p.width, p.width, p.zq_width, p.bordered);
-    e.zq = offset(p.channels_last, p.channels, p.zq_height * p.zq_width, image, channel, row * p.zq_width + column);
+    e.zq = offset(p.channels_last, p.channels, p.zq_pixels(), image, channel, (frame * p.zq_height + row) * p.zq_width + column);
     e.y = load(a.zq_y, p.dtype, e.zq);
     e.b = load(a.zq_b, p.dtype, e.zq);
   }
@@ -121,7 +131,7 @@ template <class Function>
 void each_of_group(const SpatialNormProblem& p, int64_t group, Function function) {
   const int64_t channels = p.channels / p.groups;
   for (int64_t channel = group * channels; channel < (group + 1) * channels; ++channel)
-    for (int64_t pixel = 0; pixel < p.height * p.width; ++pixel) function(channel, pixel);
+    for (int64_t pixel = 0; pixel < p.pixels(); ++pixel) function(channel, pixel);
 }
 
 }  // namespace
@@ -132,7 +142,7 @@ size_t spatial_norm_backward_workspace(const SpatialNormProblem&, const SpatialN
 void spatial_norm_forward(const SpatialNormProblem& p, const SpatialNormForward& a, cudaStream_t stream) {
   check_launch(stream);
   check_workspace(a.workspace);
-  const double count = static_cast<double>(p.channels / p.groups) * p.height * p.width;
+  const double count = static_cast<double>(p.channels / p.groups) * p.pixels();
   for (int64_t image = 0; image < p.batch; ++image)
     for (int64_t group = 0; group < p.groups; ++group) {
       auto value = [&](int64_t channel, int64_t pixel) {
@@ -157,7 +167,7 @@ void spatial_norm_forward(const SpatialNormProblem& p, const SpatialNormForward&
       each_of_group(p, group, [&](int64_t channel, int64_t pixel) {
         const Element e = element(p, a, image, channel, pixel);
         const double modulated = ((value(channel, pixel) - mean) * rstd * e.weight + e.bias) * e.y + e.b;
-        store(a.out, p.dtype, e.f, p.silu ? modulated / (1 + std::exp(-modulated)) : modulated);
+        store(a.out, p.dtype, e.out, p.silu ? modulated / (1 + std::exp(-modulated)) : modulated);
       });
       a.mean[image * p.groups + group] = mean;
       a.rstd[image * p.groups + group] = rstd;
@@ -167,8 +177,8 @@ void spatial_norm_forward(const SpatialNormProblem& p, const SpatialNormForward&
 void spatial_norm_backward(const SpatialNormProblem& p, const SpatialNormBackward& a, cudaStream_t stream) {
   check_launch(stream);
   check_workspace(a.workspace);
-  const int64_t count = p.channels / p.groups * p.height * p.width;
-  std::vector<double> dzq_y(p.batch * p.channels * p.zq_height * p.zq_width), dzq_b(dzq_y.size());
+  const int64_t count = p.channels / p.groups * p.pixels();
+  std::vector<double> dzq_y(p.batch * p.channels * p.zq_pixels()), dzq_b(dzq_y.size());
   std::vector<double> dweight(p.channels), dbias(p.channels);
   for (int64_t image = 0; image < p.batch; ++image)
     for (int64_t group = 0; group < p.groups; ++group) {
