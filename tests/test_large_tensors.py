@@ -93,20 +93,29 @@ def test_spatial_norm(layout, zq_size):
 
 
 @needs_emulator
+@pytest.mark.parametrize("groups", [0, 8])
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-def test_epilogue(layout):
+def test_epilogue(layout, groups):
     c = spatial_norm.case((1, *SHAPE), None, BF16, layout)
     x, expected = (
         c.f.clone(memory_format=torch.preserve_format),
         (c.f.double() + c.bias[:, None, None].double() + c.dout.double()),
     )
     channels, height, width = SHAPE
+    chunk = 512  # pixels
+    parts = height * width // chunk * (1 if layout == "channels_last" else channels // 8)
+    statistics = torch.full((8, parts, 4), float("nan")) if groups else None
     arguments = dict(batch=IMAGES, channels=channels, pixels=height * width, dtype=DTYPES.index(BF16), bias_dtype=0,
-                     channels_last=layout == "channels_last", groups=0, chunk_pixels=0, x=x, bias=c.bias, residual=c.dout,
-                     statistics=None)  # fmt: skip
+                     channels_last=layout == "channels_last", groups=groups, chunk_pixels=chunk, x=x, bias=c.bias,
+                     residual=c.dout, statistics=statistics)  # fmt: skip
     start = (IMAGES - 1) * x.numel()
-    call_for_last_image(epilogue.library(), "add", ("epilogue add",), IMAGES, **arguments, windows=dict(x=start, residual=start))
+    windows = dict(x=start, residual=start) | (dict(statistics=(IMAGES - 1) * statistics.numel()) if groups else {})
+    call_for_last_image(epilogue.library(), "add", ("epilogue add",), IMAGES, **arguments, windows=windows)
     assert_close(x, expected)
+    if groups:
+        mean, m2, count, _ = statistics.double().unbind(2)
+        torch.testing.assert_close((mean * count).sum(1) / count.sum(1), x.double().reshape(8, -1).mean(1), rtol=0, atol=1e-6)
+        assert (count.sum(1) == channels * height * width // 8).all() and m2.isfinite().all()
 
 
 @needs_emulator
