@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 MODULE = [sys.executable, "-P", "-m", "movq_ext"]
 SCRIPT = [str(Path(sys.executable).with_name("movq-ext"))]
@@ -13,7 +14,9 @@ commands = pytest.mark.parametrize("command", [MODULE, SCRIPT], ids=["module", "
 
 @commands
 def test_as_a_program(tmp_path, command):
-    run = subprocess.run([*command, "demo", tmp_path / "out", "--device", "cpu"], capture_output=True, text=True)
+    Image.new("RGB", (64, 48), "teal").save(tmp_path / "photo.png")
+    demo = [*command, "demo", tmp_path / "out", "--device", "cpu", "--photo", tmp_path / "photo.png"]
+    run = subprocess.run(demo, capture_output=True, text=True)
     assert run.returncode == 0 and "PSNR" in run.stdout and run.stderr == ""
 
 

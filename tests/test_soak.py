@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from movq_ext import MOVQDecoder, annotate, decode_tiled, profiling
 from movq_ext.model import feature_maps
 
-DECODES = int(os.environ.get("MOVQ_EXT_CASES", 150))
-WARM_UP = 40
+DECODES = int(os.environ.get("MOVQ_EXT_CASES", 64))
+WARM_UP = 24
 MAX_RSS_GROWTH = 24 << 20  # bytes that the allocator may retain after the warm-up, whatever the number of decodes
 SIZES = [(1, 1), (3, 5), (8, 4), (6, 6), (2, 9), (7, 1)]
 MEMORY = 43_008  # bytes, the minimum for latents 4 cells wide. Half of it holds no map of (1, 32, 48, 8): maps go to files
