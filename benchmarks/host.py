@@ -27,7 +27,7 @@ from torch import Tensor
 import movq_ext
 
 GRID = 32  # of the latent: images of 256x256
-SECONDS = 5.0  # per decoder
+SECONDS = 2.0  # per decoder
 Decode = Callable[[], Tensor]
 
 
