@@ -246,7 +246,7 @@ def test_other_maps_take_three_kernels(clustered, shape, groups, zq_size, max_cl
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_later_kernels_start_before_the_earlier_ones_end(counted, layout):
+def test_later_kernels_are_dependent_launches(counted, layout):
     """The emulator fails if a dependent kernel uses what another one writes before it waits."""
     c = case((1, 32, 16, 32), (4, 8), BF16, layout)
     counted.seeds = (0,)

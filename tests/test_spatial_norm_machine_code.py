@@ -64,13 +64,14 @@ def test_cells_of_two_by_two_pixels_take_few_instructions(loops):
 
 
 def test_dependent_kernels_wait_before_they_use_what_others_write(kernels):
-    """`merge_statistics` loads its parameters before, so that only the partial moments are left to load."""
+    """`merge_statistics` loads its first parameters before it waits. The last kernel of a chain lets no other start early."""
     dependent = {name: code for name, code in kernels.items() if "8modulateI" in name or "merge_statistics" in name}
     assert len(dependent) == 33
     for name, code in dependent.items():
         early = code[: code.index("ACQBULK")]
         assert code.count("ACQBULK") == 1 and "STG" not in early and "EXIT" not in early, name
         assert ("LDG" in early) == ("merge_statistics" in name), name
+        assert ("PREEXIT" in code) == ("merge_statistics" in name), name
     for name in kernels.keys() - dependent.keys():
         assert "ACQBULK" not in kernels[name], name
         assert ("PREEXIT" in kernels[name]) == ("_statisticsI" in name), name

@@ -15,8 +15,8 @@
 // f_bias costs neither a pass nor an addition per value: it shifts a channel's mean and leaves its m2 alone, and the coefficients
 // take mean - bias. In NCHW the partial statistics are then per channel rather than per group: 0.5% of all bytes for maps
 // of 32x32 in bfloat16.
-// The merge and the output are dependent launches (device/dependent_launch.cuh): where the device has them, their blocks start
-// while the kernel before still runs. The merge loads its parameters before it waits. After the wait it loads only the moments.
+// The output, and the merge unless it comes first, are dependent launches (device/dependent_launch.cuh): from sm_90 on, their
+// blocks can start before the previous kernel ends. Each merge thread loads its first channel's parameters before it waits.
 // Registers: at most 80 (__launch_bounds__), for 3 blocks of 256 threads per multiprocessor. Each thread has 4 (statistics) or 2
 // (output) loads of 16 bytes in flight, 24 to 48 KB per multiprocessor. An H100 needs about 20 KB to cover its memory latency at
 // full bandwidth. benchmarks/results/resources.md lists what the compiler allocates.

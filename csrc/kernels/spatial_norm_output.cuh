@@ -316,7 +316,7 @@ MOVQ_DEVICE void modulate_same_grid(const OutputPlan& plan, const OutputThread<V
         fs(plan, add_bytes(arrays.f, at), two);
     store_on_same_grid<ChannelsLast>(plan, channels, fs, ys, bs, add_bytes(arrays.out, at));
   };
-  int row = thread.row;  // a single last row apart: the loop has no conditional loads, whose registers would be copied
+  int row = thread.row;  // An odd last row follows the loop: conditional loads inside it would cost copies of registers.
   for (; row + 1 < thread.end_row; row += 2, at += 2 * plan.row_bytes) store_unit(true);
   if (row < thread.end_row) store_unit(false);
 }

@@ -34,7 +34,7 @@ inline int shared_memory_limit(const char*) { return emu::shared_memory_limit();
 
 namespace detail {
 
-inline bool is_compiled_for_sm90(const void*, const char*) { return true; }
+inline bool can_launch_dependent(const void*, const char*) { return true; }
 
 inline void set_max_shared_memory(const void* kernel, const char*, int bytes) { emu::set_max_shared_memory(kernel, bytes); }
 
@@ -124,6 +124,13 @@ inline bool is_compiled_for_sm90(const void* kernel, const char* name) {
   return attributes.ptxVersion >= 90;
 }
 
+// Drivers for CUDA 12.2 and earlier cannot capture a dependent launch in a graph.
+inline bool can_launch_dependent(const void* kernel, const char* name) {
+  int driver = 0;
+  check(cudaDriverGetVersion(&driver), name);
+  return driver >= 12030 && is_compiled_for_sm90(kernel, name);
+}
+
 template <class... Params>
 bool can_launch_clusters(void (*kernel)(Params...), const char* name, const LaunchConfig& config) {
   if (!device_attribute(cudaDevAttrClusterLaunch, name)) return false;
@@ -176,7 +183,7 @@ template <class... Params, class... Args>
 void launch_dependent(void (*kernel)(Params...), const char* name, LaunchConfig config, cudaStream_t stream, Args&&... args) {
   static auto& answers = *new BoundedCache<std::pair<const void*, int>, bool, 1024>;  // never destroyed, like opted_in
   const auto* address = reinterpret_cast<const void*>(kernel);
-  config.dependent = answers.get({address, current_device(name)}, [&] { return detail::is_compiled_for_sm90(address, name); });
+  config.dependent = answers.get({address, current_device(name)}, [&] { return detail::can_launch_dependent(address, name); });
   launch(kernel, name, config, stream, std::forward<Args>(args)...);
 }
 
