@@ -478,3 +478,29 @@ def test_a_memory_of_the_result_is_given_in_inference_only():
     assert not video_norms.can_normalise_into(x, x.double())
     with torch.autocast("cpu", torch.bfloat16):  # a convolution of the latent changes its dtype
         assert not video_norms.can_normalise_into(x)
+
+
+@pytest.mark.parametrize("taps", [1, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_narrow_clips_are_convolved_frame_by_frame(layout, taps, monkeypatch):
+    """Of these PyTorch's conv3d takes no oneDNN on a CPU."""
+    monkeypatch.setattr(causal_convolution, "MIN_MULTIPLICATIONS", 0)
+    x, weight, bias = draw(2, 4, 5, 6, 7), draw(3, 4, taps, 3, 3), draw(3)
+    x, padding = x.contiguous(memory_format=layout), (0, 1, 1)
+    assert causal_convolution.is_slow_as_conv3d(x, weight, padding)
+    tensors, results = [t.requires_grad_() for t in (x, weight, bias)], []
+    for convolve in (torch.nn.functional.conv3d, causal_convolution.convolve):
+        given = [t.double() for t in tensors] if convolve is torch.nn.functional.conv3d else tensors
+        out = convolve(*given, padding=padding)
+        results.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+    assert_same(results[1], results[0])
+    assert results[1][0].is_contiguous(memory_format=layout)
+    monkeypatch.setattr(torch.nn.functional, "conv3d", None)
+    causal_convolution.convolve(x, weight, bias, padding)
+
+
+@pytest.mark.parametrize(("batch", "channels", "height", "dtype"), [(1, 512, 12, torch.float32), (1, 4, 6, F64)])
+def test_wide_clips_and_other_types_are_convolved_at_once(batch, channels, height, dtype, monkeypatch):
+    monkeypatch.setattr(causal_convolution, "MIN_MULTIPLICATIONS", 0)
+    x, weight = draw(batch, channels, 4, height, 2, dtype=dtype), draw(1, channels, 3, 3, 3, dtype=dtype)
+    assert not causal_convolution.is_slow_as_conv3d(x, weight, (0, 1, 1))

@@ -21,6 +21,7 @@ SPLITTING_CONVOLUTIONS = ("CogVideoXSafeConv3d", "KVAESafeConv3d", "Kandinsky6SR
 # Of 27 T multiplications per weight and pixel of a frame, folding saves 27. It reads or writes each weight about four times: the
 # limit is that of upsampling.py. On a GPU it is not measured, and used only for images, where it saves the most.
 MIN_PIXELS = 512
+MIN_MULTIPLICATIONS = 2**25  # of a convolution whose frames are convolved: smaller ones take less time than the calls
 MAX_ELEMENTS = 2**30  # of a clip: diffusers' classes split larger ones, see SPLITTING_CONVOLUTIONS
 
 
@@ -76,7 +77,10 @@ def causal_convolution(
         padded = torch.cat([before, x], dim=2)
     else:
         padded[:, :, :padding] = before
-    return module.conv(padded), padded[:, :, -padding:].clone()
+    conv = module.conv
+    plain = is_plain_conv3d(conv) and padded.numel() <= MAX_ELEMENTS
+    out = convolve(padded, conv.weight, conv.bias, conv.padding) if plain else conv(padded)
+    return out, padded[:, :, -padding:].clone()
 
 
 def repeated_first_frame(x: Tensor, count: int) -> Tensor:
@@ -139,7 +143,37 @@ def convolve_folding_padding(weight: Tensor, bias: Tensor | None, padding: Any, 
     for frame in range(min(taps - 1, x.shape[2])):
         first, others = weight[:, :, : taps - frame], weight[:, :, taps - frame :]
         folded = torch.cat([first.sum(2, keepdim=True), others], dim=2)
-        parts.append(F.conv3d(x[:, :, : frame + 1], folded, bias, padding=padding))
+        parts.append(convolve(x[:, :, : frame + 1], folded, bias, padding))
     if x.shape[2] >= taps:
-        parts.append(F.conv3d(x, weight, bias, padding=padding))
+        parts.append(convolve(x, weight, bias, padding))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
+    """Return ``conv3d(x, weight, bias, padding=padding)`` of a clip, without padding in time.
+
+    On a CPU PyTorch convolves narrow clips (``B * C * T * H`` up to 20480) in float32 without oneDNN. That takes up to eight
+    times as long as convolutions of their frames with oneDNN, one for each tap in time.
+    """
+    if not is_slow_as_conv3d(x, weight, padding):
+        return F.conv3d(x, weight, bias, padding=padding)
+    frames, count = x.transpose(1, 2).contiguous(), x.shape[2] - weight.shape[2] + 1
+    out: Any = None
+    for tap, weight_2d in enumerate(weight.unbind(2)):
+        part = F.conv2d(frames[:, tap : tap + count].flatten(0, 1), weight_2d, bias if tap == 0 else None, padding=padding[1:])
+        out = part if out is None else out.add_(part)
+    clip: Tensor = out.unflatten(0, (x.shape[0], count)).transpose(1, 2)
+    return clip.contiguous(memory_format=clip_format(x))
+
+
+def is_slow_as_conv3d(x: Tensor, weight: Tensor, padding: Any) -> bool:
+    """True if PyTorch would convolve the clip without oneDNN, and its frames with it, and they are not tiny."""
+    if x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32 or x.shape[2] < weight.shape[2]:
+        return False
+    if is_tracing() or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.numel() * x[0, 0].numel() < MIN_MULTIPLICATIONS:
+        return False
+    internal: Any = torch._C
+    backend = internal._select_conv_backend(x, weight, None, [1] * 3, list(padding), [1] * 3, False, [0] * 3, 1)
+    return bool(backend == internal._ConvBackend.Slow3d)

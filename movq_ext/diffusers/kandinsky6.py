@@ -10,7 +10,14 @@ from torch import Tensor
 
 from ..ops.native import is_inference
 from .accelerated import Accelerated, can_compute_clip, count_call, named_child_reason, original_class
-from .causal_convolution import can_fold_padding, convolve_folding_padding, is_plain_conv3d, last_frames, repeated_first_frame
+from .causal_convolution import (
+    can_fold_padding,
+    convolve,
+    convolve_folding_padding,
+    is_plain_conv3d,
+    last_frames,
+    repeated_first_frame,
+)
 from .video_norms import Kandinsky6SRSpatialNorm3D, fits_clip
 
 MAX_ELEMENTS = 2 * 10**9  # of a convolution's input, which diffusers splits if it is larger
@@ -43,7 +50,7 @@ class Kandinsky6SRCausalConv3d(Accelerated):
             else:
                 before = before[..., height : before.shape[3] - height, width : before.shape[4] - width]
             padded = torch.cat([before, x], dim=2)
-            out = F.conv3d(padded, conv.weight, conv.bias, padding=(0, height, width))
+            out = convolve(padded, conv.weight, conv.bias, (0, height, width))
             last = padded[:, :, padded.shape[2] - frames :]
         cache["padding"] = F.pad(last, (width, width, height, height))
         return out.to(x.dtype)  # which autocast changes
