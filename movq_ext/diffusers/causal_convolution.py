@@ -152,8 +152,8 @@ def convolve_folding_padding(weight: Tensor, bias: Tensor | None, padding: Any, 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
     """Return ``conv3d(x, weight, bias, padding=padding)`` of a clip, without padding in time.
 
-    On a CPU PyTorch convolves narrow clips (``B * C * T * H`` up to 20480) in float32 without oneDNN. That takes up to eight
-    times as long as convolutions of their frames with oneDNN, one for each tap in time.
+    On a CPU PyTorch convolves one narrow clip (``C * T * H`` up to 20480) in float32 without oneDNN. That takes up to eight
+    times as long as convolutions of its frames with oneDNN, one for each tap in time.
     """
     if not is_slow_as_conv3d(x, weight, padding):
         return F.conv3d(x, weight, bias, padding=padding)
