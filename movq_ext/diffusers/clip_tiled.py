@@ -31,7 +31,7 @@ def decode_clip_tiled(vae: Any, z: Tensor, *, max_memory: int, folder: str | Non
     all rows. So there are no seams, unlike with diffusers' tiling, whose tiles are normalised alone and blended.
 
     ``max_memory`` covers the strip being computed (at most half), the maps between layers, and the frames that convolutions take
-    from one batch to the next. Maps beyond it go to temporary files. It does not cover weights (those of one convolution are packed
+    from one batch to the next. Maps beyond it go to temporary files. It does not cover weights (one convolution's are packed
     in a copy), latents and the clip.
 
     The clips of a batch are decoded one after another. No ``torch.no_grad()`` is needed. The model may be accelerated or not;
