@@ -73,16 +73,13 @@ def original_class(module: nn.Module) -> Any:
 
 
 def can_compute(module: nn.Module, x: Tensor) -> bool:
-    """True if the module is accelerated and x is a feature map that the operators take.
+    """True if the module is accelerated and x is a feature map (or a clip, as the module takes) that the operators take.
 
     A restored module may get here too: a wrapper of its forward (from offloading, say) may still hold ours.
     """
-    return isinstance(module, Accelerated) and x.dim() == 4 and x.numel() > 0 and x.is_floating_point()
-
-
-def can_compute_clip(module: nn.Module, x: Tensor) -> bool:
-    """`can_compute` for a clip ``(B, C, T, H, W)``."""
-    return isinstance(module, Accelerated) and x.dim() == 5 and x.numel() > 0 and x.is_floating_point()
+    kind = type(module)  # read once: another thread may change it
+    fits = issubclass(kind, Accelerated) and x.dim() == (5 if kind.takes_clips else 4)
+    return fits and x.numel() > 0 and x.is_floating_point()
 
 
 def is_plain_instance(module: Any, expected: type[nn.Module]) -> bool:
@@ -96,17 +93,14 @@ def patched_forward_reason(module: nn.Module) -> str | None:
     return "its forward was replaced (by offloading, or a patch)" if patched else None
 
 
-def child_reason(name: str, child: Any, expected: type[nn.Module]) -> str | None:
-    """Return why a child module does not do what the expected class does, or None if it does."""
-    if original_class(child) is not expected:
-        return f"its {name} is {type(child).__name__}, not {expected.__name__}"
-    return None if is_unmodified(child) else f"its {name} is hooked or patched"
+def child_reason(name: str, child: Any, expected: type[nn.Module] | str) -> str | None:
+    """Return why a child module does not do what the expected class does, or None if it does.
 
-
-def named_child_reason(name: str, child: Any, expected: str) -> str | None:
-    """`child_reason` for the class of diffusers with this name."""
-    if not is_diffusers_class(original_class(child), expected):
-        return f"its {name} is {type(child).__name__}, not {expected}"
+    expected: the class, or the name of one of diffusers.
+    """
+    kind = original_class(child)
+    if not (is_diffusers_class(kind, expected) if isinstance(expected, str) else kind is expected):
+        return f"its {name} is {type(child).__name__}, not {expected if isinstance(expected, str) else expected.__name__}"
     return None if is_unmodified(child) else f"its {name} is hooked or patched"
 
 

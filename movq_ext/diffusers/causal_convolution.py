@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..model.fusion import is_unmodified
 from ..ops.native import is_tracing
-from .accelerated import Accelerated, can_compute_clip, count_call, is_diffusers_class, original_class
+from .accelerated import Accelerated, can_compute, count_call, is_diffusers_class, original_class
 
 CONV3D_METHODS = {name: getattr(nn.Conv3d, name) for name in ("forward", "_conv_forward")}
 SPLITTING_CONVOLUTIONS = ("CogVideoXSafeConv3d", "KVAESafeConv3d", "Kandinsky6SRSafeConv3d")
@@ -48,7 +48,7 @@ class CausalConv3d(Accelerated):
         return "it repeats the border in space too" if module.pad_mode == "replicate" else None
 
     def forward(self: Any, inputs: Tensor, conv_cache: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or self.pad_mode == "replicate" or not can_compute_clip(self, inputs):
+        if args or kwargs or self.pad_mode == "replicate" or not can_compute(self, inputs):
             count_call(self, False)
             return original_class(self).forward(self, inputs, conv_cache, *args, **kwargs)
         return causal_convolution(self, inputs, conv_cache)

@@ -15,11 +15,10 @@ from ..ops.norm_into import can_normalise_into
 from ..ops.options import NormOptions
 from .accelerated import (
     Accelerated,
-    can_compute_clip,
+    can_compute,
     child_reason,
     count_call,
     is_plain_instance,
-    named_child_reason,
     original_class,
 )
 from .causal_convolution import causal_convolution, clip_format, is_plain_conv3d, room_for_padding
@@ -43,13 +42,13 @@ class CogVideoXResnetBlock3D(Accelerated):
             norm = getattr(module, name)
             reason = group_norm_reason(name, norm)
             if hasattr(norm, "conv_y"):
-                reason = named_child_reason(name, norm, "CogVideoXSpatialNorm3D")
+                reason = child_reason(name, norm, "CogVideoXSpatialNorm3D")
                 reason = reason or CogVideoXSpatialNorm3D.unsupported_reason(norm)
             if reason:
                 return reason
         for name in ("conv1", "conv2"):
             conv = getattr(module, name)
-            if reason := named_child_reason(name, conv, "CogVideoXCausalConv3d"):
+            if reason := child_reason(name, conv, "CogVideoXCausalConv3d"):
                 return reason
             if conv.pad_mode == "replicate":
                 return f"its {name} repeats the border in space too"
@@ -58,7 +57,7 @@ class CogVideoXResnetBlock3D(Accelerated):
     def forward(
         self: Any, inputs: Tensor, temb: Tensor | None = None, zq: Tensor | None = None, conv_cache: Any = None, *args: Any
     ) -> Any:
-        served = not args and can_compute_clip(self, inputs) and CogVideoXResnetBlock3D.can_fuse(self, inputs, zq)
+        served = not args and can_compute(self, inputs) and CogVideoXResnetBlock3D.can_fuse(self, inputs, zq)
         if not count_call(self, served):
             return original_class(self).forward(self, inputs, temb, zq, conv_cache, *args)
         x, cache = inputs, conv_cache or {}
@@ -126,7 +125,7 @@ class CogVideoXUpsample3D(Accelerated):
 
     def forward(self: Any, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         conv = self.conv
-        if not count_call(self, not args and not kwargs and can_compute_clip(self, inputs) and is_plain_conv3x3(conv)):
+        if not count_call(self, not args and not kwargs and can_compute(self, inputs) and is_plain_conv3x3(conv)):
             return original_class(self).forward(self, inputs, *args, **kwargs)  # type: ignore[no-any-return]
         batch, frames = inputs.shape[0], inputs.shape[2]
         x = enlarge_frames(conv, inputs.transpose(1, 2).flatten(0, 1))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.native import is_inference
-from .accelerated import Accelerated, can_compute_clip, count_call, named_child_reason, original_class
+from .accelerated import Accelerated, can_compute, child_reason, count_call, original_class
 from .causal_convolution import (
     can_fold_padding,
     convolve,
@@ -36,7 +36,7 @@ class Kandinsky6SRCausalConv3d(Accelerated):
 
     def forward(self: Any, hidden_states: Tensor, cache: Any, *args: Any, **kwargs: Any) -> Tensor:
         x, conv = hidden_states, self.conv
-        serves = can_compute_clip(self, x) and not Kandinsky6SRCausalConv3d.unsupported_reason(self)
+        serves = can_compute(self, x) and not Kandinsky6SRCausalConv3d.unsupported_reason(self)
         if not count_call(self, not args and not kwargs and serves and x.numel() <= MAX_ELEMENTS):
             return original_class(self).forward(self, x, cache, *args, **kwargs)  # type: ignore[no-any-return]
         height, width, frames = self.height_pad, self.width_pad, self.time_pad
@@ -67,7 +67,7 @@ class Kandinsky6SRResnetBlock3D(Accelerated):
             return "its norms are not conditioned on a latent"
         for name in ("norm1", "norm2"):
             norm = getattr(module, name)
-            reason = named_child_reason(name, norm, "Kandinsky6SRSpatialNorm3D")
+            reason = child_reason(name, norm, "Kandinsky6SRSpatialNorm3D")
             if reason := reason or Kandinsky6SRSpatialNorm3D.unsupported_reason(norm):
                 return reason
         return None
@@ -75,7 +75,7 @@ class Kandinsky6SRResnetBlock3D(Accelerated):
     def forward(self: Any, hidden_states: Tensor, cache: Any, zq: Tensor | None = None, *args: Any) -> Tensor:
         x = hidden_states
         plain = fits_clip(zq, x) and not Kandinsky6SRResnetBlock3D.unsupported_reason(self)
-        if not count_call(self, not args and can_compute_clip(self, x) and plain):
+        if not count_call(self, not args and can_compute(self, x) and plain):
             return original_class(self).forward(self, x, cache, zq, *args)  # type: ignore[no-any-return]
         h = self.conv1(_normalise(self.norm1, x, zq, cache["norm1"]), cache["conv1"])
         h = self.conv2(_normalise(self.norm2, h, zq, cache["norm2"]), cache["conv2"])

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from .accelerated import Accelerated, can_compute_clip, count_call, named_child_reason, original_class
+from .accelerated import Accelerated, can_compute, child_reason, count_call, original_class
 from .video_norms import KVAECachedSpatialNorm3D, cached_group_norm_reason, normalise_cached
 
 
@@ -24,7 +24,7 @@ class KVAECachedResnetBlock3D(Accelerated):
         for name in ("norm1", "norm2"):
             norm = getattr(module, name)
             if hasattr(norm, "conv_y"):
-                reason = named_child_reason(name, norm, "KVAECachedSpatialNorm3D")
+                reason = child_reason(name, norm, "KVAECachedSpatialNorm3D")
                 reason = reason or KVAECachedSpatialNorm3D.unsupported_reason(norm)
             else:
                 reason = cached_group_norm_reason(name, norm)
@@ -33,7 +33,7 @@ class KVAECachedResnetBlock3D(Accelerated):
         return None
 
     def forward(self: Any, x: Tensor, temb: Tensor | None, layer_cache: Any, zq: Tensor | None = None, *args: Any) -> Tensor:
-        if not count_call(self, not args and can_compute_clip(self, x) and KVAECachedResnetBlock3D.can_fuse(self, x, zq)):
+        if not count_call(self, not args and can_compute(self, x) and KVAECachedResnetBlock3D.can_fuse(self, x, zq)):
             return original_class(self).forward(self, x, temb, layer_cache, zq, *args)  # type: ignore[no-any-return]
         h = _normalise(self.norm1, x, zq, layer_cache["norm1"])
         h = self.conv1(h, cache=layer_cache["conv1"])

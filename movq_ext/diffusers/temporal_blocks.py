@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..ops.options import NormOptions
-from .accelerated import Accelerated, can_compute_clip, child_reason, count_call, is_plain_instance, original_class
+from .accelerated import Accelerated, can_compute, child_reason, count_call, is_plain_instance, original_class
 from .norms import can_fuse_group_norm, group_norm_reason
 from .video_norms import normalise_clip
 
@@ -29,7 +29,7 @@ class ClipResnetBlock(Accelerated):
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         x, temb = (*args, None, None)[:2]
-        fits = len(args) in (1, 2) and not kwargs and isinstance(x, Tensor) and can_compute_clip(self, x)
+        fits = len(args) in (1, 2) and not kwargs and isinstance(x, Tensor) and can_compute(self, x)
         projection = getattr(self, "time_emb_proj", None)
         if not count_call(self, fits and (projection is None or temb is not None) and ClipResnetBlock.can_fuse(self)):
             return original_class(self).forward(self, *args, **kwargs)  # type: ignore[no-any-return]

@@ -12,7 +12,7 @@ from ..ops.functional import fused_spatial_norm
 from ..ops.native import is_inference
 from ..ops.norm_into import can_normalise_into, spatial_norm_into
 from ..ops.options import NormOptions
-from .accelerated import Accelerated, can_compute_clip, count_call, named_child_reason, original_class
+from .accelerated import Accelerated, can_compute, child_reason, count_call, original_class
 from .causal_convolution import clip_format, is_plain_conv3d
 from .norms import group_norm_reason
 
@@ -29,11 +29,11 @@ class CogVideoXSpatialNorm3D(Accelerated):
     def unsupported_reason(cls, module: Any) -> str | None:
         reason = group_norm_reason("norm_layer", module.norm_layer)
         for name in ("conv_y", "conv_b"):
-            reason = reason or named_child_reason(name, getattr(module, name), "CogVideoXCausalConv3d")
+            reason = reason or child_reason(name, getattr(module, name), "CogVideoXCausalConv3d")
         return reason or pointwise_reason(module.conv_y.conv, module.conv_b.conv)
 
     def forward(self: Any, f: Tensor, zq: Tensor, conv_cache: Any = None, *args: Any, **kwargs: Any) -> Any:
-        serves = not args and not kwargs and can_compute_clip(self, f) and CogVideoXSpatialNorm3D.can_modulate(self, f, zq)
+        serves = not args and not kwargs and can_compute(self, f) and CogVideoXSpatialNorm3D.can_modulate(self, f, zq)
         if not serves:
             count_call(self, False)
             return original_class(self).forward(self, f, zq, conv_cache, *args, **kwargs)
@@ -71,7 +71,7 @@ class KVAECachedSpatialNorm3D(Accelerated):
         return pointwise_reason(module.conv_y, module.conv_b)
 
     def forward(self: Any, f: Tensor, zq: Tensor, cache: Any, *args: Any, **kwargs: Any) -> Tensor:
-        serves = not args and not kwargs and can_compute_clip(self, f) and KVAECachedSpatialNorm3D.can_modulate(self, f, zq)
+        serves = not args and not kwargs and can_compute(self, f) and KVAECachedSpatialNorm3D.can_modulate(self, f, zq)
         if not serves:
             count_call(self, False)
             return original_class(self).forward(self, f, zq, cache, *args, **kwargs)  # type: ignore[no-any-return]
@@ -91,7 +91,7 @@ class KVAECachedSpatialNorm3D(Accelerated):
 
 def cached_group_norm_reason(name: str, norm: Any) -> str | None:
     """Return why a KVAECachedGroupNorm is not a plain group norm, or None if it is."""
-    return named_child_reason(name, norm, "KVAECachedGroupNorm") or group_norm_reason(f"{name}.norm_layer", norm.norm_layer)
+    return child_reason(name, norm, "KVAECachedGroupNorm") or group_norm_reason(f"{name}.norm_layer", norm.norm_layer)
 
 
 def normalise_cached(norm: Any, f: Tensor, cache: Any, activation: str) -> Tensor:
@@ -124,7 +124,7 @@ class Kandinsky6SRSpatialNorm3D(Accelerated):
     def forward(self: Any, hidden_states: Tensor, zq: Tensor, cache: Any, *args: Any, **kwargs: Any) -> Tensor:
         f = hidden_states
         plain = fits_clip(zq, f) and Kandinsky6SRSpatialNorm3D.unsupported_reason(self) is None
-        if args or kwargs or not can_compute_clip(self, f) or not plain:
+        if args or kwargs or not can_compute(self, f) or not plain:
             count_call(self, False)
             return original_class(self).forward(self, f, zq, cache, *args, **kwargs)  # type: ignore[no-any-return]
         return Kandinsky6SRSpatialNorm3D.modulated(self, f, zq, cache)
@@ -136,7 +136,7 @@ class Kandinsky6SRSpatialNorm3D(Accelerated):
         y, b = (clips.widen(zq_map, f.shape[4]) for zq_map in maps)
         cache["is_first_segment"] = False
         # Any other norm layer may return f itself, or a hook may hold its result.
-        owned = named_child_reason("norm_layer", self.norm_layer, "Kandinsky6VAERMSNorm") is None
+        owned = child_reason("norm_layer", self.norm_layer, "Kandinsky6VAERMSNorm") is None
         normalised = self.norm_layer(f)
         owned &= is_inference(normalised, y, b) and normalised.dtype == y.dtype == b.dtype
         owned &= normalised.is_contiguous(memory_format=clip_format(normalised))
