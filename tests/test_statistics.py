@@ -244,7 +244,7 @@ def test_a_decoder_without_norm_out_leaves_no_statistics_at_the_end(norms, monke
 @torch.no_grad()
 def test_hooks_and_replaced_layers_never_see_stale_statistics(norms, monkeypatch):
     """The fixture compares statistics with the map that the norm gets. A GPU's path is taken whatever the device is called."""
-    monkeypatch.setattr("movq_ext.model.decoder.decode_in_strips", lambda decoder, z, zq, size: decoder._forward_fused(z, zq))
+    monkeypatch.setattr("movq_ext.model.decoder.decode_in_strips", lambda decoder, z, zq: decoder._forward_fused(z, zq))
     decoder, z, zq = make_decoder(ch=128), *latents((4, 4), batch=1)
     decoder(z, zq)
     assert any(left is not None for left in norms)
