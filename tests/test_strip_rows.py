@@ -85,13 +85,19 @@ def test_convolved_rows(store, x, kind, packed):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "channels, winograd_bytes, expected",
-    [(128, CPU_MEMORY.winograd, WinogradConvolution), (32, CPU_MEMORY.winograd, Convolution), (128, 1 << 20, Convolution)],
-    ids=["wide", "narrow", "little memory"],
+    "channels, winograd_bytes, spans, expected",
+    [
+        (128, CPU_MEMORY.winograd, [(0, 32)], WinogradConvolution),
+        (32, CPU_MEMORY.winograd, [(0, 32)], Convolution),
+        (128, 1 << 20, [(0, 32)], Convolution),
+        (128, CPU_MEMORY.winograd, [(8, 16)], Convolution),  # this process's band
+        (128, CPU_MEMORY.winograd, (), Convolution),  # a shortcut, beside the convolution that it is added to
+    ],
+    ids=["wide", "narrow", "little memory", "a small part", "unknown strips"],
 )
-def test_which_convolution(store, channels, winograd_bytes, expected):
-    x = store.allocate(channels, 32, 32)
-    convolved = ConvolvedRows(nn.Conv2d(channels, channels, 3, padding=1), StoredRows(x), StripBuffer(store, winograd_bytes))
+def test_which_convolution(store, channels, winograd_bytes, spans, expected):
+    x, conv = store.allocate(channels, 32, 32), nn.Conv2d(channels, channels, 3, padding=1)
+    convolved = ConvolvedRows(conv, StoredRows(x), StripBuffer(store, winograd_bytes), spans)
     assert type(convolved.packed) is expected
 
 

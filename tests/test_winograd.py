@@ -64,9 +64,10 @@ def test_taps_are_those_of_the_points(filter):
     assert filter.TAPS[-1] == (0, 0, 1) and len(filter.TAPS) == filter.FACTORS == len(points) + 1 == filter.OUTPUTS + 2
 
 
-def test_the_error_is_below_the_direct_convolutions():
-    """With SiLU's positive mean, as in a decoder."""
-    weight, bias, x, _ = arguments(256, 64, 16, 16)
+@pytest.mark.parametrize("channels, largest, ratio", [(128, 2.8e-7, 1.15), (256, 3.3e-7, 0.85)])
+def test_the_error_is_at_most_the_direct_convolutions(channels, largest, ratio):
+    """With SiLU's positive mean, as in a decoder. With the usual points, 0, ±1, ±2 and infinity, it is 1.5 times as large."""
+    weight, bias, x, _ = arguments(channels, 64, 16, 16)
     x = F.silu(x)
     errors = []
     for convolution in (WinogradConvolution(weight, bias, 1 << 24), Convolution(weight, bias, (0, 1), x.shape)):
@@ -74,7 +75,8 @@ def test_the_error_is_below_the_direct_convolutions():
         expected = expected_sum(weight, bias, x, out)
         convolution.add_to(out, x)
         errors.append(float((out - expected).norm() / expected.norm()))
-    assert errors[0] < 4e-7 and errors[0] < 1.3 * errors[1]
+    assert errors[0] < largest
+    assert errors[0] < ratio * errors[1] or not torch.backends.mkldnn.is_available()
 
 
 def test_operations():
@@ -92,33 +94,47 @@ def test_memory_of_a_block():
     weight, bias, x, out = arguments(16, 16, 64, 64)
     convolution = WinogradConvolution(weight, bias, 1 << 18)
     convolution.add_to(out, x)
-    assert convolution.block_memory.nbytes <= 1 << 18
+    assert convolution.factors.nbytes + convolution.block_memory.nbytes <= 1 << 18
 
 
 LIMIT = 40 << 20
 
 
 @pytest.mark.parametrize(
-    "channels, out_channels, pixels, expected",
+    "channels, out_channels, strips, expected",
     [
-        (512, 512, 32 * 32, True),
-        (512, 512, 8 * 8, False),  # the weight's factors cost more than they save
-        (128, 128, 256 * 256, True),
-        (64, 64, 256 * 256, False),  # the passes cost more
-        (128, 3, 256 * 256, False),
-        (4, 512, 64 * 64, False),
-        (1024, 1024, 64 * 64, False),  # 100 MB of factors
+        (512, 512, [(32, 32)], True),
+        (512, 512, [(8, 8)], False),  # the weight's factors cost more than they save
+        (128, 128, [(32, 256)] * 8, True),
+        (128, 128, [(3, 4096)] * 99, False),  # strips of fewer than four rows are convolved directly
+        (64, 64, [(256, 256)], False),  # the passes cost more
+        (128, 3, [(256, 256)], False),
+        (4, 512, [(64, 64)], False),
+        (1024, 1024, [(64, 64)], False),  # 100 MB of factors
     ],
 )
-def test_large_layers_are_faster(channels, out_channels, pixels, expected):
-    assert is_faster(torch.empty(out_channels, channels, 3, 3), pixels, LIMIT) == expected
+def test_large_layers_are_faster(channels, out_channels, strips, expected):
+    assert is_faster(torch.empty(out_channels, channels, 3, 3), strips, LIMIT) == expected
 
 
 def test_only_float32_and_float64_outside_autocast():
     def chosen(dtype=torch.float32, device="cpu", kernel=3):
-        return is_faster(torch.empty(256, 256, kernel, kernel, dtype=dtype, device=device), 1 << 16, LIMIT)
+        return is_faster(torch.empty(256, 256, kernel, kernel, dtype=dtype, device=device), [(256, 256)], LIMIT)
 
     assert chosen() and chosen(torch.float64)
     assert not chosen(torch.bfloat16) and not chosen(torch.float16) and not chosen(kernel=1) and not chosen(device="meta")
     with torch.autocast("cpu"):
         assert not chosen()
+
+
+def test_only_where_products_are_not_rounded():
+    """Direct convolutions do not follow the setting for matrix products."""
+    weight, products = torch.empty(256, 256, 3, 3), torch.backends.mkldnn.matmul
+    before = products.fp32_precision
+    try:
+        for precision, expected in (("ieee", True), ("tf32", False), ("bf16", False), ("none", True)):
+            products.fp32_precision = precision
+            assert is_faster(weight, [(256, 256)], LIMIT) == expected
+            assert is_faster(weight.double(), [(256, 256)], LIMIT)
+    finally:
+        products.fp32_precision = before

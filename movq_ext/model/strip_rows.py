@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -68,15 +69,28 @@ class StripBuffer:
 
 
 class ConvolvedRows:
-    """Rows of a 3x3 convolution of a source's rows."""
+    """Rows of a 3x3 convolution of a source's rows.
 
-    def __init__(self, conv: nn.Conv2d, source: StoredRows | NormalisedRows, buffer: StripBuffer) -> None:
+    Args:
+        conv: the convolution.
+        source: its input.
+        buffer: holds a strip of the input.
+        spans: the strips that will be computed, which decide whether a Winograd convolution is faster; if empty, it is direct.
+    """
+
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        source: StoredRows | NormalisedRows,
+        buffer: StripBuffer,
+        spans: Sequence[tuple[int, int]] = (),
+    ) -> None:
         self.conv, self.source, self.buffer = conv, source, buffer
         self.packed: Convolution | WinogradConvolution | None = None
         if not is_plain_conv(conv):
             return
         x = source.x
-        if is_faster(conv.weight, x.height * x.width, buffer.winograd_bytes):
+        if is_faster(conv.weight, [(last - first, x.width) for first, last in spans], buffer.winograd_bytes):
             self.packed = WinogradConvolution(conv.weight, conv.bias, buffer.winograd_bytes)
         else:
             typical_input = (1, x.channels, min(x.height, TYPICAL_ROWS) + HALO, x.width)

@@ -32,7 +32,8 @@ from .strip_checks import LayeredDecoder, LayeredNetwork, check_decoder_layers, 
 from .strip_norms import NormalisedRows
 from .strip_rows import HALO, ConvolvedRows, PointwiseRows, RowSource, StoredRows, StripBuffer, haloed_rows
 
-MIN_ROWS = 4  # of a strip where memory has no limit: each normalises HALO more, and a Winograd convolution takes four at once
+# Rows of a strip without a memory limit: a Winograd convolution computes four at a time, and every strip normalises HALO more.
+MIN_ROWS = 4
 # Number of values in all tensors of a strip, per pixel and channel of its map.
 ATTENTION_VALUES = 8
 UPSAMPLE_VALUES = 10
@@ -164,8 +165,9 @@ class Strips:
     def output(self, norm: nn.Module, conv: nn.Conv2d, x: FeatureMap) -> Tensor:
         """Return ``conv(silu(norm(x)))``, ``(1, conv.out_channels, H, W)``."""
         out = self.store.empty(1, conv.out_channels, x.height, x.width)
-        convolved = ConvolvedRows(conv, self._normalised(norm, x, "silu"), self._buffer)
-        for first, last in self.spans(x, convolution_values(x.channels, conv.out_channels)):
+        spans = self.spans(x, convolution_values(x.channels, conv.out_channels))
+        convolved = ConvolvedRows(conv, self._normalised(norm, x, "silu"), self._buffer, spans)
+        for first, last in spans:
             rows = out.new_zeros(1, last - first, x.width, conv.out_channels).permute(0, 3, 1, 2)
             convolved.add_rows(first, last, rows)
             out[:, :, first:last] = rows
@@ -182,8 +184,9 @@ class Strips:
         x = source.x
         if out is None:
             out = self.store.allocate(conv.out_channels, x.height, x.width)
-        convolved = ConvolvedRows(conv, source, self._buffer)
-        for first, last in self.spans(x, convolution_values(x.channels, conv.out_channels)):
+        spans = self.spans(x, convolution_values(x.channels, conv.out_channels))
+        convolved = ConvolvedRows(conv, source, self._buffer, spans)
+        for first, last in spans:
             rows = out.reserve(first, last)
             if residual is None:
                 convolved.write_rows(first, last, rows)

@@ -60,7 +60,7 @@ def decode_tiled(decoder: MOVQDecoder, z: Tensor, zq: Tensor, *, max_memory: int
     dtype = torch.float32 if computes_in_float32(decoder, z) else z.dtype
     needed = _min_memory(decoder, z.shape[3] << (decoder.num_resolutions - 1), dtype)
     check_max_memory(max_memory, needed, "z", z)
-    return decode_in_strips(decoder, z, zq, _divide(max_memory, z.device), folder)
+    return decode_in_strips(decoder, z, zq, _divide(max_memory, needed, z.device), folder)
 
 
 @torch.no_grad()
@@ -93,8 +93,9 @@ def encode_tiled(encoder: Encoder, x: Tensor, *, max_memory: int, folder: str | 
     """
     encoder.check_image(x)
     check_no_dropout("encoder", encoder)
-    check_max_memory(max_memory, _min_memory(encoder, x.shape[3], x.dtype), "x", x)
-    return encode_in_strips(encoder, x, _divide(max_memory, x.device), folder)
+    needed = _min_memory(encoder, x.shape[3], x.dtype)
+    check_max_memory(max_memory, needed, "x", x)
+    return encode_in_strips(encoder, x, _divide(max_memory, needed, x.device), folder)
 
 
 def _min_memory(network: LayeredNetwork, width: int, dtype: torch.dtype) -> int:
@@ -111,11 +112,14 @@ def check_max_memory(max_memory: int, needed: int, name: str, x: Tensor) -> None
         raise ValueError(f"max_memory must be at least {expected}, got {max_memory}")
 
 
-def _divide(max_memory: int, device: torch.device) -> WorkingMemory:
-    """Return how much of max_memory is for strips, at most half, and how much for maps."""
+def _divide(max_memory: int, min_memory: int, device: torch.device) -> WorkingMemory:
+    """Return how much of max_memory is for strips, at most half, and how much for maps.
+
+    min_memory also holds four rows of the largest map, which a Winograd convolution computes at once, and their neighbours.
+    """
     half = max_memory // 2
     if device.type != "cpu":
         return WorkingMemory(half, maps=max_memory - half)
-    strip = min(half, CPU_MEMORY.strip)  # a larger one would not stay in the cache
+    strip = min(half, max(CPU_MEMORY.strip, min_memory))  # no larger than needed, so that it stays in the cache
     winograd = min(half - strip, CPU_MEMORY.winograd)
     return WorkingMemory(strip, winograd, max_memory - strip - winograd)

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAX_BLOCK_BYTES = 16 << 20  # for all tensors of a block of pixels
-# What a convolution costs, in multiplications of a matrix product, from measured ratios on a CPU with AVX-512.
-PASS_COST = 48  # of reading one or two values and writing one: a transform makes 6 such passes over its input
+# Costs in units of one multiplication in a matrix product, from measured ratios on a CPU with AVX-512.
+PASS_COST = 48  # per value of a pass that reads one or two values and writes one
 INPUT_PASSES, OUTPUT_PASSES = 6, 7.5
 WEIGHT_COST = 600  # of a weight's 24 factors, beyond what packing for the direct convolution costs
 
@@ -93,18 +93,33 @@ ROWS, COLUMNS = FourOutputs, TwoOutputs
 PRODUCTS = ROWS.FACTORS * COLUMNS.FACTORS
 
 
-def is_faster(weight: Tensor, pixels: int, max_bytes: int) -> bool:
-    """True if a `WinogradConvolution` of a map of so many pixels is faster than a direct one, by counted operations.
+def is_faster(weight: Tensor, strips: Sequence[tuple[int, int]], max_bytes: int) -> bool:
+    """True if a `WinogradConvolution` of these strips is faster than a direct one, by counted operations.
 
-    It is for float32 and float64 on a CPU, outside autocast. Its weight's factors may take two thirds of max_bytes.
+    Only for float32 and float64 on a CPU, outside autocast, where float32 products are not rounded to fewer bits.
+
+    Args:
+        weight: ``(out, in, rows, columns)``.
+        strips: rows and columns of each strip of the output.
+        max_bytes: the weight's factors may take two thirds.
     """
     out_channels, channels, *kernel = weight.shape
     pairs = out_channels * channels
-    runs = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64) and kernel == [3, 3]
-    if not runs or torch.is_autocast_enabled("cpu") or PRODUCTS * pairs * weight.itemsize > max_bytes * 2 // 3:
+    if weight.device.type != "cpu" or kernel != [3, 3] or not _computes_exactly(weight.dtype):
         return False
+    if PRODUCTS * pairs * weight.itemsize > max_bytes * 2 // 3:
+        return False
+    pixels = sum(rows // ROWS.OUTPUTS * ROWS.OUTPUTS * columns for rows, columns in strips)
     saved = (9 - PRODUCTS / (ROWS.OUTPUTS * COLUMNS.OUTPUTS)) * pairs
     return pixels * (saved - PASS_COST * (INPUT_PASSES * channels + OUTPUT_PASSES * out_channels)) > WEIGHT_COST * pairs
+
+
+def _computes_exactly(dtype: torch.dtype) -> bool:
+    """True if matrix products on a CPU are computed in this dtype, float32 or float64."""
+    if dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
+        return False
+    precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    return dtype == torch.float64 or precision in ("none", "ieee")  # set by torch.set_float32_matmul_precision
 
 
 class WinogradConvolution:
@@ -113,7 +128,7 @@ class WinogradConvolution:
     Args:
         weight: ``(out, in, 3, 3)``, float32 or float64, on the CPU.
         bias: ``(out,)`` or None.
-        max_bytes: of the weight's factors and of a block of pixels, unless a block would be smaller than 4 rows of 16.
+        max_bytes: limit for the weight's factors plus one block of pixels; a block has at least 4 x 16 pixels.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, max_bytes: int) -> None:
