@@ -26,6 +26,12 @@ KERNELS = {
 }
 
 
+def counted_name(operator: str, arguments: tuple[Any, ...]) -> str:
+    """Return the name by which an operator is counted: norms that are given statistics launch one kernel less."""
+    takes_statistics = operator == "spatial_norm_forward" and arguments[10:11] not in ((), (None,))
+    return "norm with statistics" if takes_statistics else operator
+
+
 class Launches(TorchDispatchMode):
     """Counts the operators that launch a kernel, all but views and allocations, on a GPU or in ``meta_gpu(launches)``.
 
@@ -39,7 +45,7 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().partition("::")[2].partition(".")[0]
         if not func.is_view and "empty" not in name and name != "_unsafe_view":
-            self.operators[name] += 1
+            self.operators[counted_name(name, args)] += 1
         if name == "convolution" and args[2] is not None:  # PyTorch adds it in a kernel of its own
             self.operators["bias of a convolution"] += 1
         return func(*args, **(kwargs or {}))
@@ -55,8 +61,7 @@ def meta_gpu(launches: Launches | None = None) -> Iterator[None]:
     def counted(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
         def kernel(*arguments: Any) -> Any:
             assert launches is not None
-            takes_statistics = name == "spatial_norm_forward" and arguments[10:11] not in ((), (None,))
-            launches.operators["norm with statistics" if takes_statistics else name] += 1
+            launches.operators[counted_name(name, arguments)] += 1
             with _disable_current_modes():
                 return fake(*arguments)
 

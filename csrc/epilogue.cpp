@@ -17,7 +17,7 @@ MemoryFormat format_of(const Tensor& x) {
   return MemoryFormat::ChannelsLast;
 }
 
-// `with_statistics` completes the problem, and allocates and returns the statistics.
+// `with_statistics` sets the problem's groups and chunk size, and returns the allocated statistics, if any.
 template <class WithStatistics>
 OptionalTensor add(const Tensor& x, const OptionalTensor& given_bias, const OptionalTensor& given_residual,
                    WithStatistics with_statistics) {

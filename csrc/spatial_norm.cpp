@@ -1,5 +1,5 @@
-// The operators spatial_norm_forward, spatial_norm_into and spatial_norm_backward for CUDA tensors: checks, layout, allocation and
-// stream around the launchers. A clip is a map whose rows are the rows of all frames.
+// The operators spatial_norm_forward, spatial_norm_into and spatial_norm_backward for CUDA tensors: checks, layout, allocation
+// and stream around the launchers. A clip is a map whose rows are the rows of all frames.
 #include "kernels/spatial_norm.h"
 
 #include <tuple>
@@ -113,6 +113,9 @@ void check_statistics(const Tensor& statistics, const Inputs& inputs, bool with_
   CHECK_ARGUMENT(statistics.is_contiguous(), "statistics must be contiguous, got strides ", movq::strides(statistics));
   CHECK_ARGUMENT(statistics.scalar_type() == ScalarType::Float, "statistics must be float32, got ", statistics.scalar_type());
   movq::check_device("statistics", statistics, "f", inputs.f);
+  const auto address = reinterpret_cast<uintptr_t>(statistics.const_data_ptr());
+  CHECK_ARGUMENT(address % 16 == 0, "statistics must be aligned to 16 bytes, got an address that is ", address % 16,
+                 " modulo 16");
   CHECK_ARGUMENT(!with_f_bias, "statistics must not be given with f_bias: they are those of f alone");
 }
 

@@ -55,7 +55,7 @@ Tensor fold_upsampling_backward(const Tensor& given_dfolded, bool channels_last)
   return dweight;
 }
 
-// `with_statistics` completes the problem, and allocates and returns the statistics.
+// `with_statistics` sets the problem's groups and chunk size, and returns the allocated statistics, if any.
 template <class WithStatistics>
 std::pair<Tensor, OptionalTensor> interleave(const Tensor& given_windows, const OptionalTensor& given_bias,
                                              WithStatistics with_statistics) {

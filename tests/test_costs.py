@@ -150,10 +150,11 @@ def test_kernels_of_a_decode_on_a_gpu():
     z, zq = latents((16, 16), 1, torch.bfloat16, device="cuda")
     with torch.no_grad():
         decoder(z, zq)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        with torch.profiler.profile() as profile:
             decoder(z, zq)
             torch.cuda.synchronize()
     names = [event.name for event in profile.events()]
+    with_statistics = sum(name.startswith("movq_ext::") and "_statistics" in name for name in names)  # operators
     norms = sum(isinstance(module, SpatialNorm) for module in decoder.modules())
     blocks = sum(step.takes_zq for step in decoder.steps())
     upsamplings = sum(isinstance(module, Upsample) for module in decoder.modules())
@@ -163,6 +164,8 @@ def test_kernels_of_a_decode_on_a_gpu():
 
     assert launches("epilogue") == blocks + upsamplings, names
     assert launches("merge_statistics<") + launches("norm_in_cluster<") == norms, names
-    # None of its own where the kernel before has left a map's statistics.
-    assert launches("interleaved_statistics<") <= launches("merge_statistics<") == launches("modulate<"), names
+    assert launches("merge_statistics<") == launches("modulate<"), names
+    # A norm computes its own statistics unless the preceding kernel has. With 4 channels per group no map stays on chip.
+    assert launches("interleaved_statistics<") == launches("merge_statistics<") - with_statistics, names
+    assert with_statistics > 0, names
     assert not [name for name in names if "nchwToNhwc" in name or "nhwcToNchw" in name]

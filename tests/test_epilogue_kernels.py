@@ -242,6 +242,39 @@ def test_statistics_cost_no_reads_and_few_writes(counted, layout, dtype):
     assert launch.bank_conflicts == 0
 
 
+@pytest.mark.parametrize(
+    "shape, layout, groups",
+    [((1, 512, 2, 4), "nchw", 32), ((1, 8, 16, 16), "channels_last", 2), ((1, 16, 16, 16), "channels_last", 1)],
+)
+def test_statistics_of_narrow_rows_need_little_shared_memory(backend, shape, layout, groups):
+    """Four blocks fit on every GPU's multiprocessor, 100 KB on the smallest."""
+    c = case(shape, None, BF16, layout)
+    chunk = shape[2] * shape[3]
+    mean, variance, count = merged(backend.add_with_statistics_(c.f, c.bias, c.dout, groups, chunk))
+    exact_mean, exact_variance, exact_count = moments(c.f, groups)
+    assert torch.equal(count, exact_count)
+    torch.testing.assert_close(mean, exact_mean, rtol=0, atol=3e-7)
+    torch.testing.assert_close(variance, exact_variance, rtol=1e-6, atol=0)
+    if isinstance(backend, Emulator):
+        assert backend.cost.launches[0].shared_bytes <= 16 << 10
+
+
+def test_no_block_of_statistics_takes_more_than_16_kib(counted):
+    """Every block of 256 threads with accesses of one or two quads, and every width of a group."""
+
+    def quad_bytes(**plan):
+        result = torch.zeros(1, dtype=torch.int32)
+        epilogue.library().call("quad_bytes", **plan, bytes=result, seeds=(0,))
+        return result.item()
+
+    for quads in (1, 2):
+        for accesses in (1, 2, 3, 4, 5, 7, 8, 12, 15, 16, 17, 24, 31, 32, 33, 64, 85, 128, 255, 256):
+            rows, columns = 256 // accesses, accesses * quads
+            assert quad_bytes(rows=rows, columns=columns, group_rows=1, group_columns=columns) <= 16 << 10
+            for group_columns in (width for width in range(1, columns + 1) if columns % width == 0):
+                assert quad_bytes(rows=rows, columns=columns, group_rows=rows, group_columns=group_columns) <= 16 << 10
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_thread_reads_the_bias_once_per_channel(counted, layout):
     c = case((1, 512, 128, 96), None, BF16, layout)  # 3 rounds per thread

@@ -90,6 +90,22 @@ def test_larger_images_do_not_launch_many_more(launches):
     assert decode(launches, torch.bfloat16, grid=(128, 128)).operators == expected
 
 
+def test_dispatched_norms_with_statistics_are_counted_apart(launches):
+    """As on a GPU, where the dispatcher sees the operator itself."""
+    schema = "Tensor f, Tensor? y, Tensor? b, Tensor? weight, Tensor? bias, int groups, float eps, bool silu, Tensor? f_bias=None"
+    with torch.library._scoped_library("dispatched", "DEF") as library:
+        library.define(f"spatial_norm_forward({schema}, bool bordered=False, Tensor? statistics=None) -> Tensor")
+        library.impl("spatial_norm_forward", lambda f, *others: f.clone(), "CompositeExplicitAutograd")
+        x = torch.zeros(1)
+        norm = x, None, None, None, None, 1, 1e-6, False, None, False
+        with launches:
+            torch.ops.dispatched.spatial_norm_forward(*norm)
+            torch.ops.dispatched.spatial_norm_forward(*norm, None)
+            torch.ops.dispatched.spatial_norm_forward(*norm, x)
+    assert launches.operators == {"spatial_norm_forward": 2, "norm with statistics": 1}
+    assert launches.kernels() == 2 * 3 + 2
+
+
 def test_the_benchmark_of_the_host_writes_a_row_for_each_decoder(tmp_path):
     command = [sys.executable, BENCHMARKS / "host.py", "--quick", "--device", "cpu", "--out", tmp_path]
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS)}  # conftest sets PYTHONSAFEPATH, which hides a script's folder

@@ -195,6 +195,8 @@ def test_errors_of_statistics():
         ("statistics must be contiguous, got strides [84, 28, 1, 7]", "spatial_norm_forward",
          (*norm, None, False, torch.zeros(2, 3, 4, 7).mT)),
         ("statistics must be float32, got Double", "spatial_norm_forward", (*norm, None, False, statistics.double())),
+        ("statistics must be aligned to 16 bytes, got an address that is 4 modulo 16", "spatial_norm_forward",
+         (*norm, None, False, torch.zeros(2 * 3 * 7 * 4 + 1)[1:].view(2, 3, 7, 4))),
         ("statistics must not be given with f_bias: they are those of f alone", "spatial_norm_forward",
          (*norm, bias, False, statistics)),
     ]:  # fmt: skip

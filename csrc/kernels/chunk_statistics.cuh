@@ -2,8 +2,8 @@
 // statistics (merge_statistics in spatial_norm_forward.cu reads these instead).
 //
 // A quad is four adjacent elements of one group: channels of a pixel in NHWC, pixels of a channel in NCHW. A thread keeps the
-// moments of every quad of its accesses. The four values are summed around their own mean, which is then merged with that of the
-// quads before by Chan's rule; so no large numbers cancel, whatever the mean. This takes 18 instructions per quad, with one
+// moments of every quad of its accesses. The four values are summed around their own mean, and merged into the
+// running mean with Chan's rule; so no large numbers cancel, whatever the mean. This takes 18 instructions per quad, with one
 // reciprocal per access. At the end, teams of lanes merge the quads of each group through shared memory, in a fixed order, and
 // store mean, m2 and count.
 #pragma once
@@ -20,6 +20,7 @@
 namespace movq {
 
 constexpr int kQuad = 4;
+constexpr int kMaxQuadBytes = 16 << 10;  // of shared memory: 4 blocks then fit on a multiprocessor of every GPU
 
 // The moments of the quads of a thread's accesses, all of the same length.
 template <int VecSize>
@@ -77,6 +78,8 @@ inline QuadGroups plan_quad_groups(int rows, int columns, int group_rows, int gr
   // The banks from one row to the next: the teams of a warp, side by side or one below the other, then read different banks.
   const int banks = group_rows == 1 ? plan.team : kWarpSize / plan.team * group_columns;
   plan.pitch = round_up(columns + ((banks - columns) % kWarpSize + kWarpSize) % kWarpSize, 2);  // an access's quads are one Vec
+  // With few columns that takes too much shared memory. Rows an odd number of pairs apart take little: two lanes share a bank.
+  if (plan.shared_bytes() > kMaxQuadBytes) plan.pitch = round_up(columns, 2) | 2;
   plan.columns_divisor = Divisor(group_columns);
   return plan;
 }

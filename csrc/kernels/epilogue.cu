@@ -9,7 +9,7 @@
 // cycles (4 per cycle and multiprocessor), while its 1.5 KB take 106 cycles of an H100's bandwidth (3.35 TB/s over 132
 // multiprocessors at 1.755 GHz, data sheet). tests/test_epilogue_machine_code.py counts them.
 // With statistics (chunk_statistics.cuh): at most 114 instructions per access, 29 of the 106 cycles, and once per block some 200
-// per warp and 6 KB of shared memory.
+// per warp. A block has 7 KB of shared memory for 32 groups of 128 to 512 channels of bfloat16, and never more than 16 KB.
 // Registers: at most 64 (__launch_bounds__), for 4 blocks of 256 threads per multiprocessor. Each thread has 2 loads of x and 2
 // of residual in flight (1 of each in small maps), 64 KB or 32 KB per multiprocessor. An H100 needs about 20 KB to cover its
 // memory latency at full bandwidth. benchmarks/results/resources.md lists what the compiler allocates.

@@ -56,8 +56,8 @@ struct SpatialNormForward {
   float* mean;              // [batch, groups]
   float* rstd;              // [batch, groups]
   void* workspace;          // spatial_norm_forward_workspace() bytes
-  const float* statistics;  // [batch][groups][parts][4]: mean, m2 and count of parts of f, left by the kernel that wrote f, for
-  int64_t parts;            // which f is then not read again. Null if there are none; not with f_bias
+  const float* statistics;  // [batch][groups][parts][4]: mean, m2 and count of parts of f, computed by the kernel that wrote f;
+  int64_t parts;            // f is then read only once. Null if there are none; not with f_bias
 };
 
 struct SpatialNormBackward {

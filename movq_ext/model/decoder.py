@@ -159,7 +159,7 @@ class MOVQDecoder(ActivationCheckpointing):
         """Compute forward in inference, for a decoder of unmodified layers.
 
         Runs each layer's ``_forward_fused``, and computes the modulations of neighbouring norms in one product. On a GPU each
-        layer leaves the statistics of its map for the norm of the next.
+        layer also computes the statistics that the next layer's norm needs.
         """
         z, zq = _in_channels_last(z, zq)
         modulations = Modulations(zq, self._spatial_norms())

@@ -122,13 +122,15 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return ``F.conv2d(x, weight, bias)`` for a 1x1 kernel; in 16-bit inference on a GPU as a matrix product.
 
     The product's kernel adds the bias and takes a transposed weight. cuDNN's convolution leaves the bias to another kernel, which
-    reads and writes the map once more, and copies such a weight.
+    reads and writes the map once more, and copies such a weight. The product follows ``torch.backends.cuda.matmul``: set its
+    ``allow_bf16_reduced_precision_reduction`` and ``allow_fp16_reduced_precision_reduction`` to False for float32 accumulation
+    throughout.
     """
     return multiply_pixels(x, weight, bias) if _is_product(x, weight, bias) else F.conv2d(x, weight, bias)
 
 
 def _is_product(x: Tensor, *parameters: Tensor | None) -> bool:
-    """True if `conv1x1` computes a matrix product. In float32 cuDNN convolves in TF32, a matrix product does not."""
+    """True if `conv1x1` computes a matrix product. float32 stays with cuDNN, which has its own TF32 setting."""
     in_16_bits = runs_kernels(x) and compute_dtype(x) in SHARED_KV_DTYPES
     inference = is_inference(x, *(parameter for parameter in parameters if parameter is not None))
     return in_16_bits and inference and x.is_contiguous(memory_format=torch.channels_last)

@@ -267,8 +267,8 @@ def upsample_conv_with_statistics(
     """`upsample_conv` which also leaves the statistics of its result for a norm of `groups` groups.
 
     Returns:
-        The map and its statistics, which are None if the last kernel is not this package's (without a bias or with gradients,
-        say), and where `add_bias_residual_with_statistics_` leaves none.
+        The map and its statistics, which are None if the last kernel is not this package's (with gradients, say, or without a
+        bias unless the method is ``"windows"``), and where `add_bias_residual_with_statistics_` leaves none.
     """
     check_upsample_conv(x, weight, bias, method)
     if not x.is_cuda:

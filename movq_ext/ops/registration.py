@@ -32,7 +32,7 @@ def spatial_norm_forward_cpu(
     silu: bool, f_bias: Tensor | None = None, bordered: bool = False, statistics: Tensor | None = None,
     frames: int = 1, latent_frames: int = 1, split_first_frame: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute the norm from f alone, whose statistics are the given ones."""
+    """Compute the norm from f; the given statistics are not needed."""
     out = torch.empty_like(_in_layout_of(f, f))
     if f_bias is not None:  # added in float32, as the kernels do
         f = f.float() + f_bias.float()[:, None, None]

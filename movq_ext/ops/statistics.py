@@ -1,4 +1,4 @@
-"""Statistics of a map, left by the kernel that writes it for the norm that reads it next: when they pay, and for which parts.
+"""Statistics that a kernel computes while writing a map, for the next norm: when they pay off, and the size of each part.
 
 The epilogue and the interleaving know every value they store, so the norm reads the map once rather than twice. The price is 16
 bytes per group and part, written and read. In channels_last with 32 groups that is 1/4 of what the norm saves for maps of up to 2
@@ -90,6 +90,6 @@ def _is_aligned(*tensors: Tensor | None) -> bool:
 
 
 def _stays_on_chip(x: Tensor, group_elements: int) -> bool:
-    """True where the norm holds a group of x's dtype in a cluster and so reads it once: statistics would cost bytes only."""
+    """True if a group of x's dtype fits a cluster, which then usually reads it once: statistics would only add traffic."""
     capability = attention_backends.device_capability(x.device.index)
     return capability is not None and capability >= (9, 0) and group_elements * x.itemsize <= CLUSTER_BYTES

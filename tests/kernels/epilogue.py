@@ -9,6 +9,7 @@ from . import on_gpu
 from .spatial_norm import DTYPES, is_channels_last, poisoned
 
 GLUE = """
+#include "chunk_statistics.cuh"
 #include "epilogue.h"
 
 EXPORT(add, int64_t batch, int64_t channels, int64_t pixels, int dtype, int bias_dtype, bool channels_last, int64_t groups,
@@ -16,6 +17,11 @@ EXPORT(add, int64_t batch, int64_t channels, int64_t pixels, int dtype, int bias
   const movq::EpilogueProblem p = {batch,         channels, pixels,      movq::DType(dtype), movq::DType(bias_dtype),
                                    channels_last, groups,   chunk_pixels};
   movq::add_bias_residual(p, {x, bias, residual, statistics}, nullptr);
+}
+
+EXPORT(quad_bytes, int rows, int columns, int group_rows, int group_columns, int* bytes) {
+  const int needed = movq::plan_quad_groups(rows, columns, group_rows, group_columns, 256).shared_bytes();
+  emu::copy_to_device(bytes, &needed, sizeof(needed));
 }
 """
 
