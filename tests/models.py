@@ -211,17 +211,20 @@ def offload(layer):
 
 
 class PeakBytes(TorchDispatchMode):
-    """The most bytes that results of operators occupy at once."""
+    """The most bytes that results of operators occupy at once, except views of the given module's parameters."""
 
-    def __init__(self):
+    def __init__(self, module=None):
         super().__init__()
         self.peak, self.live = 0, {}
+        self.parameters = {p.untyped_storage()._cdata for p in module.parameters()} if module is not None else set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for result in tree_leaves(out):
             if isinstance(result, torch.Tensor) and not result.is_mkldnn:  # packed weights
                 storage = result.untyped_storage()
+                if storage._cdata in self.parameters:
+                    continue
                 self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.live = {key: (ref, size) for key, (ref, size) in self.live.items() if not ref.expired()}
         self.peak = max(self.peak, sum(size for _, size in self.live.values()))

@@ -90,7 +90,7 @@ def test_peak_memory():
     model, z, limit = cogvideox(), latent(5, size=(24, 12)), 3 << 20
     peaks = []
     for run in (lambda: decode_clip_tiled(model, z, max_memory=limit), lambda: model.decode(z), lambda: model.decode(z)):
-        with PeakBytes() as memory:
+        with PeakBytes(model) as memory:
             run()
         peaks.append(memory.peak)
         if len(peaks) == 2:
@@ -101,7 +101,7 @@ def test_peak_memory():
 
 @torch.no_grad()
 def test_strips_take_few_operations_more_than_the_whole(monkeypatch):
-    """A clip's repeated first frames are not convolved, here neither."""
+    """Repeated first frames are not convolved here either."""
     added = record_calls(monkeypatch, clip_strips.CausalConvolution, "_add_tap", lambda _, self, weight, i, o, count: count)
     decode_clip_tiled(cogvideox(), latent(1, size=SIZE), max_memory=PLENTY)
     assert set(added) == {1}
@@ -167,4 +167,71 @@ def test_hooked_layers_are_refused(path):
     model = cogvideox()
     model.decoder.get_submodule(path).register_forward_hook(lambda *_: None)
     with pytest.raises(TypeError, match=r"vae must have .* unmodified, got decoder\..*: it.* is .*hooked"):
+        decode_clip_tiled(model, latent(3), max_memory=PLENTY)
+
+
+def change_class(module):
+    """Make the module an instance of a subclass of its class, which doubles its result."""
+
+    def forward(self, *args, **kwargs):
+        out = super(subclass, self).forward(*args, **kwargs)
+        return (2 * out[0], *out[1:]) if isinstance(out, tuple) else 2 * out
+
+    subclass = type("Subclass", (type(module),), {"forward": forward})
+    module.__class__ = subclass
+
+
+def patch(module):
+    plain = module.forward
+    module.forward = lambda *args, **kwargs: plain(*args, **kwargs)
+
+
+def change_resnet(decoder):
+    decoder.mid_block.resnets[0] = nn.Identity()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda decoder: setattr(decoder, "conv_act", nn.ReLU()), "decoder: its conv_act is ReLU, not SiLU"),
+        (lambda decoder: change_class(decoder.conv_in), "decoder: its conv_in is Subclass, not CogVideoXCausalConv3d"),
+        (lambda decoder: change_class(decoder.conv_out), "decoder: its conv_out is Subclass, not CogVideoXCausalConv3d"),
+        (change_class, "vae: its decoder is Subclass, not CogVideoXDecoder3D"),
+        (lambda decoder: decoder.register_forward_hook(lambda *_: None), "vae: its decoder is hooked or patched"),
+        (patch, "vae: its decoder is hooked or patched"),
+        (change_resnet, r"decoder\.mid_block: its resnets\.0 is Identity, not CogVideoXResnetBlock3D"),
+        (
+            lambda decoder: setattr(decoder, "norm_out", nn.GroupNorm(4, 8)),
+            "its norm_out is GroupNorm, not CogVideoXSpatialNorm3D",
+        ),
+        (
+            lambda decoder: setattr(decoder.mid_block.resnets[1], "norm2", nn.GroupNorm(4, 16)),
+            r"decoder\.mid_block\.resnets\.1: its norm2 is GroupNorm, not CogVideoXSpatialNorm3D",
+        ),
+        (
+            lambda decoder: change_class(decoder.up_blocks[1].resnets[0].conv2),
+            r"up_blocks\.1\.resnets\.0: its conv2 is Subclass, not CogVideoXCausalConv3d",
+        ),
+        (
+            lambda decoder: setattr(decoder.up_blocks[1].resnets[0], "nonlinearity", nn.ReLU()),
+            r"up_blocks\.1\.resnets\.0: its nonlinearity is ReLU, not SiLU",
+        ),
+        (lambda decoder: change_class(decoder.up_blocks[0]), r"decoder: its up_blocks\.0 is Subclass, not CogVideoXUpBlock3D"),
+        (
+            lambda decoder: change_class(decoder.up_blocks[0].upsamplers[0]),
+            r"up_blocks\.0: its upsamplers\.0 is Subclass, not CogVideoXUpsample3D",
+        ),
+        (
+            lambda decoder: change_class(decoder.up_blocks[1].resnets[0].conv_shortcut),
+            r"up_blocks\.1\.resnets\.0\.conv_shortcut: it is replaced, hooked or not 1x1x1",
+        ),
+    ],
+)
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_changed_layers_are_refused(change, message, accelerated):
+    model = cogvideox()
+    change(model.decoder)
+    if accelerated:
+        accelerate(model)
+    with pytest.raises(TypeError, match=f"vae must have the layers of .*, unmodified, got .*{message}"):
         decode_clip_tiled(model, latent(3), max_memory=PLENTY)

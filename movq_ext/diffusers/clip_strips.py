@@ -28,6 +28,30 @@ from .cogvideox import enlarge_frames, upsampled_frames
 PADDING = 2  # frames before a clip that a causal convolution reads
 
 
+def blocks(decoder: Any) -> list[Any]:
+    return [decoder.mid_block, *decoder.up_blocks]
+
+
+def block_upsamplers(block: Any) -> list[Any]:
+    return list(getattr(block, "upsamplers", None) or ())
+
+
+def upsamplers(decoder: Any) -> list[Any]:
+    return [upsampler for block in blocks(decoder) for upsampler in block_upsamplers(block)]
+
+
+def upsampled_count(upsampler: Any, frames: int) -> int:
+    """Return how many frames the upsampler makes from this many."""
+    return upsampled_frames(upsampler, torch.empty(1, 1, frames, 1, 1)).shape[2]
+
+
+def output_frames(decoder: Any, frames: int) -> int:
+    """Return how many frames the decoder makes from a batch of this many latent frames."""
+    for upsampler in upsamplers(decoder):
+        frames = upsampled_count(upsampler, frames)
+    return frames
+
+
 class ClipMap:
     """A clip ``(1, C, T, H, W)`` whose rows are stored one after another, each with the pixels of all frames."""
 
@@ -62,24 +86,26 @@ class ClipStrips:
         self._buffer = store.empty(0)
         self.zq, self.is_last = store.empty(0), False  # of the current batch
 
-    def decode(self, decoder: Any, z: Tensor, is_last: bool) -> Tensor:
-        """Return the decoder's frames of the next batch of latent frames, ``(1, z_channels, t, h, w)``.
+    def decode(self, decoder: Any, z: Tensor, out: Tensor, is_last: bool) -> None:
+        """Write the decoder's frames of the next batch of latent frames.
 
-        is_last: no batch follows, so convolutions leave no frames for it.
+        Args:
+            z: ``(1, z_channels, t, h, w)``.
+            out: ``(1, out_channels, T, H, W)``, of any dtype.
+            is_last: no batch follows, so convolutions leave no frames for it.
         """
         self.zq, self.is_last = z, is_last
         x = self._new_map(z.shape[1], *z.shape[2:])
         x.rows.write(0, z.transpose(2, 3).flatten(3, 4))
         h = self.convolve(decoder.conv_in, x, StoredClip(x))
         self.store.release(x.rows)
-        for block in (decoder.mid_block, *decoder.up_blocks):
+        for block in blocks(decoder):
             for resnet in block.resnets:
                 h = self._resnet_block(resnet, h)
-            for upsampler in getattr(block, "upsamplers", None) or ():
+            for upsampler in block_upsamplers(block):
                 h = self._upsample(upsampler, h)
-        out = self._output(decoder, h)
+        self._write_output(decoder, h, out)
         self.store.release(h.rows)
-        return out
 
     def _new_map(self, channels: int, frames: int, height: int, width: int) -> ClipMap:
         return ClipMap(self.store.allocate(channels, height, frames * width), frames)
@@ -125,12 +151,10 @@ class ClipStrips:
             out.rows.commit(first, rows)
         return out
 
-    def _output(self, decoder: Any, x: ClipMap) -> Tensor:
-        """Return ``conv_out(silu(norm_out(x)))``."""
-        out = self.store.empty(1, decoder.conv_out.conv.out_channels, x.frames, x.rows.height, x.width)
+    def _write_output(self, decoder: Any, x: ClipMap, out: Tensor) -> None:
+        """Write ``conv_out(silu(norm_out(x)))``."""
         for first, last, frames in self._convolved(decoder.conv_out, x, NormalisedClip(decoder.norm_out, x, self.zq)):
             out[:, :, :, first:last] = frames
-        return out
 
     def _convolved(self, module: Any, x: ClipMap, source: StoredClip | NormalisedClip) -> Any:
         """Yield (first, last, rows first to last - 1 of ``module(source)``), and store the frames for the next batch."""

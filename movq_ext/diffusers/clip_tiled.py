@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..model.feature_maps import MapStore
-from ..model.fusion import is_unmodified
 from ..model.strip_checks import check_no_dropout
 from ..model.strip_rows import HALO
 from ..model.strips import UPSAMPLE_VALUES, convolution_values
 from ..model.tiled import check_max_memory
-from .accelerated import is_diffusers_class, original_class
-from .causal_convolution import is_plain_conv3d
-from .clip_strips import PADDING, ClipStrips
-from .cogvideox import CogVideoXResnetBlock3D, CogVideoXUpsample3D, upsampled_frames
-from .video_norms import CogVideoXSpatialNorm3D
+from .clip_checks import check_model
+from .clip_strips import PADDING, ClipStrips, block_upsamplers, blocks, output_frames, upsampled_count, upsamplers
 
 MAX_STRIP_BYTES = 256 << 20  # on a CPU, where larger strips would only take memory
 
@@ -51,23 +46,31 @@ def decode_clip_tiled(vae: Any, z: Tensor, *, max_memory: int, folder: str | Non
         ValueError: z has another shape or device; max_memory is too small for one row of the largest map; dropout is active.
         OSError: the temporary files do not fit on the disk.
     """
-    _check_model(vae)
+    check_model(vae)
     _check_latents(vae, z)
     check_no_dropout("vae", vae)
     batches = frame_batches(z.shape[2], vae.num_latent_frames_batch_size)
     frames = max(last - first for first, last in batches)
     check_max_memory(max_memory, _min_memory(vae.decoder, frames, z.shape[4], z.dtype.itemsize), "z", z)
     strip_bytes = max_memory // 2 if z.is_cuda else min(max_memory // 2, MAX_STRIP_BYTES)
-    clips = []
-    for latents in z.split(1):
+    total = sum(output_frames(vae.decoder, last - first) for first, last in batches)
+    scale = 2 ** len(upsamplers(vae.decoder))
+    out = z.new_empty(z.shape[0], vae.decoder.conv_out.conv.out_channels, total, scale * z.shape[3], scale * z.shape[4])
+    for latents, clip in zip(z.split(1), out.split(1), strict=True):
         with MapStore(z.dtype, z.device, max_memory - strip_bytes, folder) as store:
-            strips, parts = ClipStrips(store, strip_bytes), []
-            for first, last in batches:
-                part = latents[:, :, first:last]
-                part = part if vae.post_quant_conv is None else vae.post_quant_conv(part)
-                parts.append(strips.decode(vae.decoder, part, is_last=last == z.shape[2]))
-        clips.append(torch.cat(parts, dim=2))
-    return torch.cat(clips)
+            _decode_clip(vae, latents, clip, ClipStrips(store, strip_bytes))
+        del store  # and its memory, before the next
+    return out
+
+
+def _decode_clip(vae: Any, z: Tensor, out: Tensor, strips: ClipStrips) -> None:
+    """Write the clip of one latent ``(1, latent_channels, t, h, w)`` to out, ``(1, out_channels, T, H, W)``."""
+    start = 0
+    for first, last in frame_batches(z.shape[2], vae.num_latent_frames_batch_size):
+        batch = z[:, :, first:last] if vae.post_quant_conv is None else vae.post_quant_conv(z[:, :, first:last])
+        count = output_frames(vae.decoder, last - first)
+        strips.decode(vae.decoder, batch, out[:, :, start : start + count], is_last=last == z.shape[2])
+        start += count
 
 
 def frame_batches(frames: int, size: int) -> list[tuple[int, int]]:
@@ -75,32 +78,6 @@ def frame_batches(frames: int, size: int) -> list[tuple[int, int]]:
     rest = frames % size if frames >= size else frames - size
     starts = [0, *range(size + rest, frames, size)]
     return list(zip(starts, [*starts[1:], frames], strict=True))
-
-
-def _check_model(vae: Any) -> None:
-    if not is_diffusers_class(original_class(vae), "AutoencoderKLCogVideoX"):
-        raise TypeError(f"vae must be diffusers' AutoencoderKLCogVideoX, got {type(vae).__name__}")
-    for name, reason in _reasons(vae.decoder):
-        if reason is not None:
-            raise TypeError(f"vae must have the layers of AutoencoderKLCogVideoX, unmodified, got decoder.{name}: {reason}")
-
-
-def _reasons(decoder: Any) -> Iterator[tuple[str, str | None]]:
-    """Yield the name of each part and why it cannot run in strips, or None if it can."""
-    for name, module in decoder.named_modules():
-        kind = original_class(module).__name__
-        if kind == "CogVideoXResnetBlock3D":
-            yield name, CogVideoXResnetBlock3D.unsupported_reason(module)
-        elif kind == "CogVideoXSpatialNorm3D":
-            yield name, CogVideoXSpatialNorm3D.unsupported_reason(module)
-        elif kind == "CogVideoXUpsample3D":
-            yield name, CogVideoXUpsample3D.unsupported_reason(module)
-        elif kind == "CogVideoXCausalConv3d":
-            yield name, None if is_plain_conv3d(module.conv) else "its convolution is replaced or hooked"
-        elif name.endswith("conv_shortcut"):
-            yield name, None if is_plain_conv3d(module) else "it is replaced or hooked"
-        if name:
-            yield name, None if is_unmodified(module) else "it is hooked or patched"
 
 
 def _check_latents(vae: Any, z: Tensor) -> None:
@@ -122,12 +99,12 @@ def _min_memory(decoder: Any, frames: int, width: int, itemsize: int) -> int:
         itemsize: bytes of a value.
     """
     largest = 0  # values in all tensors of a strip of one row
-    for block in (decoder.mid_block, *decoder.up_blocks):
+    for block in blocks(decoder):
         for resnet in block.resnets:
             values = convolution_values(resnet.in_channels, resnet.out_channels)
             largest = max(largest, (1 + HALO) * (frames + PADDING) * width * values)
-        for upsampler in getattr(block, "upsamplers", None) or ():
+        for upsampler in block_upsamplers(block):
             values = UPSAMPLE_VALUES * upsampler.conv.in_channels
             largest = max(largest, (1 + HALO) * frames * width * values)
-            frames, width = upsampled_frames(upsampler, torch.empty(1, 1, frames, 1, 1)).shape[2], 2 * width
+            frames, width = upsampled_count(upsampler, frames), 2 * width
     return 2 * largest * itemsize
