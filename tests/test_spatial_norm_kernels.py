@@ -256,6 +256,17 @@ def test_later_kernels_are_dependent_launches(counted, layout):
     assert [launch.dependent for launch in counted.cost.launches] == [False, True, True, True]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_code_of_earlier_targets_has_no_dependent_launches(counted, layout):
+    """In code for sm_80 no kernel waits for the previous one, so on a Hopper GPU too it must not start before that ends."""
+    c = case((1, 32, 16, 32), (4, 8), BF16, layout)
+    counted.seeds, counted.dependent_launches = (0,), False
+    _, mean, rstd = counted.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 4, 1e-6, True)
+    assert [launch.dependent for launch in counted.cost.launches] == [False] * 3
+    counted.backward(c.dout, c.f, c.zq_y, c.zq_b, c.weight, c.bias, mean, rstd, 4, True)
+    assert [launch.dependent for launch in counted.cost.launches] == [False] * 4
+
+
 @pytest.mark.parametrize("zq_size", [(128, 128), (64, 32)])
 def test_threads_of_large_maps_take_two_columns_in_channels_last(counted, zq_size):
     c = case((1, 32, 256, 256), zq_size, F32, "channels_last")

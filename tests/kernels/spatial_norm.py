@@ -135,12 +135,13 @@ def behind_frames(f, padding_rows):
     }
 
 
-def call(function, seeds, max_cluster=1, **arguments):
+def call(function, seeds, max_cluster=1, dependent_launches=True, **arguments):
     """Ask for the size of the workspace, run the kernels, and return the emulator's counters."""
     size = torch.zeros(1, dtype=torch.int64)
     library().call(function, **arguments, workspace=None, size=size, seeds=(0,))
     workspace = torch.full((max(1, int(size)),), 0xFF, dtype=torch.uint8)
-    return library().call(function, **arguments, workspace=workspace, size=size, seeds=seeds, max_cluster=max_cluster)
+    device = {"max_cluster": max_cluster, "dependent_launches": dependent_launches}
+    return library().call(function, **arguments, **device, workspace=workspace, size=size, seeds=seeds)
 
 
 class Emulator:
@@ -148,6 +149,7 @@ class Emulator:
 
     seeds = emulator.SEEDS
     max_cluster = 1  # 8 where the device has clusters
+    dependent_launches = True
 
     @staticmethod
     def max_map_pixels():
@@ -175,6 +177,7 @@ class Emulator:
             "forward",
             self.seeds,
             self.max_cluster,
+            self.dependent_launches,
             **problem(f, zq_y, weight if weight is not None else bias, groups, silu, eps, clip),
             **strides,
             f=f,
@@ -200,6 +203,7 @@ class Emulator:
         self.cost = call(
             "backward",
             self.seeds,
+            dependent_launches=self.dependent_launches,
             **problem(f, zq_y, weight if weight is not None else bias, groups, silu, clip=clip),
             dout=dout,
             f=f,

@@ -34,7 +34,7 @@ inline int shared_memory_limit(const char*) { return emu::shared_memory_limit();
 
 namespace detail {
 
-inline bool can_launch_dependent(const void*, const char*) { return true; }
+inline bool can_launch_dependent(const void*, const char*) { return emu::can_launch_dependent(); }
 
 inline void set_max_shared_memory(const void* kernel, const char*, int bytes) { emu::set_max_shared_memory(kernel, bytes); }
 

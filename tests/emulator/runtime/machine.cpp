@@ -339,10 +339,11 @@ static void run_together(const Shape& shape, const std::vector<unsigned>& first_
 
 static size_t residents(size_t threads, size_t shared_bytes);
 
-// An emulated device is identified by its size. Like CUDA's, the kernels' attributes last as long as the process.
+// An emulated device is identified by what it can do. Like CUDA's, the kernels' attributes last as long as the process.
 int device() {
-  static std::map<std::tuple<int, size_t, unsigned>, int> devices;
-  const auto key = std::make_tuple(machine.multiprocessors, machine.shared_limit, machine.max_cluster);
+  static std::map<std::tuple<int, size_t, unsigned, bool>, int> devices;
+  const auto key =
+      std::make_tuple(machine.multiprocessors, machine.shared_limit, machine.max_cluster, machine.dependent_launches);
   return devices.try_emplace(key, devices.size()).first->second;
 }
 
@@ -420,6 +421,8 @@ int multiprocessors() {
   return machine.multiprocessors;
 }
 unsigned max_cluster() { return machine.max_cluster; }
+
+bool can_launch_dependent() { return machine.dependent_launches; }
 int shared_memory_limit() { return static_cast<int>(machine.shared_limit); }
 
 // Blocks that run on one multiprocessor at the same time. It holds at most 2048 threads and 32 blocks. Its shared memory is the
