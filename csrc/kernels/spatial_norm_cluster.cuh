@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int i = 0; i < kChannels; ++i)
     channels.of[i] = {moments.mean - f_bias[i], plan.pre_scale * rstd * weight[i], scaled_shift(plan.pre_scale, bias[i])};
   if (rows) {
-    const int64_t out_first = resize == Resize::kSameGrid ? first : thread.out_offset(plan, first_pixel);
+    const int64_t out_first = thread.out_offset(plan, first_pixel);
     CellCoefficients<T, VecSize, ChannelsLast, resize> cell(plan, thread, arrays.output, channels);
 #pragma unroll
     for (int k = 0; k < kHeldRows; k += 2) {

@@ -308,13 +308,15 @@ MOVQ_DEVICE void store_on_same_grid(const OutputPlan& plan, const ChannelCoeffic
 
 template <class T, int VecSize, bool ChannelsLast>
 MOVQ_DEVICE void modulate_same_grid(const OutputPlan& plan, const OutputThread<VecSize, ChannelsLast>& thread,
-                                    const OutputArrays<T>& arrays, int64_t first,
+                                    const OutputArrays<T>& arrays, int first_pixel,
                                     const ChannelCoefficients<ChannelsLast ? VecSize : 1>& channels) {
-  int64_t at = first * int64_t(sizeof(T));  // the same in all tensors
+  const int64_t first = thread.offset(plan, first_pixel);
+  T* out = arrays.out + (thread.out_offset(plan, first_pixel) - first);  // so that all tensors share one running offset
+  int64_t at = first * int64_t(sizeof(T));
   auto store_unit = [&](bool two) {
     const RowPair<T, VecSize> ys(plan, add_bytes(arrays.zq_y, at), two), bs(plan, add_bytes(arrays.zq_b, at), two),
         fs(plan, add_bytes(arrays.f, at), two);
-    store_on_same_grid<ChannelsLast>(plan, channels, fs, ys, bs, add_bytes(arrays.out, at));
+    store_on_same_grid<ChannelsLast>(plan, channels, fs, ys, bs, add_bytes(out, at));
   };
   int row = thread.row;  // An odd last row follows the loop: conditional loads inside it would cost copies of registers.
   for (; row + 1 < thread.end_row; row += 2, at += 2 * plan.row_bytes) store_unit(true);
@@ -333,7 +335,7 @@ __global__ void __launch_bounds__(kThreads, 3) modulate(OutputPlan plan, OutputA
   const ChannelCoefficients<ChannelsLast ? VecSize : 1> channels(arrays.coefficients,
                                                                  thread.image * plan.channels + thread.channel);
   if constexpr (resize == Resize::kSameGrid) {
-    modulate_same_grid(plan, thread, arrays, first, channels);
+    modulate_same_grid(plan, thread, arrays, first_pixel, channels);
   } else {
     constexpr int kUnitRows = resize == Resize::kEvenCells || resize == Resize::kSmallCells ? 2 : 1;
     constexpr UnitShape kShape = kPairs ? UnitShape::kTwoColumns : kUnitRows == 2 ? UnitShape::kTwoRows : UnitShape::kOne;

@@ -52,8 +52,7 @@ inline bool has_even_cells(int64_t size, int64_t zq_size) {
 inline Resize choose_resize(const SpatialNormProblem& problem, int vec_size) {
   if (vec_size == 1) return Resize::kCells;
   if (problem.zq_height == 0) return Resize::kEvenCells;
-  // The kernels for kSameGrid use one offset for all tensors.
-  if (is_same_grid(problem) && !problem.out_image_stride && !problem.out_channel_stride) return Resize::kSameGrid;
+  if (is_same_grid(problem)) return Resize::kSameGrid;
   const bool even_rows = has_even_cells(problem.height, problem.zq_height);
   const bool even_columns = has_even_cells(problem.width, problem.zq_width);
   return even_rows && (even_columns || problem.channels_last) && !problem.bordered ? Resize::kEvenCells : Resize::kCells;
