@@ -77,6 +77,9 @@ def test_spatial_norm(layout, zq_size):
         bordered=False,
         statistics=None,
         parts=0,
+        out_offset=0,
+        out_image_stride=0,
+        out_channel_stride=0,
     )
     inputs = [None if x is None else x.double().requires_grad_() for x in (c.f, c.zq_y, c.zq_b, c.weight, c.bias)]
     expected = published.spatial_norm(*inputs, groups, 1e-6, "silu")
