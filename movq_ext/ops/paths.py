@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -69,7 +71,7 @@ def why_native(x: Tensor) -> str | None:
         return no_kernels
     if reason := dtype_reason(x.dtype):
         return reason
-    if x.dim() in (4, 5) and x.shape[2:].numel() > MAX_MAP_PIXELS:
+    if x.dim() in (4, 5) and math.prod(x.shape[2:]) > MAX_MAP_PIXELS:
         return f"the CUDA kernels take at most {MAX_MAP_PIXELS} pixels, got shape {tuple(x.shape)}"
     return device_reason(x.device.index)
 
