@@ -13,6 +13,7 @@ from video_models import cogvideox, latent
 
 from movq_ext import accelerate, decode_clip_tiled
 from movq_ext.diffusers import clip_strips, clip_tiled
+from movq_ext.model.feature_maps import Moments
 from movq_ext.model.strips import Strips
 
 F64 = torch.float64
@@ -32,7 +33,8 @@ def decode(model, z):
 
 
 def scaled(limit, dtype):
-    return limit * dtype.itemsize // F64.itemsize
+    """A limit for the dtype that maps have."""
+    return limit * (4 if dtype == torch.float16 else dtype.itemsize) // F64.itemsize
 
 
 @pytest.mark.parametrize("max_memory", [LITTLE, 2 * LITTLE, PLENTY])
@@ -84,10 +86,11 @@ def test_little_memory_takes_strips_and_files(monkeypatch, files):
     assert max(map(len, spans)) == 1 and not files
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_peak_memory():
-    """Beyond the clip and its parts, it stays below the limit; a whole decode takes more, accelerated or not."""
-    model, z, limit = cogvideox(), latent(5, size=(24, 12)), 3 << 20
+def test_peak_memory(dtype):
+    """Beyond the clips, it stays below the limit; a whole decode takes more, accelerated or not."""
+    model, z, limit = cogvideox().to(dtype), latent(5, size=(24, 12), batch=2, dtype=dtype), (3 << 20) * dtype.itemsize // 4
     peaks = []
     for run in (lambda: decode_clip_tiled(model, z, max_memory=limit), lambda: model.decode(z), lambda: model.decode(z)):
         with PeakBytes(model) as memory:
@@ -95,8 +98,31 @@ def test_peak_memory():
         peaks.append(memory.peak)
         if len(peaks) == 2:
             accelerate(model)
-    clip = 4 * 3 * 17 * (4 * 24) * (4 * 12)
-    assert peaks[0] < limit + 3 * clip < min(peaks[1:]) / 2
+    clips = dtype.itemsize * 2 * 3 * 17 * (4 * 24) * (4 * 12)
+    assert peaks[0] < limit + clips < min(peaks[1:]) / 2
+
+
+def test_float16_is_computed_in_float32_on_a_cpu():
+    model, z = cogvideox().half(), latent(5, size=SIZE, dtype=torch.float16)
+    out = decode_clip_tiled(model, z, max_memory=PLENTY)
+    assert model.decoder.conv_in.conv.weight.dtype == torch.float16
+    assert torch.equal(out, decode_clip_tiled(model.float(), z.float(), max_memory=PLENTY).half())
+
+
+def test_autocast_is_ignored():
+    model, z = cogvideox(), latent(5, size=SIZE)
+    expected = decode_clip_tiled(model, z, max_memory=PLENTY)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(decode_clip_tiled(model, z, max_memory=PLENTY), expected)
+
+
+def test_frames_for_the_next_batch_have_no_moments(monkeypatch):
+    """No norm reads them."""
+    model, z = cogvideox(), latent(4, size=SIZE)
+    added = record_calls(monkeypatch, Moments, "add", lambda *_: None)
+    decode_clip_tiled(model, z, max_memory=PLENTY)
+    convolutions = sum(isinstance(m, nn.Conv3d) and m.kernel_size[0] == 3 for m in model.decoder.modules()) - 1
+    assert len(added) == 2 * (convolutions + 2)  # two batches, of one strip; conv_out has none, upsamplers do
 
 
 @torch.no_grad()
@@ -152,6 +178,9 @@ def test_invalid_arguments():
             decode_clip_tiled(model, bad, max_memory=PLENTY)
     with pytest.raises(ValueError, match=r"max_memory must be at least \d+ bytes \(1 MiB\) for z of shape .*, got 1000"):
         decode_clip_tiled(model, z, max_memory=1000)
+    for bad, got in ((None, "None"), ("1", "'1'"), (True, "True"), (1e9, "1000000000.0")):
+        with pytest.raises(TypeError, match=f"max_memory must be an int, the number of bytes, got {got}"):
+            decode_clip_tiled(model, z, max_memory=bad)
     with pytest.raises(TypeError, match="vae must be diffusers' AutoencoderKLCogVideoX, got AutoencoderKL"):
         decode_clip_tiled(diffusers.AutoencoderKL(), z, max_memory=PLENTY)
     model.train().decoder.mid_block.resnets[0].dropout.p = 0.5

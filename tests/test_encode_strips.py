@@ -169,6 +169,8 @@ def test_invalid_arguments():
     needed = r"max_memory must be at least \d+ bytes \(1 MiB\) for x of shape \(2, 3, 40, 12\), got 1000"
     with pytest.raises(ValueError, match=needed):
         encode_tiled(encoder, x, max_memory=1000)
+    with pytest.raises(TypeError, match="max_memory must be an int, the number of bytes, got '1'"):
+        encode_tiled(encoder, x, max_memory="1")
     with pytest.raises(ValueError, match=r"x must have shape \(batch, 3, height, width\)"):
         encode_tiled(encoder, x[:, :2], max_memory=PLENTY)
     with pytest.raises(ValueError, match=r"encoder must be in evaluation mode: call encoder.eval\(\) first"):

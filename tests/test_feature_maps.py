@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import PeakBytes, draw
 from spies import record_calls
 from tolerances import assert_close
 
@@ -97,6 +98,19 @@ def test_moments_are_those_of_all_written_rows(make_storage):
     assert x.moments.count == 24
     torch.testing.assert_close(x.moments.mean, values.mean((0, 2, 3)))
     torch.testing.assert_close(x.moments.m2 / 24, values.var((0, 2, 3), correction=0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_moments_take_little_memory(dtype):
+    """Their float32 copies and deviations are those of a part of the strip."""
+    strip, moments = (draw(1, 8, 64, 100) + 20).to(dtype).contiguous(memory_format=torch.channels_last), Moments()
+    with PeakBytes() as memory:
+        moments.add(strip)
+    assert memory.peak < 1.7 * strip.nbytes  # with the strip itself
+    values = strip.double()
+    assert moments.count == 6400
+    torch.testing.assert_close(moments.mean, values.mean((0, 2, 3)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(moments.m2 / 6400, values.var((0, 2, 3), correction=0), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("channels", [3, 2, 1])

@@ -51,6 +51,16 @@ def test_only_the_dtypes_of_onednn_are_packed(dtype):
     assert packed == {torch.float32: HAS_ONEDNN, torch.bfloat16: HAS_BF16}.get(dtype, False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_packed_weight_is_freed_on_request(dtype):
+    weight, bias, padding, x, out = arguments(dtype=dtype)
+    expected = expected_sum(weight, bias, padding, x, out)
+    convolution = Convolution(weight, bias, padding, x.shape, keep_weight=False)
+    assert (convolution.weight is None) == (convolution.packed is not None)
+    convolution.add_to(out, x)
+    assert_close(out, expected)
+
+
 def test_nothing_is_packed_where_onednn_is_off():
     weight, bias, padding, x, _ = arguments()
     with torch.backends.mkldnn.flags(enabled=False):

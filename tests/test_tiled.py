@@ -76,6 +76,8 @@ def test_invalid_arguments():
         ValueError, match=r"max_memory must be at least \d+ bytes \(1 MiB\) for z of shape \(2, 4, 4, 6\), got 1000"
     ):
         decode_tiled(decoder, z, zq, max_memory=1000)
+    with pytest.raises(TypeError, match="max_memory must be an int, the number of bytes, got None"):
+        decode_tiled(decoder, z, zq, max_memory=None)
     with pytest.raises(ValueError, match="zq must have shape"):
         decode_tiled(decoder, z, z, max_memory=PLENTY)
     with pytest.raises(ValueError, match="decoder must be in evaluation mode"):

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.feature_maps import FeatureMap, MapStore, upcast
+from ..model.feature_maps import PARTS, FeatureMap, MapStore, upcast
 from ..model.strip_norms import split_at_cells
 from ..model.strip_rows import HALO, TYPICAL_ROWS
-from ..model.strips import UPSAMPLE_VALUES, Strips, WorkingMemory, convolution_values
+from ..model.strips import Strips, WorkingMemory, convolution_values
 from ..ops.clips import resize_frames
 from ..ops.native import scale_by_cells
 from ..ops.onednn import Convolution
@@ -52,6 +52,17 @@ def output_frames(decoder: Any, frames: int) -> int:
     return frames
 
 
+def upsampling_values(channels: int, frames: int, out_frames: int, dtype: torch.dtype) -> int:
+    """Return the number of values in all tensors of an upsampling, per pixel of a strip.
+
+    They are the strip and its copy, the enlarged frames (twice while they are convolved), the result, and for a part of its
+    moments the deviations and, of 16-bit types, a float32 copy.
+    """
+    enlarged, result = 4, -(-4 * out_frames // frames)
+    moments = -(-result * (4 if dtype.itemsize < 4 else 1) // PARTS)
+    return channels * (2 + enlarged + max(enlarged, result + moments))
+
+
 class ClipMap:
     """A clip ``(1, C, T, H, W)`` whose rows are stored one after another, each with the pixels of all frames."""
 
@@ -71,16 +82,23 @@ class ClipMap:
         """Return rows first to last - 1, ``(1, C, T, rows, W)``. Do not modify them."""
         return self.as_clip(self.rows.read(first, last))
 
+    def write_unmeasured(self, first: int, strip: Tensor) -> None:
+        """Copy a strip ``(1, C, T, rows, W)`` to the rows from ``first`` on, without moments: no norm reads this map."""
+        rows = self.rows.reserve(first, first + strip.shape[3])
+        self.as_clip(rows).copy_(strip)
+        self.rows.commit_unmeasured(first, rows)
+
 
 class ClipStrips:
     """Runs the layers of a decoder on one clip, a batch of frames after another.
 
     Args:
-        store: allocates the maps, and the frames that convolutions take from one batch to the next.
+        store: allocates the maps, and the frames that convolutions carry over to the next batch.
         strip_bytes: approximate size of all tensors of a strip.
     """
 
     def __init__(self, store: MapStore, strip_bytes: int) -> None:
+        # Strips.spans reads of maps only whether they have a limit: then a strip may have a single row.
         self.store, self.spans = store, Strips(store, None, WorkingMemory(strip_bytes, maps=0)).spans
         self._frames_before: dict[Any, ClipMap] = {}  # by convolution: the last frames of its input in the batch before
         self._buffer = store.empty(0)
@@ -96,7 +114,7 @@ class ClipStrips:
         """
         self.zq, self.is_last = z, is_last
         x = self._new_map(z.shape[1], *z.shape[2:])
-        x.rows.write(0, z.transpose(2, 3).flatten(3, 4))
+        x.write_unmeasured(0, z)
         h = self.convolve(decoder.conv_in, x, StoredClip(x))
         self.store.release(x.rows)
         for block in blocks(decoder):
@@ -166,7 +184,7 @@ class ClipStrips:
             padded = self._padded_strip(x, source, before, first, last)
             if after is not None:
                 rows = padded[:, :, x.frames :, 1:-1]
-                after.rows.write(first, rows.transpose(2, 3).flatten(3, 4))
+                after.write_unmeasured(first, rows)
             yield first, last, convolution(padded)
         if before is not None:
             self.store.release(before.rows)
@@ -196,7 +214,8 @@ class ClipStrips:
         frame_numbers = torch.arange(x.frames, dtype=torch.float32)[None, None, :, None, None]
         sources = upsampled_frames(module, frame_numbers).flatten().int().tolist()
         out = self._new_map(module.conv.out_channels, len(sources), 2 * x.rows.height, 2 * x.width)
-        for first, last in self.spans(x.rows, UPSAMPLE_VALUES * x.rows.channels):
+        self._buffer = self.store.empty(0)  # frees it
+        for first, last in self.spans(x.rows, upsampling_values(x.rows.channels, x.frames, out.frames, out.rows.dtype)):
             above, below = x.rows.halo(first, last)
             strip = x.read(first - above, last + below)[0].transpose(0, 1).contiguous(memory_format=torch.channels_last)
             large = enlarge_frames(module.conv, strip)
@@ -225,7 +244,7 @@ class NormalisedClip:
 
     Args:
         norm: its parameters are used, its forward is not.
-        x: a completely written map, by a power of two larger than zq in height and in width.
+        x: a completely written map, whose height and width are zq's times a power of two.
         zq: ``(1, zq_channels, t, h, w)``.
     """
 
@@ -285,7 +304,7 @@ class CausalConvolution:
         if conv.weight.device.type != "cpu" or conv.weight.itemsize < 4:
             return
         taps = conv.weight.unbind(2)
-        starts = [0] * len(taps)  # frames of the result from which on a tap is not added up
+        starts = [0] * len(taps)  # first output frame that each tap is added to on its own
         if repeats_first_frame:
             starts = [min(PADDING, PADDING - tap + 1) for tap in range(len(taps))]
             for frame in range(min(PADDING, x.frames)):
@@ -297,7 +316,8 @@ class CausalConvolution:
 
     def _add_tap(self, weight: Tensor, first_in: int, first_out: int, count: int) -> None:
         shape = (count, weight.shape[1], TYPICAL_ROWS + HALO, self.width)
-        self.taps.append(Tap(Convolution(weight.contiguous(), None, (0, 1), shape), first_in, first_out, count))
+        convolution = Convolution(weight.contiguous(), None, (0, 1), shape, keep_weight=False)
+        self.taps.append(Tap(convolution, first_in, first_out, count))
 
     def __call__(self, padded: Tensor) -> Tensor:
         if not self.taps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -10,10 +11,19 @@ from torch import Tensor
 from ..model.feature_maps import MapStore
 from ..model.strip_checks import check_no_dropout
 from ..model.strip_rows import HALO
-from ..model.strips import UPSAMPLE_VALUES, convolution_values
+from ..model.strips import convolution_values
 from ..model.tiled import check_max_memory
 from .clip_checks import check_model
-from .clip_strips import PADDING, ClipStrips, block_upsamplers, blocks, output_frames, upsampled_count, upsamplers
+from .clip_strips import (
+    PADDING,
+    ClipStrips,
+    block_upsamplers,
+    blocks,
+    output_frames,
+    upsampled_count,
+    upsamplers,
+    upsampling_values,
+)
 
 MAX_STRIP_BYTES = 256 << 20  # on a CPU, where larger strips would only take memory
 
@@ -25,12 +35,15 @@ def decode_clip_tiled(vae: Any, z: Tensor, *, max_memory: int, folder: str | Non
     Every batch of frames (``vae.num_latent_frames_batch_size``) is decoded in strips of rows, with the group norms' statistics of
     all rows. So there are no seams, unlike with diffusers' tiling, whose tiles are normalised alone and blended.
 
-    ``max_memory`` covers the strip being computed (at most half), the maps between layers, and the frames that convolutions take
-    from one batch to the next. Maps beyond it go to temporary files. It does not cover weights (one convolution's are packed
-    in a copy), latents and the clip.
+    ``max_memory`` covers the strip being computed (at most half), the maps between layers, and the frames that convolutions
+    carry over to the next batch. Maps beyond it go to temporary files. It does not cover:
 
-    The clips of a batch are decoded one after another. No ``torch.no_grad()`` is needed. The model may be accelerated or not;
-    ``vae.use_tiling`` and ``vae.use_slicing`` do not matter.
+    - weights, one layer's packed weights, latents and the clip;
+    - for float16 on a CPU, which is computed in float32, float32 copies of the weights;
+    - for float64 on a CPU, what PyTorch's convolutions take.
+
+    The clips of a batch are decoded one after another. No ``torch.no_grad()`` is needed. The model may be accelerated.
+    ``vae.use_tiling``, ``vae.use_slicing`` and autocast are ignored.
 
     Args:
         vae: an AutoencoderKLCogVideoX, in evaluation mode if it has dropout.
@@ -42,7 +55,8 @@ def decode_clip_tiled(vae: Any, z: Tensor, *, max_memory: int, folder: str | Non
         The clip ``(B, out_channels, T, H, W)``, equal to ``vae.decode(z).sample`` up to rounding.
 
     Raises:
-        TypeError: vae has another class, or replaced, hooked or patched layers (adapters, quantised weights); z's dtype differs.
+        TypeError: vae has another class, or replaced, hooked or patched layers (adapters, quantised weights); z's dtype differs;
+            max_memory is not an int.
         ValueError: z has another shape or device; max_memory is too small for one row of the largest map; dropout is active.
         OSError: the temporary files do not fit on the disk.
     """
@@ -51,25 +65,31 @@ def decode_clip_tiled(vae: Any, z: Tensor, *, max_memory: int, folder: str | Non
     check_no_dropout("vae", vae)
     batches = frame_batches(z.shape[2], vae.num_latent_frames_batch_size)
     frames = max(last - first for first, last in batches)
-    check_max_memory(max_memory, _min_memory(vae.decoder, frames, z.shape[4], z.dtype.itemsize), "z", z)
+    # As for images, float32 is more accurate on a CPU and much faster than PyTorch's float16.
+    dtype = torch.float32 if z.dtype == torch.float16 and z.device.type == "cpu" else z.dtype
+    check_max_memory(max_memory, _min_memory(vae.decoder, frames, z.shape[4], dtype), "z", z)
+    decoder = vae.decoder if dtype == z.dtype else copy.deepcopy(vae.decoder).to(dtype)
     strip_bytes = max_memory // 2 if z.is_cuda else min(max_memory // 2, MAX_STRIP_BYTES)
     total = sum(output_frames(vae.decoder, last - first) for first, last in batches)
     scale = 2 ** len(upsamplers(vae.decoder))
     out = z.new_empty(z.shape[0], vae.decoder.conv_out.conv.out_channels, total, scale * z.shape[3], scale * z.shape[4])
     for latents, clip in zip(z.split(1), out.split(1), strict=True):
-        with MapStore(z.dtype, z.device, max_memory - strip_bytes, folder) as store:
-            _decode_clip(vae, latents, clip, ClipStrips(store, strip_bytes))
+        with MapStore(dtype, z.device, max_memory - strip_bytes, folder) as store, torch.autocast(z.device.type, enabled=False):
+            _decode_clip(vae, decoder, latents, clip, ClipStrips(store, strip_bytes))
         del store  # and its memory, before the next
     return out
 
 
-def _decode_clip(vae: Any, z: Tensor, out: Tensor, strips: ClipStrips) -> None:
-    """Write the clip of one latent ``(1, latent_channels, t, h, w)`` to out, ``(1, out_channels, T, H, W)``."""
+def _decode_clip(vae: Any, decoder: Any, z: Tensor, out: Tensor, strips: ClipStrips) -> None:
+    """Write the clip of one latent ``(1, latent_channels, t, h, w)`` to out, ``(1, out_channels, T, H, W)``.
+
+    decoder: vae's, in the dtype of the maps.
+    """
     start = 0
     for first, last in frame_batches(z.shape[2], vae.num_latent_frames_batch_size):
         batch = z[:, :, first:last] if vae.post_quant_conv is None else vae.post_quant_conv(z[:, :, first:last])
-        count = output_frames(vae.decoder, last - first)
-        strips.decode(vae.decoder, batch, out[:, :, start : start + count], is_last=last == z.shape[2])
+        count = output_frames(decoder, last - first)
+        strips.decode(decoder, batch.to(strips.store.dtype), out[:, :, start : start + count], is_last=last == z.shape[2])
         start += count
 
 
@@ -90,13 +110,13 @@ def _check_latents(vae: Any, z: Tensor) -> None:
         raise ValueError(f"z must be on the model's device {weight.device}, got {z.device}")
 
 
-def _min_memory(decoder: Any, frames: int, width: int, itemsize: int) -> int:
+def _min_memory(decoder: Any, frames: int, width: int, dtype: torch.dtype) -> int:
     """Return the smallest max_memory: half of it holds a strip of one row of the largest map.
 
     Args:
         decoder: of an AutoencoderKLCogVideoX.
         frames, width: of its latent.
-        itemsize: bytes of a value.
+        dtype: of the maps.
     """
     largest = 0  # values in all tensors of a strip of one row
     for block in blocks(decoder):
@@ -104,7 +124,8 @@ def _min_memory(decoder: Any, frames: int, width: int, itemsize: int) -> int:
             values = convolution_values(resnet.in_channels, resnet.out_channels)
             largest = max(largest, (1 + HALO) * (frames + PADDING) * width * values)
         for upsampler in block_upsamplers(block):
-            values = UPSAMPLE_VALUES * upsampler.conv.in_channels
+            out_frames = upsampled_count(upsampler, frames)
+            values = upsampling_values(upsampler.conv.in_channels, frames, out_frames, dtype)
             largest = max(largest, (1 + HALO) * frames * width * values)
-            frames, width = upsampled_count(upsampler, frames), 2 * width
-    return 2 * largest * itemsize
+            frames, width = out_frames, 2 * width
+    return 2 * largest * dtype.itemsize

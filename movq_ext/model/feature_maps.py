@@ -9,6 +9,9 @@ from typing import IO
 import torch
 from torch import Tensor
 
+PARTS = 8  # of a strip whose moments are computed one after another
+MIN_PART_VALUES = 4096  # of a part: smaller ones would take longer to merge than to read
+
 
 class Moments:
     """Running mean and sum of squared deviations of each channel, merged strip by strip in float64 (Chan et al.)."""
@@ -18,8 +21,12 @@ class Moments:
         self.mean: Tensor | None = None
 
     def add(self, strip: Tensor) -> None:
-        """Merge the values of a strip, ``(1, C, rows, W)``."""
-        tokens = upcast(strip.permute(0, 2, 3, 1).reshape(-1, strip.shape[1]))
+        """Merge the values of a strip, ``(1, C, rows, W)``, part by part: each is copied to compute its deviations."""
+        tokens = strip.permute(0, 2, 3, 1).reshape(-1, strip.shape[1])
+        for part in tokens.split(max(MIN_PART_VALUES // tokens.shape[1], -(-tokens.shape[0] // PARTS))):
+            self._merge(upcast(part))
+
+    def _merge(self, tokens: Tensor) -> None:
         count, mean = tokens.shape[0], tokens.mean(0)
         m2 = (tokens - mean).square_().sum(0).double()
         mean = mean.double()
@@ -110,6 +117,10 @@ class FeatureMap:
     def commit(self, first: int, rows: Tensor) -> None:
         """Store rows that `reserve` returned, and add them to the moments."""
         self.moments.add(rows)
+        self.commit_unmeasured(first, rows)
+
+    def commit_unmeasured(self, first: int, rows: Tensor) -> None:
+        """Store rows that `reserve` returned, of a map that no norm reads."""
         self.storage.commit(first * self.row_size, rows.permute(0, 2, 3, 1).flatten())
 
     def halo(self, first: int, last: int) -> tuple[int, int]:

@@ -51,8 +51,8 @@ def decode_tiled(decoder: MOVQDecoder, z: Tensor, zq: Tensor, *, max_memory: int
 
     Raises:
         ValueError: as the decoder; max_memory is too small for one row of the largest map; dropout is active.
-        TypeError: as the decoder; a block or norm has an unknown class, or a 3x3 convolution is not an ``nn.Conv2d`` padded with
-            zeros. Subclasses and hooks of convolutions run once per strip; hooks of blocks do not run.
+        TypeError: as the decoder; max_memory is not an int; a block or norm has an unknown class, or a 3x3 convolution is not an
+            ``nn.Conv2d`` padded with zeros. Subclasses and hooks of convolutions run once per strip; hooks of blocks do not run.
         OSError: the temporary files do not fit on the disk.
     """
     decoder.check_latents(z, zq)
@@ -87,8 +87,8 @@ def encode_tiled(encoder: Encoder, x: Tensor, *, max_memory: int, folder: str | 
 
     Raises:
         ValueError: as the encoder; max_memory is too small for one row of the largest map; dropout is active.
-        TypeError: as the encoder; a block or norm has an unknown class, or a 3x3 convolution is not an ``nn.Conv2d`` padded with
-            zeros. Subclasses and hooks of convolutions run once per strip; hooks of blocks do not run.
+        TypeError: as the encoder; max_memory is not an int; a block or norm has an unknown class, or a 3x3 convolution is not an
+            ``nn.Conv2d`` padded with zeros. Subclasses and hooks of convolutions run once per strip; hooks of blocks do not run.
         OSError: the temporary files do not fit on the disk.
     """
     encoder.check_image(x)
@@ -106,7 +106,9 @@ def _min_memory(network: LayeredNetwork, width: int, dtype: torch.dtype) -> int:
 
 
 def check_max_memory(max_memory: int, needed: int, name: str, x: Tensor) -> None:
-    """Raise ValueError if max_memory is less than the needed bytes for the argument x of this name."""
+    """Raise TypeError unless max_memory is an int, and ValueError if it is less than the argument x of this name needs."""
+    if isinstance(max_memory, bool) or not isinstance(max_memory, int):
+        raise TypeError(f"max_memory must be an int, the number of bytes, got {max_memory!r}")
     if max_memory < needed:
         expected = f"{needed} bytes ({-(-needed // MIB)} MiB) for {name} of shape {tuple(x.shape)}"
         raise ValueError(f"max_memory must be at least {expected}, got {max_memory}")

@@ -24,19 +24,32 @@ class Convolution:
         bias: ``(out,)`` or None.
         padding: rows and columns of zeros on either side.
         input_shape: typical input ``(B, in, H, W)``, used to pack the weight. Other sizes work too.
+        keep_weight: False frees a weight that was packed. Then inputs must have its dtype.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, padding: Sequence[int], input_shape: Sequence[int]) -> None:
-        self.weight, self.bias, self.padding = weight, bias, list(padding)
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        padding: Sequence[int],
+        input_shape: Sequence[int],
+        *,
+        keep_weight: bool = True,
+    ) -> None:
+        self.weight: Tensor | None = weight
+        self.bias, self.padding = bias, list(padding)
         self.packed: Tensor | None = None
         if weight.is_cuda:  # otherwise cuDNN would copy it to the layout of x for every strip
             self.weight = weight.contiguous(memory_format=torch.channels_last)
         if _can_pack(weight):
             self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, self.padding, ONES, ONES, 1, list(input_shape))
+            if not keep_weight:
+                self.weight = None
 
     def add_to(self, out: Tensor, x: Tensor) -> None:
         """Add the convolution of x ``(B, in, H, W)`` to out, in place."""
-        if self.packed is None or x.dtype != self.weight.dtype:  # autocast casts in the public convolution only
+        # Autocast casts in the public convolution only.
+        if self.weight is not None and (self.packed is None or x.dtype != self.weight.dtype):
             out.add_(F.conv2d(x, self.weight, self.bias, padding=self.padding))
             return
         convolve_and_add = torch.ops.mkldnn._convolution_pointwise_.binary
