@@ -29,6 +29,13 @@ MemoryFormat format_of(const Tensor& f) {
   return MemoryFormat::ChannelsLast;
 }
 
+// As format_of(), but the batch stride of a single image does not matter. For spatial_norm_into only: where a result is allocated,
+// its format must be the one that PyTorch suggests.
+MemoryFormat format_of_given_memory(const Tensor& f) {
+  const bool is_nhwc = !f.is_contiguous() && movq::is_dense(f, MemoryFormat::ChannelsLast);
+  return is_nhwc ? MemoryFormat::ChannelsLast : format_of(f);
+}
+
 // How the rows of f and of zq divide into frames.
 struct Clip {
   int64_t frames, latent_frames;
@@ -44,7 +51,7 @@ struct Inputs {
 
   Inputs(const Tensor& given_f, const OptionalTensor& given_zq_y, const OptionalTensor& given_zq_b,
          const OptionalTensor& given_weight, const OptionalTensor& given_bias, int64_t groups, double eps, bool silu,
-         const Clip& clip) {
+         const Clip& clip, MemoryFormat (*choose_format)(const Tensor&) = format_of) {
     CHECK_ARGUMENT(given_f.dim() == 4 && given_f.numel() > 0, "f must have 4 dimensions and not be empty, got shape ",
                    shape(given_f));
     CHECK_ARGUMENT(groups > 0 && given_f.size(1) % groups == 0,
@@ -55,7 +62,7 @@ struct Inputs {
                    shape(given_f));
     CHECK_ARGUMENT(given_zq_y.has_value() == given_zq_b.has_value(),
                    "zq_y and zq_b must be given together or not at all, got only ", given_zq_y ? "zq_y" : "zq_b");
-    format = format_of(given_f);
+    format = choose_format(given_f);
     f = movq::in_format(given_f, format);
     problem.dtype = movq::dtype_of(f, "f");
     problem.batch = f.size(0);
@@ -175,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& f, const OptionalTensor
   return {out, mean, rstd};
 }
 
-// Checks `out` and tells the kernels where its images and channels are.
+// Checks `out` and sets its strides in the problem.
 void set_output(Inputs& inputs, const Tensor& out) {
   const Tensor& f = inputs.f;
   CHECK_ARGUMENT(out.sizes().equals(f.sizes()), "out must have f's shape ", shape(f), ", got ", shape(out));
@@ -200,7 +207,8 @@ void forward_into(const Tensor& out, const Tensor& f, const OptionalTensor& zq_y
                   const OptionalTensor& weight, const OptionalTensor& bias, int64_t groups, double eps, bool silu, int64_t frames,
                   int64_t latent_frames, bool split_first_frame) {
   const movq::DeviceGuard guard(f.get_device_index());
-  Inputs inputs(f, zq_y, zq_b, weight, bias, groups, eps, silu, {frames, latent_frames, split_first_frame});
+  Inputs inputs(f, zq_y, zq_b, weight, bias, groups, eps, silu, {frames, latent_frames, split_first_frame},
+                format_of_given_memory);
   set_output(inputs, out);
   launch_forward(inputs, {}, {}, out);
 }

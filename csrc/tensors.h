@@ -166,7 +166,7 @@ inline int64_t extent(const Tensor& tensor) {
   return (last + 1) * tensor.element_size();
 }
 
-// A tensor that is written may be one that is read. Any other overlap would read values already overwritten.
+// The output may be the input itself. A partial overlap would overwrite values before they are read.
 inline void check_overlap(const char* name, const Tensor& read, const char* written_name, const Tensor& written) {
   const auto start = reinterpret_cast<uintptr_t>(read.const_data_ptr());
   const auto written_start = reinterpret_cast<uintptr_t>(written.const_data_ptr());

@@ -104,6 +104,17 @@ def test_the_result_goes_behind_other_frames(layout, clip, batch):
     assert_close(f, expected)
 
 
+def test_the_batch_stride_of_one_channels_last_image_does_not_matter():
+    inputs, _ = norm_arguments(layout="channels_last", zq_size=(4, 3))
+    f, zq_y, zq_b, weight, bias = detached(inputs)
+    arguments = zq_y[:1], zq_b[:1], weight, bias, GROUPS, EPS, True
+    expected, *_ = CPU_IMPLEMENTATIONS["spatial_norm_forward"](f[:1], *arguments, None, False, None, *CLIP)
+    f = f[0].permute(1, 2, 0).contiguous().permute(2, 0, 1)[None]
+    assert f.stride(0) == f.shape[1]
+    operators.spatial_norm_into(f, f, *arguments, *CLIP)
+    assert_close(f, expected)
+
+
 def test_a_bordered_latent():
     f, y, b, weight, bias = detached(norm_arguments(zq_size=(6, 9))[0])
     arguments = f, y, b, weight, bias, GROUPS, EPS, True, torch.ones(32), True

@@ -22,7 +22,7 @@ struct Axis {
   int cell_size;  // positions of f per cell where zq is bordered, otherwise 0
 };
 
-// Maps the frames of f to those of zq. The first frames of both are `apart`, 1 or 0 of each, and the others are an axis.
+// Maps the frames of f to those of zq. `apart` (0 or 1) leading frames map one to one; the others are resized along `others`.
 struct FrameAxis {
   int apart;
   Axis others;

@@ -30,7 +30,7 @@ from .video_norms import CogVideoXSpatialNorm3D, normalise_clip
 class CogVideoXResnetBlock3D(Accelerated):
     """``shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1(x)))))))`` with causal convolutions.
 
-    The norms are conditioned on the latent zq in the decoder, and group norms in the encoder. In inference on a CPU a norm
+    The norms are conditioned on the latent zq in the decoder, and group norms in the encoder. In inference, each norm
     writes its result behind the frames that pad the convolution's input.
     """
 

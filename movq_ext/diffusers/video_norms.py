@@ -144,7 +144,7 @@ class Kandinsky6SRSpatialNorm3D(Accelerated):
 
 
 def normalise_clip(f: Tensor, y: Tensor | None, b: Tensor | None, options: NormOptions, out: Tensor | None = None) -> Tensor:
-    """`spatial_norm` of a clip, in inference on a CPU with fewer passes over it.
+    """`spatial_norm` of a clip. In inference it writes to `out`, and on a CPU takes fewer passes.
 
     Args:
         f, y, b, options: as for `spatial_norm`.

@@ -95,7 +95,7 @@ def widen(zq: Tensor, width: int) -> Tensor:
 def resize_frames(zq: Tensor, frames: int, rows: int, split_first_frame: bool) -> Tensor:
     """Resize zq ``(B, C, t, h, w)`` to ``(B, C, frames, rows, w)`` by torch's nearest rule.
 
-    This and source_frame() in csrc/kernels/spatial_norm.cuh know which frame of the latent a frame takes.
+    Keep in sync with source_frame() in csrc/kernels/spatial_norm.cuh, which implements the same rule.
 
     Args:
         zq: any clip of at least one frame.

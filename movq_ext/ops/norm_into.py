@@ -40,7 +40,7 @@ def spatial_norm_into(out: Tensor, f: Tensor, zq_y: Tensor | None, zq_b: Tensor 
 
     Args:
         out: ``(B, C, T, H, W)`` of f's dtype and memory format, whose frames are adjacent rows: f itself, or memory that does not
-            overlap it.
+            overlap it. It must not overlap zq_y, zq_b, weight or bias either.
         f, zq_y, zq_b, options: as for `spatial_norm` of clips.
     """
     if f.is_cuda:

@@ -44,7 +44,7 @@ def explain(x: Tensor, operator: str = "spatial_norm") -> str:
         return f"native: {reason}"
     details = f"; {_explain_upsampling(x)}" if operator == "upsample_conv" else ""
     if x.dim() == 5:
-        details = "; the kernels read the latent of a clip without a copy"
+        details = "; the kernels resize a clip's latent along time"
     return f"cuda: compiled for {torch.cuda.get_device_name(x.device)}{details}"
 
 

@@ -149,6 +149,9 @@ def _spatial_norm_calls(inputs: _Inputs) -> Iterator[Call]:
     # Accesses of 16 bytes, and of one element: neither 6 channels nor rows of 130 or 390 pixels are whole accesses.
     yield from _calls_for_each_cell(inputs, (1, 16, 4, 128), 2)
     yield from _calls_for_each_cell(inputs, (1, 6, 3, 130), 2)
+    # A latent on the clip's own grid: a row of 6 pixels is not a whole number of accesses, a clip of 96 is.
+    out, clip_and_latent = inputs.map(2, 64, 32, 6)[:, :, 16:], [inputs.map(2, 64, 16, 6) for _ in range(3)]
+    yield "spatial_norm_into", [out, *clip_and_latent, weight, bias, groups, eps, silu, 4, 4, True]
 
 
 def _clip_calls(f: Tensor, dout: Tensor, zq: list[Tensor], weight: Tensor, bias: Tensor) -> Iterator[Call]:
