@@ -29,8 +29,8 @@ MemoryFormat format_of(const Tensor& f) {
   return MemoryFormat::ChannelsLast;
 }
 
-// As format_of(), but the batch stride of a single image does not matter. For spatial_norm_into only: where a result is allocated,
-// its format must be the one that PyTorch suggests.
+// As format_of(), but the batch stride of a single image does not matter. For spatial_norm_into only: where a result is
+// allocated, its format must be the one that PyTorch suggests.
 MemoryFormat format_of_given_memory(const Tensor& f) {
   const bool is_nhwc = !f.is_contiguous() && movq::is_dense(f, MemoryFormat::ChannelsLast);
   return is_nhwc ? MemoryFormat::ChannelsLast : format_of(f);

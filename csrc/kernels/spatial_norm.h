@@ -9,9 +9,9 @@
 // the others by that rule. If zq has one frame, all read it.
 //
 // Only forward supports three things. `out` may be part of a larger tensor in which other frames precede those of each image, or
-// of each channel in NCHW. f_bias is the bias of the convolution that produced f. A bordered zq stands for a resized map that went
-// through a 3x3 convolution: that map is constant inside each cell except along the cell's border, so zq has three rows and three
-// columns per cell, for its first, inner and last rows and columns.
+// of each channel in NCHW. f_bias is the bias of the convolution that produced f. A bordered zq stands for a resized map that
+// went through a 3x3 convolution: that map is constant inside each cell except along the cell's border, so zq has three rows and
+// three columns per cell, for its first, inner and last rows and columns.
 #pragma once
 
 #include <cstddef>

@@ -2,7 +2,8 @@
 //
 // A band is the pixels of one row of cells, over `tile_cells` columns of cells, in one channel; in a clip, the same rows of a few
 // frames. A thread adds a few columns of pixels down the rows of a band, with 16-byte accesses whatever the width of a cell, and
-// leaves one sum per column in shared memory (16 KB per block). Then threads add the columns of each cell and write its gradients.
+// leaves one sum per column in shared memory (16 KB per block). Then threads add the columns of each cell and write its
+// gradients.
 #pragma once
 
 #include "device/dependent_launch.cuh"

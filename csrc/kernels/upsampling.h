@@ -47,7 +47,8 @@ inline int64_t interleave_parts(const InterleaveProblem& problem) {
 // 2^31 elements per row of windows, and a batch and a height of out of at most 65535, the largest grid in y and z.
 //
 // statistics: of out, for a norm of `groups` groups: [batch][groups][chunk][4], as SpatialNormForward::statistics takes them;
-// null if and only if groups is 0. They need 16-byte accesses, and groups of a multiple of 4 channels that divides 128 bytes of them.
+// null if and only if groups is 0. They need 16-byte accesses, and groups of a multiple of 4 channels that divides 128 bytes of
+// them.
 void interleave_windows(const InterleaveProblem&, const void* windows, const void* bias, void* out, float* statistics,
                         cudaStream_t);
 
