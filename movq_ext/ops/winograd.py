@@ -145,7 +145,7 @@ class WinogradConvolution:
         height, width = out.shape[2:]
         whole = height - height % ROWS.OUTPUTS
         pixels, image = out[0].permute(1, 2, 0), x[0].permute(1, 2, 0)  # (rows, columns, channels)
-        rows, columns = self._block_size(whole, width)
+        rows, columns = self._block_size(width)
         for row in range(0, whole, rows):
             last_row = min(row + rows, whole)
             for column in range(0, width, columns):
@@ -157,7 +157,7 @@ class WinogradConvolution:
         if self.bias is not None:
             pixels.add_(self.bias)
 
-    def _block_size(self, height: int, width: int) -> tuple[int, int]:
+    def _block_size(self, width: int) -> tuple[int, int]:
         """Return the rows and columns of a block, multiples of the filters' outputs."""
         out_channels, channels = self.weight.shape[:2]
         per_pixel = self.weight.itemsize * (channels + out_channels) * 9 // 2
