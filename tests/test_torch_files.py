@@ -123,8 +123,8 @@ COLLECTING = threading.Event()
 def install_audit_hook():
     """Collect audited events while COLLECTING is set. A hook cannot be removed."""
 
-    def hook(event, arguments):
-        if COLLECTING.is_set() and event.startswith(WATCHED):
+    def hook(event, arguments, collecting=COLLECTING.is_set):  # bound: it also runs while the interpreter ends
+        if collecting() and event.startswith(WATCHED):
             EVENTS.append((event, arguments))
 
     sys.addaudithook(hook)
