@@ -92,7 +92,7 @@ def main() -> None:
                     decode, torch.cuda.synchronize if on_gpu else lambda: None, 0 if options.quick else SECONDS
                 )
             kernels = "1 graph" if "graph" in name else count_kernels(decode, pretends=not on_gpu)
-            row: dict[str, Any] = {"dtype": str(dtype)[6:], "decoder": name, "kernels": kernels, "host us": host}
+            row: dict[str, Any] = {"dtype": str(dtype)[6:], "decoder": name, "kernels": kernels, "host us": round(host)}
             row["us per kernel"] = host / kernels if isinstance(kernels, int) else "-"
             row["decode ms"] = whole / 1e3 if on_gpu else "-"
             rows.append(row)
