@@ -33,14 +33,14 @@ def decode_clip_tiled(vae: Any, z: Tensor, *, max_memory: int, folder: str | Non
     """Return ``vae.decode(z).sample`` of diffusers' AutoencoderKLCogVideoX, decoded in bounded memory and without gradients.
 
     Every batch of frames (``vae.num_latent_frames_batch_size``) is decoded in strips of rows, with the group norms' statistics of
-    all rows. So there are no seams, unlike with diffusers' tiling, whose tiles are normalised alone and blended.
+    all rows. diffusers' tiling normalises every tile alone and blends them, which leaves seams. Strips leave none.
 
     ``max_memory`` covers the strip being computed (at most half), the maps between layers, and the frames that convolutions
     carry over to the next batch. Maps beyond it go to temporary files. It does not cover:
 
     - weights, one layer's packed weights, latents and the clip;
     - for float16 on a CPU, which is computed in float32, float32 copies of the weights;
-    - for float64 on a CPU, what PyTorch's convolutions take.
+    - for float64 on a CPU, the workspace of PyTorch's convolutions.
 
     The clips of a batch are decoded one after another. No ``torch.no_grad()`` is needed. The model may be accelerated.
     ``vae.use_tiling``, ``vae.use_slicing`` and autocast are ignored.

@@ -27,7 +27,7 @@ WEIGHT_COST = 600  # of a weight's 24 factors, beyond what packing for the direc
 class FourOutputs:
     """F(4, 3) at the points 0, ±1/√2, ±√2 and infinity.
 
-    The points are chosen for the rounding error: those of textbooks, 0, ±1, ±2 and infinity, have 1.5 times as much.
+    They are chosen for a small rounding error. With the usual points, 0, ±1, ±2 and infinity, it is 1.5 times as large.
     """
 
     OUTPUTS, FACTORS = 4, 6
