@@ -13,8 +13,8 @@ our operators: "published order" projects keys and values, and "ours" may attend
 Ours is compared with the best peer: the one with the smallest error in that dtype, in its fastest layout (channels_last).
 Compiled decoders are compared with each other. "of the best peer" is the geometric mean of the ratios of the errors. It may be at
 most 1.05 plus two standard errors of that mean over the seeds, which is "allowed". The exit status is 1 if ours is worse
-anywhere. Peers in NCHW are listed too. On a CPU their convolutions take about twice as long and use shorter sums, which makes
-them more accurate in float32.
+or fails anywhere; a decoder that fails gets a row with its error. Peers in NCHW are listed too. On a CPU their convolutions take
+about twice as long and use shorter sums, which makes them more accurate in float32.
 """
 
 from __future__ import annotations
@@ -99,9 +99,15 @@ def main() -> int:
     head |= {"image": f"{size}x{size}, photographs 128x128", "TF32 in cuDNN": torch.backends.cudnn.allow_tf32 if gpu else "-"}
     worse = [f"{row['decoder']} ({row['model']}, {row['dtype']})" for row in rows if row[VERDICT] == "no"]
     head["ours is worse or fails in"] = ", ".join(worse) or "no case"
+    head["peers that failed"] = failed_peers(rows)
     write(options.out, "accuracy", "Errors of a decode against float64", head, rows)
     print((options.out / "accuracy.md").read_text())
     return int(bool(worse) and not options.report)
+
+
+def failed_peers(rows: list[dict[str, Any]]) -> str:
+    failed = [row for row in rows if not row["decoder"].startswith("ours") and str(row["relative L2"]).startswith("failed")]
+    return ", ".join(f"{row['decoder']} ({row['model']}, {row['dtype']})" for row in failed) or "none"
 
 
 def quantised_latents(model: movq_ext.MOVQ, photo: str) -> Tensor:
@@ -135,8 +141,8 @@ def errors(
                 difference = decode(z.to(device, getattr(torch, dtype))).double() - wanted
             found.append((float(difference.norm() / wanted.norm()), float(difference.abs().max())))
         return found
-    except (RuntimeError, ImportError) as error:
-        return (str(error).strip().splitlines() or [type(error).__name__])[0][:60]
+    except Exception as error:  # a row says so, and the other decoders are measured
+        return f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:100]}"
 
 
 def attention_errors(

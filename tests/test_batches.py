@@ -8,12 +8,15 @@ import pytest
 import torch
 from PIL import Image
 from shard_files import CODES, png_pixels, random_codes, read_rejects, run_decode, write_parquet
+from spies import record_calls
+from tolerances import relative_error
 
 from movq_ext import from_pretrained, save_pretrained
 from movq_ext.bulk import batches, parquet
 from movq_ext.bulk.batches import BatchDecoder, Settings
 from movq_ext.bulk.shards import Sample
 from movq_ext.io.codes import decode_image
+from movq_ext.model import autoencoder
 
 
 def decode_in_order(decoder, samples):
@@ -50,6 +53,21 @@ def test_batches(decoder, model, monkeypatch):
     for sample, image in zip(samples, found, strict=True):
         got, single = (np.asarray(image, float) for image in (image, decode_image(model, sample.codes, sample.size)))
         assert np.abs(got - single).max() <= 1
+
+
+@pytest.mark.parametrize("in_strips", [False, True])
+def test_autocast(decoder, monkeypatch, in_strips):
+    """A caller's autocast reaches whole images and images in strips."""
+    monkeypatch.setattr(decoder, "max_memory", decoder.image_bytes((32, 32)) - in_strips)
+    tiled = record_calls(monkeypatch, autoencoder, "decode_tiled", lambda *_, **__: True)
+    (sample,) = samples_of([(64, 64)])
+    expected = decoder.decode(sample.codes[None])
+    tiled.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        image = decoder.decode(sample.codes[None])
+    assert bool(tiled) == in_strips
+    assert image.dtype == torch.bfloat16
+    assert relative_error(image, expected) < 5e-2
 
 
 def test_out_of_memory(decoder, monkeypatch, caplog):

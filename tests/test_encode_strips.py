@@ -100,6 +100,7 @@ def test_autocast():
     encoder, x = make_encoder(), images()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected, out = encoder(x), encode_tiled(encoder, x, max_memory=LITTLE)
+    assert out.dtype == expected.dtype == torch.bfloat16
     assert relative_error(out, expected) < 5e-2
 
 

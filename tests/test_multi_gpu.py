@@ -156,6 +156,7 @@ def test_other_dtypes(results):
 
 
 def test_autocast_and_inference_mode(results):
+    assert same_in_all(results, "autocast").dtype == torch.bfloat16
     assert 1e-4 < relative_error(same_in_all(results, "autocast"), make_decoder()(*latents((6, 4)))) < 5e-2
     assert_close(same_in_all(results, "inference mode"), make_decoder()(*latents()).double(), slack=5)
 

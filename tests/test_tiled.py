@@ -10,6 +10,7 @@ from tolerances import assert_close, relative_error
 
 from movq_ext import MOVQ, decode_tiled
 from movq_ext.model import strip_rows, strips
+from movq_ext.ops import onednn
 
 LITTLE, PLENTY = 350_000, 1 << 30  # bytes: several strips and files, one strip
 
@@ -37,7 +38,24 @@ def test_autocast(max_memory, dtype):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         z = z.to(dtype)  # of a convolution under autocast, z has 16 bits
         expected, out = decoder(z, zq), decode_tiled(decoder, z, zq, max_memory=max_memory)
+    assert out.dtype == expected.dtype == torch.bfloat16
     assert relative_error(out, expected) < 5e-2
+
+
+def test_autocast_casts_a_weight_once_per_layer(monkeypatch):
+    decoder, (z, zq) = make_decoder(), latents((40, 4))
+    dtypes = record_calls(monkeypatch, onednn.Convolution, "add_to", lambda _, conv, out, x: {conv.weight.dtype, x.dtype})
+    with torch.autocast("cpu", torch.bfloat16):
+        decode_tiled(decoder, z.bfloat16(), zq, max_memory=LITTLE)
+    assert dtypes == [{torch.bfloat16}] * len(dtypes)  # otherwise autocast would cast the weight for every strip
+
+
+def test_float16_autocast_on_a_cpu_is_computed_in_float32():
+    decoder, (z, zq) = make_decoder(), latents((40, 4))
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        out = decode_tiled(decoder, z, zq, max_memory=LITTLE)
+    assert out.dtype == torch.float16
+    assert relative_error(out, decoder.double()(z.double(), zq.double())) < 2**-11  # only the image is rounded
 
 
 def test_files_are_closed_after_an_error(monkeypatch, files):

@@ -18,6 +18,7 @@ from ..model.feature_maps import FeatureMap, MapStore, Moments, Storage
 from ..model.strip_checks import LayeredDecoder, check_decoder_layers, check_no_dropout
 from ..model.strip_norms import NormalisedRows
 from ..model.strips import CPU_MEMORY, Strips, WorkingMemory, computes_in_float32, to_float32
+from ..ops.native import compute_dtype
 
 GPU_MEMORY = WorkingMemory(strip=1 << 30)  # enough pixels to fill a GPU; not yet measured on one
 SAMPLED_VALUES = 64  # of each latent, to compare it between processes
@@ -75,7 +76,8 @@ def decode_sharded(
             sizes = f"{band.latent_rows} rows for {band.world_size} processes"
             raise ValueError(f"z must have at least one row per process, got {sizes}")
         if computes_in_float32(decoder, z):
-            rows = _decode_band(*to_float32(decoder, z, zq), band).half()
+            with torch.autocast("cpu", enabled=False):
+                rows = _decode_band(*to_float32(decoder, z, zq), band).half()
         else:
             rows = _decode_band(decoder, z, zq, band)
         height = z.shape[2] << (decoder.num_resolutions - 1)
@@ -266,9 +268,9 @@ class BandStrips(Strips):
 
 def _decode_band(decoder: LayeredDecoder, z: Tensor, zq: Tensor, band: Band) -> Tensor:
     """Return this process's rows of the images, decoded one after another."""
-    memory = CPU_MEMORY if z.device.type == "cpu" else GPU_MEMORY
+    memory, dtype = CPU_MEMORY if z.device.type == "cpu" else GPU_MEMORY, compute_dtype(z)
     latents = zip(z.split(1), zq.contiguous(memory_format=torch.channels_last).split(1), strict=True)
-    return torch.cat([BandStrips(BandStore(z.dtype, z.device, band), zq, memory).decode(decoder, z) for z, zq in latents])
+    return torch.cat([BandStrips(BandStore(dtype, z.device, band), zq, memory).decode(decoder, z) for z, zq in latents])
 
 
 def _check_arguments(decoder: MOVQDecoder, z: Tensor, zq: Tensor) -> None:

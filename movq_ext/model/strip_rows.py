@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from .. import profiling
@@ -94,7 +95,7 @@ class ConvolvedRows:
             self.packed = WinogradConvolution(conv.weight, conv.bias, buffer.winograd_bytes)
         else:
             typical_input = (1, x.channels, min(x.height, TYPICAL_ROWS) + HALO, x.width)
-            self.packed = Convolution(conv.weight, conv.bias, (0, 1), typical_input)
+            self.packed = Convolution(*cast_parameters(conv.weight, conv.bias, x.dtype), (0, 1), typical_input)
 
     def write_rows(self, first: int, last: int, out: Tensor) -> None:
         self.add_rows(first, last, out.zero_())
@@ -111,6 +112,11 @@ class ConvolvedRows:
         inside = strip[:, :, 1 - above : strip.shape[2] - 1 + below]
         convolved = self.conv(inside.clone())  # a hook may keep its input, and the buffer is reused
         out.add_(convolved[:, :, above : convolved.shape[2] - below])
+
+
+def cast_parameters(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Return a convolution's parameters in the dtype of its maps: under autocast they differ, and strips would each cast them."""
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def haloed_rows(source: StoredRows | NormalisedRows, first: int, last: int, buffer: StripBuffer) -> Tensor:

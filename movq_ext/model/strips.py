@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .. import profiling
 from ..ops.functional import attention, shared_kv_attention
+from ..ops.native import compute_dtype
 from ..ops.onednn import Convolution
 from ..ops.upsampling import fold_windows
 from .feature_maps import FeatureMap, MapStore
@@ -30,7 +31,7 @@ from .fusion import is_plain_conv3x3
 from .layers import AttnBlock, Downsample, ResnetBlock, Upsample, is_plain_network
 from .strip_checks import LayeredDecoder, LayeredNetwork, check_decoder_layers, check_encoder_layers
 from .strip_norms import NormalisedRows
-from .strip_rows import HALO, ConvolvedRows, PointwiseRows, RowSource, StoredRows, StripBuffer, haloed_rows
+from .strip_rows import HALO, ConvolvedRows, PointwiseRows, RowSource, StoredRows, StripBuffer, cast_parameters, haloed_rows
 
 # Rows of a strip without a memory limit: a Winograd convolution computes four at a time, and every strip normalises HALO more.
 MIN_ROWS = 4
@@ -71,11 +72,12 @@ def decode_in_strips(
         folder: see `MapStore`.
     """
     if computes_in_float32(decoder, z):
-        return decode_in_strips(*to_float32(decoder, z, zq), memory, folder).half()
+        with torch.autocast("cpu", enabled=False):
+            return decode_in_strips(*to_float32(decoder, z, zq), memory, folder).half()
     check_decoder_layers(decoder)
     images = []
     for image_z, image_zq in zip(z.split(1), zq.contiguous(memory_format=torch.channels_last).split(1), strict=True):
-        with MapStore(z.dtype, z.device, memory.maps, folder) as store:
+        with MapStore(compute_dtype(z), z.device, memory.maps, folder) as store:
             images.append(Strips(store, image_zq, memory).decode(decoder, image_z))
     return torch.cat(images)
 
@@ -92,14 +94,14 @@ def encode_in_strips(encoder: LayeredNetwork, x: Tensor, memory: WorkingMemory, 
     check_encoder_layers(encoder)
     latents = []
     for image in x.split(1):
-        with MapStore(x.dtype, x.device, memory.maps, folder) as store:
+        with MapStore(compute_dtype(x), x.device, memory.maps, folder) as store:
             latents.append(Strips(store, None, memory).encode(encoder, image))
     return torch.cat(latents)
 
 
 def computes_in_float32(decoder: LayeredDecoder, z: Tensor) -> bool:
     """Return True for float16 on a CPU: float32 is more accurate there and, with oneDNN, about fifty times as fast."""
-    return z.dtype == torch.float16 and z.device.type == "cpu" and is_plain_network(cast(nn.Module, decoder))
+    return compute_dtype(z) == torch.float16 and z.device.type == "cpu" and is_plain_network(cast(nn.Module, decoder))
 
 
 def to_float32(decoder: LayeredDecoder, z: Tensor, zq: Tensor) -> tuple[LayeredDecoder, Tensor, Tensor]:
@@ -285,8 +287,8 @@ class Strips:
 
         From each window of 2x2 pixels, one convolution computes the four pixels of the large map around the window's centre.
         """
-        bias = None if conv.bias is None else conv.bias.repeat(4)
-        four_pixels = Convolution(fold_windows(conv.weight), bias, (0, 1), (1, x.channels, x.height + 1, x.width))
+        weight, bias = cast_parameters(fold_windows(conv.weight), None if conv.bias is None else conv.bias.repeat(4), x.dtype)
+        four_pixels = Convolution(weight, bias, (0, 1), (1, x.channels, x.height + 1, x.width))
         for first, last in self.spans(x, UPSAMPLE_VALUES * x.channels):
             strip = haloed_rows(StoredRows(x), first, last, self._buffer)
             windows = strip.new_zeros(1, last - first + 1, x.width + 1, 4 * x.channels).permute(0, 3, 1, 2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops.native import compute_dtype
 from .decoder import MOVQDecoder
 from .encoder import Encoder
 from .layers import ResnetBlock
@@ -57,7 +58,7 @@ def decode_tiled(decoder: MOVQDecoder, z: Tensor, zq: Tensor, *, max_memory: int
     """
     decoder.check_latents(z, zq)
     check_no_dropout("decoder", decoder)
-    dtype = torch.float32 if computes_in_float32(decoder, z) else z.dtype
+    dtype = torch.float32 if computes_in_float32(decoder, z) else compute_dtype(z)
     needed = _min_memory(decoder, z.shape[3] << (decoder.num_resolutions - 1), dtype)
     check_max_memory(max_memory, needed, "z", z)
     return decode_in_strips(decoder, z, zq, _divide(max_memory, needed, z.device), folder)
@@ -93,7 +94,7 @@ def encode_tiled(encoder: Encoder, x: Tensor, *, max_memory: int, folder: str | 
     """
     encoder.check_image(x)
     check_no_dropout("encoder", encoder)
-    needed = _min_memory(encoder, x.shape[3], x.dtype)
+    needed = _min_memory(encoder, x.shape[3], compute_dtype(x))
     check_max_memory(max_memory, needed, "x", x)
     return encode_in_strips(encoder, x, _divide(max_memory, needed, x.device), folder)
 
