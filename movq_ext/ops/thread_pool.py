@@ -1,0 +1,209 @@
+"""Run independent tasks on a CPU with one thread for each, instead of threads inside every operator.
+
+An operator with several threads ends in a barrier: all of them wait for the slowest, and thousands of operators give thousands of
+barriers. On a core that another process uses too, each barrier may wait for a time slice. Here a worker thread runs all operators
+of a task alone, takes the next task when it is done, and waits for the others only at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def num_workers() -> int:
+    """Return how many threads `run_in_threads` uses: the caller's ``torch.get_num_threads()``.
+
+    1 means that it calls the function in the caller: in a worker, and where PyTorch observes or rewrites operators of the
+    calling thread only (tracing, compilation, modes, function transforms, the profiler).
+    """
+    if _operators_are_observed() or not torch.backends.openmp.is_available():
+        return 1
+    return torch.get_num_threads()
+
+
+def run_in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Return ``[function(item) for item in items]``, computed by `num_workers` threads with single-threaded operators.
+
+    Threads take the items in order. With one worker or one item, the caller computes everything, and its operators keep their
+    threads. Gradient mode, inference mode and autocast are those of the caller.
+
+    The first error, in the order of the items, is raised after all threads have stopped. Items after it may not have started.
+    """
+    workers = min(num_workers(), len(items))
+    if workers < 2 or not _pool.has_workers(workers):
+        return [function(item) for item in items]
+    run = Run(function, items)
+    try:
+        for _ in range(workers):
+            _pool.runs.put(run)
+        run.wait()
+    finally:  # after a KeyboardInterrupt, workers may still write to the caller's tensors
+        run.cancel()
+        run.wait()
+    return run.take_results()
+
+
+class Run:
+    """A call of `run_in_threads`, in which workers take part."""
+
+    def __init__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> None:
+        self._function: Any = function
+        self._items = items
+        self._results: list[Any] = [None] * len(items)
+        self._errors: dict[int, BaseException] = {}
+        self._modes = ThreadModes()
+        self._next = self._running = 0  # the index of the next item, and how many items are being computed
+        self._state = threading.Condition()
+
+    def work(self) -> None:
+        """Compute items until all are taken or one has failed."""
+        with self._modes.enter():
+            while (index := self._take()) is not None:
+                try:
+                    self._results[index] = self._function(self._items[index])
+                except BaseException as error:
+                    self._errors[index] = error
+                    self.cancel()
+                self._leave()
+
+    def _take(self) -> int | None:
+        with self._state:
+            if self._next == len(self._items):
+                return None
+            self._next, self._running = self._next + 1, self._running + 1
+            return self._next - 1
+
+    def _leave(self) -> None:
+        with self._state:
+            self._running -= 1
+            self._state.notify_all()
+
+    def cancel(self) -> None:
+        """Start no more items."""
+        with self._state:
+            self._next = len(self._items)
+
+    def wait(self) -> None:
+        """Wait until all items have been taken and none is being computed."""
+        with self._state:
+            self._state.wait_for(lambda: self._next == len(self._items) and self._running == 0)
+
+    def take_results(self) -> list[Any]:
+        """Return the results or raise the first error. Keeps no reference to them: a late worker may still hold this run."""
+        with self._state:
+            results, errors = self._results, self._errors
+            self._function, self._items, self._results, self._errors, self._next = None, (), [], {}, 0
+        if errors:
+            error = errors[min(errors)]
+            try:
+                raise error
+            finally:
+                del errors, error  # the error's traceback refers to this frame
+        return results
+
+
+class ThreadModes:
+    """The calling thread's modes, which other threads can enter."""
+
+    def __init__(self) -> None:
+        self.grad, self.inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        self.autocast = torch.is_autocast_enabled("cpu")
+        self.autocast_dtype, self.autocast_cache = torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()
+
+    @contextlib.contextmanager
+    def enter(self) -> Iterator[None]:
+        """Context manager: have these modes in the current thread."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(self.inference))
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+            if self.autocast:
+                stack.enter_context(torch.autocast("cpu", self.autocast_dtype, cache_enabled=self.autocast_cache))
+            yield
+
+
+class Worker(threading.Thread):
+    """A thread whose operators are single-threaded. It serves every run and ends with the process.
+
+    Args:
+        runs: the runs that it takes part in, one after another.
+    """
+
+    def __init__(self, runs: SimpleQueue[Run], number: int) -> None:
+        super().__init__(name=f"movq_ext worker {number}", daemon=True)
+        self.is_ready = threading.Event()
+        self._runs = runs
+
+    def run(self) -> None:
+        torch.get_num_threads()  # PyTorch overwrites the number in a thread's first operator unless it was read before
+        torch.set_num_threads(1)
+        self.is_ready.set()
+        while True:
+            self._runs.get().work()
+
+
+class Pool:
+    """The workers of this process."""
+
+    def __init__(self) -> None:
+        self.runs: SimpleQueue[Run] = SimpleQueue()
+        self._workers: list[Worker] = []
+        self._lock = threading.Lock()
+
+    def has_workers(self, count: int) -> bool:
+        """Return True if there are at least ``count`` workers, after starting those that are missing.
+
+        False means that the system refused a thread, as it does while the interpreter exits.
+        """
+        if len(self._workers) < count:
+            with self._lock, contextlib.suppress(RuntimeError):
+                starter = threading.Thread(target=self._start_workers, args=(count,))
+                starter.start()
+                starter.join()
+        return len(self._workers) >= count
+
+    def _start_workers(self, count: int) -> None:
+        """Start workers, and restore the number of threads that threads without a number of their own have.
+
+        ``torch.set_num_threads`` sets both. This runs in a short-lived thread, since it must not set the caller's number.
+        """
+        default = torch.get_num_threads()
+        with contextlib.suppress(RuntimeError):
+            while len(self._workers) < count:
+                worker = Worker(self.runs, len(self._workers))
+                worker.start()
+                worker.is_ready.wait()
+                self._workers.append(worker)
+        torch.set_num_threads(default)
+
+
+def _operators_are_observed() -> bool:
+    """Return True if a tracer, compiler, mode, function transform or profiler sees the operators of this thread."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+def _reset_pool() -> None:
+    """Start without workers in a forked process: it has only the thread that forked."""
+    global _pool
+    _pool = Pool()
+
+
+_pool = Pool()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset_pool)
