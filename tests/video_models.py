@@ -85,3 +85,41 @@ def kandinsky6(**changes):
     torch.manual_seed(0)
     widths = dict(encoder_block_out_channels=(4, 8, 8), decoder_block_out_channels=(4, 8, 8))
     return randomised(diffusers.Kandinsky6SRVAE(**{**dict(latent_channels=4, layers_per_block=1, **widths), **changes}))
+
+
+def build(name, **config):
+    if not hasattr(diffusers, name):
+        pytest.skip(f"diffusers has no {name}")
+    torch.manual_seed(0)
+    return randomised(getattr(diffusers, name)(**config))
+
+
+def hunyuan_video(**changes):
+    defaults = dict(block_out_channels=(32,) * 4, layers_per_block=1, latent_channels=4)
+    return build("AutoencoderKLHunyuanVideo", **{**defaults, **changes})
+
+
+def magvit(**changes):
+    """Its default mode, which normalises every frame alone."""
+    blocks = dict(down_block_types=("SpatialDownBlock3D", "SpatialTemporalDownBlock3D"),
+                  up_block_types=("SpatialUpBlock3D", "SpatialTemporalUpBlock3D"))  # fmt: skip
+    defaults = dict(block_out_channels=(32, 32), latent_channels=4, layers_per_block=1)
+    return build("AutoencoderKLMagvit", **{**defaults, **blocks, **changes})
+
+
+def mochi(**changes):
+    widths = dict(encoder_block_out_channels=(32, 64), decoder_block_out_channels=(32, 64), layers_per_block=(1, 1, 1),
+                  temporal_expansions=(2,), spatial_expansions=(2,), add_attention_block=(False, True, True))  # fmt: skip
+    return build("AutoencoderKLMochi", **{**widths, **changes})
+
+
+def allegro(**changes):
+    defaults = dict(block_out_channels=(32,) * 2, layers_per_block=1, temporal_downsample_blocks=(True, False),
+                    temporal_upsample_blocks=(False, True), down_block_types=("AllegroDownBlock3D",) * 2,
+                    up_block_types=("AllegroUpBlock3D",) * 2)  # fmt: skip
+    return build("AutoencoderKLAllegro", **{**defaults, **changes})
+
+
+def temporal_decoder(**changes):
+    defaults = dict(block_out_channels=(32, 64), down_block_types=["DownEncoderBlock2D"] * 2, layers_per_block=1)
+    return build("AutoencoderKLTemporalDecoder", **{**defaults, **changes})

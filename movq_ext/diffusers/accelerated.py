@@ -5,6 +5,7 @@ Every check is repeated in every call: a layer that was replaced, patched or hoo
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -22,7 +23,7 @@ class Accelerated(nn.Module):
     """
 
     diffusers_class: ClassVar[type[nn.Module]]
-    takes_clips: ClassVar[bool] = False  # (B, C, T, H, W) rather than images
+    ranks: ClassVar[tuple[int, ...]] = (4,)  # of its inputs: 4 for images (B, C, H, W), 5 for clips (B, C, T, H, W)
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:
@@ -73,13 +74,17 @@ def original_class(module: nn.Module) -> Any:
 
 
 def can_compute(module: nn.Module, x: Tensor) -> bool:
-    """True if the module is accelerated and x is a feature map (or a clip, as the module takes) that the operators take.
+    """True if the module is accelerated and x is a feature map or a clip that it and the operators take.
 
     A restored module may get here too: a wrapper of its forward (from offloading, say) may still hold ours.
     """
     kind = type(module)  # read once: another thread may change it
-    fits = issubclass(kind, Accelerated) and x.dim() == (5 if kind.takes_clips else 4)
-    return fits and x.numel() > 0 and x.is_floating_point()
+    return issubclass(kind, Accelerated) and is_computable(x, kind.ranks)
+
+
+def is_computable(x: Tensor, ranks: Container[int]) -> bool:
+    """True if the operators take x, whose rank must be one of these."""
+    return x.dim() in ranks and x.numel() > 0 and x.is_floating_point()
 
 
 def is_plain_instance(module: Any, expected: type[nn.Module]) -> bool:

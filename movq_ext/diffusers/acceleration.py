@@ -9,7 +9,7 @@ lost on ``set_attn_processor`` and refused by ``set_default_attn_processor``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,7 +24,6 @@ TIME_AXIS_REASON = "it works on maps with a time axis"
 UNSERVED = {
     "HunyuanVideoCausalConv3d": "it repeats the border in space too",
     "EasyAnimateCausalConv3d": "it keeps its cache in itself",
-    "MochiChunkedGroupNorm3D": "it normalises every frame alone",
     "KVAECachedCausalConv3d": "it repeats the border in space too",
 }
 NO_PART_REASON = "none of its parts can be accelerated"
@@ -77,7 +76,8 @@ def accelerate(model_or_pipeline: Any, *, strict: bool = False) -> AccelerationR
     convolution, and Attention of one head of up to 512 over an image. They make up nearly all of AutoencoderKL (SD, SDXL, FLUX)
     and VQModel, and much of a UNet. Of clips: the blocks, spatial norms, upsampling and, except KVAE's, causal convolutions of
     AutoencoderKLCogVideoX, AutoencoderKLKVAEVideo and Kandinsky6SRVAE (blocks of its decoder only); the group norms of
-    TemporalResnetBlock (the decoder and UNet of Stable Video Diffusion) and of HunyuanVideo's and EasyAnimate's (Magvit) blocks.
+    TemporalResnetBlock (the decoder and UNet of Stable Video Diffusion), of HunyuanVideo's, EasyAnimate's (Magvit) and Mochi's
+    blocks and of Allegro's layers over time; the last norms of these models, except KVAE's and Kandinsky's, with their activation.
     Results and gradients are the same up to rounding. Idempotent; call it again after adding parts to the model.
 
     Args:
@@ -159,16 +159,17 @@ def _skip_reason(model: nn.Module, path: str, part: nn.Module) -> str | None:
     if original.__name__ in UNSERVED:
         return UNSERVED[original.__name__]
     accelerated = accelerated_classes()[original]
-    if not (accelerated.takes_clips or _works_on_images(model, path)):
+    if 4 in accelerated.ranks and not _is_given(accelerated.ranks, model, path):
         return TIME_AXIS_REASON
     return patched_forward_reason(part) or accelerated.unsupported_reason(part)
 
 
-def _works_on_images(model: nn.Module, path: str) -> bool:
-    """False if the innermost enclosing module with convolutions has no 2-D one: the part is never given an image."""
+def _is_given(ranks: Sequence[int], model: nn.Module, path: str) -> bool:
+    """False if no convolution of the innermost enclosing module that has any takes these ranks: the part is never given one."""
     names = path.split(".") if path else []
+    kinds = tuple({4: nn.Conv2d, 5: nn.Conv3d}[rank] for rank in ranks)
     for depth in range(len(names), -1, -1):
         around = model.get_submodule(".".join(names[:depth]))
         if convolutions := [layer for layer in around.modules() if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]:
-            return any(isinstance(layer, nn.Conv2d) for layer in convolutions)
+            return any(isinstance(layer, kinds) for layer in convolutions)
     return True

@@ -41,7 +41,7 @@ def is_plain_conv3d(layer: Any, padding_mode: str = "zeros") -> TypeGuard[nn.Con
 class CausalConv3d(Accelerated):
     """``conv(cat([cache or repeated first frame, inputs]))``, and the last frames of that concatenation as the next cache."""
 
-    takes_clips = True
+    ranks = (5,)
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:

@@ -22,9 +22,9 @@ from .accelerated import (
     original_class,
 )
 from .causal_convolution import causal_convolution, clip_format, is_plain_conv3d, room_for_padding
-from .norms import can_fuse_group_norm, group_norm_reason
+from .norms import can_fuse_group_norm, group_norm_reason, normalise_clip
 from .upsampling import folding_pays
-from .video_norms import CogVideoXSpatialNorm3D, normalise_clip
+from .video_norms import CogVideoXSpatialNorm3D
 
 
 class CogVideoXResnetBlock3D(Accelerated):
@@ -34,7 +34,7 @@ class CogVideoXResnetBlock3D(Accelerated):
     writes its result behind the frames that pad the convolution's input.
     """
 
-    takes_clips = True
+    ranks = (5,)
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:
@@ -117,7 +117,7 @@ class CogVideoXUpsample3D(Accelerated):
     Frames are convolved before they are repeated: diffusers repeats them first.
     """
 
-    takes_clips = True
+    ranks = (5,)
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:

@@ -26,7 +26,7 @@ MAX_ELEMENTS = 2 * 10**9  # of a convolution's input, which diffusers splits if 
 class Kandinsky6SRCausalConv3d(Accelerated):
     """`CausalConv3d` whose cache is a dict of frames that are padded with zeros in space. Ours pads inside the convolution."""
 
-    takes_clips = True
+    ranks = (5,)
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:
@@ -59,7 +59,7 @@ class Kandinsky6SRCausalConv3d(Accelerated):
 class Kandinsky6SRResnetBlock3D(Accelerated):
     """``shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))`` of the decoder, which overwrites maps in inference."""
 
-    takes_clips = True
+    ranks = (5,)
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:

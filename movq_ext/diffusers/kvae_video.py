@@ -17,7 +17,7 @@ class KVAECachedResnetBlock3D(Accelerated):
     The norms are conditioned on the latent zq in the decoder, and group norms in the encoder. The convolutions are diffusers'.
     """
 
-    takes_clips = True
+    ranks = (5,)
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:

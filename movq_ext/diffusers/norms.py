@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,12 +13,16 @@ from ..model.fusion import is_plain_conv1x1, is_plain_group_norm, is_unmodified
 from ..model.modulation import modulate
 from ..ops.functional import fused_spatial_norm
 from ..ops.native import is_tracing
+from ..ops.norm_into import can_normalise_into, spatial_norm_into
 from ..ops.options import NormOptions
-from .accelerated import Accelerated, can_compute, child_reason, count_call, is_plain_instance, original_class
+from .accelerated import Accelerated, can_compute, child_reason, count_call, is_computable, is_plain_instance, original_class
+from .causal_convolution import clip_format
 
 
 class GroupNorm(Accelerated):
-    """``group_norm(f)`` of a feature map."""
+    """``group_norm(f)`` of a feature map or a clip."""
+
+    ranks = (4, 5)
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:
@@ -27,6 +32,14 @@ class GroupNorm(Accelerated):
         if not count_call(self, can_compute(self, input)):
             return nn.GroupNorm.forward(self, input)
         return fused_spatial_norm(input, None, None, NormOptions.from_layer(self))
+
+    def forward_with_silu(self: Any, f: Tensor) -> Tensor:
+        """Return ``silu(group_norm(f))``."""
+        if not is_computable(f, GroupNorm.ranks):
+            return F.silu(self(f))
+        count_call(self, True)
+        options = NormOptions.from_layer(self, "silu")
+        return normalise_clip(f, None, None, options) if f.dim() == 5 else fused_spatial_norm(f, None, None, options)
 
 
 class SpatialNorm(Accelerated):
@@ -65,6 +78,19 @@ class SpatialNorm(Accelerated):
             zq = zq.contiguous()
             y, b = self.conv_y(zq), self.conv_b(zq)
         return fused_spatial_norm(f, y, b, NormOptions.from_layer(self.norm_layer, activation, f_bias))
+
+
+def normalise_clip(f: Tensor, y: Tensor | None, b: Tensor | None, options: NormOptions, out: Tensor | None = None) -> Tensor:
+    """`spatial_norm` of a clip. In inference it writes to `out`, and on a CPU takes fewer passes.
+
+    Args:
+        f, y, b, options: as for `spatial_norm`.
+        out: memory for the result, see `spatial_norm_into`; only where `can_normalise_into` allows.
+    """
+    if out is None and can_normalise_into(f, y, b, options.weight, options.bias):
+        f = f.contiguous(memory_format=clip_format(f))
+        out = torch.empty_like(f)
+    return fused_spatial_norm(f, y, b, options) if out is None else spatial_norm_into(out, f, y, b, options)
 
 
 def has_extra_pass(f: Tensor) -> bool:

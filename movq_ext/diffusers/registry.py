@@ -14,11 +14,13 @@ from .attention import Attention
 from .blocks import ResnetBlock2D, ResnetBlockCondNorm2D
 from .causal_convolution import CausalConv3d
 from .cogvideox import CogVideoXResnetBlock3D, CogVideoXUpsample3D
+from .frame_norms import MochiChunkedGroupNorm3D, MochiResnetBlock3D
 from .kandinsky6 import Kandinsky6SRCausalConv3d, Kandinsky6SRResnetBlock3D
 from .kvae_video import KVAECachedResnetBlock3D
 from .norms import GroupNorm, SpatialNorm
+from .output_norms import OutputNorm
 from .residual_upsampling import Kandinsky6SRUpsample, KVAECachedPXSUpsample
-from .temporal_blocks import ClipResnetBlock
+from .temporal_blocks import AllegroTemporalConvLayer, ClipResnetBlock
 from .upsampling import Upsample2D
 from .video_norms import CogVideoXSpatialNorm3D, Kandinsky6SRSpatialNorm3D, KVAECachedSpatialNorm3D
 
@@ -46,6 +48,19 @@ IMPLEMENTATIONS: dict[str, type[Accelerated]] = {
     "diffusers.models.autoencoders.autoencoder_kandinsky6_sr.Kandinsky6SRCausalConv3d": Kandinsky6SRCausalConv3d,
     "diffusers.models.autoencoders.autoencoder_kandinsky6_sr.Kandinsky6SRUpsample": Kandinsky6SRUpsample,
     "diffusers.models.autoencoders.autoencoder_kl_kvae_video.KVAECachedPXSUpsample": KVAECachedPXSUpsample,
+    "diffusers.models.autoencoders.autoencoder_kl_allegro.AllegroTemporalConvLayer": AllegroTemporalConvLayer,
+    "diffusers.models.autoencoders.autoencoder_kl_mochi.MochiChunkedGroupNorm3D": MochiChunkedGroupNorm3D,
+    "diffusers.models.autoencoders.autoencoder_kl_mochi.MochiResnetBlock3D": MochiResnetBlock3D,
+    "diffusers.models.autoencoders.autoencoder_kl_mochi.MochiEncoder3D": OutputNorm,
+    "diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXEncoder3D": OutputNorm,
+    "diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXDecoder3D": OutputNorm,
+    "diffusers.models.autoencoders.autoencoder_kl_hunyuan_video.HunyuanVideoEncoder3D": OutputNorm,
+    "diffusers.models.autoencoders.autoencoder_kl_hunyuan_video.HunyuanVideoDecoder3D": OutputNorm,
+    "diffusers.models.autoencoders.autoencoder_kl_magvit.EasyAnimateEncoder": OutputNorm,
+    "diffusers.models.autoencoders.autoencoder_kl_magvit.EasyAnimateDecoder": OutputNorm,
+    "diffusers.models.autoencoders.autoencoder_kl_allegro.AllegroEncoder3D": OutputNorm,
+    "diffusers.models.autoencoders.autoencoder_kl_allegro.AllegroDecoder3D": OutputNorm,
+    "diffusers.models.autoencoders.autoencoder_kl_temporal_decoder.TemporalDecoder": OutputNorm,
 }
 
 

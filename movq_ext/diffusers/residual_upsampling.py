@@ -16,7 +16,7 @@ from .upsampling import folding_pays
 class KVAECachedPXSUpsample(Accelerated):
     """Upsampling whose convolution reflects the border. A reflected row of the enlarged map repeats a row of the small one."""
 
-    takes_clips = True
+    ranks = (5,)
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:
@@ -36,7 +36,7 @@ class KVAECachedPXSUpsample(Accelerated):
 class Kandinsky6SRUpsample(Accelerated):
     """Upsampling whose convolution pads with zeros."""
 
-    takes_clips = True
+    ranks = (5,)
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:

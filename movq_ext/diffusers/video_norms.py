@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import clips
-from ..ops.functional import fused_spatial_norm
 from ..ops.native import is_inference
-from ..ops.norm_into import can_normalise_into, spatial_norm_into
 from ..ops.options import NormOptions
-from .accelerated import Accelerated, can_compute, child_reason, count_call, original_class
+from .accelerated import Accelerated, can_compute, child_reason, count_call, is_computable, original_class
 from .causal_convolution import clip_format, is_plain_conv3d
-from .norms import group_norm_reason
+from .norms import group_norm_reason, normalise_clip
 
 
 class CogVideoXSpatialNorm3D(Accelerated):
@@ -23,7 +21,7 @@ class CogVideoXSpatialNorm3D(Accelerated):
     conv_y and conv_b are 1x1x1, so they take zq before its resize. diffusers' caches of them are never read: we return None.
     """
 
-    takes_clips = True
+    ranks = (5,)
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:
@@ -38,6 +36,13 @@ class CogVideoXSpatialNorm3D(Accelerated):
             count_call(self, False)
             return original_class(self).forward(self, f, zq, conv_cache, *args, **kwargs)
         return CogVideoXSpatialNorm3D.modulated(self, f, zq), CogVideoXSpatialNorm3D.empty_cache()
+
+    def forward_with_silu(self: Any, f: Tensor, zq: Tensor, conv_cache: Any = None) -> Any:
+        """Return what forward returns, with SiLU of the result."""
+        if not (is_computable(f, CogVideoXSpatialNorm3D.ranks) and CogVideoXSpatialNorm3D.can_modulate(self, f, zq)):
+            out, cache = self(f, zq, conv_cache=conv_cache)
+            return F.silu(out), cache
+        return CogVideoXSpatialNorm3D.modulated(self, f, zq, "silu"), CogVideoXSpatialNorm3D.empty_cache()
 
     @staticmethod
     def empty_cache() -> dict[str, None]:
@@ -60,7 +65,7 @@ class CogVideoXSpatialNorm3D(Accelerated):
 class KVAECachedSpatialNorm3D(Accelerated):
     """KVAE's SpatialNorm of a segment of a clip: the first frame is apart in the first segment, which the cache tells."""
 
-    takes_clips = True
+    ranks = (5,)
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:
@@ -115,7 +120,7 @@ class Kandinsky6SRSpatialNorm3D(Accelerated):
     The latent is convolved on its own grid and never resized to f.
     """
 
-    takes_clips = True
+    ranks = (5,)
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:
@@ -141,19 +146,6 @@ class Kandinsky6SRSpatialNorm3D(Accelerated):
         owned &= is_inference(normalised, y, b) and normalised.dtype == y.dtype == b.dtype
         owned &= normalised.is_contiguous(memory_format=clip_format(normalised))
         return clips.scale_rows(normalised, y, b, normalised if owned else None)
-
-
-def normalise_clip(f: Tensor, y: Tensor | None, b: Tensor | None, options: NormOptions, out: Tensor | None = None) -> Tensor:
-    """`spatial_norm` of a clip. In inference it writes to `out`, and on a CPU takes fewer passes.
-
-    Args:
-        f, y, b, options: as for `spatial_norm`.
-        out: memory for the result, see `spatial_norm_into`; only where `can_normalise_into` allows.
-    """
-    if out is None and can_normalise_into(f, y, b, options.weight, options.bias):
-        f = f.contiguous(memory_format=clip_format(f))
-        out = torch.empty_like(f)
-    return fused_spatial_norm(f, y, b, options) if out is None else spatial_norm_into(out, f, y, b, options)
 
 
 def fits_clip(zq: Any, f: Tensor) -> bool:
