@@ -77,7 +77,8 @@ def accelerate(model_or_pipeline: Any, *, strict: bool = False) -> AccelerationR
     and VQModel, and much of a UNet. Of clips: the blocks, spatial norms, upsampling and, except KVAE's, causal convolutions of
     AutoencoderKLCogVideoX, AutoencoderKLKVAEVideo and Kandinsky6SRVAE (blocks of its decoder only); the group norms of
     TemporalResnetBlock (the decoder and UNet of Stable Video Diffusion), of HunyuanVideo's, EasyAnimate's (Magvit) and Mochi's
-    blocks and of Allegro's layers over time; the last norms of these models, except KVAE's and Kandinsky's, with their activation.
+    blocks and of Allegro's layers over time; the last norms of these models with their activation, except those of KVAE
+    and Kandinsky 6.
     Results and gradients are the same up to rounding. Idempotent; call it again after adding parts to the model.
 
     Args:
