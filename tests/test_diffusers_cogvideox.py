@@ -360,11 +360,6 @@ def test_small_frames_are_padded(monkeypatch):
         assert [size[2] for size in sizes] == convolutions
 
 
-@torch.no_grad()
-def test_replicating_convolutions_are_left_to_diffusers():
-    assert set(accelerate(causal(pad_mode="replicate")).skipped.values()) == {"it repeats the border in space too"}
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
 def test_later_batches_are_normalised_in_the_convolutions_input(layout, monkeypatch):

@@ -20,11 +20,14 @@ from .registry import accelerated_classes
 
 MAX_NAMES_SHOWN = 3
 TIME_AXIS_REASON = "it works on maps with a time axis"
+SILU_IS_A_FUNCTION = "the SiLU after its last norm is a function in its forward"
 # Parts of video autoencoders that resemble served ones, with the reasons why they are not.
 UNSERVED = {
-    "HunyuanVideoCausalConv3d": "it repeats the border in space too",
-    "EasyAnimateCausalConv3d": "it keeps its cache in itself",
-    "KVAECachedCausalConv3d": "it repeats the border in space too",
+    "KVAECachedEncoder3D": SILU_IS_A_FUNCTION,
+    "KVAECachedDecoder3D": SILU_IS_A_FUNCTION,
+    "Kandinsky6SREncoder3D": SILU_IS_A_FUNCTION,
+    "Kandinsky6SRDecoder3D": SILU_IS_A_FUNCTION,
+    "MochiDecoder3D": "no norm comes before its last activation",
 }
 NO_PART_REASON = "none of its parts can be accelerated"
 
@@ -74,7 +77,7 @@ def accelerate(model_or_pipeline: Any, *, strict: bool = False) -> AccelerationR
     The parts, with SiLU: ResnetBlock2D (group norm, with or without a time embedding), ResnetBlockCondNorm2D and SpatialNorm
     (Kandinsky's VQModel), KVAE's 2-D SpatialNorm, nearest Upsample2D with its convolution, the group norm before the last
     convolution, and Attention of one head of up to 512 over an image. They make up nearly all of AutoencoderKL (SD, SDXL, FLUX)
-    and VQModel, and much of a UNet. Of clips: the blocks, spatial norms, upsampling and, except KVAE's, causal convolutions of
+    and VQModel, and much of a UNet. Of clips: the blocks, spatial norms, upsampling and causal convolutions of
     AutoencoderKLCogVideoX, AutoencoderKLKVAEVideo and Kandinsky6SRVAE (blocks of its decoder only); the group norms of
     TemporalResnetBlock (the decoder and UNet of Stable Video Diffusion), of HunyuanVideo's, EasyAnimate's (Magvit) and Mochi's
     blocks and of Allegro's layers over time; the last norms of these models with their activation, except those of KVAE

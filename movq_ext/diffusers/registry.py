@@ -12,13 +12,14 @@ from torch import nn
 from .accelerated import Accelerated
 from .attention import Attention
 from .blocks import ResnetBlock2D, ResnetBlockCondNorm2D
-from .causal_convolution import CausalConv3d
 from .cogvideox import CogVideoXResnetBlock3D, CogVideoXUpsample3D
+from .easyanimate import EasyAnimateCausalConv3d
 from .frame_norms import MochiChunkedGroupNorm3D, MochiResnetBlock3D
 from .kandinsky6 import Kandinsky6SRCausalConv3d, Kandinsky6SRResnetBlock3D
 from .kvae_video import KVAECachedResnetBlock3D
 from .norms import GroupNorm, SpatialNorm
 from .output_norms import OutputNorm
+from .replicated_border import CogVideoXCausalConv3d, HunyuanVideoCausalConv3d, KVAECachedCausalConv3d
 from .residual_upsampling import Kandinsky6SRUpsample, KVAECachedPXSUpsample
 from .temporal_blocks import AllegroTemporalConvLayer, ClipResnetBlock
 from .upsampling import Upsample2D
@@ -40,7 +41,7 @@ IMPLEMENTATIONS: dict[str, type[Accelerated]] = {
     "diffusers.models.autoencoders.autoencoder_kl_kvae.KVAEDecoderSpatialNorm2D": SpatialNorm,
     "diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXSpatialNorm3D": CogVideoXSpatialNorm3D,
     "diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXResnetBlock3D": CogVideoXResnetBlock3D,
-    "diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXCausalConv3d": CausalConv3d,
+    "diffusers.models.autoencoders.autoencoder_kl_cogvideox.CogVideoXCausalConv3d": CogVideoXCausalConv3d,
     "diffusers.models.autoencoders.autoencoder_kl_kvae_video.KVAECachedSpatialNorm3D": KVAECachedSpatialNorm3D,
     "diffusers.models.autoencoders.autoencoder_kl_kvae_video.KVAECachedResnetBlock3D": KVAECachedResnetBlock3D,
     "diffusers.models.autoencoders.autoencoder_kandinsky6_sr.Kandinsky6SRSpatialNorm3D": Kandinsky6SRSpatialNorm3D,
@@ -48,6 +49,9 @@ IMPLEMENTATIONS: dict[str, type[Accelerated]] = {
     "diffusers.models.autoencoders.autoencoder_kandinsky6_sr.Kandinsky6SRCausalConv3d": Kandinsky6SRCausalConv3d,
     "diffusers.models.autoencoders.autoencoder_kandinsky6_sr.Kandinsky6SRUpsample": Kandinsky6SRUpsample,
     "diffusers.models.autoencoders.autoencoder_kl_kvae_video.KVAECachedPXSUpsample": KVAECachedPXSUpsample,
+    "diffusers.models.autoencoders.autoencoder_kl_kvae_video.KVAECachedCausalConv3d": KVAECachedCausalConv3d,
+    "diffusers.models.autoencoders.autoencoder_kl_hunyuan_video.HunyuanVideoCausalConv3d": HunyuanVideoCausalConv3d,
+    "diffusers.models.autoencoders.autoencoder_kl_magvit.EasyAnimateCausalConv3d": EasyAnimateCausalConv3d,
     "diffusers.models.autoencoders.autoencoder_kl_allegro.AllegroTemporalConvLayer": AllegroTemporalConvLayer,
     "diffusers.models.autoencoders.autoencoder_kl_mochi.MochiChunkedGroupNorm3D": MochiChunkedGroupNorm3D,
     "diffusers.models.autoencoders.autoencoder_kl_mochi.MochiResnetBlock3D": MochiResnetBlock3D,
