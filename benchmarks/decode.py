@@ -1,171 +1,128 @@
 """Time and memory of a whole decode and of a training step: ours against every peer.
 
     python benchmarks/decode.py --out benchmarks/results/decode
+    python benchmarks/decode.py --plan cpu --compile-only  # fills the compiler's cache: the next line takes less time
+    python benchmarks/decode.py --plan cpu --out benchmarks/results/decode_cpu --minutes 20
 
-The decoder is Kandinsky 2.x's (52.8 million parameters) with random weights, the same in every peer. Each peer runs in a separate
-process. Its result is checked against the published decoder in float32 first; then the peers are timed in turns, for several
-rounds. "ms" is the median of the rounds and "spread" their ``(largest - smallest) / median``. A training step is a forward and a
-backward pass, with gradients for the latents and for all parameters of the decoder.
+A model is "kandinsky", Kandinsky 2.x's decoder (52.8 million parameters) with random weights, or "shipped", the small one in this
+package. The weights are the same in every peer; diffusers cannot read the shipped ones. Each peer runs in a separate process. Its
+result is checked against the published decoder in float32 first, for up to 512x512 pixels in a batch; then the peers are timed in
+turns, for several rounds. "ms" is the median of the rounds and "spread" their ``(largest - smallest) / median``. A training step
+is a forward and a backward pass, with gradients for the latents and for all parameters of the decoder.
 
 "MB" is the peak memory of the second call beyond what was in use before it. "kept MB" is what the first call left behind in
 tensors besides weights and latents, such as packed weights. "of roofline" divides a lower bound of the time by the measured time:
 the operations of the published convolutions at the faster of two measured rates (a matrix product and a 3x3 convolution in that
-dtype), plus the bytes of the norms at the rate of a copy.
+dtype), plus the bytes of the norms at the rate of a copy. It may exceed 1, since ours takes fewer operations.
+
+The results are written after every case, so an interrupted run keeps its finished cases.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import json
-import select
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from peers import KINDS, peer, save_random
+from peer_process import TOLERANCE, PeerProcess
+from peers import KINDS, save_random
 from plots import draw
-from timing import convolution_rate, copy_bandwidth, environment, matmul_rate, milliseconds, peak_megabytes, summary, write
-from torch import Tensor, nn
-from work import Work, work
+from tables import CASE
+from timing import convolution_rate, copy_bandwidth, environment, matmul_rate, summary, write
+from work import work
 
 import movq_ext
+from movq_ext.demo import SMALL_MODEL_PATH
 
-TOLERANCE = {"float32": 2e-5, "bfloat16": 6e-2, "float16": 1e-2}
-CASE = ("device", "mode", "dtype", "size", "batch")
-MEASURED = ("ms", "spread", "MB", "kept MB", "images/s", "of roofline")
-
-
-def measured_function(mode: str, model: nn.Module, decode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return the function to measure. It maps the latents to the image or, in training, to their gradient."""
-    if mode == "decode":
-        return decode
-    parameters = [p for name, p in model.named_parameters() if name.split(".")[0] in ("decoder", "post_quant_conv")]
-
-    def train(z: Tensor) -> Tensor:
-        z = z.detach().requires_grad_()
-        return torch.autograd.grad(decode(z).float().square().mean(), [z, *parameters])[0]
-
-    return train
+MEASURED = ("ms", "spread", "rounds", "MB", "kept MB", "images/s", "of roofline")
+MODELS = ("kandinsky", "shipped")
 
 
-def run_peer(options: argparse.Namespace) -> None:
-    """Check one peer, then time it once for every line on stdin. Runs in a separate process, and answers in JSON lines."""
-    device, dtype = torch.device(options.device[0]), getattr(torch, options.dtype)
-    torch.set_grad_enabled(options.mode == "train")
-    torch.manual_seed(0)
-    z = torch.randn(options.batch, 4, options.size // 8, options.size // 8)
-    expected = None
-    if options.size <= 512:
-        model, decode = peer("published", options.folder, device, torch.float32)
-        expected = measured_function(options.mode, model, decode)(z.to(device)).cpu()
-        del model, decode
-    z = z.to(device, dtype)
-    model, decode = peer(options.peer, options.folder, device, dtype)
-    model.train(options.mode == "train")
-    step = measured_function(options.mode, model, decode)
-    loaded = tensor_megabytes(device)
-    out = step(z)
-    if expected is not None:
-        error = float((out.float().cpu() - expected).norm() / expected.norm())
-        # TF32 has float16's 10 bits of mantissa.
-        by_tf32 = options.dtype == "float32" and device.type == "cuda" and torch.backends.cudnn.allow_tf32
-        tolerance = TOLERANCE["float16" if by_tf32 else options.dtype] * (3 if options.mode == "train" else 1)
-        if not error < tolerance:
-            answer({"failed": f"wrong: {error:.1e}"})
-            return
-    del out
-    kept = tensor_megabytes(device) - loaded
-    del expected
-    answer({"MB": peak_megabytes(lambda: step(z), device), "kept MB": kept})
-    for _ in sys.stdin:
-        answer({"ms": milliseconds(lambda: step(z), device, options.seconds)})
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # the other peers share the GPU
+class Case(NamedTuple):
+    """What the peers compute; see the keys of plots.CASE."""
+
+    device: str
+    model: str
+    threads: int
+    mode: str
+    dtype: str
+    size: int
+    batch: int
 
 
-def answer(message: dict[str, Any]) -> None:
-    print(json.dumps(message), flush=True)
+def cpu_case(dtype: str = "float32", size: int = 256, batch: int = 1, threads: int = 2, model: str = "kandinsky") -> Case:
+    return Case("cpu", model, threads, "decode", dtype, size, batch)
 
 
-def tensor_megabytes(device: torch.device) -> float:
-    """Return the memory of tensors: on a GPU all allocations, on a CPU the tensors that Python can reach."""
-    gc.collect()
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated() / 1e6
-    tensors = [x for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter) and x.device == device]
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors if x.layout == torch.strided}
-    # Tensors in a layout of oneDNN have no storage.
-    packed: float = sum(x.numel() * x.element_size() for x in tensors if x.layout != torch.strided)
-    return (float(sum(storages.values())) + packed) / 1e6
+# The most important first, since the time may end.
+PLANS = {
+    "cpu": (
+        cpu_case(),
+        cpu_case("bfloat16"),
+        cpu_case(model="shipped"),
+        cpu_case(size=512),
+        cpu_case(size=128),
+        cpu_case(threads=1),
+        cpu_case(size=128, batch=8),
+        cpu_case("bfloat16", size=512),
+        cpu_case("bfloat16", model="shipped"),
+        cpu_case("bfloat16", size=128),
+        cpu_case(model="shipped", threads=1),
+        cpu_case("bfloat16", threads=1),
+        cpu_case(size=1024),
+        cpu_case("bfloat16", size=1024),
+    )
+}
+PLAN_PEERS = ("ours", "published compiled nhwc", "diffusers compiled nhwc", "diffusers nhwc")
 
 
-class PeerProcess:
-    """A peer in a separate process, which is ready once it has checked its result.
-
-    Attributes:
-        found: ``MB``, ``kept MB`` and the ``ms`` of every round; or why it ``failed``.
-    """
-
-    def __init__(self, name: str, options: argparse.Namespace, **case: Any) -> None:
-        self.name, self.found = name, {"ms": []}
-        arguments = [f"--peer={name}", f"--folder={options.folder}", f"--seconds={options.seconds}"]
-        arguments += [f"--{key}={value}" for key, value in case.items()]
-        self._errors = tempfile.TemporaryFile("w+")
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
-        )
-
-    def receive(self, deadline: float) -> None:
-        """Wait for the next answer, at most 10 minutes and not past the deadline."""
-        assert self._process.stdout is not None
-        limit = min(600.0, deadline - time.monotonic())
-        if limit <= 0 or not select.select([self._process.stdout], [], [], limit)[0]:
-            self._fail("no time" if limit <= 0 else f"over {limit:.0f} s")
-        elif line := self._process.stdout.readline():
-            message = json.loads(line)
-            if "ms" in message:
-                self.found["ms"].append(message["ms"])
-            else:
-                self.found |= message
-        else:
-            self._process.wait()
-            self._errors.seek(0)
-            last = (self._errors.read().strip().splitlines() or ["died"])[-1]
-            self._fail("out of memory" if "OutOfMemory" in last or (self._process.returncode or 0) < 0 else last[:60])
-
-    def measure(self, deadline: float) -> None:
-        """Time one round, unless the peer has failed."""
-        if "failed" not in self.found:
-            assert self._process.stdin is not None
-            self._process.stdin.write("\n")
-            self._process.stdin.flush()
-            self.receive(deadline)
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._errors.close()
-
-    def _fail(self, reason: str) -> None:
-        if not self.found["ms"]:  # keep the rounds measured so far
-            self.found["failed"] = reason
-        self._process.kill()
+def chosen_cases(options: argparse.Namespace) -> Iterator[Case]:
+    """Yield the plan's cases, or every combination of the options."""
+    if options.plan:
+        yield from PLANS[options.plan]
+        return
+    for device in options.device:
+        cuda = device == "cuda"
+        sizes = [64] if options.quick else [256, 512, 768, 1024, 2048] if cuda else [256]
+        for model in options.models:
+            for threads in options.threads or [torch.get_num_threads()]:
+                for dtype in options.dtypes or (["bfloat16", "float16", "float32"] if cuda else ["float32"]):
+                    for size in options.sizes or sizes:
+                        for batch in options.batches or ([1, 8] if cuda and not options.quick else [1]):
+                            for mode in options.modes or (["decode", "train"] if cuda or options.quick else ["decode"]):
+                                yield Case(device, model, threads, mode, dtype, size, batch)
 
 
-def measure_case(names: Sequence[str], options: argparse.Namespace, deadline: float, **case: Any) -> dict[str, dict[str, Any]]:
+def peers_of(case: Case, options: argparse.Namespace) -> list[str]:
+    variants = ["", " nhwc", " compiled", " compiled nhwc"]
+    if case.mode == "decode" and case.device == "cpu":
+        variants.append(" frozen nhwc")
+    names = list(KINDS) if options.quick else [f"{kind}{variant}" for variant in variants for kind in KINDS]
+    if options.plan and not options.quick:
+        names = [*PLAN_PEERS, *(["published nhwc"] if case == PLANS[options.plan][0] else [])]
+    names = options.peers or names
+    if case.model == "shipped":
+        names = list(dict.fromkeys(name.replace("diffusers", "published") for name in names))
+    return names
+
+
+def measure_case(case: Case, options: argparse.Namespace, folder: Path, deadline: float) -> dict[str, dict[str, Any]]:
     """Return the results of each peer. Peers are prepared one after the other, and then take turns."""
+    arguments = case._asdict()
+    weights = folder if arguments.pop("model") == "kandinsky" else SMALL_MODEL_PATH
+    expected = folder / f"expected-{case.device}-{case.model}-{case.mode}-{case.size}-{case.batch}.pt"
     peers = []
     try:
-        for name in names:
-            peers.append(PeerProcess(name, options, **case))
+        for name in peers_of(case, options):
+            peers.append(PeerProcess(name, weights, expected, options.seconds, **arguments))
             peers[-1].receive(deadline)
-        for _ in range(options.rounds):
+            print(case, name, peers[-1].found, file=sys.stderr)
+        for _ in range(0 if options.compile_only else options.rounds):
             for one in peers:
                 one.measure(deadline)
     finally:
@@ -174,90 +131,119 @@ def measure_case(names: Sequence[str], options: argparse.Namespace, deadline: fl
     return {one.name: one.found for one in peers}
 
 
-def peers_of(options: argparse.Namespace, mode: str, cuda: bool) -> list[str]:
-    if options.peers or options.quick:
-        return options.peers or list(KINDS)
-    variants = ["", " nhwc", " compiled", " compiled nhwc", *([" frozen nhwc"] if mode == "decode" and not cuda else [])]
-    return [f"{kind}{variant}" for variant in variants for kind in KINDS]
+def rows_of(case: Case, results: dict[str, dict[str, Any]], seconds: float) -> list[dict[str, Any]]:
+    """Return a row for every decoder.
+
+    Args:
+        case: what was measured.
+        results: of `measure_case`.
+        seconds: lower bound of the time for one image.
+    """
+    rows = []
+    for name, result in results.items():
+        row = {**case._asdict(), "decoder": name, **dict.fromkeys(MEASURED, "-")}
+        row |= {key: result[key] for key in ("MB", "kept MB") if key in result}
+        if result["ms"]:
+            ms, spread = summary(result["ms"])
+            row |= {"ms": ms, "spread": spread, "rounds": len(result["ms"]), "images/s": 1e3 * case.batch / ms}
+            row["of roofline"] = 1e3 * case.batch * seconds / ms
+        else:
+            row["ms"] = result.get("failed", "not timed")
+        rows.append(row)
+    return rows
 
 
-def measure_device(
-    device: torch.device, options: argparse.Namespace, deadline: float, rows: list[dict[str, Any]], works: dict[str, Work]
-) -> dict[str, Any]:
-    """Add a row for every decoder and case, and the work of every size. Returns the head's entries for the device."""
-    cuda = device.type == "cuda"
-    bandwidth = copy_bandwidth(device)
-    head = {**environment(device), "copy bandwidth, GB/s": bandwidth / 1e9, "rounds": options.rounds}
-    for dtype in options.dtypes or (["bfloat16", "float16", "float32"] if cuda else ["float32"]):
-        kind = getattr(torch, dtype)
-        rates = {"matmul": matmul_rate(device, 8192 if cuda else 2048, kind)}
-        rates["convolution"] = convolution_rate(device, 128 if cuda else 64, kind)
-        head |= {f"{dtype} {name}, TFLOP/s": rate / 1e12 for name, rate in rates.items()}
-        for size in options.sizes or ([64] if options.quick else [256, 512, 768, 1024, 2048] if cuda else [256]):
-            found = works[str(size)] = work(movq_ext.from_pretrained(options.folder).decoder, size)
-            operations = sum(found[part]["operations"] for part in ("convolution", "attention"))
-            moved = found["norm"]["elements"] / 3
-            for batch in options.batches or ([1, 8] if cuda and not options.quick else [1]):
-                for mode in options.modes or (["decode", "train"] if cuda or options.quick else ["decode"]):
-                    passes, maps = (1, 3) if mode == "decode" else (3, 8)
-                    seconds = passes * operations / max(rates.values()) + maps * moved * kind.itemsize / bandwidth
-                    case = dict(device=device, mode=mode, dtype=dtype, size=size, batch=batch)
-                    names = peers_of(options, mode, cuda)
-                    for name, result in measure_case(names, options, deadline, **case).items():
-                        row = {**case, "device": device.type, "decoder": name, **dict.fromkeys(MEASURED, "-")}
-                        row |= {key: result[key] for key in ("MB", "kept MB") if key in result}
-                        if result["ms"]:
-                            ms, spread = summary(result["ms"])
-                            row |= {"ms": ms, "spread": spread, "images/s": 1e3 * batch / ms}
-                            row["of roofline"] = 1e3 * batch * seconds / ms
-                        else:
-                            row["ms"] = result["failed"]
-                        rows.append(row)
-    return head
+class Limits:
+    """Measured rates of the devices and counted work of the models: the lower bounds of the times.
+
+    Args:
+        weights: of each model.
+    """
+
+    def __init__(self, weights: dict[str, Path]) -> None:
+        self.weights = weights
+        self.head: dict[str, Any] = {}
+        self.work: dict[str, Any] = {}
+
+    def seconds(self, case: Case) -> float:
+        """Return the lower bound for one image, and add the rates to the head and the work of this size."""
+        device, cuda = torch.device(case.device), case.device == "cuda"
+        where = case.device if cuda else f"{case.device}, {case.threads} threads"
+        if not cuda:
+            torch.set_num_threads(case.threads)
+        if f"{case.device}: device" not in self.head:
+            shared = ("date", "torch", "movq_ext", "commit")
+            found = environment(device)
+            found.pop("threads", None)
+            self.head |= {key if key in shared else f"{case.device}: {key}": value for key, value in found.items()}
+        if f"{where}: copy bandwidth, GB/s" not in self.head:
+            self.head[f"{where}: copy bandwidth, GB/s"] = copy_bandwidth(device) / 1e9
+        dtype = getattr(torch, case.dtype)
+        sizes = (8192, 128) if cuda else (2048, 64)
+        for name, rate, size in zip(("matmul", "convolution"), (matmul_rate, convolution_rate), sizes, strict=True):
+            if (key := f"{where}: {case.dtype} {name}, TFLOP/s") not in self.head:
+                self.head[key] = rate(device, size, dtype) / 1e12
+        if (key := f"{case.model} {case.size}") not in self.work:
+            self.work[key] = work(movq_ext.from_pretrained(self.weights[case.model]).decoder, case.size)
+        found = self.work[key]
+        operations = sum(found[part]["operations"] for part in ("convolution", "attention"))
+        passes, maps = (1, 3) if case.mode == "decode" else (3, 8)
+        peak = 1e12 * max(self.head[f"{where}: {case.dtype} {name}, TFLOP/s"] for name in ("matmul", "convolution"))
+        moved = maps * found["norm"]["elements"] / 3 * dtype.itemsize
+        return float(passes * operations / peak + moved / (1e9 * self.head[f"{where}: copy bandwidth, GB/s"]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     devices = ("cuda", "cpu")
+    parser.add_argument("--plan", choices=PLANS, help="measure a list of cases instead of every combination of the options below")
     parser.add_argument("--device", nargs="+", choices=devices, default=devices, help="a missing GPU gets a row that says so")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decode"), help="folder for the results")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS[:1], help="kandinsky")
+    parser.add_argument("--threads", type=int, nargs="+", help="of operators on a CPU; PyTorch's default")
     parser.add_argument("--sizes", type=int, nargs="+", help="of the image; 256 on a CPU, 256 to 2048 on a GPU")
     parser.add_argument("--dtypes", nargs="+", choices=TOLERANCE, help="float32 on a CPU, all on a GPU")
     parser.add_argument("--batches", type=int, nargs="+", help="1 on a CPU, 1 and 8 on a GPU")
     parser.add_argument("--modes", nargs="+", choices=("decode", "train"), help="both on a GPU, decode on a CPU")
     parser.add_argument("--peers", nargs="+", help="such as 'published compiled nhwc'; see peers.py")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each peer")
-    parser.add_argument("--seconds", type=float, default=0.5, help="length of a turn; it has at least 3 calls")
+    parser.add_argument("--seconds", type=float, default=0.5, help="length of a turn; it has at least one call")
     parser.add_argument("--minutes", type=float, default=60.0, help="end after this long")
-    parser.add_argument("--quick", action="store_true", help="rehearse: a small decoder and few peers")
-    for name, kind in (("peer", str), ("folder", Path), ("size", int), ("batch", int), ("dtype", str), ("mode", str)):
-        parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decode"), help="folder for the results")
+    parser.add_argument("--compile-only", action="store_true", help="run every peer of every case once, and write nothing")
+    parser.add_argument("--quick", action="store_true", help="rehearse: small decoders, images and batches, and few peers")
     options = parser.parse_args()
-    if options.peer:
-        run_peer(options)
-        return
     deadline = time.monotonic() + 60 * options.minutes
     rows: list[dict[str, Any]] = []
-    head: dict[str, Any] = {}
-    works: dict[str, Work] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        options.folder = Path(folder)
-        save_random(options.folder, small=options.quick)
-        for device in options.device:
-            if device == "cuda" and not torch.cuda.is_available():
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_random(folder, small=options.quick)
+        limits = Limits({"kandinsky": folder, "shipped": SMALL_MODEL_PATH})
+        for case in dict.fromkeys(quick(case) if options.quick else case for case in chosen_cases(options)):
+            if case.device == "cuda" and not torch.cuda.is_available():
                 missing: dict[str, Any] = dict.fromkeys((*CASE, "decoder", *MEASURED), "-")
-                rows.append({**missing, "device": device, "ms": "missing: no GPU"})
-                continue
-            found = measure_device(torch.device(device), options, deadline, rows, works)
-            shared = ("date", "torch", "movq_ext", "commit")
-            head |= {key if key in shared else f"{device}: {key}": value for key, value in found.items()}
-    head |= ratios(rows)
-    head["work"] = works
+                rows.append({**missing, "device": case.device, "ms": "missing: no GPU"})
+            elif options.compile_only:
+                measure_case(case, options, folder, deadline)
+            elif time.monotonic() < deadline:
+                seconds = limits.seconds(case)
+                rows += rows_of(case, measure_case(case, options, folder, deadline), seconds)
+                save(options, limits, rows)
+    if not options.compile_only:
+        save(options, limits, rows)
+        print(f"figures: {draw(options.out)}")
+
+
+def quick(case: Case) -> Case:
+    """Return a smaller case, with one thread: two would wait for each other on a busy machine."""
+    return case._replace(threads=1, size=min(case.size, 64) + 32 * (case.size > 256), batch=min(case.batch, 2))
+
+
+def save(options: argparse.Namespace, limits: Limits, rows: Sequence[dict[str, Any]]) -> None:
+    head = {**limits.head, "rounds": options.rounds, **ratios(rows), "work": limits.work}
     write(options.out, "decode", "Decoding and training steps", head, rows)
-    print(f"figures: {draw(options.out)}")
 
 
-def ratios(rows: list[dict[str, Any]]) -> dict[str, str]:
+def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Compare our best with the peers' best, for every case."""
     found = {}
     measured = [row for row in rows if isinstance(row["ms"], float)]
@@ -269,8 +255,10 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, str]:
             text = [f"{best['ms'][0] / best['ms'][1]:.2f}x the speed"]
             if best["MB"][1] > 0:
                 text.append(f"{100 * best['MB'][1] / best['MB'][0]:.0f}% of the memory")
-            device, mode, dtype, size, batch = case
-            found[f"{device}, {mode}, {dtype}, {size}x{size}, batch {batch}, ours against the best peer"] = ", ".join(text)
+            device, model, threads, mode, dtype, size, batch = case
+            where = f"{device}, {threads} threads" if device == "cpu" else device
+            name = f"{model}, {where}, {mode}, {dtype}, {size}x{size}, batch {batch}, ours against the best peer"
+            found[name] = ", ".join(text)
     return found
 
 

@@ -1,10 +1,12 @@
-"""Figures of decode.py's results, drawn from its JSON. Needs matplotlib, which is not a dependency of the package.
+"""Figures and tables of decode.py's results, from its JSON. Figures need matplotlib, which is not a dependency of the package.
 
-    python benchmarks/plots.py benchmarks/results/decode_cpu --profile benchmarks/results/profile_cpu
+    python benchmarks/plots.py benchmarks/results/decode_cpu --profile benchmarks/results/profile_cpu \\
+        --into README.md docs/performance.md
 
-``comparison.png`` shows time and memory of every decoder in its fastest layout. ``roofline.png`` shows the rate at which each
-decoder completes the published model's operations, against the device's measured limits: a 3x3 convolution, a matrix product and
-the bandwidth of a copy. With a profile of ours, it also shows our layers by kind.
+``comparison.png`` shows time and memory of every decoder in its fastest layout, in the first case of every dtype. ``cases.png``
+compares ours with the fastest peer in all cases. ``roofline.png`` shows the rate at which each decoder completes the published
+model's operations, against the device's measured limits: a 3x3 convolution, a matrix product and the bandwidth of a copy. With a
+profile of ours, it also shows our layers by kind. Documents get the tables of tables.py.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-Rows = Sequence[dict[str, Any]]
-CASE = ("device", "mode", "dtype", "size", "batch")
-OURS, THEIRS, KEPT, ROOF = "#d9480f", "#8b949e", "#c9d1d9", "#24292f"
+from tables import Rows, case_name, compared_cases, measured_cases, put_tables, split_name
+
+OURS, OURS_16_BIT, THEIRS, KEPT, ROOF = "#d9480f", "#f0a381", "#8b949e", "#c9d1d9", "#24292f"
 BORDER = "#d0d7de"
 WIDTH = 9.5  # inches: about the width of a README
 HOW = {"": "eager", "compiled": "compiled", "frozen": "compiled, frozen"}
@@ -29,7 +31,7 @@ PARTS = {  # labels of our layers: text, offset, alignment
 
 
 def draw(folder: Path, profile: Path | None = None) -> str:
-    """Draw both figures of ``folder/decode.json``. Returns the names of the files, or the reason for drawing none."""
+    """Draw the figures of ``folder/decode.json``. Returns the names of the files, or the reason for drawing none."""
     try:
         import matplotlib
     except ImportError:
@@ -37,40 +39,26 @@ def draw(folder: Path, profile: Path | None = None) -> str:
     matplotlib.use("Agg")
     matplotlib.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 12})
     results = json.loads((folder / "decode.json").read_text())
-    cases = by_case(results["rows"])
+    cases = first_cases(measured_cases(results["rows"]))
     if not cases:
         return "not drawn: nothing was measured"
     comparison(folder / "comparison.png", cases)
+    drawn = ["comparison.png"]
+    if compared_cases(results["rows"]):
+        speedups(folder / "cases.png", results["rows"])
+        drawn.append("cases.png")
     times = json.loads((profile / "profile.json").read_text()) if profile else None
-    drawn = roofline(folder / "roofline.png", results, cases, times)
-    return "comparison.png, roofline.png" if drawn else "comparison.png"
+    if roofline(folder / "roofline.png", results, cases, times):
+        drawn.append("roofline.png")
+    return ", ".join(drawn)
 
 
-def by_case(rows: Rows) -> dict[tuple[Any, ...], Rows]:
-    """Group the measured rows by case, and keep those that `fastest` chooses."""
-    cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        if isinstance(row["ms"], float):
-            cases.setdefault(tuple(row[key] for key in CASE), []).append(row)
-    return {case: fastest(found) for case, found in cases.items()}
-
-
-def fastest(rows: Rows) -> Rows:
-    """Return ours in its default layout and every peer in its fastest, for each way of running it; the fastest first."""
-    best: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in rows:
-        kind, how = split_name(row["decoder"])
-        if kind == "ours" and row["decoder"] != "ours":
-            continue
-        if (kind, how) not in best or row["ms"] < best[kind, how]["ms"]:
-            best[kind, how] = row
-    return sorted(best.values(), key=lambda row: float(row["ms"]))
-
-
-def split_name(decoder: str) -> tuple[str, str]:
-    """Split a name of peers.py into the kind of decoder and the way it runs, without the layout."""
-    kind, *how = decoder.split()
-    return kind, " ".join(word for word in how if word != "nhwc")
+def first_cases(cases: dict[tuple[Any, ...], Any]) -> dict[tuple[Any, ...], Any]:
+    """Return the first case of every device, mode and dtype."""
+    kinds: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+    for device, model, threads, mode, dtype, size, batch in cases:
+        kinds.setdefault((device, mode, dtype), (device, model, threads, mode, dtype, size, batch))
+    return {case: cases[case] for case in kinds.values()}
 
 
 def label(decoder: str) -> str:
@@ -79,10 +67,12 @@ def label(decoder: str) -> str:
 
 
 def title(case: tuple[Any, ...]) -> str:
-    device, mode, dtype, size, batch = case
+    device, model, threads, mode, dtype, size, batch = case
     what = {"decode": "Decoding", "train": "A training step on"}[mode]
     images = "an image" if batch == 1 else f"{batch} images"
-    return f"{what} {images} of {size}x{size} in {dtype} on a {'GPU' if device == 'cuda' else 'CPU'}"
+    where = "a GPU" if device == "cuda" else f"{threads} CPU thread{'s' * (threads > 1)}"
+    small = " with the shipped model" if model == "shipped" else ""
+    return f"{what} {images} of {size}x{size} in {dtype}{small} on {where}"
 
 
 def comparison(path: Path, cases: dict[tuple[Any, ...], Rows]) -> None:
@@ -130,6 +120,27 @@ def bar_text(row: dict[str, Any], ours: dict[str, Any] | None, key: str) -> str:
     return f"{text} + {row['kept MB']:.0f}" if key == "MB" and number(row["kept MB"]) > 1 else text
 
 
+def speedups(path: Path, rows: Rows) -> None:
+    """Draw a bar for each case: how many times as long as ours the fastest peer takes."""
+    import matplotlib.pyplot as plt
+
+    found = compared_cases(rows)
+    ratios = [peer["ms"] / ours["ms"] for ours, peer in found.values()]
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.9 + 0.33 * len(found)), layout="constrained")
+    colors = [OURS if case[4] == "float32" else OURS_16_BIT for case in found]
+    drawn = axis.barh([case_name(case) for case in found], ratios, color=colors, height=0.7)
+    texts = [f"{ratio:.2f}x  {label(peer['decoder'])}" for ratio, (_, peer) in zip(ratios, found.values(), strict=True)]
+    axis.bar_label(drawn, texts, padding=4)
+    axis.axvline(1, color=ROOF, linewidth=1)
+    axis.set_xlim(0, 1.7 * max(*ratios, 1))  # leaves room for the labels
+    axis.set_xticks([])
+    axis.invert_yaxis()
+    axis.tick_params(axis="y", length=0)
+    axis.spines["bottom"].set_visible(False)
+    axis.set_title("Time of the fastest other decoder, relative to movq_ext's (line: equal)", loc="left", weight="bold")
+    save(figure, path)
+
+
 def number(value: Any) -> float:
     return value if isinstance(value, float) else 0.0
 
@@ -138,19 +149,21 @@ def roofline(path: Path, results: dict[str, Any], cases: dict[tuple[Any, ...], R
     """Draw operations per second over operations per byte, for each decoding case whose work was counted."""
     import matplotlib.pyplot as plt
 
-    wanted = {case: rows for case, rows in cases.items() if case[1] == "decode" and str(case[3]) in results.get("work", {})}
+    wanted = {case: rows for case, rows in cases.items() if case[3] == "decode" and f"{case[1]} {case[5]}" in results["work"]}
     if not wanted:
         return False
     figure, axes = plt.subplots(len(wanted), figsize=(WIDTH, 5.2 * len(wanted)), squeeze=False, layout="constrained")
     for axis, (case, rows) in zip(axes[:, 0], wanted.items(), strict=True):
-        device, _, dtype, size, batch = case
-        work, item = results["work"][str(size)], {"float32": 4}.get(dtype, 2)
-        rates = {what: 1e3 * results[f"{device}: {dtype} {what}, TFLOP/s"] for what in ("convolution", "matmul")}
-        bandwidth = results[f"{device}: copy bandwidth, GB/s"]
+        device, model, threads, _, dtype, size, batch = case
+        work, item = results["work"][f"{model} {size}"], {"float32": 4}.get(dtype, 2)
+        where = device if device == "cuda" else f"{device}, {threads} threads"
+        rates = {what: 1e3 * results[f"{where}: {dtype} {what}, TFLOP/s"] for what in ("convolution", "matmul")}
+        bandwidth = results[f"{where}: copy bandwidth, GB/s"]
         operations = sum(work[kind]["operations"] for kind in ("convolution", "attention"))
         intensity = operations / sum(part["elements"] for part in work.values()) / item
         points = [(row, 1e-6 * batch * operations / row["ms"]) for row in rows]
-        parts = profiled(work, item, profile) if profile and (size, batch) == (256, 1) else {}
+        is_profiled = profile and (device, model, dtype, size, batch) == ("cpu", "kandinsky", "float32", 256, 1)
+        parts = profiled(work, item, profile) if profile and is_profiled else {}
         draw_roofline(axis, rates, bandwidth)
         lowest = min(y for _, y in [*points, *parts.values()])
         axis.set_ylim(min(0.04 * max(rates.values()), 0.7 * lowest), 1.6 * max(rates.values()))
@@ -231,9 +244,13 @@ def save(figure: Any, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder with decode.json, where the figures are written")
-    parser.add_argument("--profile", type=Path, help="folder with a profile.json of the same decode and device")
+    parser.add_argument("--profile", type=Path, help="folder with a profile.json of a 256x256 decode in float32 on a CPU")
+    parser.add_argument("--into", type=Path, nargs="+", default=[], help="documents that get tables")
     options = parser.parse_args()
     print(draw(options.folder, options.profile))
+    for document in options.into:
+        written = put_tables(document, json.loads((options.folder / "decode.json").read_text())["rows"])
+        print(f"{document}: {', '.join(written) or 'no marks for tables'}")
 
 
 if __name__ == "__main__":

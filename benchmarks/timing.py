@@ -86,12 +86,20 @@ def arguments(
     return options, torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
 
 
-def milliseconds(run: Callable[[], object], device: torch.device, seconds: float = 0.3) -> float:
-    """Return the median time of a call; on a GPU the L2 cache is cold."""
-    run()
+def milliseconds(run: Callable[[], object], device: torch.device, seconds: float = 0.3, *, min_calls: int = 3) -> float:
+    """Return the median time of a call; on a GPU the L2 cache is cold.
+
+    Args:
+        run: the call.
+        device: where it computes.
+        seconds: calls start within this time.
+        min_calls: on a CPU, time at least so many calls. With 1 there is no other call before them: run must be warm already.
+    """
+    if min_calls > 1 or device.type == "cuda":
+        run()
     if device.type != "cuda":
         times, end = [], time.perf_counter() + seconds
-        while len(times) < 3 or time.perf_counter() < end:
+        while len(times) < min_calls or time.perf_counter() < end:
             start = time.perf_counter()
             run()
             times.append(1e3 * (time.perf_counter() - start))

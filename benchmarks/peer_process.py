@@ -1,0 +1,166 @@
+"""A peer of decode.py in a process of its own: it checks its result, then is timed once for every line on stdin."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers import peer
+from timing import milliseconds, peak_megabytes
+from torch import Tensor, nn
+
+TOLERANCE = {"float32": 2e-5, "bfloat16": 6e-2, "float16": 1e-2}
+
+
+class PeerProcess:
+    """A peer in a separate process, which is ready once it has checked its result.
+
+    Args:
+        name: of the peer, see peers.py.
+        weights: of the model.
+        expected: file of the published result, which the first peer of a case writes.
+        seconds: length of a turn.
+        threads: of its operators on a CPU.
+        case: further options of `main`.
+
+    Attributes:
+        found: ``MB``, ``kept MB`` and the ``ms`` of every round; or why it ``failed``.
+    """
+
+    def __init__(self, name: str, weights: Path, expected: Path, seconds: float, threads: int, **case: Any) -> None:
+        self.name, self.found = name, {"ms": []}
+        arguments = {"peer": name, "weights": weights, "expected": expected, "seconds": seconds, "threads": threads, **case}
+        self._errors = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, *(f"--{key}={value}" for key, value in arguments.items())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        )
+
+    def receive(self, deadline: float) -> None:
+        """Wait for the next answer, at most 10 minutes and not past the deadline."""
+        assert self._process.stdout is not None
+        limit = min(600.0, deadline - time.monotonic())
+        if limit <= 0 or not select.select([self._process.stdout], [], [], limit)[0]:
+            self._fail("no time" if limit <= 0 else f"over {limit:.0f} s")
+        elif line := self._process.stdout.readline():
+            message = json.loads(line)
+            if "ms" in message:
+                self.found["ms"].append(message["ms"])
+            else:
+                self.found |= message
+        else:
+            self._process.wait()
+            self._errors.seek(0)
+            last = (self._errors.read().strip().splitlines() or ["died"])[-1]
+            self._fail("out of memory" if "OutOfMemory" in last or (self._process.returncode or 0) < 0 else last[:60])
+
+    def measure(self, deadline: float) -> None:
+        """Time one round, unless the peer has failed."""
+        if "failed" not in self.found:
+            assert self._process.stdin is not None
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+            self.receive(deadline)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def _fail(self, reason: str) -> None:
+        self.found["failed"] = reason  # the rounds measured so far still count
+        self._process.kill()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, kind in (
+        *(("peer", str), ("weights", Path), ("expected", Path), ("device", str), ("dtype", str), ("mode", str)),
+        *(("size", int), ("batch", int), ("threads", int), ("seconds", float)),
+    ):
+        parser.add_argument(f"--{name}", type=kind, required=True)
+    options = parser.parse_args()
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    torch.set_num_threads(options.threads)
+    torch.set_grad_enabled(options.mode == "train")
+    torch.manual_seed(0)
+    z = torch.randn(options.batch, 4, options.size // 8, options.size // 8)
+    expected = expected_result(options, z) if options.batch * options.size**2 <= 512**2 else None
+    z = z.to(device, dtype)
+    model, decode = peer(options.peer, options.weights, device, dtype)
+    model.train(options.mode == "train")
+    step = measured_function(options.mode, model, decode)
+    loaded = tensor_megabytes(device)
+    out = step(z)
+    if expected is not None:
+        error = float((out.float().cpu() - expected).norm() / expected.norm())
+        # TF32 has float16's 10 bits of mantissa.
+        by_tf32 = options.dtype == "float32" and device.type == "cuda" and torch.backends.cudnn.allow_tf32
+        tolerance = TOLERANCE["float16" if by_tf32 else options.dtype] * (3 if options.mode == "train" else 1)
+        if not error < tolerance:
+            answer({"failed": f"wrong: {error:.1e}"})
+            return
+    del out, expected
+    kept = tensor_megabytes(device) - loaded
+    answer({"MB": peak_megabytes(lambda: step(z), device), "kept MB": kept})
+    for _ in sys.stdin:
+        answer({"ms": milliseconds(lambda: step(z), device, options.seconds, min_calls=1)})
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the other peers share the GPU
+
+
+def expected_result(options: argparse.Namespace, z: Tensor) -> Tensor:
+    """Return the published decoder's result in float32. The first peer of a case computes it, and the others read its file."""
+    if not options.expected.exists():
+        model, decode = peer("published", options.weights, torch.device(options.device), torch.float32)
+        torch.save(measured_function(options.mode, model, decode)(z.to(options.device)).cpu(), options.expected)
+    expected: Tensor = torch.load(options.expected)
+    return expected
+
+
+def measured_function(mode: str, model: nn.Module, decode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return the function to measure. It maps the latents to the image or, in training, to their gradient."""
+    if mode == "decode":
+        return decode
+    parameters = [p for name, p in model.named_parameters() if name.split(".")[0] in ("decoder", "post_quant_conv")]
+
+    def train(z: Tensor) -> Tensor:
+        z = z.detach().requires_grad_()
+        return torch.autograd.grad(decode(z).float().square().mean(), [z, *parameters])[0]
+
+    return train
+
+
+def answer(message: dict[str, Any]) -> None:
+    print(json.dumps(message), flush=True)
+
+
+def tensor_megabytes(device: torch.device) -> float:
+    """Return the memory of tensors: on a GPU all allocations, on a CPU the tensors that Python can reach."""
+    gc.collect()
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated() / 1e6
+    tensors = [x for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter) and x.device == device]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors if x.layout == torch.strided}
+    # Tensors in a layout of oneDNN have no storage.
+    packed: float = sum(x.numel() * x.element_size() for x in tensors if x.layout != torch.strided)
+    return (float(sum(storages.values())) + packed) / 1e6
+
+
+if __name__ == "__main__":
+    main()
