@@ -51,7 +51,7 @@ def spans(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("grid, max_memory", [((32, 24), None), ((34, 23), None), ((32, 24), 64 << 20)])
 def test_wide_layers_take_a_winograd_convolution(monkeypatch, grid, max_memory, dtype):
-    blocks = record_calls(monkeypatch, WinogradConvolution, "_add_block", lambda result, convolution, out, *_: tuple(out.shape))
+    blocks = record_calls(monkeypatch, WinogradConvolution, "_write_block", lambda result, convolution, out, *_: tuple(out.shape))
     decoder = make_decoder(ch=128, ch_mult=(1,), attn_resolutions=[], mid_attn=False)
     z, zq = latents(grid, 1)
     expected = copy.deepcopy(decoder).double().requires_grad_()(z.double(), zq.double())  # layer by layer

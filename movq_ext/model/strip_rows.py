@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import profiling
 from ..ops.onednn import Convolution
-from ..ops.winograd import WinogradConvolution, is_faster
+from ..ops.winograd import WinogradConvolution, fastest_tile
 from .feature_maps import FeatureMap, MapStore
 from .fusion import is_plain_conv
 from .strip_norms import NormalisedRows
@@ -91,14 +91,20 @@ class ConvolvedRows:
         if not is_plain_conv(conv):
             return
         x = source.x
-        if is_faster(conv.weight, [(last - first, x.width) for first, last in spans], buffer.winograd_bytes):
-            self.packed = WinogradConvolution(conv.weight, conv.bias, buffer.winograd_bytes)
+        tile = fastest_tile(conv.weight, [(last - first, x.width) for first, last in spans], buffer.winograd_bytes)
+        if tile is not None:
+            self.packed = WinogradConvolution(conv.weight, conv.bias, tile, buffer.winograd_bytes)
         else:
             typical_input = (1, x.channels, min(x.height, TYPICAL_ROWS) + HALO, x.width)
             self.packed = Convolution(*cast_parameters(conv.weight, conv.bias, x.dtype), (0, 1), typical_input)
 
     def write_rows(self, first: int, last: int, out: Tensor) -> None:
-        self.add_rows(first, last, out.zero_())
+        if self.packed is None:
+            self.add_rows(first, last, out.zero_())
+            return
+        strip = haloed_rows(self.source, first, last, self.buffer)
+        with profiling.layer_range(self.conv):
+            self.packed.write_to(out, strip)
 
     def add_rows(self, first: int, last: int, out: Tensor) -> None:
         """Add rows first to last - 1 to out."""

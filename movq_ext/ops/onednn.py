@@ -46,6 +46,10 @@ class Convolution:
             if not keep_weight:
                 self.weight = None
 
+    def write_to(self, out: Tensor, x: Tensor) -> None:
+        """Write the convolution of x ``(B, in, H, W)`` to out."""
+        self.add_to(out.zero_(), x)
+
     def add_to(self, out: Tensor, x: Tensor) -> None:
         """Add the convolution of x ``(B, in, H, W)`` to out, in place."""
         # Autocast casts in the public convolution only.

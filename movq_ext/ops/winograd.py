@@ -1,102 +1,37 @@
-"""3x3 convolutions of strips on a CPU with a third of the multiplications: Winograd's minimal filtering.
+"""3x3 convolutions of strips on a CPU with a quarter or a third of the multiplications: Winograd's minimal filtering.
 
-F(m, r) computes m outputs of a filter with r taps from m + r - 1 products, where the direct sum takes m * r (Winograd, Arithmetic
-Complexity of Computations, 1980; Lavin and Gray, arXiv:1509.09308). Inputs, taps and outputs are seen as polynomials: evaluated
-at m + r - 1 points, multiplied point by point, and interpolated. Each step is linear, so the sum over the input channels can be
-taken in between: one matrix product for every point.
+All transforms of `MinimalFilter` are linear, so the sum over the input channels can be taken between them: one matrix product for
+every point. A filter of rows and a filter of columns are nested. F(4, 3) on both takes 6 * 6 products for 4 * 4 pixels, where the
+direct sum takes 144. F(4, 3) on rows and F(2, 3) on columns takes 6 * 4 for 4 * 2, where it takes 72; its weights have fewer
+factors to compute and to store.
 
-Here rows take F(4, 3) and columns F(2, 3). So 6 * 4 products give 4 * 2 pixels, where the direct sum takes 72. F(4, 3) in both
-directions would take 36 for 16 pixels, but its rounding error is larger than the direct convolution's.
+Everything is a matrix product, small ones for the transforms and large ones over the channels. A block of pixels goes through all
+of them, so intermediate results stay in the cache.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .winograd_filters import TILES, Tile
+
 MAX_BLOCK_BYTES = 16 << 20  # for all tensors of a block of pixels
-# Costs in units of one multiplication in a matrix product, from measured ratios on a CPU with AVX-512.
-PASS_COST = 48  # per value of a pass that reads one or two values and writes one
-INPUT_PASSES, OUTPUT_PASSES = 6, 7.5
-WEIGHT_COST = 600  # of a weight's 24 factors, beyond what packing for the direct convolution costs
+MIN_BLOCK_COLUMNS = 16
+# Costs in units of one multiplication of a direct convolution, from measured times on a CPU with AVX-512.
+PRODUCT_COST = 1.25
+TRANSFORM_COST = 50  # of a value that a transform writes
+FACTOR_COST = 40  # of a weight's factor, beyond what packing for the direct convolution costs
 
 
-class FourOutputs:
-    """F(4, 3) at the points 0, ±1/√2, ±√2 and infinity.
+def fastest_tile(weight: Tensor, strips: Sequence[tuple[int, int]], max_bytes: int) -> Tile | None:
+    """Return the tile whose `WinogradConvolution` of these strips is fastest, or None if a direct one is.
 
-    They are chosen for a small rounding error. With the usual points, 0, ±1, ±2 and infinity, it is 1.5 times as large.
-    """
-
-    OUTPUTS, FACTORS = 4, 6
-    SMALL, LARGE = 2**-0.5, 2**0.5
-    # The taps' polynomial at each point, divided by the product of the differences to the other points.
-    TAPS = (
-        (1.0, 0.0, 0.0),
-        (-2 / 3, -2 / 3 * SMALL, -1 / 3),
-        (-2 / 3, 2 / 3 * SMALL, -1 / 3),
-        (1 / 6, 1 / 6 * LARGE, 1 / 3),
-        (1 / 6, -1 / 6 * LARGE, 1 / 3),
-        (0.0, 0.0, 1.0),
-    )
-
-    @classmethod
-    def factors(cls, x: Sequence[Tensor], out: Tensor) -> None:
-        """Write the six factors of inputs ``x[0]`` to ``x[5]`` to out."""
-        even, odd = torch.sub(x[4], x[2], alpha=2, out=out[3]), torch.sub(x[3], x[1], alpha=2, out=out[4])
-        torch.add(even, odd, alpha=cls.SMALL, out=out[1])
-        torch.sub(even, odd, alpha=cls.SMALL, out=out[2])
-        even, odd = torch.sub(x[4], x[2], alpha=0.5, out=out[0]), torch.sub(x[3], x[1], alpha=0.5, out=out[5])
-        torch.add(even, odd, alpha=cls.LARGE, out=out[3])
-        torch.sub(even, odd, alpha=cls.LARGE, out=out[4])
-        torch.add(x[0], x[4], out=out[0]).sub_(x[2], alpha=2.5)
-        torch.add(x[1], x[5], out=out[5]).sub_(x[3], alpha=2.5)
-
-    @classmethod
-    def add_outputs(cls, products: Tensor, out: Sequence[Tensor]) -> None:
-        """Add the four outputs to out. Overwrites products."""
-        first, plus, minus, large_plus, large_minus, last = products
-        difference, large_difference = plus - minus, large_plus - large_minus
-        plus.add_(minus)
-        large_plus.add_(large_minus)
-        out[0].add_(first).add_(plus).add_(large_plus)
-        out[1].add_(difference, alpha=cls.SMALL).add_(large_difference, alpha=cls.LARGE)
-        out[2].add_(plus, alpha=0.5).add_(large_plus, alpha=2)
-        out[3].add_(difference, alpha=cls.SMALL / 2).add_(large_difference, alpha=2 * cls.LARGE).add_(last)
-
-
-class TwoOutputs:
-    """F(2, 3) at the points 0, ±1 and infinity."""
-
-    OUTPUTS, FACTORS = 2, 4
-    TAPS = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
-
-    @staticmethod
-    def factors(x: Sequence[Tensor], out: Tensor) -> None:
-        """Write the four factors of inputs ``x[0]`` to ``x[3]`` to out."""
-        torch.sub(x[0], x[2], out=out[0])
-        torch.add(x[2], x[1], out=out[1])
-        torch.sub(x[2], x[1], out=out[2])
-        torch.sub(x[3], x[1], out=out[3])
-
-    @staticmethod
-    def outputs(products: Tensor, out: Sequence[Tensor]) -> None:
-        """Write the two outputs to out."""
-        first, plus, minus, last = products
-        torch.add(first, plus, out=out[0]).add_(minus)
-        torch.sub(plus, minus, out=out[1]).add_(last)
-
-
-ROWS, COLUMNS = FourOutputs, TwoOutputs
-PRODUCTS = ROWS.FACTORS * COLUMNS.FACTORS
-
-
-def is_faster(weight: Tensor, strips: Sequence[tuple[int, int]], max_bytes: int) -> bool:
-    """True if a `WinogradConvolution` of these strips is faster than a direct one, by counted operations.
-
-    Only for float32 and float64 on a CPU, outside autocast, where float32 products are not rounded to fewer bits.
+    Counts operations. Always None unless the weight is on a CPU in float32 or float64, outside autocast, and float32 products are
+    not rounded to fewer bits.
 
     Args:
         weight: ``(out, in, rows, columns)``.
@@ -104,14 +39,22 @@ def is_faster(weight: Tensor, strips: Sequence[tuple[int, int]], max_bytes: int)
         max_bytes: the weight's factors may take two thirds.
     """
     out_channels, channels, *kernel = weight.shape
-    pairs = out_channels * channels
     if weight.device.type != "cpu" or kernel != [3, 3] or not _computes_exactly(weight.dtype):
-        return False
-    if PRODUCTS * pairs * weight.itemsize > max_bytes * 2 // 3:
-        return False
-    pixels = sum(rows // ROWS.OUTPUTS * ROWS.OUTPUTS * columns for rows, columns in strips)
-    saved = (9 - PRODUCTS / (ROWS.OUTPUTS * COLUMNS.OUTPUTS)) * pairs
-    return pixels * (saved - PASS_COST * (INPUT_PASSES * channels + OUTPUT_PASSES * out_channels)) > WEIGHT_COST * pairs
+        return None
+    pairs = out_channels * channels
+    costs: dict[Tile | None, float] = {None: pairs * 9 * sum(rows * columns for rows, columns in strips)}
+    for tile in TILES:
+        if tile.products * pairs * weight.itemsize <= max_bytes * 2 // 3:
+            tiles = sum(-(-rows // tile.rows.outputs) * -(-columns // tile.columns.outputs) for rows, columns in strips)
+            costs[tile] = tiles * _tile_cost(tile, channels, out_channels) + FACTOR_COST * tile.products * pairs
+    return min(costs, key=costs.__getitem__)
+
+
+def _tile_cost(tile: Tile, channels: int, out_channels: int) -> float:
+    rows, columns = tile
+    values = rows.products * columns.outputs * (channels + out_channels)  # between the filters
+    values += tile.products * channels + tile.outputs * out_channels
+    return PRODUCT_COST * tile.products * channels * out_channels + TRANSFORM_COST * values
 
 
 def _computes_exactly(dtype: torch.dtype) -> bool:
@@ -123,78 +66,110 @@ def _computes_exactly(dtype: torch.dtype) -> bool:
 
 
 class WinogradConvolution:
-    """``out += conv2d(x, weight, bias, padding=(0, 1))`` for one image in channels_last, with 3x3 weights.
+    """``conv2d(x, weight, bias, padding=(0, 1))`` for one image in channels_last. Threads may share it.
 
     Args:
         weight: ``(out, in, 3, 3)``, float32 or float64, on the CPU.
         bias: ``(out,)`` or None.
-        max_bytes: limit for the weight's factors plus one block of pixels; a block has at least 4 x 16 pixels.
+        tile: the filters.
+        max_bytes: limit for the weight's factors plus one block of pixels. A block has at least one row of tiles, 16 pixels wide.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, max_bytes: int) -> None:
-        self.weight, self.bias = weight, bias
-        rows, columns = weight.new_tensor(ROWS.TAPS), weight.new_tensor(COLUMNS.TAPS)
-        taps = torch.einsum("cx,ry->cryx", columns, rows).view(PRODUCTS, 9)
-        # (PRODUCTS, in, out), by one matrix product
-        self.factors = (taps @ weight.reshape(-1, 9).t()).view(PRODUCTS, *weight.shape[:2]).transpose(1, 2)
+    def __init__(self, weight: Tensor, bias: Tensor | None, tile: Tile, max_bytes: int) -> None:
+        self.tile, self.bias = tile, bias
+        self.out_channels, self.channels = weight.shape[:2]
+        rows, columns = tile
+        from_taps = torch.kron(rows.from_taps, columns.from_taps).to(weight.dtype)
+        factors = from_taps @ weight.permute(2, 3, 1, 0).reshape(from_taps.shape[1], -1)
+        self.factors = factors.view(rows.products, columns.products, self.channels, self.out_channels)
+        self.from_rows, self.from_columns, self.to_columns, self.to_rows = (
+            matrix.to(weight.dtype) for matrix in (rows.from_values, columns.from_values, columns.to_outputs, rows.to_outputs)
+        )
+        if bias is not None:  # like one more product of each row
+            self.to_rows = torch.cat([self.to_rows, torch.ones_like(self.to_rows[:, :1])], 1)
         self.block_bytes = min(max_bytes - self.factors.nbytes, MAX_BLOCK_BYTES)
-        self.block_memory = weight.new_empty(0)
+
+    def write_to(self, out: Tensor, x: Tensor) -> None:
+        """Write the convolution of x ``(1, in, H + 2, W)`` to out ``(1, out, H, W)``."""
+        self._convolve(out, x, beta=0)
 
     def add_to(self, out: Tensor, x: Tensor) -> None:
         """Add the convolution of x ``(1, in, H + 2, W)`` to out ``(1, out, H, W)``, in place."""
-        height, width = out.shape[2:]
-        whole = height - height % ROWS.OUTPUTS
+        self._convolve(out, x, beta=1)
+
+    def _convolve(self, out: Tensor, x: Tensor, beta: int) -> None:
+        """Write ``beta * out + conv(x)`` to out, block by block."""
         pixels, image = out[0].permute(1, 2, 0), x[0].permute(1, 2, 0)  # (rows, columns, channels)
-        rows, columns = self._block_size(width)
-        for row in range(0, whole, rows):
-            last_row = min(row + rows, whole)
+        height, width = pixels.shape[:2]
+        groups, tiles = self._block_size(height, width)
+        memory = pixels.new_empty(self._values(groups, tiles))  # stays in the cache
+        rows, columns = groups * self.tile.rows.outputs, tiles * self.tile.columns.outputs
+        for row in range(0, height, rows):
             for column in range(0, width, columns):
-                last_column = min(column + columns, width)
-                self._add_block(pixels[row:last_row, column:last_column], image[row : last_row + 2], column)
-        if whole < height:
-            rest = F.conv2d(x[:, :, whole:], self.weight, padding=(0, 1))
-            pixels[whole:].add_(rest[0].permute(1, 2, 0))
-        if self.bias is not None:
-            pixels.add_(self.bias)
+                block = pixels[row : row + rows, column : column + columns]
+                self._write_block(block, image[row : row + len(block) + self.tile.rows.taps - 1], column, beta, memory)
 
-    def _block_size(self, width: int) -> tuple[int, int]:
-        """Return the rows and columns of a block, multiples of the filters' outputs."""
-        out_channels, channels = self.weight.shape[:2]
-        per_pixel = self.weight.itemsize * (channels + out_channels) * 9 // 2
-        pixels = self.block_bytes // per_pixel
-        columns = min(width, max(pixels // ROWS.OUTPUTS, 16))
-        rows = max(pixels // columns, 1)
-        return max(rows // ROWS.OUTPUTS, 1) * ROWS.OUTPUTS, -(-columns // COLUMNS.OUTPUTS) * COLUMNS.OUTPUTS
+    def _block_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the tiles of a block in a column and in a row, as many as its memory allows."""
+        rows, columns = self.tile
+        groups, tiles = -(-height // rows.outputs), -(-width // columns.outputs)
+        itemsize = self.factors.itemsize
+        while tiles * columns.outputs > MIN_BLOCK_COLUMNS and self._values(1, tiles) * itemsize > self.block_bytes:
+            tiles = -(-tiles // 2)
+        most = max(1, self.block_bytes // (self._values(1, tiles) * itemsize))
+        return -(-groups // -(-groups // most)), tiles
 
-    def _add_block(self, out: Tensor, x: Tensor, first: int) -> None:
-        """Add a block ``(H, W, out)``. x ``(H + 2, columns, in)`` has all columns, and the block's first is ``first``."""
-        out_channels, channels = self.weight.shape[:2]
-        height, width = out.shape[0] // ROWS.OUTPUTS, -(-out.shape[1] // COLUMNS.OUTPUTS)
-        padded = COLUMNS.OUTPUTS * width + 2
-        shapes = [
-            (ROWS.FACTORS, height, padded, channels),
-            (COLUMNS.FACTORS, ROWS.FACTORS, height, width, channels),
-            (PRODUCTS, height * width, out_channels),
-            (ROWS.FACTORS, height, padded - 2, out_channels),
-        ]
-        row_factors, factors, products, row_products = self._buffers(shapes)
-        # Columns outside the map are zero.
-        left, right = max(first - 1, 0), min(first - 1 + padded, x.shape[1])
+    def _write_block(self, out: Tensor, x: Tensor, first: int, beta: int, memory: Tensor) -> None:
+        """Write a block ``(H, W, out)``. x ``(H + 2, columns, in)`` has all columns, and the block's first is ``first``."""
+        rows, columns = self.tile
+        groups, tiles = -(-out.shape[0] // rows.outputs), -(-out.shape[1] // columns.outputs)
+        shapes = self._shapes(groups, tiles)
+        sizes = [math.prod(shape) for shape in shapes]
+        row_factors, neighbours, factors, products, row_products = (
+            part.view(shape) for part, shape in zip(memory[: sum(sizes)].split(sizes), shapes, strict=True)
+        )
+
+        # Rows of the input. Columns outside the map are zero.
+        left, right = max(first - 1, 0), min(first - 1 + row_factors.shape[2], x.shape[1])
         inside = slice(left - first + 1, right - first + 1)
         row_factors[:, :, : inside.start] = 0
         row_factors[:, :, inside.stop :] = 0
-        every = ROWS.OUTPUTS
-        ROWS.factors([x[i : i + every * height : every, left:right] for i in range(ROWS.FACTORS)], row_factors[:, :, inside])
-        every = COLUMNS.OUTPUTS
-        COLUMNS.factors([row_factors[:, :, i : i + every * width : every] for i in range(COLUMNS.FACTORS)], factors)
-        torch.bmm(factors.view(PRODUCTS, height * width, channels), self.factors, out=products)
-        COLUMNS.outputs(products.view(*factors.shape[:4], -1), [row_products[:, :, i::every] for i in range(every)])
-        ROWS.add_outputs(row_products[:, :, : out.shape[1]], [out[i :: ROWS.OUTPUTS] for i in range(ROWS.OUTPUTS)])
+        for group in range(groups):
+            values = x[group * rows.outputs :][: rows.products, left:right]
+            torch.mm(self.from_rows[:, : len(values)], values.flatten(1), out=_matrix(row_factors[:, group, inside]))
 
-    def _buffers(self, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Return uninitialised tensors in memory that every block overwrites, so it stays in the cache."""
-        sizes = [torch.Size(shape).numel() for shape in shapes]
-        if self.block_memory.numel() < sum(sizes):
-            self.block_memory = self.weight.new_empty(sum(sizes))
-        parts = self.block_memory[: sum(sizes)].split(sizes)
-        return [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
+        for point, weights in enumerate(self.factors):
+            neighbours.copy_(row_factors[point].unfold(1, columns.products, columns.outputs).permute(3, 0, 1, 2))
+            torch.mm(self.from_columns, _matrix(neighbours), out=_matrix(factors))
+            for factor, weight, product in zip(factors, weights, products, strict=True):
+                torch.mm(factor, weight, out=product)
+            to_columns = self.to_columns.expand(groups * tiles, -1, -1)
+            torch.bmm(to_columns, products.transpose(0, 1), out=row_products[point])
+
+        if self.bias is not None:
+            row_products[rows.products] = self.bias
+        row_products = row_products.view(-1, groups, tiles * columns.outputs, self.out_channels)[:, :, : out.shape[1]]
+        for group in range(groups):
+            outputs = out[group * rows.outputs :][: rows.outputs]
+            to_rows = self.to_rows[: len(outputs)]
+            torch.addmm(_matrix(outputs), to_rows, row_products[:, group].flatten(1), beta=beta, out=_matrix(outputs))
+
+    def _shapes(self, groups: int, tiles: int) -> list[tuple[int, ...]]:
+        """Return the shapes of a block's tensors."""
+        rows, columns = self.tile
+        count = groups * tiles
+        return [
+            (rows.products, groups, tiles * columns.outputs + columns.taps - 1, self.channels),
+            (columns.products, groups, tiles, self.channels),
+            (columns.products, count, self.channels),
+            (columns.products, count, self.out_channels),
+            (self.to_rows.shape[1], count, columns.outputs, self.out_channels),
+        ]
+
+    def _values(self, groups: int, tiles: int) -> int:
+        return sum(map(math.prod, self._shapes(groups, tiles)))
+
+
+def _matrix(values: Tensor) -> Tensor:
+    """Return a view whose rows are the first dimension."""
+    return values.view(len(values), -1)
