@@ -1,11 +1,14 @@
-"""Decodes of diffusers' autoencoders before and after `movq_ext.accelerate`, in one process.
+"""Decodes of diffusers' autoencoders, eager and compiled, before and after `movq_ext.accelerate`, in one process.
 
-    python benchmarks/accelerate_diffusers.py --out benchmarks/results/accelerate_diffusers
+    python benchmarks/accelerate_diffusers.py --models SD --sizes 256 512 --compile-only  # fills the compiler's cache
+    python benchmarks/accelerate_diffusers.py --models SD --sizes 256 512 --minutes 8 --out benchmarks/results/accelerate_cpu
 
-The models have random weights and the published configs. They are timed before and after in turns, for several rounds. "ratio" is
-the median of the rounds' ratios, "spread" the ``(largest - smallest) / median`` of these, and "error" the relative difference of
-the images. "MB" is the peak memory of a decode beyond what was in use, each in a process of its own. (This file is not called
-accelerate.py because that would hide the package of that name from diffusers.)
+The models have random weights and the published configs. "compiled" has its decoder compiled. The candidates take turns, for
+several rounds. "ratio" is the median of the rounds' ratios of diffusers' time to the accelerated one's, "spread" the
+``(largest - smallest) / median`` of these, "compiled ratio" the median ratio to the compiled model's time, and "error" the
+relative difference of the images. "MB" is the peak memory of a decode beyond what was in use, each in a process of its own. The
+results are written after every case. (This file is not called accelerate.py because that would hide the package of that name from
+diffusers.)
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +30,8 @@ import movq_ext
 
 WIDE = (128, 256, 512, 512)
 QUICK = (32, 64)
+MODELS = ("Kandinsky", "SD", "FLUX")
+CANDIDATES = ("diffusers", "compiled", "accelerated")
 
 
 def build_model(name: str, widths: tuple[int, ...]) -> Any:
@@ -49,37 +54,49 @@ def decode(model: Any, z: torch.Tensor) -> torch.Tensor:
     return image
 
 
+def prepare(model: Any, candidate: str) -> None:
+    """Change the model into the candidate, one of CANDIDATES."""
+    (movq_ext.accelerate if candidate == "accelerated" else movq_ext.restore)(model)
+    compiled = model.__dict__.setdefault("compiled_decoder", torch.compile(model.decoder._call_impl, dynamic=False))
+    model.decoder._compiled_call_impl = compiled if candidate == "compiled" else None
+
+
 def measure(model: Any, z: torch.Tensor, rounds: int) -> dict[str, float]:
-    times: dict[Any, list[float]] = {movq_ext.restore: [], movq_ext.accelerate: []}
-    images = []
-    for change, rounds_ms in list(times.items()) * rounds:
-        change(model)
-        images.append(decode(model, z).float())
-        rounds_ms.append(milliseconds(lambda: decode(model, z), z.device))
-    movq_ext.restore(model)
-    before, after = times.values()
-    ratio, spread = summary([theirs / ours for theirs, ours in zip(before, after, strict=True)])
-    error = float((images[1] - images[0]).norm() / images[0].norm())
-    return {"diffusers ms": median(before), "accelerated ms": median(after), "ratio": ratio, "spread": spread, "error": error}
+    times: dict[str, list[float]] = {candidate: [] for candidate in CANDIDATES}
+    images = {}
+    for candidate in CANDIDATES * rounds:
+        prepare(model, candidate)
+        if candidate not in images:
+            images[candidate] = decode(model, z).float()
+        times[candidate].append(milliseconds(lambda: decode(model, z), z.device, min_calls=1))
+    prepare(model, "diffusers")
+    row = {f"{candidate} ms": median(of_rounds) for candidate, of_rounds in times.items()}
+    row["ratio"], row["spread"] = summary(ratios(times, "diffusers"))
+    row["compiled ratio"] = median(ratios(times, "compiled"))
+    row["error"] = float((images["accelerated"] - images["diffusers"]).norm() / images["diffusers"].norm())
+    return row
+
+
+def ratios(times: dict[str, list[float]], candidate: str) -> list[float]:
+    return [theirs / ours for theirs, ours in zip(times[candidate], times["accelerated"], strict=True)]
 
 
 def measure_peaks(name: str, case: Sequence[str]) -> dict[str, float]:
-    """Return the peak memory of a decode in MB beyond what was in use, before and after, each in a process of its own."""
+    """Return the peak memory of a decode in MB beyond what was in use, of each candidate in a process of its own."""
     peaks = {}
-    for column in ("diffusers", "accelerated"):
-        command = [sys.executable, __file__, "--peak-of", name, column, *case]
-        peaks[f"{column} MB"] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    for candidate in CANDIDATES:
+        command = [sys.executable, __file__, "--peak-of", name, candidate, *case]
+        peaks[f"{candidate} MB"] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return peaks
 
 
 @torch.no_grad()
-def print_peak(name: str, column: str, device: str, dtype: str, size: str, layout: str, widths: str) -> None:
+def print_peak(name: str, candidate: str, device: str, dtype: str, size: str, layout: str, widths: str) -> None:
     """Print the peak memory of the second decode of one model in MB. Runs in a process of its own."""
     memory_format = torch.channels_last if layout == "nhwc" else torch.contiguous_format
     model = build_model(name, QUICK if widths == "quick" else WIDE).to(device, getattr(torch, dtype))
-    if column == "accelerated":
-        movq_ext.accelerate(model)
     z = latents(model.to(memory_format=memory_format), int(size)).to(memory_format=memory_format)
+    prepare(model, candidate)
     decode(model, z)
     print(peak_megabytes(lambda: decode(model, z), z.device))
 
@@ -94,37 +111,56 @@ def latents(model: Any, size: int) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", nargs="+", default=["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"])
-    parser.add_argument(
-        "--sizes", nargs="+", type=int, default=[256, 512, 1024], help="height and width in pixels; a CPU takes the first only"
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="turns before and after")
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--layouts", nargs="+", default=["nchw", "nhwc"], choices=["nchw", "nhwc"])
+    parser.add_argument("--sizes", nargs="+", type=int, help="height and width in pixels; 256 on a CPU, up to 1024 on a GPU")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of every candidate")
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results/accelerate_diffusers"), help="folder for the results"
     )
     parser.add_argument("--quick", action="store_true", help="rehearse: narrow models and small images")
     parser.add_argument("--minutes", type=float, default=15.0, help="start no measurement after this long")
+    parser.add_argument("--compile-only", action="store_true", help="compile for every case, and write nothing")
     parser.add_argument("--peak-of", nargs=7, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak_of:
         print_peak(*options.peak_of)
         return
-    start, rows = time.monotonic(), []
+    deadline, rows = time.monotonic() + 60 * options.minutes, list[dict[str, Any]]()
+    head = {**environment(torch.device(options.devices[0])), "diffusers": diffusers.__version__, "rounds": options.rounds}
+    for device, name, dtype, size, layout in cases(options):
+        if time.monotonic() > deadline:
+            break
+        model = build_model(name, QUICK if options.quick else WIDE).to(device, getattr(torch, dtype))
+        memory_format = torch.channels_last if layout == "nhwc" else torch.contiguous_format
+        z = latents(model.to(memory_format=memory_format), size).to(memory_format=memory_format)
+        if options.compile_only:
+            prepare(model, "compiled")
+            decode(model, z)
+            continue
+        row = {
+            "device": device,
+            "model": name,
+            "dtype": dtype,
+            "size": size,
+            "layout": layout,
+            **measure(model, z, options.rounds),
+        }
+        case = [device, dtype, str(size), layout, "quick" if options.quick else "wide"]
+        rows.append({**row, **measure_peaks(name, case)})
+        print(rows[-1], file=sys.stderr)
+        write(options.out, "accelerate_diffusers", "diffusers' autoencoders with and without movq_ext.accelerate", head, rows)
+
+
+def cases(options: argparse.Namespace) -> Iterator[tuple[str, str, str, int, str]]:
+    """Yield device, model, dtype, size and layout of every case, small images first."""
     for device in options.devices:
-        on_gpu = device != "cpu"
-        for name in ("Kandinsky", "SD", "FLUX"):
-            for dtype in (torch.bfloat16, torch.float16, torch.float32) if on_gpu else (torch.float32,):
-                model = build_model(name, QUICK if options.quick else WIDE).to(device, dtype)
-                for size in [32] if options.quick else options.sizes if on_gpu else options.sizes[:1]:
-                    for layout in (torch.contiguous_format, torch.channels_last):
-                        if time.monotonic() - start > 60 * options.minutes:
-                            continue
-                        z = latents(model.to(memory_format=layout), size).to(memory_format=layout)
-                        row = {"device": device, "model": name, "dtype": str(dtype)[6:], "size": size}
-                        row["layout"] = "nhwc" if layout == torch.channels_last else "nchw"
-                        case = [device, row["dtype"], str(size), row["layout"], "quick" if options.quick else "wide"]
-                        rows.append({**row, **measure(model, z, options.rounds), **measure_peaks(name, case)})
-    head = {**environment(torch.device(options.devices[0])), "diffusers": diffusers.__version__}
-    write(options.out, "accelerate_diffusers", "diffusers' autoencoders with and without movq_ext.accelerate", head, rows)
+        sizes = options.sizes or ([256, 512, 1024] if device != "cpu" else [256])
+        for size in [32] if options.quick else sizes:
+            for name in options.models:
+                for dtype in ("bfloat16", "float16", "float32") if device != "cpu" else ("float32",):
+                    for layout in options.layouts:
+                        yield device, name, dtype, size, layout
 
 
 if __name__ == "__main__":

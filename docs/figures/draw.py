@@ -24,6 +24,7 @@ FIGURES = {
     "upsample_phases": upsampling.phases,
     "upsample_windows": upsampling.windows,
     "strips": decode.strips,
+    "winograd": decode.winograd,
 }
 
 
