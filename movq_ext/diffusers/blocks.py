@@ -1,7 +1,7 @@
 """diffusers' residual blocks.
 
 Both compute ``(shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1(x)))))))) / output_scale_factor``. In inference on a GPU
-the bias of conv1 is added by norm2, and that of conv2 together with the residual.
+the bias of conv1 is added by norm2, and that of conv2 together with the residual. On a CPU wide blocks run strip by strip.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..model.fusion import add_residual, conv_deferring_bias, convolve_shortcut, runs_inference
 from .accelerated import Accelerated, can_compute, child_reason, count_call, original_class
+from .map_strips import block_runs_in_strips, run_block
 from .norms import (
     apply_group_norm,
     apply_spatial_norm,
@@ -46,6 +47,12 @@ class ResnetBlock2D(Accelerated):
         pays = any(can_fuse_group_norm(norm, act) for norm in (self.norm1, norm2)) and (temb is None or not has_extra_pass(x))
         if not count_call(self, not args and not kwargs and fits and can_compute(self, x) and pays):
             return original_class(self).forward(self, x, temb, *args, **kwargs)  # type: ignore[no-any-return]
+        if (
+            temb is None
+            and all(can_fuse_group_norm(norm, act) for norm in (self.norm1, norm2))
+            and block_runs_in_strips(self, x, None)
+        ):
+            return run_block(self, x, None)
         # Rebinding h frees each map as soon as the next one exists.
         h = apply_group_norm(self.norm1, act, x)
         if temb is None:  # act(norm2(conv1(h)))
@@ -79,6 +86,11 @@ class ResnetBlockCondNorm2D(Accelerated):
         pays = any(can_fuse_spatial_norm(norm, act, x, zq) for norm in (self.norm1, norm2))
         if not count_call(self, not args and not kwargs and can_compute(self, x) and pays):
             return original_class(self).forward(self, x, zq, *args, **kwargs)  # type: ignore[no-any-return]
+        norms = (self.norm1, norm2)
+        if all(can_fuse_spatial_norm(norm, act, x, zq) for norm in norms) and block_runs_in_strips(self, x, zq):
+            for norm in norms:
+                count_call(norm, True)
+            return run_block(self, x, zq)
         h = apply_spatial_norm(self.norm1, act, x, zq)
         defers = can_fuse_spatial_norm(norm2, act, h, zq) and runs_inference(norm2, zq)
         h, bias = conv_deferring_bias(self.conv1, h) if defers else (self.conv1(h), None)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model.fusion import is_plain_conv1x1, is_plain_group_norm, is_unmodified
+from ..model.fusion import is_plain_conv1x1, is_unmodified
 from ..model.modulation import modulate
 from ..ops.functional import fused_spatial_norm
 from ..ops.native import is_tracing
@@ -108,7 +108,7 @@ def spatial_norm_reason(name: str, norm: Any) -> str | None:
 
 
 def can_fuse_group_norm(norm: Any, activation: Any) -> bool:
-    return is_plain_group_norm(norm) and is_plain_instance(activation, nn.SiLU)
+    return original_class(norm) is nn.GroupNorm and is_unmodified(norm) and is_plain_instance(activation, nn.SiLU)
 
 
 def apply_group_norm(
@@ -116,6 +116,7 @@ def apply_group_norm(
 ) -> Tensor:
     """``activation(norm(f + f_bias) * y + b)``; f_bias only if can_fuse_group_norm was True."""
     if f_bias is not None or can_fuse_group_norm(norm, activation):
+        count_call(norm, True)
         return fused_spatial_norm(f, y, b, NormOptions.from_layer(norm, "silu", f_bias))
     out = norm(f)
     return activation(out if y is None or b is None else out * y + b)  # type: ignore[no-any-return]

@@ -12,6 +12,7 @@ from torch import nn
 from .accelerated import Accelerated
 from .attention import Attention
 from .blocks import ResnetBlock2D, ResnetBlockCondNorm2D
+from .coders import Decoder, Encoder
 from .cogvideox import CogVideoXResnetBlock3D, CogVideoXUpsample3D
 from .easyanimate import EasyAnimateCausalConv3d
 from .frame_norms import MochiChunkedGroupNorm3D, MochiResnetBlock3D
@@ -31,6 +32,8 @@ IMPLEMENTATIONS: dict[str, type[Accelerated]] = {
     "torch.nn.GroupNorm": GroupNorm,
     "diffusers.models.resnet.ResnetBlock2D": ResnetBlock2D,
     "diffusers.models.resnet.ResnetBlockCondNorm2D": ResnetBlockCondNorm2D,
+    "diffusers.models.autoencoders.vae.Decoder": Decoder,
+    "diffusers.models.autoencoders.vae.Encoder": Encoder,
     "diffusers.models.upsampling.Upsample2D": Upsample2D,
     "diffusers.models.attention_processor.Attention": Attention,
     "diffusers.models.attention_processor.SpatialNorm": SpatialNorm,
