@@ -75,8 +75,8 @@ def accelerate(model_or_pipeline: Any, *, strict: bool = False) -> AccelerationR
     """Compute the parts of a diffusers model with this package's operators, in place; `restore` undoes it.
 
     The parts, with SiLU: ResnetBlock2D (group norm, with or without a time embedding), ResnetBlockCondNorm2D and SpatialNorm
-    (Kandinsky's VQModel), KVAE's 2-D SpatialNorm, nearest Upsample2D with its convolution, the group norm before the last
-    convolution, and Attention of one head of up to 512 over an image. They make up nearly all of AutoencoderKL (SD, SDXL, FLUX)
+    (Kandinsky's VQModel), KVAE's 2-D SpatialNorm, nearest Upsample2D with its convolution, the last norm of Decoder and Encoder,
+    and Attention of one head of up to 512 over an image. They make up nearly all of AutoencoderKL (SD, SDXL, FLUX)
     and VQModel, and much of a UNet. Of clips: the blocks, spatial norms, upsampling and causal convolutions of
     AutoencoderKLCogVideoX, AutoencoderKLKVAEVideo and Kandinsky6SRVAE (blocks of its decoder only); the group norms of
     TemporalResnetBlock (the decoder and UNet of Stable Video Diffusion), of HunyuanVideo's, EasyAnimate's (Magvit) and Mochi's
