@@ -455,7 +455,28 @@ def test_frames_are_convolved_before_they_are_repeated(monkeypatch):
     accelerate(layer)
     monkeypatch.setattr(torch.nn.functional, "interpolate", spy(torch.nn.functional.interpolate, sizes))
     layer(draw(1, 4, 3, 3, 5))
-    assert sizes[0] == (3, 4, 3, 5)
+    assert [size for size in sizes if size[1] == 4] == [(3, 4, 3, 5)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("compress_time", [False, True])
+@pytest.mark.parametrize("frames", [1, 2, 5, 6])
+@torch.no_grad()
+def test_frames_are_upsampled_a_part_at_a_time(frames, compress_time, layout, monkeypatch):
+    """In inference on a CPU: as many frames as have a minimum of pixels."""
+    from diffusers.models.upsampling import CogVideoXUpsample3D
+
+    torch.manual_seed(0)
+    layer, sizes = CogVideoXUpsample3D(4, 6, compress_time=compress_time).double(), []
+    x = draw(2, 4, frames, 3, 5, dtype=F64).contiguous(memory_format=layout)
+    expected = layer(x)
+    accelerate(layer)
+    monkeypatch.setattr(parts, "MIN_PART_PIXELS", 31)  # two frames of 15 pixels of two clips
+    monkeypatch.setattr(torch.nn.functional, "conv_transpose2d", spy(torch.nn.functional.conv_transpose2d, sizes))
+    out = layer(x)
+    assert_same([out], [expected])
+    assert out.is_contiguous(memory_format=layout)
+    assert [size[0] for size in sizes] == [4] * (frames // 2) + [2] * (frames % 2)
 
 
 def spy(function, shapes):

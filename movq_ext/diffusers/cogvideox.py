@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,6 +27,8 @@ from .causal_convolution import causal_convolution, clip_format, is_plain_conv3d
 from .norms import can_fuse_group_norm, group_norm_reason, normalise_clip
 from .upsampling import folding_pays
 from .video_norms import CogVideoXSpatialNorm3D
+
+MIN_PART_PIXELS = 2048  # of the frames that are upsampled at once: below that the folding of the weights takes time
 
 
 class CogVideoXResnetBlock3D(Accelerated):
@@ -127,10 +131,37 @@ class CogVideoXUpsample3D(Accelerated):
         conv = self.conv
         if not count_call(self, not args and not kwargs and can_compute(self, inputs) and is_plain_conv3x3(conv)):
             return original_class(self).forward(self, inputs, *args, **kwargs)  # type: ignore[no-any-return]
-        batch, frames = inputs.shape[0], inputs.shape[2]
-        x = enlarge_frames(conv, inputs.transpose(1, 2).flatten(0, 1))
-        x = upsampled_frames(self, x.unflatten(0, (batch, frames)).transpose(1, 2))
+        if not inputs.is_cuda and is_inference(inputs, *conv.parameters()):
+            return upsample_in_parts(self, inputs)
+        x = upsampled_frames(self, enlarge_clip(conv, inputs))
         return x.contiguous(memory_format=clip_format(x))
+
+
+def upsample_in_parts(module: Any, x: Tensor) -> Tensor:
+    """Return CogVideoXUpsample3D's result, computed for some frames at a time.
+
+    On a CPU, the convolution takes as much memory again as its result, and so does the result's layout.
+    """
+    batch, _, frames, height, width = x.shape
+    numbers = torch.arange(frames, dtype=torch.float32).view(1, 1, -1, 1, 1)
+    sources = upsampled_frames(module, numbers).flatten().int().tolist()  # of each frame of the result, ascending
+    count = -(-MIN_PART_PIXELS // (batch * height * width))
+    out: Any = None
+    for first in range(0, frames, count):
+        large = enlarge_clip(module.conv, x[:, :, first : first + count])
+        if out is None:
+            shape = (batch, large.shape[1], len(sources), *large.shape[3:])
+            out = torch.empty(shape, dtype=large.dtype, device=x.device, memory_format=clip_format(x))
+        start, end = bisect_left(sources, first), bisect_left(sources, first + count)
+        out[:, :, start:end] = large[:, :, [source - first for source in sources[start:end]]]
+    return out  # type: ignore[no-any-return]
+
+
+def enlarge_clip(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Return ``conv(upsample(x))`` of each frame of a clip ``(B, C, T, H, W)``, nearest 2x."""
+    frames = x.transpose(1, 2)
+    large: Tensor = enlarge_frames(conv, frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+    return large.transpose(1, 2)
 
 
 def enlarge_frames(conv: nn.Conv2d, x: Tensor) -> Tensor:
