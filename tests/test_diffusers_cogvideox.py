@@ -520,3 +520,20 @@ def test_wide_clips_and_other_types_are_convolved_at_once(batch, channels, heigh
     monkeypatch.setattr(causal_convolution, "MIN_MULTIPLICATIONS", 0)
     x, weight = draw(batch, channels, 4, height, 2, dtype=dtype), draw(1, channels, 3, 3, 3, dtype=dtype)
     assert not causal_convolution.is_slow_as_conv3d(x, weight, (0, 1, 1))
+
+
+@pytest.mark.parametrize("frames", [1, 2, 7])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_wide_clips_are_convolved_a_part_at_a_time(layout, frames, monkeypatch):
+    monkeypatch.setattr(
+        causal_convolution, "MAX_NARROW", 4 * 4 * 6 - 1
+    )  # four frames are not narrow, two of them before the part
+    x, weight, bias, padding, sizes = draw(2, 4, 2 + frames, 6, 7), draw(3, 4, 3, 3, 3), draw(3), (0, 1, 1), []
+    x, conv3d = x.contiguous(memory_format=layout), torch.nn.functional.conv3d
+    expected = conv3d(x, weight, bias, padding=padding)
+    monkeypatch.setattr(torch.nn.functional, "conv3d", spy(conv3d, sizes))
+    out = causal_convolution.convolve(x, weight, bias, padding)
+    assert_same([out], [expected])
+    assert out.is_contiguous(memory_format=layout)
+    assert [size[2] for size in sizes] == ([4] * (frames // 2) + [3] * (frames % 2))

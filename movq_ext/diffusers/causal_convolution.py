@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model.fusion import is_unmodified
-from ..ops.native import is_tracing
+from ..ops.native import is_inference, is_tracing
 from .accelerated import Accelerated, can_compute, count_call, is_diffusers_class, original_class
 
 CONV3D_METHODS = {name: getattr(nn.Conv3d, name) for name in ("forward", "_conv_forward")}
@@ -22,6 +22,7 @@ SPLITTING_CONVOLUTIONS = ("CogVideoXSafeConv3d", "KVAESafeConv3d", "Kandinsky6SR
 # limit is that of upsampling.py. On a GPU it is not measured, and used only for images, where it saves the most.
 MIN_PIXELS = 512
 MIN_MULTIPLICATIONS = 2**25  # of a convolution whose frames are convolved: smaller ones take less time than the calls
+MAX_NARROW = 20480  # C * T * H of a clip that PyTorch convolves without oneDNN
 MAX_ELEMENTS = 2**30  # of a clip: diffusers' classes split larger ones, see SPLITTING_CONVOLUTIONS
 
 
@@ -138,32 +139,65 @@ def convolve_folding_padding(weight: Tensor, bias: Tensor | None, padding: Any, 
         padding: zeros in time (none), height and width.
         x: ``(B, C, T, H, W)``.
     """
-    taps = weight.shape[2]
+    taps, frames = weight.shape[2], x.shape[2]
+    out = _room_for_result(x, weight, bias, padding)
     parts = []
-    for frame in range(min(taps - 1, x.shape[2])):
+    for frame in range(min(taps - 1, frames)):
         first, others = weight[:, :, : taps - frame], weight[:, :, taps - frame :]
         folded = torch.cat([first.sum(2, keepdim=True), others], dim=2)
-        parts.append(convolve(x[:, :, : frame + 1], folded, bias, padding))
-    if x.shape[2] >= taps:
-        parts.append(convolve(x, weight, bias, padding))
+        parts.append(convolve(x[:, :, : frame + 1], folded, bias, padding, None if out is None else out[:, :, frame : frame + 1]))
+    if frames >= taps:
+        parts.append(convolve(x, weight, bias, padding, None if out is None else out[:, :, taps - 1 :]))
+    if out is not None:
+        return out
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
-    """Return ``conv3d(x, weight, bias, padding=padding)`` of a clip, without padding in time.
+def _room_for_result(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor | None:
+    """Return memory for a convolution of as many frames as x has, or None if its parts are to be concatenated."""
+    tensors = [x, weight] if bias is None else [x, weight, bias]
+    if torch.is_autocast_enabled(x.device.type) or not is_inference(*tensors) or any(t.dtype != x.dtype for t in tensors):
+        return None
+    size = (length + 2 * pad - taps + 1 for length, pad, taps in zip(x.shape[3:], padding[1:], weight.shape[3:], strict=True))
+    shape = (x.shape[0], weight.shape[0], x.shape[2], *size)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=clip_format(x))
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, out: Tensor | None = None) -> Tensor:
+    """Return ``conv3d(x, weight, bias, padding=padding)`` of a clip, without padding in time. out: memory for it, in inference.
 
     On a CPU PyTorch convolves one narrow clip (``C * T * H`` up to 20480) in float32 without oneDNN. That takes up to eight
     times as long as convolutions of its frames with oneDNN, one for each tap in time.
     """
     if not is_slow_as_conv3d(x, weight, padding):
-        return F.conv3d(x, weight, bias, padding=padding)
+        return _convolve_in_parts(x, weight, bias, padding, out)
     frames, count = x.transpose(1, 2).contiguous(), x.shape[2] - weight.shape[2] + 1
-    out: Any = None
+    total: Any = None
     for tap, weight_2d in enumerate(weight.unbind(2)):
         part = F.conv2d(frames[:, tap : tap + count].flatten(0, 1), weight_2d, bias if tap == 0 else None, padding=padding[1:])
-        out = part if out is None else out.add_(part)
-    clip: Tensor = out.unflatten(0, (x.shape[0], count)).transpose(1, 2)
-    return clip.contiguous(memory_format=clip_format(x))
+        total = part if total is None else total.add_(part)
+    clip: Tensor = total.unflatten(0, (x.shape[0], count)).transpose(1, 2)
+    return clip.contiguous(memory_format=clip_format(x)) if out is None else out.copy_(clip)
+
+
+def _convolve_in_parts(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, out: Tensor | None) -> Tensor:
+    """`convolve`, in float32 inference on a CPU some frames at a time.
+
+    oneDNN copies its input and its result to layouts of its own: for parts of the clip they are small. It takes the same time.
+    """
+    taps, frames = weight.shape[2], x.shape[2] - weight.shape[2] + 1
+    count = max(1, MAX_NARROW // (x.shape[1] * x.shape[3]) + 2 - taps)  # a part with its taps - 1 frames must not be narrow
+    if x.device.type != "cpu" or x.dtype != torch.float32 or frames <= count or not is_inference(x, weight):
+        whole = F.conv3d(x, weight, bias, padding=padding)
+        return whole if out is None else out.copy_(whole)
+    for first in range(0, frames, count):
+        part = F.conv3d(x[:, :, first : first + count + taps - 1], weight, bias, padding=padding)
+        if out is None:
+            shape = (*part.shape[:2], frames, *part.shape[3:])
+            out = torch.empty(shape, dtype=part.dtype, device=x.device, memory_format=clip_format(x))
+        out[:, :, first : first + count] = part
+    assert out is not None
+    return out
 
 
 def is_slow_as_conv3d(x: Tensor, weight: Tensor, padding: Any) -> bool:
