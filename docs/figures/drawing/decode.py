@@ -32,7 +32,7 @@ def strips() -> Figure:
 
 
 def winograd() -> Figure:
-    figure = Figure(860, 400, "Winograd's minimal filtering: 24 products for 8 pixels")
+    figure = Figure(860, 416, "Winograd's minimal filtering: 24 products for 8 pixels")
     figure.text(24, 32, "F(4, 3) on rows and F(2, 3) on columns: 24 products for 4 x 2 pixels, instead of 72", bold=True)
     points = ("0", "p", "-p", "1/p", "-1/p", "\u221e"), ("0", "1", "-1", "\u221e")
     figure.text(24, 66, "6 x 4 inputs", size=13, bold=True)
@@ -62,9 +62,10 @@ def winograd() -> Figure:
     figure.note(
         24,
         346,
-        "Each factor belongs to a point of the rows (left of it) and a point of the columns (below it). Factors of the same two points",
-        "are multiplied and summed over the input channels: one matrix product for each of the 24 pairs, over many tiles of pixels.",
-        "Tiles are 4 x 2 pixels apart, so neighbours share inputs (orange frames: the pixels' places in the input).",
+        "Each factor belongs to a point of the rows (left of it) and a point of the columns (below it). Factors of the",
+        "same two points are multiplied and summed over the input channels: one matrix product for each of the 24 pairs,",
+        "over many tiles of pixels. Tiles are 4 x 2 pixels apart, so neighbours share inputs (orange frames: the pixels'",
+        "places in the input).",
     )
     return figure
 
