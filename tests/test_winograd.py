@@ -74,19 +74,18 @@ def test_one_convolution_serves_strips_of_several_heights(tile):
 
 @each_tile
 def test_threads_share_a_convolution(tile):
-    weight, bias, x, _ = arguments(8, 8, 64, 32)
-    convolution = WinogradConvolution(weight, bias, tile, 1 << 20)
-    expected = expected_sum(weight, bias, x, torch.zeros(1, 8, 64, 32))
+    weight, bias, x, out = arguments(16, 16, 64, 32)
+    convolution = WinogradConvolution(weight, bias, tile, 1 << 18)
 
-    def convolve(_):
-        out = torch.empty(1, 8, 64, 32).contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():
-            convolution.write_to(out, x)
-        return out
+    @torch.no_grad()
+    def convolve(number):
+        result = torch.empty_like(out)
+        convolution.write_to(result, number * x)
+        return result
 
     with ThreadPoolExecutor(4) as threads:
-        for out in threads.map(convolve, range(16)):
-            assert_close(out, expected)
+        for number, result in enumerate(threads.map(convolve, range(16))):
+            assert_close(result, expected_sum(weight, bias, number * x, torch.zeros_like(out)))
 
 
 @each_tile

@@ -75,7 +75,8 @@ class Tile(NamedTuple):
         return self.rows.outputs * self.columns.outputs
 
 
-TWO_OUTPUTS = MinimalFilter(3, (0, 1, -1))
-# With the usual points, 0, ±1 and ±2, the rounding error is 1.5 times as large, and twice if both filters have them.
-FOUR_OUTPUTS = MinimalFilter(3, (0, 2 / 3, -2 / 3, 3 / 2, -3 / 2))
+with torch.device("cpu"):  # also where the default device is another one
+    TWO_OUTPUTS = MinimalFilter(3, (0, 1, -1))
+    # With the usual points, 0, ±1 and ±2, the rounding error is 1.5 times as large, and twice if both filters have them.
+    FOUR_OUTPUTS = MinimalFilter(3, (0, 2 / 3, -2 / 3, 3 / 2, -3 / 2))
 TILES = (Tile(FOUR_OUTPUTS, FOUR_OUTPUTS), Tile(FOUR_OUTPUTS, TWO_OUTPUTS))
