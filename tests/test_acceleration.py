@@ -377,6 +377,8 @@ MAGVIT = dict(block_out_channels=(32, 32), latent_channels=4, layers_per_block=1
 @torch.no_grad()
 def test_parts_of_a_video_model_that_are_given_no_image_are_left():
     model = diffusers.AutoencoderKLHunyuanVideo(**HUNYUAN).eval()
+    for half in (model.encoder, model.decoder):  # whose accelerated mid block computes the attention
+        half.mid_block.forward = half.mid_block.forward
     report = accelerate(model)
     with Counted() as counted:
         model.decode(torch.randn(1, 4, 1, 2, 2))

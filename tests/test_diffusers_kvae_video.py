@@ -132,7 +132,7 @@ def kvae_cache():
 def test_unserved_parts_are_reported(name):
     reasons = {
         "KVAE": {
-            "it skips frames or pixels, or its convolution is replaced",
+            "it skips frames or pixels",
             "the SiLU after its last norm is a function in its forward",
         },
         "Kandinsky 6": {

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from .accelerated import Accelerated, CallCount, call_count, forget_calls, original_class, patched_forward_reason
+from .frame_attention import HunyuanVideoMidBlock3D
 from .registry import accelerated_classes
 
 MAX_NAMES_SHOWN = 3
@@ -163,9 +164,15 @@ def _skip_reason(model: nn.Module, path: str, part: nn.Module) -> str | None:
     if original.__name__ in UNSERVED:
         return UNSERVED[original.__name__]
     accelerated = accelerated_classes()[original]
-    if 4 in accelerated.ranks and not _is_given(accelerated.ranks, model, path):
+    if 4 in accelerated.ranks and not _is_given(accelerated.ranks, model, path) and not _is_computed_by_block(model, path):
         return TIME_AXIS_REASON
     return patched_forward_reason(part) or accelerated.unsupported_reason(part)
+
+
+def _is_computed_by_block(model: nn.Module, path: str) -> bool:
+    """True for a part that an accelerated block around it computes: HunyuanVideo's attention over frames."""
+    names = path.split(".")
+    return any(isinstance(model.get_submodule(".".join(names[:depth])), HunyuanVideoMidBlock3D) for depth in range(len(names)))
 
 
 def _is_given(ranks: Sequence[int], model: nn.Module, path: str) -> bool:

@@ -15,6 +15,7 @@ from .blocks import ResnetBlock2D, ResnetBlockCondNorm2D
 from .coders import Decoder, Encoder
 from .cogvideox import CogVideoXResnetBlock3D, CogVideoXUpsample3D
 from .easyanimate import EasyAnimateCausalConv3d
+from .frame_attention import HunyuanVideoMidBlock3D
 from .frame_norms import MochiChunkedGroupNorm3D, MochiResnetBlock3D
 from .kandinsky6 import Kandinsky6SRCausalConv3d, Kandinsky6SRResnetBlock3D
 from .kvae_video import KVAECachedResnetBlock3D
@@ -53,6 +54,7 @@ IMPLEMENTATIONS: dict[str, type[Accelerated]] = {
     "diffusers.models.autoencoders.autoencoder_kandinsky6_sr.Kandinsky6SRUpsample": Kandinsky6SRUpsample,
     "diffusers.models.autoencoders.autoencoder_kl_kvae_video.KVAECachedPXSUpsample": KVAECachedPXSUpsample,
     "diffusers.models.autoencoders.autoencoder_kl_kvae_video.KVAECachedCausalConv3d": KVAECachedCausalConv3d,
+    "diffusers.models.autoencoders.autoencoder_kl_hunyuan_video.HunyuanVideoMidBlock3D": HunyuanVideoMidBlock3D,
     "diffusers.models.autoencoders.autoencoder_kl_hunyuan_video.HunyuanVideoCausalConv3d": HunyuanVideoCausalConv3d,
     "diffusers.models.autoencoders.autoencoder_kl_magvit.EasyAnimateCausalConv3d": EasyAnimateCausalConv3d,
     "diffusers.models.autoencoders.autoencoder_kl_allegro.AllegroTemporalConvLayer": AllegroTemporalConvLayer,

@@ -91,8 +91,8 @@ class KVAECachedCausalConv3d(Accelerated):
 
 def convolution_reason(conv: Any) -> str | None:
     """Return why a convolution cannot be computed here, or None if it can."""
-    if not hasattr(conv, "stride") or tuple(conv.stride) != (1, 1, 1):
-        return "it skips frames or pixels, or its convolution is replaced"
+    if tuple(getattr(conv, "stride", (1, 1, 1))) != (1, 1, 1):
+        return "it skips frames or pixels"
     plain = is_plain_conv3d(conv) and tuple(conv.padding) == (0, 0, 0) and conv.kernel_size[1:] in ((1, 1), (3, 3))
     return None if plain else "its convolution is replaced, hooked or not 1x1 or 3x3 in space"
 
