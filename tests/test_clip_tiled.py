@@ -264,3 +264,13 @@ def test_changed_layers_are_refused(change, message, accelerated):
         accelerate(model)
     with pytest.raises(TypeError, match=f"vae must have the layers of .*, unmodified, got .*{message}"):
         decode_clip_tiled(model, latent(3), max_memory=PLENTY)
+
+
+@pytest.mark.parametrize("path", ["conv_in", "mid_block.resnets.0", "norm_out"])
+def test_subclasses_of_accelerated_layers_are_refused(path):
+    model = cogvideox()
+    accelerate(model)
+    layer = model.decoder.get_submodule(path)
+    layer.__class__ = type("Mine", (type(layer),), {"forward": lambda self, *args, **kwargs: None})
+    with pytest.raises(TypeError, match="vae must have the layers of .*, unmodified, got .*: its .* is Mine, not CogVideoX"):
+        decode_clip_tiled(model, latent(1), max_memory=64 << 20)

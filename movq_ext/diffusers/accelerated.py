@@ -103,7 +103,9 @@ def child_reason(name: str, child: Any, expected: type[nn.Module] | str) -> str 
 
     expected: the class, or the name of one of diffusers.
     """
-    kind = original_class(child)
+    kind = type(child)
+    if "diffusers_class" in vars(kind):  # a user's subclass of an accelerated class may compute anything
+        kind = kind.diffusers_class
     if not (is_diffusers_class(kind, expected) if isinstance(expected, str) else kind is expected):
         return f"its {name} is {type(child).__name__}, not {expected if isinstance(expected, str) else expected.__name__}"
     return None if is_unmodified(child) else f"its {name} is hooked or patched"

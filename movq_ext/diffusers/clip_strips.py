@@ -10,7 +10,7 @@ and its storage, its moments and its norms are those of images.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +18,12 @@ from torch import Tensor
 
 from ..model.feature_maps import PARTS, FeatureMap, MapStore, upcast
 from ..model.strip_norms import split_at_cells
-from ..model.strip_rows import HALO, TYPICAL_ROWS
+from ..model.strip_rows import HALO
 from ..model.strips import Strips, WorkingMemory, convolution_values
 from ..ops.clips import resize_frames
 from ..ops.native import scale_by_cells
-from ..ops.onednn import Convolution
+from .clip_convolution import PADDING, CausalConvolution
 from .cogvideox import enlarge_frames, upsampled_frames
-
-PADDING = 2  # frames before a clip that a causal convolution reads
 
 
 def blocks(decoder: Any) -> list[Any]:
@@ -178,7 +176,7 @@ class ClipStrips:
         """Yield (first, last, rows first to last - 1 of ``module(source)``), and store the frames for the next batch."""
         before = self._frames_before.pop(module, None)
         after = None if self.is_last else self._new_map(x.rows.channels, PADDING, x.rows.height, x.width)
-        convolution = CausalConvolution(module.conv, x, repeats_first_frame=before is None)
+        convolution = CausalConvolution(module.conv, x.frames, x.width, repeats_first_frame=before is None)
         values = convolution_values(x.rows.channels, module.conv.out_channels) * (PADDING + x.frames) // x.frames
         for first, last in self.spans(x.rows, values):
             padded = self._padded_strip(x, source, before, first, last)
@@ -275,58 +273,3 @@ class NormalisedClip:
                     F.silu(scale_by_cells(result, scale, shift, out=target), inplace=True)
                 else:
                     target.copy_(F.silu(scale_by_cells(result, scale, shift), inplace=True))
-
-
-class Tap(NamedTuple):
-    """A 3x3 convolution of frames of the input, added to as many frames of the result."""
-
-    convolution: Convolution
-    first_in: int
-    first_out: int
-    frames: int
-
-
-class CausalConvolution:
-    """The convolution of a padded strip ``(1, C, 2 + T, rows + 2, W)`` in channels_last_3d, ``(1, out, T, rows, W)``.
-
-    On a CPU, in 32 bits or more, it adds up 3x3 convolutions of frames, one for each tap in time: packed once for all strips, and
-    up to three times as fast as conv3d on few rows.
-
-    Args:
-        conv: 3x3x3, as `is_plain_conv3d` allows.
-        x: its typical input, without padding.
-        repeats_first_frame: the strip's first frames repeat the next. The taps that fall on them are added up.
-    """
-
-    def __init__(self, conv: Any, x: ClipMap, repeats_first_frame: bool) -> None:
-        self.conv, self.frames, self.width = conv, x.frames, x.width
-        self.taps: list[Tap] = []
-        if conv.weight.device.type != "cpu" or conv.weight.itemsize < 4:
-            return
-        taps = conv.weight.unbind(2)
-        starts = [0] * len(taps)  # first output frame that each tap is added to on its own
-        if repeats_first_frame:
-            starts = [min(PADDING, PADDING - tap + 1) for tap in range(len(taps))]
-            for frame in range(min(PADDING, x.frames)):
-                total = torch.stack(taps[: len(taps) - frame]).sum(0)
-                self._add_tap(total, PADDING, frame, 1)
-        for tap, (weight, start) in enumerate(zip(taps, starts, strict=True)):
-            if start < x.frames:
-                self._add_tap(weight, start + tap, start, x.frames - start)
-
-    def _add_tap(self, weight: Tensor, first_in: int, first_out: int, count: int) -> None:
-        shape = (count, weight.shape[1], TYPICAL_ROWS + HALO, self.width)
-        convolution = Convolution(weight.contiguous(), None, (0, 1), shape, keep_weight=False)
-        self.taps.append(Tap(convolution, first_in, first_out, count))
-
-    def __call__(self, padded: Tensor) -> Tensor:
-        if not self.taps:
-            return F.conv3d(padded, self.conv.weight, self.conv.bias, padding=(0, 0, 1))
-        frames = padded[0].transpose(0, 1)
-        shape = (self.frames, padded.shape[3] - HALO, padded.shape[4], self.conv.out_channels)
-        out = frames.new_zeros(shape).permute(0, 3, 1, 2)
-        if self.conv.bias is not None:
-            out += self.conv.bias[:, None, None]
-        for tap in self.taps:
-            tap.convolution.add_to(out[tap.first_out :][: tap.frames], frames[tap.first_in :][: tap.frames])
-        return out.transpose(0, 1)[None]

@@ -14,8 +14,8 @@ from ..model.strip_rows import HALO
 from ..model.strips import convolution_values
 from ..model.tiled import check_max_memory
 from .clip_checks import check_model
+from .clip_convolution import PADDING
 from .clip_strips import (
-    PADDING,
     ClipStrips,
     block_upsamplers,
     blocks,
