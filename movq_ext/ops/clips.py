@@ -43,6 +43,16 @@ def as_clip(map_: Tensor, frames: int) -> Tensor:
     return clip
 
 
+def as_maps(
+    f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, split_first_frame: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, ClipShape]:
+    """Return a clip and the two clips of its latent as maps, and how their rows divide into frames."""
+    clip = ClipShape.of(f, zq_y, split_first_frame)
+    if zq_y is not None and zq_b is not None:
+        zq_y, zq_b = as_map(zq_y), as_map(zq_b)
+    return as_map(f), zq_y, zq_b, clip
+
+
 IMAGE = ClipShape()
 
 

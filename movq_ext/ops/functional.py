@@ -79,10 +79,8 @@ def fused_spatial_norm(f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, opti
     check_spatial_norm(f, zq_y, zq_b, options)
     if f.dim() == 4:
         return _spatial_norm_of_map(f, zq_y, zq_b, options, clips.IMAGE)
-    clip = clips.ClipShape.of(f, zq_y, options.split_first_frame)
-    if zq_y is not None and zq_b is not None:
-        zq_y, zq_b = clips.as_map(zq_y), clips.as_map(zq_b)
-    return clips.as_clip(_spatial_norm_of_map(clips.as_map(f), zq_y, zq_b, options, clip), clip.frames)
+    f, zq_y, zq_b, clip = clips.as_maps(f, zq_y, zq_b, options.split_first_frame)
+    return clips.as_clip(_spatial_norm_of_map(f, zq_y, zq_b, options, clip), clip.frames)
 
 
 def _spatial_norm_of_map(

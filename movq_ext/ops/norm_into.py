@@ -69,13 +69,11 @@ def spatial_norm_into(out: Tensor, f: Tensor, zq_y: Tensor | None, zq_b: Tensor 
 
 
 def _run_kernels(out: Tensor, f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, options: NormOptions) -> Tensor:
-    clip = clips.ClipShape.of(f, zq_y, options.split_first_frame)
     channels_last = out.stride(1) == 1 and out.shape[1] > 1
     f = f.contiguous(memory_format=torch.channels_last_3d if channels_last else torch.contiguous_format)
-    if zq_y is not None and zq_b is not None:
-        zq_y, zq_b = clips.as_map(zq_y), clips.as_map(zq_b)
+    f_map, zq_y, zq_b, clip = clips.as_maps(f, zq_y, zq_b, options.split_first_frame)
     out_map = out.view(*out.shape[:2], -1, out.shape[4])  # fails where flattening would copy
-    cuda.spatial_norm_into(out_map, clips.as_map(f), zq_y, zq_b, options, clip)
+    cuda.spatial_norm_into(out_map, f_map, zq_y, zq_b, options, clip)
     return out
 
 
