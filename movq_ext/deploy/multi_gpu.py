@@ -7,6 +7,7 @@ Attention also gathers the keys and values of all positions.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal, overload
 
 import torch
@@ -17,7 +18,8 @@ from ..model.decoder import MOVQDecoder
 from ..model.feature_maps import FeatureMap, MapStore, Moments, Storage
 from ..model.strip_checks import LayeredDecoder, check_decoder_layers, check_no_dropout
 from ..model.strip_norms import NormalisedRows
-from ..model.strips import CPU_MEMORY, Strips, WorkingMemory, computes_in_float32, to_float32
+from ..model.strip_spans import Span
+from ..model.strips import Strips, WorkingMemory, computes_in_float32, cpu_memory, to_float32
 from ..ops.native import compute_dtype
 
 GPU_MEMORY = WorkingMemory(strip=1 << 30)  # enough pixels to fill a GPU; not yet measured on one
@@ -174,14 +176,16 @@ class BandMap(FeatureMap):
     def reserve(self, first: int, last: int) -> Tensor:
         return super().reserve(first - self._first_stored, last - self._first_stored)
 
-    def commit(self, first: int, rows: Tensor) -> None:
-        """Store rows and, after the band's last row, exchange edges and moments with the other processes."""
-        super().commit(first - self._first_stored, rows)
-        if first + rows.shape[2] == self._last:
-            self._exchange_edges()
-            self.moments.all_reduce()
+    def commit_unmeasured(self, first: int, rows: Tensor) -> None:
+        super().commit_unmeasured(first - self._first_stored, rows)
 
-    def reuse_storage(self, channels: int) -> BandMap:
+    def complete(self, moments: Iterable[Moments]) -> None:
+        """Merge the moments of the band's strips, and exchange its edges and moments with the other processes."""
+        super().complete(moments)
+        self._exchange_edges()
+        self.moments.all_reduce()
+
+    def _with_storage(self, channels: int) -> BandMap:
         return BandMap(channels, self.height, self.width, self.storage, self._band)
 
     def _exchange_edges(self) -> None:
@@ -257,7 +261,7 @@ class BandStrips(Strips):
             self.band.all_gather_bands(whole[0, 0])
         return tokens
 
-    def spans(self, x: FeatureMap, values_per_pixel: int) -> list[tuple[int, int]]:
+    def spans(self, x: FeatureMap, values_per_pixel: int) -> list[Span]:
         """Return the rows of each strip that lie in the band."""
         band_first, band_last = self.band.rows(x.height)
         spans = super().spans(x, values_per_pixel)
@@ -268,7 +272,8 @@ class BandStrips(Strips):
 
 def _decode_band(decoder: LayeredDecoder, z: Tensor, zq: Tensor, band: Band) -> Tensor:
     """Return this process's rows of the images, decoded one after another."""
-    memory, dtype = CPU_MEMORY if z.device.type == "cpu" else GPU_MEMORY, compute_dtype(z)
+    memory, dtype = cpu_memory() if z.device.type == "cpu" else GPU_MEMORY, compute_dtype(z)
+    memory = memory.for_network(decoder)
     latents = zip(z.split(1), zq.contiguous(memory_format=torch.channels_last).split(1), strict=True)
     return torch.cat([BandStrips(BandStore(dtype, z.device, band), zq, memory).decode(decoder, z) for z, zq in latents])
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..model.feature_maps import PARTS, FeatureMap, MapStore, upcast
 from ..model.strip_norms import split_at_cells
-from ..model.strip_rows import HALO
+from ..model.strip_spans import HALO
 from ..model.strips import Strips, WorkingMemory, convolution_values
 from ..ops.clips import resize_frames
 from ..ops.native import scale_by_cells

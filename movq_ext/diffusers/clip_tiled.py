@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..model.feature_maps import MapStore
 from ..model.strip_checks import check_no_dropout
-from ..model.strip_rows import HALO
+from ..model.strip_spans import HALO
 from ..model.strips import convolution_values
 from ..model.tiled import check_max_memory
 from .clip_checks import check_model

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+import threading
+from collections.abc import Iterable
 from types import TracebackType
 from typing import IO
 
@@ -24,12 +26,14 @@ class Moments:
         """Merge the values of a strip, ``(1, C, rows, W)``, part by part: each is copied to compute its deviations."""
         tokens = strip.permute(0, 2, 3, 1).reshape(-1, strip.shape[1])
         for part in tokens.split(max(MIN_PART_VALUES // tokens.shape[1], -(-tokens.shape[0] // PARTS))):
-            self._merge(upcast(part))
+            self._merge(*_count_mean_m2(upcast(part)))
 
-    def _merge(self, tokens: Tensor) -> None:
-        count, mean = tokens.shape[0], tokens.mean(0)
-        m2 = (tokens - mean).square_().sum(0).double()
-        mean = mean.double()
+    def merge(self, other: Moments) -> None:
+        """Merge the values that other has seen, at least one."""
+        assert other.mean is not None, "no rows were written"
+        self._merge(other.count, other.mean, other.m2)
+
+    def _merge(self, count: int, mean: Tensor, m2: Tensor) -> None:
         if self.mean is None:
             self.count, self.mean, self.m2 = count, mean, m2
             return
@@ -45,6 +49,11 @@ class Moments:
         mean = means.mean(1, keepdim=True)
         variance = ((self.m2 / self.count).unflatten(0, (groups, -1)) + (means - mean).square()).mean(1, keepdim=True)
         return mean.expand_as(means).flatten(), (variance + eps).rsqrt().expand_as(means).flatten()
+
+
+def _count_mean_m2(tokens: Tensor) -> tuple[int, Tensor, Tensor]:
+    mean = tokens.mean(0)
+    return tokens.shape[0], mean.double(), (tokens - mean).square_().sum(0).double()
 
 
 class MemoryStorage:
@@ -70,11 +79,13 @@ class FileStorage:
 
     def __init__(self, file: IO[bytes], dtype: torch.dtype, device: torch.device) -> None:
         self.file, self.dtype, self.device = file, dtype, device
+        self._lock = threading.Lock()  # of the file's position
 
     def read(self, first: int, count: int) -> Tensor:
         values = torch.empty(count, dtype=self.dtype)
-        self.file.seek(first * values.itemsize)
-        received = self.file.readinto(values.view(torch.uint8).numpy().data)  # type: ignore[attr-defined]
+        with self._lock:
+            self.file.seek(first * values.itemsize)
+            received = self.file.readinto(values.view(torch.uint8).numpy().data)  # type: ignore[attr-defined]
         if received != values.nbytes:
             raise OSError(f"expected {values.nbytes} bytes in a temporary file of feature maps, got {received}")
         return values.to(self.device)
@@ -83,8 +94,10 @@ class FileStorage:
         return torch.empty(count, dtype=self.dtype, device=self.device)
 
     def commit(self, first: int, buffer: Tensor) -> None:
-        self.file.seek(first * buffer.itemsize)
-        self.file.write(buffer.cpu().view(torch.uint8).numpy().data)
+        data = buffer.cpu().view(torch.uint8).numpy().data
+        with self._lock:
+            self.file.seek(first * buffer.itemsize)
+            self.file.write(data)
 
 
 Storage = MemoryStorage | FileStorage
@@ -97,6 +110,7 @@ class FeatureMap:
         self.channels, self.height, self.width, self.storage = channels, height, width, storage
         self.row_size = width * channels  # values
         self.moments = Moments()
+        self.reused_channels: int | None = None  # of the map whose storage this one reuses
 
     @property
     def dtype(self) -> torch.dtype:
@@ -108,7 +122,11 @@ class FeatureMap:
 
     def write(self, first: int, strip: Tensor) -> None:
         """Copy a strip to the rows from ``first`` on."""
-        self.commit(first, self.reserve(first, first + strip.shape[2]).copy_(strip))
+        self.moments.merge(self.write_strip(first, strip))
+
+    def write_strip(self, first: int, strip: Tensor) -> Moments:
+        """Copy a strip to the rows from ``first`` on, and return its moments, see `commit_strip`."""
+        return self.commit_strip(first, self.reserve(first, first + strip.shape[2]).copy_(strip))
 
     def reserve(self, first: int, last: int) -> Tensor:
         """Return a buffer for rows first to last - 1, ``(1, C, rows, W)``: fill it, then call `commit`."""
@@ -116,8 +134,19 @@ class FeatureMap:
 
     def commit(self, first: int, rows: Tensor) -> None:
         """Store rows that `reserve` returned, and add them to the moments."""
-        self.moments.add(rows)
+        self.moments.merge(self.commit_strip(first, rows))
+
+    def commit_strip(self, first: int, rows: Tensor) -> Moments:
+        """Store rows that `reserve` returned, and return their moments, for `complete`. Threads may store rows at once."""
+        moments = Moments()
+        moments.add(rows)
         self.commit_unmeasured(first, rows)
+        return moments
+
+    def complete(self, moments: Iterable[Moments]) -> None:
+        """Merge the moments of all strips, in this order. All rows must be stored."""
+        for strip in moments:
+            self.moments.merge(strip)
 
     def commit_unmeasured(self, first: int, rows: Tensor) -> None:
         """Store rows that `reserve` returned, of a map that no norm reads."""
@@ -133,6 +162,11 @@ class FeatureMap:
         A row of this map stays readable until the new map reserves its row with the same index.
         """
         assert channels <= self.channels
+        successor = self._with_storage(channels)
+        successor.reused_channels = self.channels
+        return successor
+
+    def _with_storage(self, channels: int) -> FeatureMap:
         return FeatureMap(channels, self.height, self.width, self.storage)
 
     def _rows(self, values: Tensor) -> Tensor:

@@ -66,6 +66,17 @@ def _check_layers(role: str, network: LayeredNetwork, classes: tuple[type[nn.Mod
             raise TypeError(f"{role}'s norms must be unmodified nn.GroupNorm, got {module.norm_layer} in {name}")
 
 
+def has_thread_safe_layers(network: LayeredNetwork) -> bool:
+    """True if all layers are PyTorch's or this package's, without hooks or patches, which may not run in two threads at once."""
+    return all(
+        type(module).__module__.split(".")[0] in ("torch", "movq_ext")
+        and is_unmodified(module)
+        and not any(callable(value) for value in vars(module).values())
+        for name, module in network.named_modules()
+        if name
+    )
+
+
 def check_no_dropout(role: str, network: nn.Module) -> None:
     """Raise ValueError if the network would apply dropout. role is its name in the message."""
     if network.training and any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules()):

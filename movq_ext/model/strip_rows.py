@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -14,8 +15,8 @@ from ..ops.winograd import WinogradConvolution, fastest_tile
 from .feature_maps import FeatureMap, MapStore
 from .fusion import is_plain_conv
 from .strip_norms import NormalisedRows
+from .strip_spans import HALO, Span
 
-HALO = 2  # input rows of a 3x3 convolution that its output lacks: one above and one below
 TYPICAL_ROWS = 32  # of a strip, used to pack weights
 
 
@@ -49,8 +50,8 @@ class PointwiseRows:
         out.copy_(self.conv(self.x.read(first, last)))
 
 
-class StripBuffer:
-    """Memory for one strip. Each strip overwrites the previous one, so the memory stays in the cache.
+class StripBuffer(threading.local):
+    """Memory for one strip in each thread. Each strip overwrites the previous one, so the memory stays in the cache.
 
     Args:
         store: allocates the memory.
@@ -84,7 +85,7 @@ class ConvolvedRows:
         conv: nn.Conv2d,
         source: StoredRows | NormalisedRows,
         buffer: StripBuffer,
-        spans: Sequence[tuple[int, int]] = (),
+        spans: Sequence[Span] = (),
     ) -> None:
         self.conv, self.source, self.buffer = conv, source, buffer
         self.packed: Convolution | WinogradConvolution | None = None

@@ -10,13 +10,14 @@ The result matches whole maps up to rounding, but working memory holds only one 
 So strips leave no seams, unlike tiles that are decoded separately and blended.
 
 On a CPU this is also faster: a strip is normalised, convolved and added to the residual while it is in the cache, and only the
-layers' results are written to memory.
+layers' results are written to memory. Each thread computes strips of its own, so threads wait for each other once a layer.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +26,17 @@ from .. import profiling
 from ..ops.functional import attention, shared_kv_attention
 from ..ops.native import compute_dtype
 from ..ops.onednn import Convolution
+from ..ops.thread_pool import num_workers, run_in_threads
 from ..ops.upsampling import fold_windows
-from .feature_maps import FeatureMap, MapStore
+from .feature_maps import FeatureMap, MapStore, Moments
 from .fusion import is_plain_conv3x3
 from .layers import AttnBlock, Downsample, ResnetBlock, Upsample, is_plain_network
-from .strip_checks import LayeredDecoder, LayeredNetwork, check_decoder_layers, check_encoder_layers
+from .strip_checks import LayeredDecoder, LayeredNetwork, check_decoder_layers, check_encoder_layers, has_thread_safe_layers
 from .strip_norms import NormalisedRows
-from .strip_rows import HALO, ConvolvedRows, PointwiseRows, RowSource, StoredRows, StripBuffer, cast_parameters, haloed_rows
+from .strip_rows import ConvolvedRows, PointwiseRows, RowSource, StoredRows, StripBuffer, cast_parameters, haloed_rows
+from .strip_spans import HALO, MIN_ROWS, Span, divide_rows, split_at_overlaps
 
-# Rows of a strip without a memory limit: a Winograd convolution computes four at a time, and every strip normalises HALO more.
-MIN_ROWS = 4
+MIN_THREADED_VALUES = 1 << 18  # in all tensors of a map: for less work, threads would take longer to meet than they save
 # Number of values in all tensors of a strip, per pixel and channel of its map.
 ATTENTION_VALUES = 8
 UPSAMPLE_VALUES = 10
@@ -46,35 +48,48 @@ class WorkingMemory(NamedTuple):
     """Bytes for the tensors of a decode or an encode, besides weights, latents and images.
 
     Attributes:
-        strip: approximate size of all tensors of a strip.
+        strip: approximate size of all tensors of the strips that are computed at once.
         winograd: for a Winograd convolution, see `is_faster`.
         maps: for the maps between layers, see `MapStore`; None for no limit.
+        workers: threads that share it, each with strips of its own.
     """
 
     strip: int
     winograd: int = 0
     maps: int | None = None
+    workers: int = 1
+
+    def for_network(self, network: LayeredNetwork) -> WorkingMemory:
+        """Return this memory for one thread if the network has layers that are not known to be thread-safe."""
+        return self if has_thread_safe_layers(network) else self._replace(workers=1)
 
 
 # A strip has 32 rows of 256 pixels with 128 channels in float32, and the factors of 512 x 512 weights take 24 MiB.
 CPU_MEMORY = WorkingMemory(strip=32 << 20, winograd=40 << 20)
+Result = TypeVar("Result")
+
+
+def cpu_memory() -> WorkingMemory:
+    """Return CPU_MEMORY, shared by as many threads as PyTorch has now."""
+    return CPU_MEMORY._replace(workers=num_workers())
 
 
 def decode_in_strips(
-    decoder: LayeredDecoder, z: Tensor, zq: Tensor, memory: WorkingMemory = CPU_MEMORY, folder: str | None = None
+    decoder: LayeredDecoder, z: Tensor, zq: Tensor, memory: WorkingMemory | None = None, folder: str | None = None
 ) -> Tensor:
     """Return ``decoder(z, zq)``, computed image by image and without gradients.
 
     Args:
         decoder: its layers must pass `check_decoder_layers`.
         z, zq: as for the decoder.
-        memory: how much it takes.
+        memory: how much it takes; `cpu_memory` if None.
         folder: see `MapStore`.
     """
     if computes_in_float32(decoder, z):
         with torch.autocast("cpu", enabled=False):
             return decode_in_strips(*to_float32(decoder, z, zq), memory, folder).half()
     check_decoder_layers(decoder)
+    memory = (memory or cpu_memory()).for_network(decoder)
     images = []
     for image_z, image_zq in zip(z.split(1), zq.contiguous(memory_format=torch.channels_last).split(1), strict=True):
         with MapStore(compute_dtype(z), z.device, memory.maps, folder) as store:
@@ -92,6 +107,7 @@ def encode_in_strips(encoder: LayeredNetwork, x: Tensor, memory: WorkingMemory, 
         folder: see `MapStore`.
     """
     check_encoder_layers(encoder)
+    memory = memory.for_network(encoder)
     latents = []
     for image in x.split(1):
         with MapStore(compute_dtype(x), x.device, memory.maps, folder) as store:
@@ -169,10 +185,13 @@ class Strips:
         out = self.store.empty(1, conv.out_channels, x.height, x.width)
         spans = self.spans(x, convolution_values(x.channels, conv.out_channels))
         convolved = ConvolvedRows(conv, self._normalised(norm, x, "silu"), self._buffer, spans)
-        for first, last in spans:
+
+        def write_strip(first: int, last: int) -> None:
             rows = out.new_zeros(1, last - first, x.width, conv.out_channels).permute(0, 3, 1, 2)
             convolved.add_rows(first, last, rows)
             out[:, :, first:last] = rows
+
+        self.run(write_strip, spans)
         return out
 
     def convolve(
@@ -188,39 +207,50 @@ class Strips:
             out = self.store.allocate(conv.out_channels, x.height, x.width)
         spans = self.spans(x, convolution_values(x.channels, conv.out_channels))
         convolved = ConvolvedRows(conv, source, self._buffer, spans)
-        for first, last in spans:
+
+        def write_strip(first: int, last: int) -> Moments:
             rows = out.reserve(first, last)
             if residual is None:
                 convolved.write_rows(first, last, rows)
             else:
                 residual.write_rows(first, last, rows)
                 convolved.add_rows(first, last, rows)
-            out.commit(first, rows)
+            return out.commit_strip(first, rows)
+
+        reused = out.reused_channels
+        groups = [spans] if reused in (None, out.channels) else split_at_overlaps(spans, out.channels, reused)
+        out.complete(moments for group in groups for moments in self.run(write_strip, group))
         return out
 
     def all_tokens(self, source: NormalisedRows, *layers: nn.Module) -> list[Tensor]:
         """Return each layer's result for all positions of a normalised map, ``(1, 1, H * W, C)``."""
         x = source.x
         tokens = [self.store.empty(1, 1, x.height * x.width, x.channels) for _ in layers]
-        for first, last in self.spans(x, ATTENTION_VALUES * x.channels):
+
+        def write_strip(first: int, last: int) -> None:
             n = self._buffer.rows(x, last - first)
             source.write_rows(first, last, n)
             for layer, whole in zip(layers, tokens, strict=True):
                 whole[:, :, first * x.width : last * x.width] = _as_tokens(layer(n))
+
+        self.run(write_strip, self.spans(x, ATTENTION_VALUES * x.channels))
         return tokens
 
-    def spans(self, x: FeatureMap, values_per_pixel: int) -> list[tuple[int, int]]:
+    def spans(self, x: FeatureMap, values_per_pixel: int) -> list[Span]:
         """Divide x into strips: return (first, last) for each, which has rows first to last - 1.
 
         Args:
             x: the map.
             values_per_pixel: number of values in all tensors of a strip, per pixel of x.
         """
-        min_rows = MIN_ROWS if self.memory.maps is None else 1
-        rows = max(min_rows, self.memory.strip // (values_per_pixel * x.width * x.dtype.itemsize) - HALO)
-        if rows < x.height:
-            rows = 1 << rows.bit_length() - 1  # a power of two, so that most strips hold whole cells of zq
-        return [(first, min(first + rows, x.height)) for first in range(0, x.height, rows)]
+        workers = self.memory.workers if x.height * x.width * values_per_pixel >= MIN_THREADED_VALUES else 1
+        min_rows = MIN_ROWS if workers > 1 or self.memory.maps is None else 1
+        rows = self.memory.strip // (values_per_pixel * x.width * x.dtype.itemsize)
+        return divide_rows(x.height, max(min_rows, rows // workers - HALO), workers)
+
+    def run(self, compute: Callable[[int, int], Result], spans: Sequence[Span]) -> list[Result]:
+        """Return ``compute(first, last)`` of each strip, in order. Threads compute strips at the same time."""
+        return run_in_threads(lambda span: compute(*span), spans, self.memory.workers)
 
     # --- Layers
 
@@ -248,22 +278,28 @@ class Strips:
     def _attend(self, block: AttnBlock, x: FeatureMap, normalised: NormalisedRows) -> FeatureMap:
         k, v = self.all_tokens(normalised, block.k, block.v)
         out = x.reuse_storage(x.channels)
-        for first, last in self.spans(x, ATTENTION_VALUES * x.channels):
+
+        def write_strip(first: int, last: int) -> Moments:
             n = self._buffer.rows(x, last - first)
             normalised.write_rows(first, last, n)
             attended = _as_map(attention(_as_tokens(block.q(n)), k, v), x.width)
-            out.write(first, block.proj_out(attended).add_(x.read(first, last)))
+            return out.write_strip(first, block.proj_out(attended).add_(x.read(first, last)))
+
+        out.complete(self.run(write_strip, self.spans(x, ATTENTION_VALUES * x.channels)))
         return out
 
     def _attend_shared(self, block: AttnBlock, x: FeatureMap, normalised: NormalisedRows) -> FeatureMap:
         """Compute `_attend` from one tensor instead of keys and values, as `AttnBlock` does."""
         (all_n,) = self.all_tokens(normalised, nn.Identity())
         out = x.reuse_storage(x.channels)
-        for first, last in self.spans(x, ATTENTION_VALUES * x.channels):
+
+        def write_strip(first: int, last: int) -> Moments:
             n = _as_map(all_n[:, :, first * x.width : last * x.width], x.width)
             q, scale = block.shared_queries(n)
             attended = _as_map(shared_kv_attention(_as_tokens(q), all_n, scale), x.width)
-            out.write(first, block.proj_out(block.v(attended)).add_(x.read(first, last)))
+            return out.write_strip(first, block.proj_out(block.v(attended)).add_(x.read(first, last)))
+
+        out.complete(self.run(write_strip, self.spans(x, ATTENTION_VALUES * x.channels)))
         return out
 
     def _upsample(self, layer: Upsample, x: FeatureMap) -> FeatureMap:
@@ -276,11 +312,13 @@ class Strips:
         return out
 
     def _upsample_by_module(self, layer: Upsample, x: FeatureMap, out: FeatureMap) -> None:
-        for first, last in self.spans(x, UPSAMPLE_VALUES * x.channels):
+        def write_strip(first: int, last: int) -> Moments:
             above, below = x.halo(first, last)
             strip = layer(x.read(first - above, last + below))
             # The module pads the strip with zeros: drop the output rows that saw padding instead of neighbours.
-            out.write(2 * first, strip[:, :, 2 * above : strip.shape[2] - 2 * below])
+            return out.write_strip(2 * first, strip[:, :, 2 * above : strip.shape[2] - 2 * below])
+
+        out.complete(self.run(write_strip, self.spans(x, UPSAMPLE_VALUES * x.channels)))
 
     def _upsample_by_windows(self, conv: nn.Conv2d, x: FeatureMap, out: FeatureMap) -> None:
         """Write ``conv(upsample(x))`` to out.
@@ -289,7 +327,8 @@ class Strips:
         """
         weight, bias = cast_parameters(fold_windows(conv.weight), None if conv.bias is None else conv.bias.repeat(4), x.dtype)
         four_pixels = Convolution(weight, bias, (0, 1), (1, x.channels, x.height + 1, x.width))
-        for first, last in self.spans(x, UPSAMPLE_VALUES * x.channels):
+
+        def write_strip(first: int, last: int) -> Moments:
             strip = haloed_rows(StoredRows(x), first, last, self._buffer)
             windows = strip.new_zeros(1, last - first + 1, x.width + 1, 4 * x.channels).permute(0, 3, 1, 2)
             with profiling.layer_range(conv):
@@ -302,13 +341,18 @@ class Strips:
                     # A window's upper left pixel is the lower right pixel of the cell above and left of its centre.
                     part = windows[1 - down :, 1 - right :, down, right]
                     pixels[:, 1 - down, :, 1 - right] = part[: last - first, : x.width]
-            out.commit(2 * first, rows)
+            return out.commit_strip(2 * first, rows)
+
+        out.complete(self.run(write_strip, self.spans(x, UPSAMPLE_VALUES * x.channels)))
 
     def _downsample(self, layer: Downsample, x: FeatureMap) -> FeatureMap:
         out = self.store.allocate(x.channels, x.height // 2, x.width // 2)
-        for first, last in self.spans(out, DOWNSAMPLE_VALUES * x.channels):
+
+        def write_strip(first: int, last: int) -> Moments:
             below = min(1, x.height - 2 * last)  # the last output row reads one row more; at the bottom the layer pads it
-            out.write(first, layer(x.read(2 * first, 2 * last + below)))
+            return out.write_strip(first, layer(x.read(2 * first, 2 * last + below)))
+
+        out.complete(self.run(write_strip, self.spans(out, DOWNSAMPLE_VALUES * x.channels)))
         self.store.release(x)
         return out
 

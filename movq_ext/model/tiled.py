@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..ops.native import compute_dtype
+from ..ops.thread_pool import num_workers
 from .decoder import MOVQDecoder
 from .encoder import Encoder
 from .layers import ResnetBlock
 from .strip_checks import LayeredNetwork, check_no_dropout
-from .strip_rows import HALO
+from .strip_spans import HALO
 from .strips import (
     CPU_MEMORY,
     WorkingMemory,
@@ -118,11 +119,13 @@ def check_max_memory(max_memory: int, needed: int, name: str, x: Tensor) -> None
 def _divide(max_memory: int, min_memory: int, device: torch.device) -> WorkingMemory:
     """Return how much of max_memory is for strips, at most half, and how much for maps.
 
-    min_memory also holds four rows of the largest map, which a Winograd convolution computes at once, and their neighbours.
+    min_memory also holds four rows of the largest map, which a Winograd convolution computes at once, and their neighbours. Each
+    thread needs as much.
     """
     half = max_memory // 2
     if device.type != "cpu":
         return WorkingMemory(half, maps=max_memory - half)
     strip = min(half, max(CPU_MEMORY.strip, min_memory))  # no larger than needed, so that it stays in the cache
     winograd = min(half - strip, CPU_MEMORY.winograd)
-    return WorkingMemory(strip, winograd, max_memory - strip - winograd)
+    workers = min(num_workers(), max(1, strip // min_memory))
+    return WorkingMemory(strip, winograd, max_memory - strip - winograd, workers)

@@ -31,15 +31,15 @@ def num_workers() -> int:
     return torch.get_num_threads()
 
 
-def run_in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """Return ``[function(item) for item in items]``, computed by `num_workers` threads with single-threaded operators.
+def run_in_threads(function: Callable[[Item], Result], items: Sequence[Item], max_workers: int | None = None) -> list[Result]:
+    """Return ``[function(item) for item in items]``, computed by threads with single-threaded operators.
 
-    Threads take the items in order. With one worker or one item, the caller computes everything, and its operators keep their
-    threads. Gradient mode, inference mode and autocast are those of the caller.
+    There are `num_workers` threads, and at most max_workers. They take the items in order. With one worker or one item, the caller
+    computes everything, and its operators keep their threads. Gradient mode, inference mode and autocast are those of the caller.
 
     The first error, in the order of the items, is raised after all threads have stopped. Items after it may not have started.
     """
-    workers = min(num_workers(), len(items))
+    workers = min(num_workers(), len(items), max_workers or len(items))
     if workers < 2 or not _pool.has_workers(workers):
         return [function(item) for item in items]
     run = Run(function, items)
