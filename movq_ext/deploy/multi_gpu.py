@@ -274,8 +274,12 @@ def _decode_band(decoder: LayeredDecoder, z: Tensor, zq: Tensor, band: Band) -> 
     """Return this process's rows of the images, decoded one after another."""
     memory, dtype = cpu_memory() if z.device.type == "cpu" else GPU_MEMORY, compute_dtype(z)
     memory = memory.for_network(decoder)
-    latents = zip(z.split(1), zq.contiguous(memory_format=torch.channels_last).split(1), strict=True)
-    return torch.cat([BandStrips(BandStore(dtype, z.device, band), zq, memory).decode(decoder, z) for z, zq in latents])
+
+    def decode_bands() -> Tensor:
+        latents = zip(z.split(1), zq.contiguous(memory_format=torch.channels_last).split(1), strict=True)
+        return torch.cat([BandStrips(BandStore(dtype, z.device, band), zq, memory).decode(decoder, z) for z, zq in latents])
+
+    return memory.run(decode_bands)
 
 
 def _check_arguments(decoder: MOVQDecoder, z: Tensor, zq: Tensor) -> None:

@@ -26,7 +26,7 @@ from .. import profiling
 from ..ops.functional import attention, shared_kv_attention
 from ..ops.native import compute_dtype
 from ..ops.onednn import Convolution
-from ..ops.thread_pool import num_workers, run_in_threads
+from ..ops.thread_pool import num_workers, run_in_threads, run_in_worker
 from ..ops.upsampling import fold_windows
 from .feature_maps import FeatureMap, MapStore, Moments
 from .fusion import is_plain_conv3x3
@@ -63,6 +63,10 @@ class WorkingMemory(NamedTuple):
         """Return this memory for one thread if the network has layers that are not known to be thread-safe."""
         return self if has_thread_safe_layers(network) else self._replace(workers=1)
 
+    def run(self, compute: Callable[[], Tensor]) -> Tensor:
+        """Return ``compute()``. If threads share this memory, only strips are divided between them: every operator has one."""
+        return run_in_worker(compute) if self.workers > 1 else compute()
+
 
 # A strip has 32 rows of 256 pixels with 128 channels in float32, and the factors of 512 x 512 weights take 24 MiB.
 CPU_MEMORY = WorkingMemory(strip=32 << 20, winograd=40 << 20)
@@ -90,11 +94,15 @@ def decode_in_strips(
             return decode_in_strips(*to_float32(decoder, z, zq), memory, folder).half()
     check_decoder_layers(decoder)
     memory = (memory or cpu_memory()).for_network(decoder)
-    images = []
-    for image_z, image_zq in zip(z.split(1), zq.contiguous(memory_format=torch.channels_last).split(1), strict=True):
-        with MapStore(compute_dtype(z), z.device, memory.maps, folder) as store:
-            images.append(Strips(store, image_zq, memory).decode(decoder, image_z))
-    return torch.cat(images)
+
+    def decode_images() -> Tensor:
+        images = []
+        for image_z, image_zq in zip(z.split(1), zq.contiguous(memory_format=torch.channels_last).split(1), strict=True):
+            with MapStore(compute_dtype(z), z.device, memory.maps, folder) as store:
+                images.append(Strips(store, image_zq, memory).decode(decoder, image_z))
+        return torch.cat(images)
+
+    return memory.run(decode_images)
 
 
 def encode_in_strips(encoder: LayeredNetwork, x: Tensor, memory: WorkingMemory, folder: str | None = None) -> Tensor:
@@ -108,11 +116,15 @@ def encode_in_strips(encoder: LayeredNetwork, x: Tensor, memory: WorkingMemory, 
     """
     check_encoder_layers(encoder)
     memory = memory.for_network(encoder)
-    latents = []
-    for image in x.split(1):
-        with MapStore(compute_dtype(x), x.device, memory.maps, folder) as store:
-            latents.append(Strips(store, None, memory).encode(encoder, image))
-    return torch.cat(latents)
+
+    def encode_images() -> Tensor:
+        latents = []
+        for image in x.split(1):
+            with MapStore(compute_dtype(x), x.device, memory.maps, folder) as store:
+                latents.append(Strips(store, None, memory).encode(encoder, image))
+        return torch.cat(latents)
+
+    return memory.run(encode_images)
 
 
 def computes_in_float32(decoder: LayeredDecoder, z: Tensor) -> bool:

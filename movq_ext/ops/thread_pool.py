@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -23,29 +23,49 @@ Result = TypeVar("Result")
 def num_workers() -> int:
     """Return how many threads `run_in_threads` uses: the caller's ``torch.get_num_threads()``.
 
-    1 means that it calls the function in the caller: in a worker, and where PyTorch observes or rewrites operators of the
-    calling thread only (tracing, compilation, modes, function transforms, the profiler).
+    1 means that it calls the function in the caller: within its own tasks, and where PyTorch observes or rewrites operators of
+    the calling thread only (tracing, compilation, modes, function transforms, the profiler).
     """
     if _operators_are_observed() or not torch.backends.openmp.is_available():
         return 1
-    return torch.get_num_threads()
+    thread = threading.current_thread()
+    return thread.num_workers if isinstance(thread, Worker) else torch.get_num_threads()
+
+
+def run_in_worker(function: Callable[[], Result]) -> Result:
+    """Return ``function()``, computed in a thread with single-threaded operators.
+
+    Within the function, `run_in_threads` uses as many threads as it would in the caller: for programs in which it divides all
+    large tasks. Modes and errors are as for `run_in_threads`.
+    """
+    workers = num_workers()
+    if workers < 2 or isinstance(threading.current_thread(), Worker) or not _pool.has_workers(workers):
+        return function()
+    (result,) = _run(Run(lambda _: function(), [None], nested_workers=workers), 1)
+    return cast(Result, result)
 
 
 def run_in_threads(function: Callable[[Item], Result], items: Sequence[Item], max_workers: int | None = None) -> list[Result]:
     """Return ``[function(item) for item in items]``, computed by threads with single-threaded operators.
 
-    There are `num_workers` threads, and at most max_workers. They take the items in order. With one worker or one item, the caller
-    computes everything, and its operators keep their threads. Gradient mode, inference mode and autocast are those of the caller.
+    There are `num_workers` threads, and at most max_workers. They take the items in order. With one worker or one item, the
+    caller computes everything. Gradient mode, inference mode and autocast are those of the caller.
 
     The first error, in the order of the items, is raised after all threads have stopped. Items after it may not have started.
     """
     workers = min(num_workers(), len(items), max_workers or len(items))
     if workers < 2 or not _pool.has_workers(workers):
         return [function(item) for item in items]
-    run = Run(function, items)
+    return _run(Run(function, items, nested_workers=1), workers)
+
+
+def _run(run: Run, workers: int) -> list[Any]:
+    thread = threading.current_thread()
     try:
-        for _ in range(workers):
+        for _ in range(workers - isinstance(thread, Worker)):
             _pool.runs.put(run)
+        if isinstance(thread, Worker):
+            thread.take_part(run)
         run.wait()
     finally:  # after a KeyboardInterrupt, workers may still write to the caller's tensors
         run.cancel()
@@ -53,17 +73,31 @@ def run_in_threads(function: Callable[[Item], Result], items: Sequence[Item], ma
     return run.take_results()
 
 
-class Run:
-    """A call of `run_in_threads`, in which workers take part."""
+class CancelledError(Exception):
+    """The caller of `run_in_worker` was interrupted."""
 
-    def __init__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> None:
+
+class Run:
+    """A call of `run_in_threads` or `run_in_worker`, in which workers take part.
+
+    Args:
+        function: computes an item.
+        items: all items.
+        nested_workers: how many threads `run_in_threads` uses within the function.
+    """
+
+    def __init__(self, function: Callable[[Any], Any], items: Sequence[Any], nested_workers: int) -> None:
         self._function: Any = function
         self._items = items
+        self.nested_workers = nested_workers
         self._results: list[Any] = [None] * len(items)
         self._errors: dict[int, BaseException] = {}
         self._modes = ThreadModes()
         self._next = self._running = 0  # the index of the next item, and how many items are being computed
         self._state = threading.Condition()
+        self.is_cancelled = False
+        thread = threading.current_thread()
+        self._outer = thread.current_run if isinstance(thread, Worker) else None
 
     def work(self) -> None:
         """Compute items until all are taken or one has failed."""
@@ -78,6 +112,8 @@ class Run:
 
     def _take(self) -> int | None:
         with self._state:
+            if self._outer is not None and self._outer.is_cancelled:
+                self._cancel()
             if self._next == len(self._items):
                 return None
             self._next, self._running = self._next + 1, self._running + 1
@@ -91,7 +127,11 @@ class Run:
     def cancel(self) -> None:
         """Start no more items."""
         with self._state:
-            self._next = len(self._items)
+            self._cancel()
+
+    def _cancel(self) -> None:
+        self.is_cancelled |= self._next < len(self._items) or self._running > 0
+        self._next = len(self._items)
 
     def wait(self) -> None:
         """Wait until all items have been taken and none is being computed."""
@@ -109,6 +149,8 @@ class Run:
                 raise error
             finally:
                 del errors, error  # the error's traceback refers to this frame
+        if self.is_cancelled:
+            raise CancelledError
         return results
 
 
@@ -141,14 +183,28 @@ class Worker(threading.Thread):
     def __init__(self, runs: SimpleQueue[Run], number: int) -> None:
         super().__init__(name=f"movq_ext worker {number}", daemon=True)
         self.is_ready = threading.Event()
+        self.current_run: Run | None = None
         self._runs = runs
+
+    @property
+    def num_workers(self) -> int:
+        """How many threads `run_in_threads` uses in this one."""
+        return self.current_run.nested_workers if self.current_run is not None else 1
 
     def run(self) -> None:
         torch.get_num_threads()  # PyTorch overwrites the number in a thread's first operator unless it was read before
         torch.set_num_threads(1)
         self.is_ready.set()
         while True:
-            self._runs.get().work()
+            self.take_part(self._runs.get())
+
+    def take_part(self, run: Run) -> None:
+        """Compute items of a run, perhaps within an item of another."""
+        outer, self.current_run = self.current_run, run
+        try:
+            run.work()
+        finally:
+            self.current_run = outer
 
 
 class Pool:
