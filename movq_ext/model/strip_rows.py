@@ -55,11 +55,12 @@ class StripBuffer(threading.local):
 
     Args:
         store: allocates the memory.
-        winograd_bytes: for a Winograd convolution besides the strip.
+        winograd_bytes: for a Winograd convolution of all threads, besides the strips.
+        threads: how many compute strips.
     """
 
-    def __init__(self, store: MapStore, winograd_bytes: int) -> None:
-        self.winograd_bytes = winograd_bytes
+    def __init__(self, store: MapStore, winograd_bytes: int, threads: int = 1) -> None:
+        self.winograd_bytes, self.threads = winograd_bytes, threads
         self._store, self._values = store, store.empty(0)
 
     def rows(self, x: FeatureMap, count: int) -> Tensor:
@@ -94,7 +95,7 @@ class ConvolvedRows:
         x = source.x
         tile = fastest_tile(conv.weight, [(last - first, x.width) for first, last in spans], buffer.winograd_bytes)
         if tile is not None:
-            self.packed = WinogradConvolution(conv.weight, conv.bias, tile, buffer.winograd_bytes)
+            self.packed = WinogradConvolution(conv.weight, conv.bias, tile, buffer.winograd_bytes, buffer.threads)
         else:
             typical_input = (1, x.channels, min(x.height, TYPICAL_ROWS) + HALO, x.width)
             self.packed = Convolution(*cast_parameters(conv.weight, conv.bias, x.dtype), (0, 1), typical_input)

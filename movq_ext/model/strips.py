@@ -49,7 +49,7 @@ class WorkingMemory(NamedTuple):
 
     Attributes:
         strip: approximate size of all tensors of the strips that are computed at once.
-        winograd: for a Winograd convolution, see `is_faster`.
+        winograd: for a Winograd convolution, see `fastest_tile`.
         maps: for the maps between layers, see `MapStore`; None for no limit.
         workers: threads that share it, each with strips of its own.
     """
@@ -150,7 +150,7 @@ class Strips:
 
     def __init__(self, store: MapStore, zq: Tensor | None, memory: WorkingMemory) -> None:
         self.store, self.zq, self.memory = store, zq, memory
-        self._buffer = StripBuffer(store, memory.winograd)
+        self._buffer = StripBuffer(store, memory.winograd, memory.workers)
 
     def decode(self, decoder: LayeredDecoder, z: Tensor) -> Tensor:
         """Return the decoder's image of z, ``(1, z_channels, h, w)``."""

@@ -17,9 +17,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .thread_pool import run_in_threads
 from .winograd_filters import TILES, Tile
 
-MAX_BLOCK_BYTES = 16 << 20  # for all tensors of a block of pixels
+MAX_BLOCK_BYTES = 16 << 20  # for all tensors of the blocks that threads compute at once
 MIN_BLOCK_COLUMNS = 16
 # Costs in units of one multiplication of a direct convolution, from measured times on a CPU with AVX-512.
 PRODUCT_COST = 1.25
@@ -72,22 +73,31 @@ class WinogradConvolution:
         weight: ``(out, in, 3, 3)``, float32 or float64, on the CPU.
         bias: ``(out,)`` or None.
         tile: the filters.
-        max_bytes: limit for the weight's factors plus one block of pixels. A block has at least one row of tiles, 16 pixels wide.
+        max_bytes: limit for the weight's factors plus each thread's block of pixels. A block has at least one row of tiles, 16
+            pixels wide.
+        threads: how many may share it.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, tile: Tile, max_bytes: int) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, tile: Tile, max_bytes: int, threads: int = 1) -> None:
         self.tile, self.bias = tile, bias
         self.out_channels, self.channels = weight.shape[:2]
         rows, columns = tile
         from_taps = torch.kron(rows.from_taps, columns.from_taps).to(weight.dtype)
-        factors = from_taps @ weight.permute(2, 3, 1, 0).reshape(from_taps.shape[1], -1)
+        factors = weight.new_empty(tile.products, self.channels, self.out_channels)
+
+        def write_factors(channels: slice) -> None:
+            taps = weight[:, channels].permute(2, 3, 1, 0).reshape(from_taps.shape[1], -1)
+            torch.mm(from_taps, taps, out=factors[:, channels].flatten(1))
+
+        size = -(-self.channels // threads)
+        run_in_threads(write_factors, [slice(first, first + size) for first in range(0, self.channels, size)])
         self.factors = factors.view(rows.products, columns.products, self.channels, self.out_channels)
         self.from_rows, self.from_columns, self.to_columns, self.to_rows = (
             matrix.to(weight.dtype) for matrix in (rows.from_values, columns.from_values, columns.to_outputs, rows.to_outputs)
         )
         if bias is not None:  # like one more product of each row
             self.to_rows = torch.cat([self.to_rows, torch.ones_like(self.to_rows[:, :1])], 1)
-        self.block_bytes = min(max_bytes - self.factors.nbytes, MAX_BLOCK_BYTES)
+        self.block_bytes = min(max_bytes - self.factors.nbytes, MAX_BLOCK_BYTES) // threads
 
     def write_to(self, out: Tensor, x: Tensor) -> None:
         """Write the convolution of x ``(1, in, H + 2, W)`` to out ``(1, out, H, W)``."""
