@@ -327,3 +327,71 @@ def test_forked_process_has_workers_of_its_own():
         time.sleep(0.01)
     with os.fdopen(read, "rb") as pipe:
         assert pipe.read() == b"2"
+
+
+def test_a_worker_divides_its_tasks_between_as_many_threads_as_the_caller_has():
+    torch.set_num_threads(3)
+
+    def outer():
+        return where(None), num_workers(), where_together(3), run_in_threads(lambda _: num_workers(), range(3))
+
+    (thread, count), workers, seen, nested = thread_pool.run_in_worker(outer)
+    assert (count, workers) == (1, 3)
+    assert len(set(seen)) == 3 and (thread, 1) in seen and {count for _, count in seen} == {1}
+    assert nested == [1, 1, 1]
+    assert num_workers() == 3
+
+
+def test_one_thread_needs_no_worker():
+    torch.set_num_threads(1)
+    assert thread_pool.run_in_worker(lambda: where(None)) == (threading.get_ident(), 1)
+
+
+def test_an_error_in_a_nested_task_reaches_the_caller():
+    def fail(item):
+        raise ValueError(item)
+
+    with pytest.raises(ValueError, match=r"^0$"):
+        thread_pool.run_in_worker(lambda: run_in_threads(fail, range(4)))
+    assert thread_pool.run_in_worker(lambda: run_in_threads(str, range(3))) == ["0", "1", "2"]
+
+
+def test_more_callers_of_run_in_worker_than_workers():
+    """Each worker computes its own tasks while the others are busy."""
+
+    def call(caller, results):
+        torch.get_num_threads()
+        torch.set_num_threads(2)
+        results[caller] = thread_pool.run_in_worker(lambda: [run_in_threads(str, range(5)) for _ in range(10)])
+
+    results = {}
+    callers = [threading.Thread(target=call, args=(i, results)) for i in range(5)]
+    for thread in callers:
+        thread.start()
+    for thread in callers:
+        thread.join(60)
+    assert list(results.values()) == [[["0", "1", "2", "3", "4"]] * 10] * 5
+
+
+def test_an_interrupt_stops_nested_tasks(monkeypatch):
+    started, first, wait, caller = [], threading.Event(), thread_pool.Run.wait, threading.current_thread()
+
+    def work(item):
+        started.append(item)
+        first.set()
+        time.sleep(0.02)
+
+    def interrupt(run):
+        if threading.current_thread() is caller:
+            first.wait(30)
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        wait(run)
+
+    monkeypatch.setattr(thread_pool.Run, "wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        thread_pool.run_in_worker(lambda: [run_in_threads(work, range(100)) for _ in range(100)])
+    count = len(started)
+    assert count < 100
+    time.sleep(0.1)
+    assert len(started) == count

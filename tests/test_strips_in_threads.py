@@ -1,0 +1,218 @@
+"""Threads compute strips of their own: the same image whatever their order, with one meeting per layer, within the memory."""
+
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from models import CASES, hooked, latents, make_decoder, patched
+from spies import record_calls
+from tolerances import assert_close
+from torch import nn
+
+from movq_ext import Encoder, annotate, decode_tiled, encode_tiled
+from movq_ext.model import strips
+from movq_ext.model.feature_maps import FeatureMap, FileStorage
+from movq_ext.model.layers import AttnBlock, ResnetBlock
+from movq_ext.model.strip_norms import NormalisedRows
+from movq_ext.model.strip_rows import ConvolvedRows
+from movq_ext.ops import thread_pool, winograd
+
+LITTLE = 2_000_000  # bytes: several strips for each of two threads, and files
+
+
+@pytest.fixture(autouse=True)
+def small_maps_in_threads(monkeypatch):
+    monkeypatch.setattr(strips, "MIN_THREADED_VALUES", 1)
+
+
+@pytest.fixture
+def threads():
+    """Return torch.set_num_threads, whose effect ends with the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Return the number of threads of every run, in the order in which they ended."""
+    return record_calls(monkeypatch, thread_pool, "_run", lambda _, run, workers: workers)
+
+
+def decode(decoder, z, zq, max_memory=None):
+    with torch.no_grad():
+        return decoder(z, zq) if max_memory is None else decode_tiled(decoder, z, zq, max_memory=max_memory)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("count, max_memory", [(2, None), (3, None), (2, LITTLE)])
+def test_threads_match_whole_maps(threads, runs, name, count, max_memory):
+    changes, grid, zq_grid = CASES[name]
+    decoder, (z, zq) = make_decoder(**changes), latents(grid, zq_grid=zq_grid)
+    threads(1)
+    expected = decoder(z, zq).double()  # with gradients: layer by layer
+    decode(decoder, z, zq, max_memory)
+    assert not runs
+    threads(count)
+    out = decode(decoder, z, zq, max_memory)
+    assert runs[-1] == 1  # the decode
+    assert max(runs) in (range(2, count + 1) if name != "one row" else [1])
+    assert_close(out, expected, slack=5)
+
+
+@pytest.mark.parametrize("max_memory", [LITTLE, None])
+def test_encoder(threads, runs, max_memory):
+    torch.manual_seed(0)
+    encoder = Encoder(ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=[8], in_channels=3, resolution=16, z_channels=4)
+    x = torch.randn(1, 3, 44, 12)
+    threads(2)
+    out = encode_tiled(encoder.eval(), x, max_memory=max_memory or 1 << 28)
+    assert max(runs) == 2
+    assert_close(out, encoder(x).double(), slack=5)
+
+
+@pytest.mark.parametrize("max_memory", [LITTLE, None])
+def test_the_order_of_the_strips_changes_no_bit(threads, monkeypatch, max_memory):
+    """Also where a map reuses the storage of one with more channels."""
+    decoder, (z, zq) = make_decoder(), latents((16, 6))
+    threads(2)
+    expected, reserve, delays = decode(decoder, z, zq, max_memory), FeatureMap.reserve, random.Random(0)
+
+    def late_reserve(self, first, last):
+        time.sleep(delays.choice([0, 0.003, 0.01]))
+        return reserve(self, first, last)
+
+    monkeypatch.setattr(FeatureMap, "reserve", late_reserve)
+    for _ in range(2):
+        assert torch.equal(decode(decoder, z, zq, max_memory), expected)
+
+
+def test_one_meeting_per_layer(threads, runs):
+    decoder, (z, zq) = make_decoder(), latents((16, 8), batch=1)
+    threads(2)
+    decode(decoder, z, zq)
+    blocks = list(decoder.layers())
+    attention, resnet = (sum(isinstance(block, kind) for block in blocks) for kind in (AttnBlock, ResnetBlock))
+    convolutions = 2 + 2 * resnet  # with conv_in and conv_out
+    convolutions -= 1  # one writes over its block's input, which has more channels: its two strips run one after another
+    upsampling, whole_decode = 1, 1
+    assert len(runs) == whole_decode + convolutions + 2 * attention + upsampling  # attention: keys and values, then queries
+
+
+def test_every_operator_is_single_threaded(threads, monkeypatch):
+    seen = []
+    for owner, name in [(NormalisedRows, "__init__"), (NormalisedRows, "write_rows"), (ConvolvedRows, "__init__"),
+                        (ConvolvedRows, "add_rows"), (FeatureMap, "commit_strip"), (strips, "attention"),
+                        (strips.Strips, "store_input"), (strips.Strips, "output")]:  # fmt: skip
+        describe = lambda *_, name=name: (name, torch.get_num_threads(), threading.current_thread() is threading.main_thread())
+        seen.append(record_calls(monkeypatch, owner, name, describe))
+    decoder, (z, zq) = make_decoder(), latents((16, 6), batch=1)
+    threads(2)
+    decode(decoder, z, zq)
+    assert torch.get_num_threads() == 2
+    assert [{call[1:] for call in calls} for calls in seen] == [{(1, False)}] * len(seen)
+
+
+WITHOUT_TEAM = """
+import os, torch
+from movq_ext import MOVQDecoder
+decoder = MOVQDecoder(ch=32, out_ch=3, ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=[], in_channels=3, resolution=64,
+                      z_channels=4, zq_ch=4).eval()
+z = torch.randn(1, 4, 32, 32)
+torch.set_num_threads(2)
+before = len(os.listdir("/proc/self/task"))
+with torch.inference_mode():
+    decoder(z, z)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
+def test_a_decode_has_no_parallel_region():
+    """OpenMP starts its threads in the first one: the process has only the two workers."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TEAM], capture_output=True, text=True, check=True)
+    assert done.stdout == "2\n"
+
+
+@pytest.mark.parametrize("change", [hooked, patched])
+def test_modified_layers_run_in_the_caller(threads, monkeypatch, change):
+    """Hooks need not be thread-safe."""
+    decoder, (z, zq) = make_decoder(), latents((16, 6), batch=1)
+    change(decoder)
+    seen = record_calls(monkeypatch, nn.Conv2d, "_conv_forward", lambda *_: threading.get_ident())
+    threads(2)
+    decode(decoder, z, zq, LITTLE)
+    assert set(seen) == {threading.get_ident()}
+
+
+def test_annotated_layers_run_in_threads(threads, runs):
+    decoder, (z, zq) = make_decoder(), latents((16, 6), batch=1)
+    threads(2)
+    with annotate(decoder):
+        decode(decoder, z, zq, LITTLE)
+    assert max(runs) == 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("factor", [1, 2, 5])
+def test_threads_share_the_memory_limit(threads, monkeypatch, count, factor):
+    """The strips that threads compute at once, with their halos."""
+    decoder, (z, zq) = make_decoder(attn_resolutions=[], mid_attn=False), latents((40, 16), batch=1)
+    with pytest.raises(ValueError) as error:
+        decode_tiled(decoder, z, zq, max_memory=1)
+    limit = factor * int(next(word for word in str(error.value).split() if word.isdigit()))
+    seen = record_calls(monkeypatch, strips.Strips, "spans", lambda spans, self, x, values: (spans, self.memory, x, values))
+    threads(count)
+    assert_close(decode_tiled(decoder, z, zq, max_memory=limit), decoder(z, zq).double(), slack=5)
+    for spans, memory, x, values in seen:
+        rows = max(last - first for first, last in spans) + 2
+        assert min(memory.workers, len(spans)) * rows * values * x.width * 4 <= limit // 2
+    assert {memory.workers for _, memory, _, _ in seen} == {min(count, factor // 2 or 1)}
+
+
+def test_winograd_blocks_share_the_memory():
+    weight, tile = torch.randn(8, 8, 3, 3), winograd.TILES[0]
+    one, three = (winograd.WinogradConvolution(weight, None, tile, 1 << 20, threads) for threads in (1, 3))
+    assert torch.equal(one.factors, three.factors)
+    assert three.block_bytes == one.block_bytes // 3
+
+
+def test_a_file_is_read_and_written_by_several_threads():
+    class SlowFile:
+        """Gives other threads time to move the position before it is used."""
+
+        def __init__(self, file):
+            self.file, self.readinto, self.write = file, file.readinto, file.write
+
+        def seek(self, position):
+            self.file.seek(position)
+            time.sleep(0.002)
+
+    with tempfile.TemporaryFile() as file:
+        storage = FileStorage(SlowFile(file), torch.float32, torch.device("cpu"))
+        values = torch.arange(80.0).view(8, 10)
+
+        def write_and_read(index):
+            for _ in range(4):
+                storage.commit(10 * index, values[index])
+                assert torch.equal(storage.read(10 * index, 10), values[index])
+
+        workers = [threading.Thread(target=write_and_read, args=(index,)) for index in range(8)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert torch.equal(storage.read(0, 80), values.flatten())
+
+
+def test_an_error_in_a_strip_reaches_the_caller(threads, monkeypatch):
+    monkeypatch.setattr(ConvolvedRows, "add_rows", lambda *_: 1 // 0)
+    threads(2)
+    with pytest.raises(ZeroDivisionError):
+        decode(make_decoder(), *latents((16, 6)))
