@@ -7,7 +7,7 @@ Attention also gathers the keys and values of all positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
@@ -179,7 +179,7 @@ class BandMap(FeatureMap):
     def commit_unmeasured(self, first: int, rows: Tensor) -> None:
         super().commit_unmeasured(first - self._first_stored, rows)
 
-    def complete(self, moments: Iterable[Moments]) -> None:
+    def complete(self, moments: Sequence[Moments]) -> None:
         """Merge the moments of the band's strips, and exchange its edges and moments with the other processes."""
         super().complete(moments)
         self._exchange_edges()

@@ -6,17 +6,18 @@ cache, as in `movq_ext.model.strips`. Only whole maps before and after convoluti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..model.feature_maps import FeatureMap, MapStore, MemoryStorage
+from ..model.feature_maps import FeatureMap, MapStore, MemoryStorage, Moments
 from ..model.fusion import is_plain_conv1x1, is_plain_conv3x3
 from ..model.norms import SpatialNorm
 from ..model.strip_norms import NormalisedRows
 from ..model.strip_rows import PointwiseRows, RowSource, StoredRows
-from ..model.strips import CPU_MEMORY, INPUT_VALUES, Strips
+from ..model.strips import CPU_MEMORY, INPUT_VALUES, Strips, WorkingMemory, cpu_memory
 from ..ops.native import is_inference
 from ..ops.winograd import fastest_tile
 from .accelerated import is_plain_instance
@@ -46,11 +47,16 @@ def is_faster_in_strips(block: Any, height: int, width: int) -> bool:
 
 def run_block(block: Any, x: Tensor, zq: Tensor | None) -> Tensor:
     """Return ``shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))`` in the layout of x. zq conditions spatial norms."""
+    memory = cpu_memory()
+    return memory.run(lambda: _run_block(block, x, zq, memory))
+
+
+def _run_block(block: Any, x: Tensor, zq: Tensor | None, memory: WorkingMemory) -> Tensor:
     layout = layout_of(x)
     x = x.contiguous(memory_format=torch.channels_last)
     batch, _, height, width = x.shape
     out = x.new_empty(batch, height, width, block.conv2.out_channels).permute(0, 3, 1, 2)
-    strips = Strips(MapStore(x.dtype, x.device), None, CPU_MEMORY)
+    strips = Strips(MapStore(x.dtype, x.device), None, memory)
     for i in range(batch):
         image, latent = measured_map(x[i : i + 1], strips), None if zq is None else zq[i : i + 1]
         h = strips.convolve(normalised(block.norm1, image, latent), block.conv1)
@@ -64,10 +70,15 @@ def run_block(block: Any, x: Tensor, zq: Tensor | None) -> Tensor:
 
 def run_output(norm: Any, conv: nn.Conv2d, x: Tensor, zq: Tensor | None) -> Tensor:
     """Return ``conv(silu(norm(x, zq)))`` in NCHW."""
+    memory = cpu_memory()
+    return memory.run(lambda: _run_output(norm, conv, x, zq, memory))
+
+
+def _run_output(norm: Any, conv: nn.Conv2d, x: Tensor, zq: Tensor | None, memory: WorkingMemory) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
     images = []
     for i in range(x.shape[0]):
-        strips = Strips(MapStore(x.dtype, x.device), None if zq is None else zq[i : i + 1], CPU_MEMORY)
+        strips = Strips(MapStore(x.dtype, x.device), None if zq is None else zq[i : i + 1], memory)
         images.append(strips.output(shared_norm(norm), conv, measured_map(x[i : i + 1], strips)))
     return torch.cat(images)
 
@@ -81,8 +92,13 @@ def layout_of(x: Tensor) -> torch.memory_format:
 def measured_map(x: Tensor, strips: Strips) -> FeatureMap:
     """Return the map of one image in channels_last, without a copy."""
     stored = StoredMap(x)
-    for first, last in strips.spans(stored, INPUT_VALUES * stored.channels):
-        stored.moments.add(stored.read(first, last))
+
+    def measure(first: int, last: int) -> Moments:
+        moments = Moments()
+        moments.add(stored.read(first, last))
+        return moments
+
+    stored.complete(strips.run(measure, strips.spans(stored, INPUT_VALUES * stored.channels)))
     return stored
 
 
@@ -97,8 +113,12 @@ class StoredMap(FeatureMap):
 class OutputMap(StoredMap):
     """A map that no norm of this block reads."""
 
-    def commit(self, first: int, rows: Tensor) -> None:
+    def commit_strip(self, first: int, rows: Tensor) -> Moments:
         self.commit_unmeasured(first, rows)
+        return Moments()
+
+    def complete(self, moments: Sequence[Moments]) -> None:
+        pass
 
 
 def normalised(norm: Any, x: FeatureMap, zq: Tensor | None) -> NormalisedRows:

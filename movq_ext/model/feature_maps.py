@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Sequence
 from types import TracebackType
 from typing import IO
 
@@ -143,7 +143,7 @@ class FeatureMap:
         self.commit_unmeasured(first, rows)
         return moments
 
-    def complete(self, moments: Iterable[Moments]) -> None:
+    def complete(self, moments: Sequence[Moments]) -> None:
         """Merge the moments of all strips, in this order. All rows must be stored."""
         for strip in moments:
             self.moments.merge(strip)

@@ -231,7 +231,7 @@ class Strips:
 
         reused = out.reused_channels
         groups = [spans] if reused in (None, out.channels) else split_at_overlaps(spans, out.channels, reused)
-        out.complete(moments for group in groups for moments in self.run(write_strip, group))
+        out.complete([moments for group in groups for moments in self.run(write_strip, group)])
         return out
 
     def all_tokens(self, source: NormalisedRows, *layers: nn.Module) -> list[Tensor]:
