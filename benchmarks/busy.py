@@ -2,10 +2,12 @@
 
     python benchmarks/busy.py --out benchmarks/results/busy_cpu
 
-0, 1 and 3 other processes multiply matrices with one thread each. Beside them, these decoders take turns, each in a process of its
-own: ours, in which a thread computes whole strips; ours with threads inside every operator; and diffusers' VQModel in channels_last,
-eager and compiled. "ms" is the median of the rounds, "spread" their ``(largest - smallest) / median``, and "slowdown" divides the
-median by the decoder's own without other processes. The results are written after each number of processes.
+0, 1 and 3 other processes multiply matrices with one thread each. Beside them, these decoders take turns, each in a process of
+its own: ours, in which a thread computes whole strips; ours with threads inside every operator; and diffusers' VQModel in
+channels_last, eager and compiled.
+
+"ms" is the median of the rounds, "spread" their ``(largest - smallest) / median``, and "slowdown" divides the median by the
+decoder's own without other processes. The results are written after each number of processes.
 """
 
 from __future__ import annotations
