@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.strip_rows import HALO, TYPICAL_ROWS
+from ..model.strip_rows import TYPICAL_ROWS
+from ..model.strip_spans import HALO
 from ..ops.onednn import Convolution
 
 PADDING = 2  # frames before a clip that a causal convolution reads
