@@ -272,5 +272,5 @@ def test_subclasses_of_accelerated_layers_are_refused(path):
     accelerate(model)
     layer = model.decoder.get_submodule(path)
     layer.__class__ = type("Mine", (type(layer),), {"forward": lambda self, *args, **kwargs: None})
-    with pytest.raises(TypeError, match="vae must have the layers of .*, unmodified, got .*: its .* is Mine, not CogVideoX"):
+    with pytest.raises(TypeError, match=r"vae must have the layers of .*, unmodified, got .*: its .* is Mine, not CogVideoX"):
         decode_clip_tiled(model, latent(1), max_memory=64 << 20)
