@@ -14,7 +14,7 @@ from .winograd import fastest_tile
 from .winograd_filters import Tile
 
 FACTOR_BYTES = 40 << 20  # of one tap in time, and half as many again: see `fastest_tile`
-STRIP_BYTES = 8 << 20  # of the input's frames in a strip
+STRIP_BYTES = 2 << 20  # of the input's frames in a strip, which has one row of tiles at least
 # Of the result, in all frames. Below, computing the factors of the weights takes longer than they save.
 MIN_PIXELS = 2048
 
