@@ -1,6 +1,8 @@
 """decode_sharded must match a single-process decode. Each number of processes is started once and decodes all cases."""
 
+import contextlib
 import re
+import time
 
 import processes
 import pytest
@@ -12,6 +14,8 @@ from torch import nn
 
 from movq_ext import ResnetBlock, SpatialNorm, decode_sharded
 from movq_ext.deploy import multi_gpu
+from movq_ext.model import strips
+from movq_ext.model.strip_rows import PointwiseRows
 from movq_ext.model.strips import WorkingMemory
 
 LITTLE, PLENTY = 60_000, 1 << 30  # bytes of a strip: several strips a band, and one
@@ -33,6 +37,7 @@ def shortcuts(decoder):
 
 
 CHANGES = {change.__name__: change for change in (adapted, patched, hooked, shortcuts)}
+FEWER_CHANNELS = dict(ch_mult=(1, 2), attn_resolutions=[], mid_attn=False)
 DTYPES = {torch.float64: 1e-11, torch.bfloat16: 5e-2, torch.float16: 2**-11}
 
 
@@ -85,7 +90,7 @@ def decode_all(rank, size):
     results = {}
     for name, (changes, grid, zq_grid) in GRIDS.items():
         for strip_bytes in (LITTLE, PLENTY):
-            multi_gpu.CPU_MEMORY = WorkingMemory(strip_bytes, maps=0)
+            multi_gpu.cpu_memory = lambda strip=strip_bytes: WorkingMemory(strip, maps=0)
             results[name, strip_bytes] = decode_sharded(make_decoder(**changes), *latents(grid, zq_grid=zq_grid))
     for name, change in CHANGES.items():
         change(decoder := make_decoder())
@@ -95,6 +100,8 @@ def decode_all(rank, size):
     with torch.autocast("cpu", torch.bfloat16):
         results["autocast"] = decode_sharded(make_decoder(), *latents((6, 4)))
     results["rows"] = decode_sharded(make_decoder(), *latents((7, 4)), gather=False)
+    with threads():
+        results["threads"] = decode_sharded(make_decoder(**FEWER_CHANNELS), *latents((24, 4)))
     moments, x = multi_gpu.BandMoments(multi_gpu.Band(None, 40)), large_mean()
     first, last = multi_gpu.Band(None, 40).rows(40)
     moments.add(x[:, :, first:last])
@@ -115,6 +122,25 @@ def decode_all(rank, size):
     return results
 
 
+@contextlib.contextmanager
+def threads():
+    """Context manager: three threads compute strips of four rows, and the first strip of each band reads its residual last."""
+    write_rows = PointwiseRows.write_rows
+
+    def write_late(self, first, last, out):
+        if first == self.x._first:
+            time.sleep(0.1)
+        write_rows(self, first, last, out)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(PointwiseRows, "write_rows", write_late)
+        monkeypatch.setattr(multi_gpu, "cpu_memory", lambda: WorkingMemory(1, workers=3))
+        monkeypatch.setattr(strips, "MIN_THREADED_VALUES", 1)
+        torch.set_num_threads(3)
+        yield
+        torch.set_num_threads(1)
+
+
 def large_mean():
     return torch.randn(1, 8, 40, 30, generator=torch.Generator().manual_seed(5)) + 4096
 
@@ -123,6 +149,12 @@ def large_mean():
 def results(request, tmp_path_factory):
     """The results of every process for every case."""
     return processes.run(worker, request.param, tmp_path_factory.mktemp("processes"), request.param)
+
+
+def test_threads_of_a_band(results):
+    """Where a block writes over its input, which has more channels, and the band starts below the map's first row."""
+    expected = make_decoder(**FEWER_CHANNELS)(*latents((24, 4)))
+    assert_close(same_in_all(results, "threads"), expected.double(), slack=5)
 
 
 def same_in_all(results, key):

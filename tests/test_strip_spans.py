@@ -47,19 +47,22 @@ def test_rows_of_a_strip(height, max_rows, workers, rows):
     assert last - first == rows
 
 
-@given(HEIGHTS, st.integers(1, 40), st.integers(1, 8), st.integers(0, 8))
-def test_groups_of_a_map_that_reuses_storage_may_run_in_any_order(height, rows, channels, fewer):
-    """A row of the larger map is overwritten only by its own strip, or after its group."""
-    spans = [(first, min(first + rows, height)) for first in range(0, height, rows)]
+@given(HEIGHTS, st.integers(1, 40), st.integers(1, 8), st.integers(0, 8), st.integers(0, 200), st.integers(0, 1))
+def test_groups_of_a_map_that_reuses_storage_may_run_in_any_order(height, rows, channels, fewer, stored, halo):
+    """A row of the larger map is overwritten only by its own strip, or after its group. A band starts at any row."""
+    top = stored + halo
+    spans = [(first, min(first + rows, top + height)) for first in range(top, top + height, rows)]
     reused = channels + fewer
-    groups = list(split_at_overlaps(spans, channels, reused))
+    groups = list(split_at_overlaps(spans, channels, reused, stored))
     assert [span for group in groups for span in group] == spans
     for index, group in enumerate(groups):
         unread = [span for later in groups[index:] for span in later]
         for written_first, written_last in group:
             for first, last in unread:
                 if (first, last) != (written_first, written_last):
-                    assert written_last * channels <= first * reused or written_first * channels >= last * reused
+                    write = ((written_first - stored) * channels, (written_last - stored) * channels)
+                    read = ((first - stored) * reused, (last - stored) * reused)
+                    assert write[1] <= read[0] or write[0] >= read[1]
 
 
 def test_groups_double():

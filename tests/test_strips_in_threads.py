@@ -17,10 +17,11 @@ from torch import nn
 
 from movq_ext import Encoder, annotate, decode_tiled, encode_tiled
 from movq_ext.model import strips
-from movq_ext.model.feature_maps import FeatureMap, FileStorage
+from movq_ext.model.feature_maps import FeatureMap, FileStorage, MapStore, MemoryStorage
 from movq_ext.model.layers import AttnBlock, ResnetBlock
 from movq_ext.model.strip_norms import NormalisedRows
 from movq_ext.model.strip_rows import ConvolvedRows
+from movq_ext.model.strip_spans import HALO
 from movq_ext.ops import thread_pool, winograd
 
 LITTLE = 2_000_000  # bytes: several strips for each of two threads, and files
@@ -216,3 +217,21 @@ def test_an_error_in_a_strip_reaches_the_caller(threads, monkeypatch):
     threads(2)
     with pytest.raises(ZeroDivisionError):
         decode(make_decoder(), *latents((16, 6)))
+
+
+@pytest.mark.parametrize("workers", [2, 8, 64])
+@pytest.mark.parametrize("width", [256, 1024, 8192])
+def test_memory_of_wide_maps_is_bounded(threads, monkeypatch, workers, width):
+    """The strips of all threads take at most 512 MiB or as much as the map, or there is one thread."""
+    height, channels = 512, 128
+    x = FeatureMap(channels, height, width, MemoryStorage(torch.empty(0)))
+    values, map_bytes = strips.convolution_values(channels, channels), height * width * channels * 4
+    seen = record_calls(monkeypatch, strips, "run_in_threads", lambda _, function, spans, count: (spans, count))
+    run = strips.Strips(MapStore(x.dtype, torch.device("cpu")), None, strips.CPU_MEMORY._replace(workers=workers))
+    run.run(lambda first, last: None, x, values)
+    ((spans, count),) = seen
+    rows = max(last - first for first, last in spans) + HALO
+    assert rows >= 4 + HALO
+    limit = max(512 << 20, map_bytes)
+    assert count == 1 or count * rows * values * width * 4 <= limit
+    assert count == workers or (count + 1) * rows * values * width * 4 > limit

@@ -1,11 +1,13 @@
 """Independent tasks in threads with single-threaded operators."""
 
+import contextvars
 import gc
 import os
 import subprocess
 import sys
 import threading
 import time
+import warnings
 import weakref
 
 import pytest
@@ -168,6 +170,8 @@ def observe_by_tracing(trace):
         pytest.param(lambda: observe_by(FakeTensorMode()), id="fake tensors"),
         pytest.param(lambda: observe_by(torch.device("cpu")), id="function mode"),
         pytest.param(lambda: observe_by(torch.profiler.profile()), id="profiler"),
+        pytest.param(lambda: observe_by(torch._C.DisableTorchFunctionSubclass()), id="no subclasses"),
+        pytest.param(lambda: observe_by(torch.autograd.graph.save_on_cpu()), id="hooks of saved tensors"),
         pytest.param(lambda: observe_by_tracing(make_fx), id="make_fx"),
         pytest.param(lambda: observe_by_tracing(torch.vmap), id="vmap"),
         pytest.param(lambda: observe_by_tracing(lambda f: torch.jit.trace(f, torch.ones(2), check_trace=False)), id="jit.trace"),
@@ -395,3 +399,61 @@ def test_an_interrupt_stops_nested_tasks(monkeypatch):
     assert count < 100
     time.sleep(0.1)
     assert len(started) == count
+
+
+def test_an_error_in_the_callers_modes_reaches_the_caller():
+    """The autocast of a worker warns about a dtype, and warnings are errors."""
+    torch.set_autocast_enabled("cpu", True)
+    dtype = torch.get_autocast_dtype("cpu")
+    torch.set_autocast_dtype("cpu", torch.float32)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for run in (lambda: run_in_threads(where, range(3)), lambda: thread_pool.run_in_worker(lambda: None)):
+                with pytest.raises(UserWarning, match="autocast"):
+                    run()
+    finally:
+        torch.set_autocast_enabled("cpu", False)
+        torch.set_autocast_dtype("cpu", dtype)
+    assert run_in_threads(str, range(3)) == ["0", "1", "2"]
+    assert len(set(where_together(2))) == 2  # no worker has ended
+
+
+def test_callers_of_run_in_worker_may_wait_for_each_other():
+    """As ranks in threads of one process do, in a collective."""
+    together, done = threading.Barrier(4), []
+
+    def call():
+        torch.get_num_threads()
+        torch.set_num_threads(2)
+        done.append(thread_pool.run_in_worker(lambda: together.wait(20)))
+
+    for _ in range(2):
+        callers = [threading.Thread(target=call) for _ in range(4)]
+        for thread in callers:
+            thread.start()
+        for thread in callers:
+            thread.join(60)
+    assert sorted(done) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_workers_of_whole_tasks_are_reused():
+    threads = {thread_pool.run_in_worker(threading.get_ident) for _ in range(5)}
+    assert len(threads) == 1 and threading.get_ident() not in threads
+
+
+def test_context_variables_are_the_callers():
+    variable = contextvars.ContextVar("variable", default=0)
+    token = variable.set(7)
+    try:
+        assert run_in_threads(lambda item: variable.get() + item, range(4)) == [7, 8, 9, 10]
+        assert thread_pool.run_in_worker(lambda: run_in_threads(lambda _: variable.get(), range(3))) == [7, 7, 7]
+        run_in_threads(variable.set, range(4))
+        assert variable.get() == 7
+    finally:
+        variable.reset(token)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_fewer_than_two_workers_run_in_the_caller(count):
+    assert set(run_in_threads(where, range(4), max_workers=count)) == {(threading.get_ident(), 2)}

@@ -98,7 +98,7 @@ def measured_map(x: Tensor, strips: Strips) -> FeatureMap:
         moments.add(stored.read(first, last))
         return moments
 
-    stored.complete(strips.run(measure, strips.spans(stored, INPUT_VALUES * stored.channels)))
+    stored.complete(strips.run(measure, stored, INPUT_VALUES * stored.channels))
     return stored
 
 

@@ -106,6 +106,8 @@ Storage = MemoryStorage | FileStorage
 class FeatureMap:
     """A map ``(1, C, H, W)``, stored in channels_last."""
 
+    first_stored = 0  # the row with which the storage starts
+
     def __init__(self, channels: int, height: int, width: int, storage: Storage) -> None:
         self.channels, self.height, self.width, self.storage = channels, height, width, storage
         self.row_size = width * channels  # values

@@ -35,7 +35,9 @@ def busiest_rows(height: int, rows: int, workers: int) -> int:
     return most - (strips * rows - height) if last_is_alone else most
 
 
-def split_at_overlaps(spans: Sequence[Span], channels: int, reused_channels: int) -> Iterator[Sequence[Span]]:
+def split_at_overlaps(
+    spans: Sequence[Span], channels: int, reused_channels: int, first_stored: int = 0
+) -> Iterator[Sequence[Span]]:
     """Divide the strips of a map that reuses a larger map's storage into groups, whose strips may be computed in any order.
 
     Each strip reads its own rows of the larger map, and overwrites rows above them that an earlier group must have read.
@@ -43,10 +45,12 @@ def split_at_overlaps(spans: Sequence[Span], channels: int, reused_channels: int
     Args:
         spans: the strips.
         channels, reused_channels: of the map and of the larger one.
+        first_stored: the row of both maps with which the storage starts.
     """
     start = 0
     for index, (_, last) in enumerate(spans):
-        if index > start and last * channels > spans[start][0] * reused_channels:
+        written_end, read_start = (last - first_stored) * channels, (spans[start][0] - first_stored) * reused_channels
+        if index > start and written_end > read_start:
             yield spans[start:index]
             start = index
     yield spans[start:]

@@ -36,6 +36,8 @@ from .strip_norms import NormalisedRows
 from .strip_rows import ConvolvedRows, PointwiseRows, RowSource, StoredRows, StripBuffer, cast_parameters, haloed_rows
 from .strip_spans import HALO, MIN_ROWS, Span, divide_rows, split_at_overlaps
 
+# Of the strips that threads compute at once, without a memory limit. A larger map allows as much as it takes itself.
+MAX_STRIPS_BYTES = 512 << 20
 MIN_THREADED_VALUES = 1 << 18  # in all tensors of a map: for less work, threads would take longer to meet than they save
 # Number of values in all tensors of a strip, per pixel and channel of its map.
 ATTENTION_VALUES = 8
@@ -48,7 +50,8 @@ class WorkingMemory(NamedTuple):
     """Bytes for the tensors of a decode or an encode, besides weights, latents and images.
 
     Attributes:
-        strip: approximate size of all tensors of the strips that are computed at once.
+        strip: approximate size of all tensors of the strips that are computed at once. If ``maps`` is None, strips of wide maps
+            take more: each thread computes at least four rows, and all of them take up to MAX_STRIPS_BYTES or the map's size.
         winograd: for a Winograd convolution, see `fastest_tile`.
         maps: for the maps between layers, see `MapStore`; None for no limit.
         workers: threads that share it, each with strips of its own.
@@ -195,15 +198,15 @@ class Strips:
     def output(self, norm: nn.Module, conv: nn.Conv2d, x: FeatureMap) -> Tensor:
         """Return ``conv(silu(norm(x)))``, ``(1, conv.out_channels, H, W)``."""
         out = self.store.empty(1, conv.out_channels, x.height, x.width)
-        spans = self.spans(x, convolution_values(x.channels, conv.out_channels))
-        convolved = ConvolvedRows(conv, self._normalised(norm, x, "silu"), self._buffer, spans)
+        values = convolution_values(x.channels, conv.out_channels)
+        convolved = ConvolvedRows(conv, self._normalised(norm, x, "silu"), self._buffer, self.spans(x, values))
 
         def write_strip(first: int, last: int) -> None:
             rows = out.new_zeros(1, last - first, x.width, conv.out_channels).permute(0, 3, 1, 2)
             convolved.add_rows(first, last, rows)
             out[:, :, first:last] = rows
 
-        self.run(write_strip, spans)
+        self.run(write_strip, x, values)
         return out
 
     def convolve(
@@ -217,7 +220,8 @@ class Strips:
         x = source.x
         if out is None:
             out = self.store.allocate(conv.out_channels, x.height, x.width)
-        spans = self.spans(x, convolution_values(x.channels, conv.out_channels))
+        values = convolution_values(x.channels, conv.out_channels)
+        spans = self.spans(x, values)
         convolved = ConvolvedRows(conv, source, self._buffer, spans)
 
         def write_strip(first: int, last: int) -> Moments:
@@ -230,8 +234,8 @@ class Strips:
             return out.commit_strip(first, rows)
 
         reused = out.reused_channels
-        groups = [spans] if reused in (None, out.channels) else split_at_overlaps(spans, out.channels, reused)
-        out.complete([moments for group in groups for moments in self.run(write_strip, group)])
+        groups = [spans] if reused in (None, out.channels) else split_at_overlaps(spans, out.channels, reused, out.first_stored)
+        out.complete([moments for group in groups for moments in self.run(write_strip, x, values, group)])
         return out
 
     def all_tokens(self, source: NormalisedRows, *layers: nn.Module) -> list[Tensor]:
@@ -245,7 +249,7 @@ class Strips:
             for layer, whole in zip(layers, tokens, strict=True):
                 whole[:, :, first * x.width : last * x.width] = _as_tokens(layer(n))
 
-        self.run(write_strip, self.spans(x, ATTENTION_VALUES * x.channels))
+        self.run(write_strip, x, ATTENTION_VALUES * x.channels)
         return tokens
 
     def spans(self, x: FeatureMap, values_per_pixel: int) -> list[Span]:
@@ -255,14 +259,40 @@ class Strips:
             x: the map.
             values_per_pixel: number of values in all tensors of a strip, per pixel of x.
         """
-        workers = self.memory.workers if x.height * x.width * values_per_pixel >= MIN_THREADED_VALUES else 1
+        workers = self._workers(x, values_per_pixel)
         min_rows = MIN_ROWS if workers > 1 or self.memory.maps is None else 1
-        rows = self.memory.strip // (values_per_pixel * x.width * x.dtype.itemsize)
+        rows = self.memory.strip // self._row_bytes(x, values_per_pixel)
         return divide_rows(x.height, max(min_rows, rows // workers - HALO), workers)
 
-    def run(self, compute: Callable[[int, int], Result], spans: Sequence[Span]) -> list[Result]:
-        """Return ``compute(first, last)`` of each strip, in order. Threads compute strips at the same time."""
-        return run_in_threads(lambda span: compute(*span), spans, self.memory.workers)
+    def run(
+        self,
+        compute: Callable[[int, int], Result],
+        x: FeatureMap,
+        values_per_pixel: int,
+        spans: Sequence[Span] | None = None,
+    ) -> list[Result]:
+        """Return ``compute(first, last)`` of each strip, in order. Threads compute strips at the same time.
+
+        Args:
+            compute: computes a strip.
+            x, values_per_pixel: see `spans`.
+            spans: some of the strips of x; all if None.
+        """
+        spans = self.spans(x, values_per_pixel) if spans is None else spans
+        return run_in_threads(lambda span: compute(*span), spans, self._workers(x, values_per_pixel))
+
+    def _workers(self, x: FeatureMap, values_per_pixel: int) -> int:
+        """Return how many threads compute strips of x: as many as there is memory for the smallest strips."""
+        if x.height * x.width * values_per_pixel < MIN_THREADED_VALUES:
+            return 1
+        row_bytes = self._row_bytes(x, values_per_pixel)
+        limit = self.memory.strip
+        if self.memory.maps is None:  # whole maps are in memory
+            limit = max(limit, MAX_STRIPS_BYTES, x.height * x.row_size * x.dtype.itemsize)
+        return max(1, min(self.memory.workers, limit // ((MIN_ROWS + HALO) * row_bytes)))
+
+    def _row_bytes(self, x: FeatureMap, values_per_pixel: int) -> int:
+        return values_per_pixel * x.width * x.dtype.itemsize
 
     # --- Layers
 
@@ -297,7 +327,7 @@ class Strips:
             attended = _as_map(attention(_as_tokens(block.q(n)), k, v), x.width)
             return out.write_strip(first, block.proj_out(attended).add_(x.read(first, last)))
 
-        out.complete(self.run(write_strip, self.spans(x, ATTENTION_VALUES * x.channels)))
+        out.complete(self.run(write_strip, x, ATTENTION_VALUES * x.channels))
         return out
 
     def _attend_shared(self, block: AttnBlock, x: FeatureMap, normalised: NormalisedRows) -> FeatureMap:
@@ -311,7 +341,7 @@ class Strips:
             attended = _as_map(shared_kv_attention(_as_tokens(q), all_n, scale), x.width)
             return out.write_strip(first, block.proj_out(block.v(attended)).add_(x.read(first, last)))
 
-        out.complete(self.run(write_strip, self.spans(x, ATTENTION_VALUES * x.channels)))
+        out.complete(self.run(write_strip, x, ATTENTION_VALUES * x.channels))
         return out
 
     def _upsample(self, layer: Upsample, x: FeatureMap) -> FeatureMap:
@@ -330,7 +360,7 @@ class Strips:
             # The module pads the strip with zeros: drop the output rows that saw padding instead of neighbours.
             return out.write_strip(2 * first, strip[:, :, 2 * above : strip.shape[2] - 2 * below])
 
-        out.complete(self.run(write_strip, self.spans(x, UPSAMPLE_VALUES * x.channels)))
+        out.complete(self.run(write_strip, x, UPSAMPLE_VALUES * x.channels))
 
     def _upsample_by_windows(self, conv: nn.Conv2d, x: FeatureMap, out: FeatureMap) -> None:
         """Write ``conv(upsample(x))`` to out.
@@ -355,7 +385,7 @@ class Strips:
                     pixels[:, 1 - down, :, 1 - right] = part[: last - first, : x.width]
             return out.commit_strip(2 * first, rows)
 
-        out.complete(self.run(write_strip, self.spans(x, UPSAMPLE_VALUES * x.channels)))
+        out.complete(self.run(write_strip, x, UPSAMPLE_VALUES * x.channels))
 
     def _downsample(self, layer: Downsample, x: FeatureMap) -> FeatureMap:
         out = self.store.allocate(x.channels, x.height // 2, x.width // 2)
@@ -364,7 +394,7 @@ class Strips:
             below = min(1, x.height - 2 * last)  # the last output row reads one row more; at the bottom the layer pads it
             return out.write_strip(first, layer(x.read(2 * first, 2 * last + below)))
 
-        out.complete(self.run(write_strip, self.spans(out, DOWNSAMPLE_VALUES * x.channels)))
+        out.complete(self.run(write_strip, out, DOWNSAMPLE_VALUES * x.channels))
         self.store.release(x)
         return out
 

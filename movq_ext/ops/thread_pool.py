@@ -8,6 +8,7 @@ of a task alone, takes the next task when it is done, and waits for the others o
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ def num_workers() -> int:
     """Return how many threads `run_in_threads` uses: the caller's ``torch.get_num_threads()``.
 
     1 means that it calls the function in the caller: within its own tasks, and where PyTorch observes or rewrites operators of
-    the calling thread only (tracing, compilation, modes, function transforms, the profiler).
+    the calling thread only (tracing, compilation, modes, function transforms, hooks of saved tensors, the profiler).
     """
     if _operators_are_observed() or not torch.backends.openmp.is_available():
         return 1
@@ -36,12 +37,16 @@ def run_in_worker(function: Callable[[], Result]) -> Result:
     """Return ``function()``, computed in a thread with single-threaded operators.
 
     Within the function, `run_in_threads` uses as many threads as it would in the caller: for programs in which it divides all
-    large tasks. Modes and errors are as for `run_in_threads`.
+    large tasks. Each call has a thread of its own, so functions of several callers may wait for each other, as in a collective.
+    Modes and errors are as for `run_in_threads`.
     """
     workers = num_workers()
-    if workers < 2 or isinstance(threading.current_thread(), Worker) or not _pool.has_workers(workers):
+    if workers < 2 or isinstance(threading.current_thread(), Worker):
         return function()
-    (result,) = _run(Run(lambda _: function(), [None], nested_workers=workers), 1)
+    with _pool.borrow_worker() as worker:
+        if worker is None:
+            return function()
+        (result,) = _run(Run(lambda _: function(), [None], nested_workers=workers), 1, worker.runs)
     return cast(Result, result)
 
 
@@ -49,21 +54,24 @@ def run_in_threads(function: Callable[[Item], Result], items: Sequence[Item], ma
     """Return ``[function(item) for item in items]``, computed by threads with single-threaded operators.
 
     There are `num_workers` threads, and at most max_workers. They take the items in order. With one worker or one item, the
-    caller computes everything. Gradient mode, inference mode and autocast are those of the caller.
+    caller computes everything. Gradient mode, inference mode, autocast and context variables are those of the caller.
 
     The first error, in the order of the items, is raised after all threads have stopped. Items after it may not have started.
     """
-    workers = min(num_workers(), len(items), max_workers or len(items))
-    if workers < 2 or not _pool.has_workers(workers):
-        return [function(item) for item in items]
-    return _run(Run(function, items, nested_workers=1), workers)
+    workers = min(num_workers(), len(items), len(items) if max_workers is None else max_workers)
+    if workers > 1:
+        others = workers - isinstance(threading.current_thread(), Worker)
+        if _pool.has_workers(others):
+            return _run(Run(function, items, nested_workers=1), others, _pool.runs)
+    return [function(item) for item in items]
 
 
-def _run(run: Run, workers: int) -> list[Any]:
+def _run(run: Run, workers: int, runs: SimpleQueue[Run]) -> list[Any]:
+    """Return the results of a run. This many workers that serve the queue take part, and the caller if it is a worker."""
     thread = threading.current_thread()
     try:
-        for _ in range(workers - isinstance(thread, Worker)):
-            _pool.runs.put(run)
+        for _ in range(workers):
+            runs.put(run)
         if isinstance(thread, Worker):
             thread.take_part(run)
         run.wait()
@@ -92,7 +100,7 @@ class Run:
         self.nested_workers = nested_workers
         self._results: list[Any] = [None] * len(items)
         self._errors: dict[int, BaseException] = {}
-        self._modes = ThreadModes()
+        self._modes, self._context = ThreadModes(), contextvars.copy_context()
         self._next = self._running = 0  # the index of the next item, and how many items are being computed
         self._state = threading.Condition()
         self.is_cancelled = False
@@ -100,7 +108,14 @@ class Run:
         self._outer = thread.current_run if isinstance(thread, Worker) else None
 
     def work(self) -> None:
-        """Compute items until all are taken or one has failed."""
+        """Compute items until all are taken or one has failed. Raises nothing."""
+        try:
+            self._context.copy().run(self._work)  # two threads cannot enter the same context
+        except BaseException as error:
+            self._errors[-1] = error  # of the modes, before any item
+            self.cancel()
+
+    def _work(self) -> None:
         with self._modes.enter():
             while (index := self._take()) is not None:
                 try:
@@ -132,6 +147,7 @@ class Run:
     def _cancel(self) -> None:
         self.is_cancelled |= self._next < len(self._items) or self._running > 0
         self._next = len(self._items)
+        self._state.notify_all()
 
     def wait(self) -> None:
         """Wait until all items have been taken and none is being computed."""
@@ -174,17 +190,18 @@ class ThreadModes:
 
 
 class Worker(threading.Thread):
-    """A thread whose operators are single-threaded. It serves every run and ends with the process.
+    """A thread whose operators are single-threaded. It ends with the process.
 
     Args:
         runs: the runs that it takes part in, one after another.
+        name: of the thread.
     """
 
-    def __init__(self, runs: SimpleQueue[Run], number: int) -> None:
-        super().__init__(name=f"movq_ext worker {number}", daemon=True)
-        self.is_ready = threading.Event()
+    def __init__(self, runs: SimpleQueue[Run], name: str) -> None:
+        super().__init__(name=f"movq_ext {name}", daemon=True)
+        self.overwritten_default: SimpleQueue[int] = SimpleQueue()  # receives one number of threads
         self.current_run: Run | None = None
-        self._runs = runs
+        self.runs = runs
 
     @property
     def num_workers(self) -> int:
@@ -192,11 +209,11 @@ class Worker(threading.Thread):
         return self.current_run.nested_workers if self.current_run is not None else 1
 
     def run(self) -> None:
-        torch.get_num_threads()  # PyTorch overwrites the number in a thread's first operator unless it was read before
+        default = torch.get_num_threads()  # PyTorch overwrites the number in a thread's first operator unless it was read before
         torch.set_num_threads(1)
-        self.is_ready.set()
+        self.overwritten_default.put(default)
         while True:
-            self.take_part(self._runs.get())
+            self.take_part(self.runs.get())
 
     def take_part(self, run: Run) -> None:
         """Compute items of a run, perhaps within an item of another."""
@@ -208,11 +225,19 @@ class Worker(threading.Thread):
 
 
 class Pool:
-    """The workers of this process."""
+    """The workers of this process: those that serve a queue together, and those of `run_in_worker` with a queue for each.
+
+    ``torch.set_num_threads`` also sets the default of threads without a number of their own, and PyTorch has no call that sets
+    one without the other. So the default is 1 for a moment while each worker starts, until another thread restores it. A thread
+    whose first operator runs in that moment has one thread from then on, and a number that another thread sets in that moment
+    is lost as the default. A program that starts threads during its first decode can call ``torch.get_num_threads`` and then
+    ``torch.set_num_threads`` in each.
+    """
 
     def __init__(self) -> None:
         self.runs: SimpleQueue[Run] = SimpleQueue()
         self._workers: list[Worker] = []
+        self._idle: list[Worker] = []  # with queues of their own
         self._lock = threading.Lock()
 
     def has_workers(self, count: int) -> bool:
@@ -220,35 +245,54 @@ class Pool:
 
         False means that the system refused a thread, as it does while the interpreter exits.
         """
-        if len(self._workers) < count:
-            with self._lock, contextlib.suppress(RuntimeError):
-                starter = threading.Thread(target=self._start_workers, args=(count,))
-                starter.start()
-                starter.join()
-        return len(self._workers) >= count
-
-    def _start_workers(self, count: int) -> None:
-        """Start workers, and restore the number of threads that threads without a number of their own have.
-
-        ``torch.set_num_threads`` sets both. This runs in a short-lived thread, since it must not set the caller's number.
-        """
-        default = torch.get_num_threads()
-        with contextlib.suppress(RuntimeError):
+        with self._lock:
             while len(self._workers) < count:
-                worker = Worker(self.runs, len(self._workers))
-                worker.start()
-                worker.is_ready.wait()
+                worker = _start_worker(self.runs, f"worker {len(self._workers)}")
+                if worker is None:
+                    return False
                 self._workers.append(worker)
-        torch.set_num_threads(default)
+        return True
+
+    @contextlib.contextmanager
+    def borrow_worker(self) -> Iterator[Worker | None]:
+        """Context manager: return a worker with a queue of its own, or None if the system refused a thread."""
+        try:
+            worker = self._idle.pop()
+        except IndexError:
+            with self._lock:
+                worker = _start_worker(SimpleQueue(), "decode")
+        try:
+            yield worker
+        finally:
+            if worker is not None:
+                self._idle.append(worker)
+
+
+def _start_worker(runs: SimpleQueue[Run], name: str) -> Worker | None:
+    """Return a new worker, or None if the system refused a thread."""
+    worker = Worker(runs, name)
+
+    def start_and_restore_default() -> None:
+        with contextlib.suppress(RuntimeError):
+            worker.start()
+            torch.set_num_threads(worker.overwritten_default.get())
+
+    with contextlib.suppress(RuntimeError):  # in a thread of its own, since it must not set the caller's number
+        starter = threading.Thread(target=start_and_restore_default)
+        starter.start()
+        starter.join()
+    return worker if worker.ident is not None else None
 
 
 def _operators_are_observed() -> bool:
-    """Return True if a tracer, compiler, mode, function transform or profiler sees the operators of this thread."""
+    """Return True if a tracer, compiler, mode, transform, hook or profiler sees the operators of this thread only."""
     return bool(
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
+        or not torch._C._is_torch_function_enabled()  # torch._C.DisableTorchFunctionSubclass
+        or torch._C._autograd._top_saved_tensors_default_hooks(True)  # ignores that they are traced
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._autograd._profiler_enabled()
     )
