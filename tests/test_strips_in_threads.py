@@ -43,7 +43,11 @@ def threads():
 @pytest.fixture
 def runs(monkeypatch):
     """Return the number of threads of every run, in the order in which they ended."""
-    return record_calls(monkeypatch, thread_pool, "_run", lambda _, run, workers: workers)
+
+    def count(_, run, workers, runs):
+        return workers + isinstance(threading.current_thread(), thread_pool.Worker)
+
+    return record_calls(monkeypatch, thread_pool, "_run", count)
 
 
 def decode(decoder, z, zq, max_memory=None):

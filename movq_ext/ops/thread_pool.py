@@ -256,11 +256,9 @@ class Pool:
     @contextlib.contextmanager
     def borrow_worker(self) -> Iterator[Worker | None]:
         """Context manager: return a worker with a queue of its own, or None if the system refused a thread."""
-        try:
-            worker = self._idle.pop()
-        except IndexError:
-            with self._lock:
-                worker = _start_worker(SimpleQueue(), "decode")
+        worker: Worker | None
+        with self._lock:
+            worker = self._idle.pop() if self._idle else _start_worker(SimpleQueue(), "decode")
         try:
             yield worker
         finally:
