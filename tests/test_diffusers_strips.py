@@ -99,8 +99,8 @@ def hook(layer):
     lambda block: hook(block.conv1), lambda block: hook(block.conv_shortcut), lambda block: hook(block.dropout),
     lambda block: hook(block.norm2), lambda block: hook(block.nonlinearity),
     lambda block: setattr(block.conv2, "padding_mode", "circular"), lambda block: setattr(block, "output_scale_factor", 2.0),
-    lambda block: setattr(block, "dropout", nn.Identity()),
-], ids=["conv1", "shortcut", "dropout", "norm2", "activation", "padding", "factor", "no dropout"])  # fmt: skip
+    lambda block: setattr(block, "dropout", nn.Identity()), lambda block: setattr(block, "conv1", nn.Sequential(block.conv1)),
+], ids=["conv1", "shortcut", "dropout", "norm2", "activation", "padding", "factor", "no dropout", "wrapped"])  # fmt: skip
 @torch.no_grad()
 def test_changed_blocks_run_layer_by_layer(change, strips):
     block, (x, _) = make_block(out_channels=160), inputs()
@@ -162,7 +162,7 @@ def test_autoencoders(name, layout, strips):
     theirs = run(copy.deepcopy(model).to(memory_format=CHANNELS_LAST))
     report = accelerate(model.to(memory_format=layout))
     ours = run(model)
-    assert report.skipped == {} and all(count.accelerated == 1 for count in report.calls().values() if count.original == 0)
+    assert report.skipped == {} and all((count.accelerated, count.original) == (1, 0) for count in report.calls().values())
     assert strips() == {"blocks": 3, "outputs": 2, "winograd": 10}  # two of the decoder's blocks, for two images, and one block
     for our, their, true in zip(ours, theirs, exact, strict=True):
         assert_as_accurate(our, their, true)
@@ -183,14 +183,20 @@ def test_a_hooked_last_convolution_is_called(strips):
 
 
 @torch.no_grad()
-def test_gradient_checkpointing_is_left_to_diffusers():
-    model = kl(**WIDE)
-    report = accelerate(model)
+def test_gradient_checkpointing(strips):
+    """Checkpointed with gradients, in strips without."""
+    model, gradients = kl(**WIDE), []
     model.enable_gradient_checkpointing()
-    with torch.enable_grad():
-        decode(model, latents(model)).sum().backward()
-    decode(model, latents(model))
-    assert (report.calls()["decoder"].original, report.calls()["decoder"].accelerated) == (1, 1)
+    for change in (restore, accelerate):
+        report = change(model)
+        z = latents(model).requires_grad_()
+        with torch.enable_grad():
+            gradients.append(torch.autograd.grad(decode(model, z).square().sum(), z)[0])
+    assert_same(gradients[1:], gradients[:1])
+    calls = report.calls()
+    assert (calls["decoder"].accelerated, calls["decoder.mid_block.resnets.0"].accelerated, strips()["outputs"]) == (1, 2, 0)
+    decode(model, latents(model, size=(14, 12)))
+    assert (report.calls()["decoder"].accelerated, report.calls()["decoder"].original, strips()["outputs"]) == (2, 0, 1)
 
 
 @pytest.mark.parametrize("spatial", [False, True])

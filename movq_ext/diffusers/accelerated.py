@@ -73,6 +73,12 @@ def original_class(module: nn.Module) -> Any:
     return kind.diffusers_class if issubclass(kind, Accelerated) else kind
 
 
+def own_class(module: Any) -> Any:
+    """Return the module's class, or its diffusers class if `accelerate` replaced it; a user's subclass of either is itself."""
+    kind = type(module)
+    return kind.diffusers_class if "diffusers_class" in vars(kind) else kind
+
+
 def can_compute(module: nn.Module, x: Tensor) -> bool:
     """True if the module is accelerated and x is a feature map or a clip that it and the operators take.
 
@@ -103,9 +109,7 @@ def child_reason(name: str, child: Any, expected: type[nn.Module] | str) -> str 
 
     expected: the class, or the name of one of diffusers.
     """
-    kind = type(child)
-    if "diffusers_class" in vars(kind):  # a user's subclass of an accelerated class may compute anything
-        kind = kind.diffusers_class
+    kind = own_class(child)
     if not (is_diffusers_class(kind, expected) if isinstance(expected, str) else kind is expected):
         return f"its {name} is {type(child).__name__}, not {expected if isinstance(expected, str) else expected.__name__}"
     return None if is_unmodified(child) else f"its {name} is hooked or patched"

@@ -1,6 +1,7 @@
 """The decoder and the encoder of AutoencoderKL and VQModel: their last norm and activation as one operator.
 
-On a CPU without gradients, where the blocks run strip by strip, so do the last layers, and maps between layers are channels_last.
+Their forward is diffusers'. It runs on a stand-in for the module, in which conv_norm_out computes SiLU too. On a CPU without
+gradients, where the blocks run strip by strip, so do the last layers, and maps between layers are channels_last.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.fusion import is_plain_conv3x3
+from ..model.fusion import is_plain_conv3x3, is_unmodified
 from .accelerated import (
     Accelerated,
     can_compute,
@@ -19,10 +20,13 @@ from .accelerated import (
     count_call,
     is_diffusers_class,
     original_class,
+    own_class,
     patched_forward_reason,
 )
 from .map_strips import can_run_in_strips, is_faster_in_strips, layout_of, run_output
 from .norms import SpatialNorm, apply_group_norm, apply_spatial_norm, can_fuse_group_norm, can_fuse_spatial_norm
+
+RESIDUAL_BLOCKS = ("ResnetBlock2D", "ResnetBlockCondNorm2D")
 
 
 class Decoder(Accelerated):
@@ -34,11 +38,11 @@ class Decoder(Accelerated):
 
     def forward(self: Any, sample: Tensor, latent_embeds: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         z, zq = sample, latent_embeds
-        if not count_call(self, not args and not kwargs and _can_run(self, z, zq)):
-            return original_class(self).forward(self, z, zq, *args, **kwargs)  # type: ignore[no-any-return]
-        up_blocks = self.up_blocks
-        ends = [(self.mid_block.resnets[0], 1.0), (up_blocks[-1].resnets[-1], 2.0 ** (len(up_blocks) - 1))]
-        return _run(self, z, zq, [self.mid_block, *up_blocks], ends)
+        original = original_class(self)
+        if not count_call(self, _can_fuse(self, z, zq)):
+            return original.forward(self, z, zq, *args, **kwargs)  # type: ignore[no-any-return]
+        stages = [(self.mid_block, 1.0), *((block, 2.0**i) for i, block in enumerate(self.up_blocks))]
+        return original.forward(_stand_in(self, z, zq, stages), z, zq, *args, **kwargs)  # type: ignore[no-any-return]
 
 
 class Encoder(Accelerated):
@@ -50,11 +54,49 @@ class Encoder(Accelerated):
 
     def forward(self: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x = sample
-        if not count_call(self, not args and not kwargs and _can_run(self, x, None)):
-            return original_class(self).forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
-        down_blocks = self.down_blocks
-        ends = [(down_blocks[0].resnets[0], 1.0), (self.mid_block.resnets[0], 0.5 ** (len(down_blocks) - 1))]
-        return _run(self, x, None, [*down_blocks, self.mid_block], ends)
+        original = original_class(self)
+        if not count_call(self, _can_fuse(self, x, None)):
+            return original.forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
+        stages = [
+            *((block, 0.5**i) for i, block in enumerate(self.down_blocks)),
+            (self.mid_block, 0.5 ** (len(self.down_blocks) - 1)),
+        ]
+        return original.forward(_stand_in(self, x, None, stages), x, *args, **kwargs)  # type: ignore[no-any-return]
+
+
+class FusedOutput:
+    """A coder in which conv_norm_out computes the activation too. diffusers' forward takes it for ``self``."""
+
+    def __init__(self, coder: Any) -> None:
+        self.coder = coder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.coder, name)
+
+    def conv_norm_out(self, h: Tensor, *latent: Tensor) -> Any:
+        norm, act = self.coder.conv_norm_out, self.coder.conv_act
+        return apply_spatial_norm(norm, act, h, *latent) if latent else apply_group_norm(norm, act, h)
+
+    def conv_act(self, h: Any) -> Any:
+        return h
+
+
+class OutputInStrips(FusedOutput):
+    """A coder whose last layers run strip by strip, and whose maps are channels_last. The result has diffusers' layout."""
+
+    def conv_in(self, x: Tensor) -> Tensor:
+        h: Tensor = self.coder.conv_in(x)
+        self.layout = layout_of(h)
+        return h.contiguous(memory_format=torch.channels_last)
+
+    def conv_norm_out(self, h: Tensor, *latent: Tensor) -> Any:
+        return h, *latent  # conv_out normalises each strip
+
+    def conv_out(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        norm, conv_out, (h, *latent) = self.coder.conv_norm_out, self.coder.conv_out, inputs
+        zq = latent[0] if latent else None
+        count_call(norm, True)
+        return run_output(norm, conv_out, h, zq).contiguous(memory_format=self.layout)
 
 
 def _output_reason(coder: Any) -> str | None:
@@ -67,39 +109,41 @@ def _output_reason(coder: Any) -> str | None:
     return reason or child_reason("activation", coder.conv_act, nn.SiLU)
 
 
-def _can_run(coder: Any, x: Tensor, zq: Tensor | None) -> bool:
+def _can_fuse(coder: Any, x: Tensor, zq: Tensor | None) -> bool:
     """True if the last norm and activation can be fused: its map has the layout of x."""
-    if not can_compute(coder, x) or (torch.is_grad_enabled() and coder.gradient_checkpointing):
+    if not can_compute(coder, x):
         return False
     norm, act = coder.conv_norm_out, coder.conv_act
     return can_fuse_group_norm(norm, act) if zq is None else can_fuse_spatial_norm(norm, act, x, zq)
 
 
-def _run(coder: Any, x: Tensor, zq: Tensor | None, blocks: Sequence[Any], ends: Sequence[tuple[Any, float]]) -> Tensor:
-    """Compute a coder.
+def _stand_in(coder: Any, x: Tensor, zq: Tensor | None, stages: Sequence[tuple[Any, float]]) -> FusedOutput:
+    """Return what runs the coder fastest.
 
     Args:
         coder: a Decoder or an Encoder.
         x, zq: its input, and the latent that the norms are conditioned on or None.
-        blocks: its layers between conv_in and conv_norm_out.
-        ends: residual blocks with its smallest and its largest maps, and the height and width of these in those of x.
+        stages: its blocks, each with the height and width of its maps in those of x.
     """
-    norm, act, conv_out = coder.conv_norm_out, coder.conv_act, coder.conv_out
-    height, width = x.shape[2:]
-    in_strips = can_run_in_strips(x, zq, *(block for block, _ in ends)) and any(
-        is_faster_in_strips(block, int(height * scale), int(width * scale)) for block, scale in ends
-    )
-    h = coder.conv_in(x)
-    layout = layout_of(h)  # as in diffusers, the result has it too
-    if in_strips:
-        h = h.contiguous(memory_format=torch.channels_last)
-    for block in blocks:
-        h = block(h) if zq is None else block(h, zq)
-    if in_strips and is_plain_conv3x3(conv_out) and can_run_in_strips(h, zq, norm, conv_out):
-        count_call(norm, True)
-        out = run_output(norm, conv_out, h, zq)
-    elif zq is None:
-        out = conv_out(apply_group_norm(norm, act, h))
-    else:
-        out = conv_out(apply_spatial_norm(norm, act, h, zq))
-    return out.contiguous(memory_format=layout) if in_strips else out
+    runs_in_strips = x.device.type == "cpu" and can_run_in_strips(x, zq, coder) and _is_as_built(coder)
+    if runs_in_strips and any(_is_faster_in_strips(stage, x, scale) for stage, scale in stages):
+        return OutputInStrips(coder)
+    return FusedOutput(coder)
+
+
+def _is_as_built(coder: Any) -> bool:
+    """True if all layers are PyTorch's and diffusers' own, unmodified: others, and hooks, may rely on the layout of maps."""
+    layers = [layer for child in coder.children() for layer in child.modules()]
+    own = all(own_class(layer).__module__.startswith(("diffusers.", "torch.nn.")) and is_unmodified(layer) for layer in layers)
+    return own and is_plain_conv3x3(coder.conv_out)
+
+
+def _is_faster_in_strips(stage: Any, x: Tensor, scale: float) -> bool:
+    """True if one of the stage's residual blocks is."""
+    height, width = (int(size * scale) for size in x.shape[2:])
+    blocks = stage.modules() if isinstance(stage, nn.Module) else ()
+    return any(
+        isinstance(block, Accelerated) and is_diffusers_class(own_class(block), *RESIDUAL_BLOCKS)
+        and is_faster_in_strips(block, height, width)
+        for block in blocks
+    )  # fmt: skip

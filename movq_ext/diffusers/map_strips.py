@@ -31,8 +31,7 @@ def can_run_in_strips(x: Tensor, zq: Tensor | None, *layers: nn.Module) -> bool:
 
 def block_runs_in_strips(block: Any, x: Tensor, zq: Tensor | None) -> bool:
     """True if `run_block` can compute a block whose norms are plain, and is faster than its layers."""
-    fits = can_run_in_strips(x, zq, block) and x.shape[1] == block.conv1.in_channels
-    return fits and is_faster_in_strips(block, *x.shape[2:])
+    return can_run_in_strips(x, zq, block) and is_faster_in_strips(block, *x.shape[2:]) and x.shape[1] == block.conv1.in_channels
 
 
 def is_faster_in_strips(block: Any, height: int, width: int) -> bool:
