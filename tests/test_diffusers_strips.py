@@ -12,7 +12,7 @@ from tolerances import RELATIVE, relative_error
 from torch import nn
 
 from movq_ext import accelerate, restore
-from movq_ext.diffusers import blocks, coders
+from movq_ext.diffusers import blocks, coders, map_strips
 from movq_ext.model import strip_rows
 
 WIDTH = 128  # Winograd convolutions are faster from 20x20 pixels on
@@ -110,6 +110,21 @@ def test_changed_blocks_run_layer_by_layer(change, strips):
     restore(block)
     assert_same([ours], [block(x, None)])
     assert strips()["blocks"] == 0
+
+
+@pytest.mark.parametrize("dtype, widest, too_wide", [(torch.float32, 539, 540), (F64, 381, 382)])
+def test_widths_and_sizes_of_the_documentation(dtype, widest, too_wide):
+    def runs_in_strips(channels, size):
+        with torch.device("meta"):
+            block = ResnetBlock2D(in_channels=channels, temb_channels=None, groups=1)
+        for conv in (block.conv1, block.conv2):
+            conv.weight = nn.Parameter(torch.empty(channels, channels, 3, 3, dtype=dtype))
+        return map_strips.is_faster_in_strips(block, size, size)
+
+    for channels, size in ((64, 48), (96, 28), (128, 24), (192, 20), (256, 16), (widest, 16), (widest, 512)):
+        assert runs_in_strips(channels, size)
+    for channels, size in ((48, 48), (64, 32), (96, 22), (128, 18), (192, 18), (256, 14), (too_wide, 16), (too_wide, 512)):
+        assert not runs_in_strips(channels, size)
 
 
 def test_where_blocks_run_layer_by_layer(strips):
