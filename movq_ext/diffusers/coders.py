@@ -118,17 +118,16 @@ def _can_fuse(coder: Any, x: Tensor, zq: Tensor | None) -> bool:
 
 
 def _stand_in(coder: Any, x: Tensor, zq: Tensor | None, stages: Sequence[tuple[Any, float]]) -> FusedOutput:
-    """Return what runs the coder fastest.
+    """Return the stand-in that computes the coder fastest.
 
     Args:
         coder: a Decoder or an Encoder.
         x, zq: its input, and the latent that the norms are conditioned on or None.
         stages: its blocks, each with the height and width of its maps in those of x.
     """
-    runs_in_strips = x.device.type == "cpu" and can_run_in_strips(x, zq, coder) and _is_as_built(coder)
-    if runs_in_strips and any(_is_faster_in_strips(stage, x, scale) for stage, scale in stages):
-        return OutputInStrips(coder)
-    return FusedOutput(coder)
+    is_faster = can_run_in_strips(x, zq) and any(_is_faster_in_strips(stage, x, scale) for stage, scale in stages)
+    in_strips = is_faster and can_run_in_strips(x, zq, coder) and _is_as_built(coder)
+    return OutputInStrips(coder) if in_strips else FusedOutput(coder)
 
 
 def _is_as_built(coder: Any) -> bool:
@@ -142,8 +141,5 @@ def _is_faster_in_strips(stage: Any, x: Tensor, scale: float) -> bool:
     """True if one of the stage's residual blocks is."""
     height, width = (int(size * scale) for size in x.shape[2:])
     blocks = stage.modules() if isinstance(stage, nn.Module) else ()
-    return any(
-        isinstance(block, Accelerated) and is_diffusers_class(own_class(block), *RESIDUAL_BLOCKS)
-        and is_faster_in_strips(block, height, width)
-        for block in blocks
-    )  # fmt: skip
+    residual_blocks = (block for block in blocks if is_diffusers_class(own_class(block), *RESIDUAL_BLOCKS))
+    return any(isinstance(block, Accelerated) and is_faster_in_strips(block, height, width) for block in residual_blocks)
