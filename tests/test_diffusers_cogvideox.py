@@ -12,6 +12,7 @@ from video_models import assert_hooked_tensors_stay, cogvideox, draw, latent, vi
 from movq_ext import accelerate, restore
 from movq_ext.diffusers import causal_convolution, norms
 from movq_ext.diffusers import cogvideox as parts
+from movq_ext.ops import upsampling
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
 F64 = torch.float64
@@ -476,7 +477,22 @@ def test_frames_are_upsampled_a_part_at_a_time(frames, compress_time, layout, mo
     out = layer(x)
     assert_same([out], [expected])
     assert out.is_contiguous(memory_format=layout)
-    assert [size[0] for size in sizes] == [4] * (frames // 2) + [2] * (frames % 2)
+    assert [size[0] for size in sizes] == {1: [2], 2: [4], 5: [4, 6], 6: [4, 4, 4]}[frames]
+
+
+@torch.no_grad()
+def test_weights_are_folded_once_for_all_parts(monkeypatch):
+    from diffusers.models.upsampling import CogVideoXUpsample3D
+
+    torch.manual_seed(0)
+    layer, x, folded = CogVideoXUpsample3D(4, 6).double(), draw(1, 4, 8, 8, 16, dtype=F64), []
+    expected = layer(x)
+    accelerate(layer)
+    monkeypatch.setattr(parts, "MIN_PART_PIXELS", 256)
+    for module in (parts, upsampling):
+        monkeypatch.setattr(module, "fold_upsampling", spy(upsampling.fold_upsampling, folded))
+    assert_same([layer(x)], [expected])
+    assert folded == [(6, 4, 3, 3)]
 
 
 def spy(function, shapes):
@@ -522,13 +538,14 @@ def test_wide_clips_and_other_types_are_convolved_at_once(batch, channels, heigh
     assert not causal_convolution.is_slow_as_conv3d(x, weight, (0, 1, 1))
 
 
-@pytest.mark.parametrize("frames", [1, 2, 7])
+# Frames of the result, and of the inputs of its parts, which must be at least four frames not to be narrow.
+@pytest.mark.parametrize(("frames", "inputs"), [(1, [3]), (2, [4]), (3, [5]), (4, [4, 4]), (7, [4, 4, 5])])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_wide_clips_are_convolved_a_part_at_a_time(layout, frames, monkeypatch):
-    monkeypatch.setattr(
-        causal_convolution, "MAX_NARROW", 4 * 4 * 6 - 1
-    )  # four frames are not narrow, two of them before the part
+def test_wide_clips_are_convolved_in_parts_that_are_not_narrow(layout, frames, inputs, monkeypatch):
+    monkeypatch.setattr(causal_convolution, "MIN_PART_CHANNELS", 3)
+    monkeypatch.setattr(causal_convolution, "MIN_PART_PIXELS", 1)
+    monkeypatch.setattr(causal_convolution, "MAX_NARROW", 4 * 4 * 6 - 1)
     x, weight, bias, padding, sizes = draw(2, 4, 2 + frames, 6, 7), draw(3, 4, 3, 3, 3), draw(3), (0, 1, 1), []
     x, conv3d = x.contiguous(memory_format=layout), torch.nn.functional.conv3d
     expected = conv3d(x, weight, bias, padding=padding)
@@ -536,4 +553,44 @@ def test_wide_clips_are_convolved_a_part_at_a_time(layout, frames, monkeypatch):
     out = causal_convolution.convolve(x, weight, bias, padding)
     assert_same([out], [expected])
     assert out.is_contiguous(memory_format=layout)
-    assert [size[2] for size in sizes] == ([4] * (frames // 2) + [3] * (frames % 2))
+    assert [size[2] for size in sizes] == inputs
+
+
+@pytest.mark.parametrize(
+    "pixels, channels, inputs",
+    [(2 * 42, 3, [3] * 7), (2 * 42 + 1, 3, [4, 4, 5]), (6 * 42, 3, [5, 6]), (8 * 42, 3, [9]), (2 * 42, 4, [9])],
+)
+@torch.no_grad()
+def test_parts_have_a_minimum_of_pixels_and_channels(pixels, channels, inputs, monkeypatch):
+    """Frames have 2 * 42 pixels, and the result three channels."""
+    monkeypatch.setattr(causal_convolution, "MIN_PART_PIXELS", pixels)
+    monkeypatch.setattr(causal_convolution, "MIN_PART_CHANNELS", channels)
+    monkeypatch.setattr(causal_convolution, "MAX_NARROW", 1)
+    x, weight, sizes, conv3d = draw(2, 4, 9, 6, 7), draw(3, 4, 3, 3, 3), [], torch.nn.functional.conv3d
+    expected = conv3d(x, weight, padding=(0, 1, 1))
+    monkeypatch.setattr(torch.nn.functional, "conv3d", spy(conv3d, sizes))
+    assert_same([causal_convolution.convolve(x, weight, None, (0, 1, 1))], [expected])
+    assert [size[2] for size in sizes] == inputs
+
+
+# Widths of published models: 7 frames are the first segment of 9 without those that are folded.
+@pytest.mark.parametrize("frames", [3, 4, 7, 8])
+@pytest.mark.parametrize("shape", [(32, 200, 64), (64, 100, 100), (128, 48, 96), (256, 24, 48), (512, 12, 16)])
+@torch.no_grad()
+def test_pytorch_takes_onednn_for_every_part(shape, frames, monkeypatch):
+    channels, height, width = shape
+    monkeypatch.setattr(causal_convolution, "tile_of_clip", lambda *_: None)  # no Winograd convolution
+    backends, internal, padding = [], torch._C, (0, 1, 1)
+    x, weight = torch.empty(1, channels, 2 + frames, height, width), torch.empty(64, channels, 3, 3, 3)
+
+    def conv3d(x, weight, bias, padding):
+        backends.append(internal._select_conv_backend(x, weight, bias, [1] * 3, list(padding), [1] * 3, False, [0] * 3, 1))
+        return torch.empty(1, 64, x.shape[2] - 2, *x.shape[3:])
+
+    conv3d(x, weight, None, padding)
+    if backends != [internal._ConvBackend.Mkldnn]:
+        pytest.skip("PyTorch convolves the whole clip without oneDNN")
+    backends.clear()
+    monkeypatch.setattr(torch.nn.functional, "conv3d", conv3d)
+    causal_convolution.convolve(x, weight, None, padding)
+    assert set(backends) == {internal._ConvBackend.Mkldnn}

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from accelerated_models import assert_same
-from tolerances import relative_error
+from tolerances import RELATIVE, relative_error
 from torch import nn
-from video_models import draw, hunyuan_video, kvae_video, latent, magvit, mochi
+from video_models import draw, hunyuan_video, kvae_video, latent, magvit, mochi, video
 
 from movq_ext import accelerate, restore
 from movq_ext.diffusers import replicated_border
@@ -202,6 +202,31 @@ def test_16_bits_and_autocast_are_left_to_diffusers():
         same_and_counted(kvae().float(), run, 0, 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_easyanimate_in_16_bits_is_as_exact_as_diffusers(dtype):
+    """An image: the taps that fall on its repetitions are not added, since their sums would be rounded."""
+    module = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl_magvit")
+    torch.manual_seed(0)
+    conv, x = module.EasyAnimateCausalConv3d(64, 8, 3).to(dtype), draw(1, 64, 1, 16, 16, dtype=dtype)
+    expected, theirs = copy.deepcopy(conv).double()(x.double()), copy.deepcopy(conv)(x)
+    accelerate(conv)
+    assert relative_error(conv(x), expected) < 1.05 * relative_error(theirs, expected)
+
+
+@pytest.mark.parametrize("name", ["forward", "_conv_forward"])
+@torch.no_grad()
+def test_patches_of_all_convolutions_reach_easyanimates(name, monkeypatch):
+    conv, original = easyanimate(), getattr(nn.Conv3d, name)
+    report = accelerate(conv)
+    monkeypatch.setattr(nn.Conv3d, name, lambda *args: 2 * original(*args))
+    ours = conv(clip(3))
+    restore(conv)
+    conv._clear_conv_cache()
+    assert_same([ours], [conv(clip(3))])
+    assert report.calls()["EasyAnimateCausalConv3d"].original == 1
+
+
 @torch.no_grad()
 def test_a_compiled_convolution():
     conv, x = hunyuan(), clip(3)
@@ -211,10 +236,17 @@ def test_a_compiled_convolution():
     assert_same([torch.compile(conv, fullgraph=True, backend="eager")(x)], [expected])
 
 
+class Quantised(torch.Tensor):
+    pass
+
+
 def test_convolutions_that_are_left_have_a_reason():
     replaced, hooked = kvae(), hunyuan()
     replaced.conv = nn.Sequential(replaced.conv)
     hooked.conv.register_forward_hook(lambda *_: None)
+    patched, quantised = easyanimate(), easyanimate()
+    patched._conv_forward = patched._conv_forward
+    quantised.weight = nn.Parameter(quantised.weight.detach().as_subclass(Quantised))
     for conv, reason in (
         (kvae(stride=(2, 1, 1)), "it skips frames or pixels"),
         (replaced, "its convolution is replaced, hooked or not 1x1 or 3x3 in space"),
@@ -222,6 +254,8 @@ def test_convolutions_that_are_left_have_a_reason():
         (hunyuan(pad_mode="constant"), "its pad_mode is constant"),
         (hunyuan((2, 3, 3)), "its padding does not fit its kernel"),
         (easyanimate(stride=(2, 1, 1)), "it skips frames or pixels"),
+        (patched, "its convolution is patched"),
+        (quantised, "its parameters are tensor subclasses"),
         (easyanimate(dilation=2), "its kernel is dilated, grouped, or not padded with zeros"),
     ):
         assert set(accelerate(conv).skipped.values()) == {reason}
@@ -235,6 +269,37 @@ def test_convolutions_hooked_later_are_called():
     conv.conv.register_forward_hook(lambda *_: seen.append(1))
     assert_same([conv(clip(3), {"padding": None})], [expected])
     assert seen and report.calls()["KVAECachedCausalConv3d"].original == 1
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_kvae(checkpointing):
+    """Checkpointing computes a block again with the cache that it left, in diffusers too, so its gradients differ from others.
+
+    Those of SpatialNorm's convolutions are left out: the second time, diffusers resizes the latent in another way.
+    """
+    model, z, results = kvae_video().double().train(), latent(3, size=(4, 5), dtype=F64).requires_grad_(), []
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    weights = [p for name, p in model.decoder.named_parameters() if name.endswith("conv.weight") or ".conv_" not in name]
+    for change in (lambda model: None, accelerate):
+        report = change(model)
+        out = model.decode(z).sample
+        gradients = torch.autograd.grad(out.square().sum(), [z, *weights], allow_unused=True)
+        # One vector: biases before norms have no gradient except rounding.
+        results.append([out, torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])])
+    assert_same(results[1], results[0], slack=100)
+    assert report.calls()["decoder.mid.block_1.conv1"].accelerated == 1 + checkpointing
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [F64, torch.bfloat16])
+def test_hunyuan_videos_latent_has_diffusers_layout(dtype):
+    model, x = hunyuan_video().to(dtype), video(5, (16, 16), batch=2, dtype=dtype)
+    theirs = model.encode(x).latent_dist.mean
+    accelerate(model)
+    ours = model.encode(x).latent_dist.mean
+    assert ours.stride() == theirs.stride()
+    assert relative_error(ours, theirs) < 100 * RELATIVE[dtype]
 
 
 MODELS = {"KVAE": kvae_video, "HunyuanVideo": hunyuan_video, "EasyAnimate": magvit, "Mochi": mochi}

@@ -5,10 +5,10 @@ import torch
 from accelerated_models import diffusers, randomised
 from tolerances import assert_close
 
-from movq_ext.diffusers import causal_convolution, easyanimate, replicated_border
+from movq_ext.diffusers import causal_convolution, replicated_border
 
 # Small frames, too.
-causal_convolution.MIN_PIXELS = easyanimate.MIN_PIXELS = 1
+causal_convolution.MIN_PIXELS = 1
 replicated_border.MIN_PIXELS_FIRST = replicated_border.MIN_PIXELS_LATER = 1
 
 

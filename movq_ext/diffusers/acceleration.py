@@ -165,7 +165,7 @@ def _skip_reason(model: nn.Module, path: str, part: nn.Module) -> str | None:
         return UNSERVED[original.__name__]
     accelerated = accelerated_classes()[original]
     if 4 in accelerated.ranks and not _is_given(accelerated.ranks, model, path) and not _is_computed_by_block(model, path):
-        return TIME_AXIS_REASON
+        return accelerated.unsupported_reason(part) or TIME_AXIS_REASON
     return patched_forward_reason(part) or accelerated.unsupported_reason(part)
 
 

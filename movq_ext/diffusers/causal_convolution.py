@@ -6,6 +6,7 @@ them with the clip, which copies it.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, TypeGuard
 
 import torch
@@ -24,6 +25,8 @@ SPLITTING_CONVOLUTIONS = ("CogVideoXSafeConv3d", "KVAESafeConv3d", "Kandinsky6SR
 # limit is that of upsampling.py. On a GPU it is not measured, and used only for images, where it saves the most.
 MIN_PIXELS = 512
 MIN_MULTIPLICATIONS = 2**25  # of a convolution whose frames are convolved: smaller ones take less time than the calls
+MIN_PART_PIXELS = 2048  # of the frames that are convolved at once: below that packing the weights again takes time
+MIN_PART_CHANNELS = 64  # of its result: below that copying the frames that two parts share takes 1.1 to 1.7 times as long
 MAX_NARROW = 20480  # C * T * H of a clip that PyTorch convolves without oneDNN
 MAX_ELEMENTS = 2**30  # of a clip: diffusers' classes split larger ones, see SPLITTING_CONVOLUTIONS
 
@@ -126,8 +129,12 @@ def can_fold_padding(module: Any, x: Tensor, cache: Tensor | None) -> bool:
     """True if x starts a clip, its frames are large enough for folding to pay, and the weights may be read."""
     if cache is not None or module.time_kernel_size == 1 or not is_plain_conv3d(module.conv):
         return False
-    pays = x.shape[0] * x.shape[3] * x.shape[4] >= MIN_PIXELS and (x.shape[2] == 1 or not x.is_cuda)
-    return pays and x.numel() <= MAX_ELEMENTS and not is_tracing()
+    return has_pixels_to_fold(x) and x.numel() <= MAX_ELEMENTS and not is_tracing()
+
+
+def has_pixels_to_fold(x: Tensor) -> bool:
+    """True if `convolve_folding_padding` of x is faster than a convolution of its repeated first frame."""
+    return x.shape[0] * x.shape[3] * x.shape[4] >= MIN_PIXELS and (x.shape[2] == 1 or not x.is_cuda)
 
 
 def convolve_folding_padding(weight: Tensor, bias: Tensor | None, padding: Any, x: Tensor) -> Tensor:
@@ -191,25 +198,43 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, out: 
 def _convolve_in_parts(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, out: Tensor | None) -> Tensor:
     """`convolve`, in float32 inference on a CPU some frames at a time.
 
-    oneDNN copies its input and its result to layouts of its own: for parts of the clip they are small. It takes the same time.
+    oneDNN copies its input and its result to layouts of its own: for parts of the clip they are small. It packs the weights for
+    each part.
     """
     taps, frames = weight.shape[2], x.shape[2] - weight.shape[2] + 1
-    count = max(1, MAX_NARROW // (x.shape[1] * x.shape[3]) + 2 - taps)  # a part with its taps - 1 frames must not be narrow
-    if x.device.type != "cpu" or x.dtype != torch.float32 or frames <= count or not is_inference(x, weight):
+    # Fewest frames of a part's result. Its input has taps - 1 more, and must not be narrow.
+    fewest = max(MAX_NARROW // (x.shape[1] * x.shape[3]) + 2 - taps, frames_with_pixels(x, MIN_PART_PIXELS))
+    divides = frames >= 2 * fewest and weight.shape[0] >= MIN_PART_CHANNELS
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not divides or not is_inference(x, weight):
         whole = F.conv3d(x, weight, bias, padding=padding)
         return whole if out is None else out.copy_(whole)
-    for first in range(0, frames, count):
-        part = F.conv3d(x[:, :, first : first + count + taps - 1], weight, bias, padding=padding)
+    for first, end in equal_parts(frames, fewest):
+        part = F.conv3d(x[:, :, first : end + taps - 1], weight, bias, padding=padding)
         if out is None:
             shape = (*part.shape[:2], frames, *part.shape[3:])
             out = torch.empty(shape, dtype=part.dtype, device=x.device, memory_format=clip_format(x))
-        out[:, :, first : first + count] = part
+        out[:, :, first:end] = part
     assert out is not None
     return out
 
 
 def _fastest_tile(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, frames: int) -> Tile | None:
     return tile_of_clip(x, weight, bias, frames) if tuple(padding) == (0, 1, 1) else None
+
+
+def frames_with_pixels(x: Tensor, pixels: int) -> int:
+    """Return the fewest frames of a clip ``(B, C, T, H, W)`` that have so many pixels, in all images of the batch."""
+    return -(-pixels // (x.shape[0] * x.shape[3] * x.shape[4]))
+
+
+def equal_parts(frames: int, fewest: int) -> list[tuple[int, int]]:
+    """Divide frames into as many equal parts as possible, of at least ``fewest`` frames: the first frame and the end of each.
+
+    They differ by one frame at most. Fewer frames than that are one part.
+    """
+    count = max(1, frames // fewest)
+    ends = [frames * part // count for part in range(count + 1)]
+    return list(pairwise(ends))
 
 
 def is_slow_as_conv3d(x: Tensor, weight: Tensor, padding: Any) -> bool:

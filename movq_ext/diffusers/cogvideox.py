@@ -15,6 +15,7 @@ from ..ops.functional import upsample_conv
 from ..ops.native import is_inference
 from ..ops.norm_into import can_normalise_into
 from ..ops.options import NormOptions
+from ..ops.upsampling import fold_upsampling
 from .accelerated import (
     Accelerated,
     can_compute,
@@ -23,12 +24,18 @@ from .accelerated import (
     is_plain_instance,
     original_class,
 )
-from .causal_convolution import causal_convolution, clip_format, is_plain_conv3d, room_for_padding
+from .causal_convolution import (
+    MIN_PART_PIXELS,
+    causal_convolution,
+    clip_format,
+    equal_parts,
+    frames_with_pixels,
+    is_plain_conv3d,
+    room_for_padding,
+)
 from .norms import can_fuse_group_norm, group_norm_reason, normalise_clip
 from .upsampling import folding_pays
 from .video_norms import CogVideoXSpatialNorm3D
-
-MIN_PART_PIXELS = 2048  # of the frames that are upsampled at once: below that the folding of the weights takes time
 
 
 class CogVideoXResnetBlock3D(Accelerated):
@@ -142,30 +149,35 @@ def upsample_in_parts(module: Any, x: Tensor) -> Tensor:
 
     On a CPU, the convolution takes as much memory again as its result, and so does the result's layout.
     """
-    batch, _, frames, height, width = x.shape
+    conv, batch, frames = module.conv, x.shape[0], x.shape[2]
     numbers = torch.arange(frames, dtype=torch.float32).view(1, 1, -1, 1, 1)
     sources = upsampled_frames(module, numbers).flatten().int().tolist()  # of each frame of the result, ascending
-    count = -(-MIN_PART_PIXELS // (batch * height * width))
+    folded = fold_upsampling(conv.weight) if folding_pays(x) else None
     out: Any = None
-    for first in range(0, frames, count):
-        large = enlarge_clip(module.conv, x[:, :, first : first + count])
+    for first, last in equal_parts(frames, frames_with_pixels(x, MIN_PART_PIXELS)):
+        large = enlarge_clip(conv, x[:, :, first:last], folded)
         if out is None:
             shape = (batch, large.shape[1], len(sources), *large.shape[3:])
             out = torch.empty(shape, dtype=large.dtype, device=x.device, memory_format=clip_format(x))
-        start, end = bisect_left(sources, first), bisect_left(sources, first + count)
+        start, end = bisect_left(sources, first), bisect_left(sources, last)
         out[:, :, start:end] = large[:, :, [source - first for source in sources[start:end]]]
     return out  # type: ignore[no-any-return]
 
 
-def enlarge_clip(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Return ``conv(upsample(x))`` of each frame of a clip ``(B, C, T, H, W)``, nearest 2x."""
+def enlarge_clip(conv: nn.Conv2d, x: Tensor, folded: Tensor | None = None) -> Tensor:
+    """Return ``conv(upsample(x))`` of each frame of a clip ``(B, C, T, H, W)``, nearest 2x. folded: as for `enlarge_frames`."""
     frames = x.transpose(1, 2)
-    large: Tensor = enlarge_frames(conv, frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+    large: Tensor = enlarge_frames(conv, frames.flatten(0, 1), folded).unflatten(0, frames.shape[:2])
     return large.transpose(1, 2)
 
 
-def enlarge_frames(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Return ``conv(upsample(x))`` of frames ``(B * T, C, H, W)``, nearest 2x."""
+def enlarge_frames(conv: nn.Conv2d, x: Tensor, folded: Tensor | None = None) -> Tensor:
+    """Return ``conv(upsample(x))`` of frames ``(B * T, C, H, W)``, nearest 2x.
+
+    folded: the weight that `fold_upsampling` returned, for callers that use it several times.
+    """
+    if folded is not None:
+        return F.conv_transpose2d(x, folded, conv.bias, stride=2, padding=1)
     return upsample_conv(x, conv.weight, conv.bias) if folding_pays(x) else conv(F.interpolate(x, scale_factor=2.0))
 
 

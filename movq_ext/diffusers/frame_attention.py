@@ -66,6 +66,6 @@ def attend_to_earlier_frames(layer: Any, x: Tensor) -> Tensor:
     for projection in layer.to_out:
         h = projection(h)
     out: Tensor = h.transpose(1, 2).unflatten(2, x.shape[2:])
-    out = out + x if layer.residual_connection else out
+    out = x + out if layer.residual_connection else out  # x first: the sum has the layout of x, as in diffusers
     divisor: float = layer.rescale_output_factor
     return out if divisor == 1 else out / divisor

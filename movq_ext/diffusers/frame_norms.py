@@ -14,7 +14,7 @@ from .norms import group_norm_reason
 
 
 def normalise_frames(f: Tensor, options: NormOptions) -> Tensor:
-    """Return the group norm, and the activation that options tell, of every frame of ``(B, C, T, H, W)``."""
+    """Return the group norm of every frame of ``(B, C, T, H, W)``, with the activation in ``options``."""
     frames = f.transpose(1, 2)
     normalised = fused_spatial_norm(frames.flatten(0, 1), None, None, options)
     out: Tensor = normalised.unflatten(0, frames.shape[:2]).transpose(1, 2)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.native import compute_dtype, is_tracing
+from ..ops.native import compute_dtype, is_inference, is_tracing
 from .accelerated import Accelerated, can_compute, count_call, original_class
 from .causal_convolution import (
     MAX_ELEMENTS,
@@ -79,12 +79,17 @@ class KVAECachedCausalConv3d(Accelerated):
     def forward(self: Any, input: Tensor, cache: Any, *args: Any, **kwargs: Any) -> Tensor:
         x, border, frames = input, (self.height_pad, self.width_pad), self.time_pad
         before = None if cache["padding"] is None else without_border(cache["padding"], *border)
-        serves = can_compute(self, x) and frames > 0 and convolution_reason(self.conv) is None and pays(x, before)
+        serves = can_compute(self, x) and frames > 0 and convolution_reason(self.conv) is None
+        if serves and before is None and not is_inference(x, *self.conv.parameters()):
+            # Gradient checkpointing computes a segment again with the cache that it left, and must then record the same
+            # operators: the first segment is padded like later ones.
+            before = repeated_first_frame(x, frames)
+        serves = serves and pays(x, before)
         serves = serves and (before is None or before.shape == (*x.shape[:2], frames, *x.shape[3:]))
         if not count_call(self, not args and not kwargs and serves):
             return original_class(self).forward(self, x, cache, *args, **kwargs)  # type: ignore[no-any-return]
         out = convolve_replicating(self.conv, x, before)
-        # Of a single frame diffusers keeps only that.
+        # Like diffusers, of a single frame it caches only this one, not its repetitions.
         cache["padding"] = replicate_border(x[:, :, x.shape[2] - frames :], *border)
         return out.to(x.dtype)  # which autocast changes
 

@@ -40,13 +40,18 @@ def is_unmodified(module: nn.Module) -> bool:
     """
     if "forward" in module.__dict__ or module._compiled_call_impl is not None:
         return False
-    if not all(parameter is None or type(parameter) in PLAIN_PARAMETERS for parameter in module._parameters.values()):
+    if not has_plain_parameters(module):
         return False
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if not all(is_range_hook(hook) for kind in hooks for hook in kind.values()):
         return False
     # torch's own global hooks (FlopCounterMode) only observe.
     return all(str(hook.__module__).startswith("torch.") for kind in GLOBAL_HOOKS for hook in kind.values())
+
+
+def has_plain_parameters(module: nn.Module) -> bool:
+    """False if the module's own parameters include a tensor subclass (quantised weights)."""
+    return all(parameter is None or type(parameter) in PLAIN_PARAMETERS for parameter in module._parameters.values())
 
 
 def is_plain_conv(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
