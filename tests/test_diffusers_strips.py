@@ -178,11 +178,8 @@ def test_autoencoders(name, layout, strips):
     report = accelerate(model.to(memory_format=layout))
     ours = run(model)
     assert report.skipped == {} and all((count.accelerated, count.original) == (1, 0) for count in report.calls().values())
-    assert strips() == {
-        "blocks": 3,
-        "outputs": 2,
-        "winograd": 10,
-    }  # decoder: 2 images, 2 blocks of 2 convolutions; encoder: 1 block
+    # The decoder: 2 blocks of 2 convolutions, for 2 images. The encoder: 1 block, for 1.
+    assert strips() == {"blocks": 3, "outputs": 2, "winograd": 10}
     for our, their, true in zip(ours, theirs, exact, strict=True):
         assert_as_accurate(our, their, true)
     assert ours[0].is_contiguous(memory_format=layout)
