@@ -11,14 +11,13 @@ from video_models import cogvideox, latent, video
 from movq_ext import accelerate, restore
 from movq_ext.diffusers import causal_convolution
 from movq_ext.ops import winograd_clips
-from movq_ext.ops.winograd_filters import TILES
 
 
 @pytest.fixture
 def convolutions(monkeypatch):
     """Convolve small and narrow clips so, too. The Winograd convolutions that ran."""
     monkeypatch.setattr(winograd_clips, "MIN_PIXELS", 1)
-    monkeypatch.setattr(winograd_clips, "fastest_tile", lambda weight, *_: TILES[0] if weight.shape[2:] == (3, 3) else None)
+    monkeypatch.setattr(winograd_clips, "winograd_is_faster", lambda weight, *_: weight.shape[2:] == (3, 3))
     spy = mock.Mock(wraps=winograd_clips.convolve_clip)
     monkeypatch.setattr(causal_convolution, "convolve_clip", spy)
     return spy

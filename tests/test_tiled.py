@@ -50,6 +50,18 @@ def test_autocast_casts_a_weight_once_per_layer(monkeypatch):
     assert dtypes == [{torch.bfloat16}] * len(dtypes)  # otherwise autocast would cast the weight for every strip
 
 
+@pytest.mark.parametrize("name", ["mid.block_1.conv1", "up.1.upsample.conv", "conv_out"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_layer_of_another_dtype_raises_outside_autocast(name, dtype):
+    decoder, (z, zq) = make_decoder(), latents((40, 4))
+    decoder.get_submodule(name).to(dtype)
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="type"):
+            decoder(z, zq)
+        with pytest.raises(RuntimeError, match="type"):
+            decode_tiled(decoder, z, zq, max_memory=LITTLE)
+
+
 def test_float16_autocast_on_a_cpu_is_computed_in_float32():
     decoder, (z, zq) = make_decoder(), latents((40, 4))
     with torch.no_grad(), torch.autocast("cpu", torch.float16):

@@ -13,12 +13,12 @@ from tolerances import assert_close, relative_error
 from torch.utils.flop_counter import FlopCounterMode
 
 from movq_ext.model import strip_rows
+from movq_ext.ops import winograd
 from movq_ext.ops.onednn import Convolution
-from movq_ext.ops.winograd import WinogradConvolution, fastest_tile
-from movq_ext.ops.winograd_filters import FOUR_OUTPUTS, TILES, TWO_OUTPUTS, MinimalFilter
+from movq_ext.ops.winograd import WinogradConvolution, winograd_is_faster
+from movq_ext.ops.winograd_filters import MIN_CHANNELS, TILE, MinimalFilter, Tile
 
-SQUARE, FLAT = TILES  # 4x4 and 4x2 pixels
-each_tile = pytest.mark.parametrize("tile", TILES, ids=["4x4", "4x2"])
+without_onednn = not torch.backends.mkldnn.is_available()  # then the direct convolution has another error
 
 
 def draw(*shape, dtype=torch.float32):
@@ -38,14 +38,13 @@ def expected_sum(weight, bias, x, out):
     return out.double() + F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), padding=(0, 1))
 
 
-@each_tile
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("block_bytes", [1, 6000, 1 << 20], ids=["smallest blocks", "some blocks", "one block"])
 @pytest.mark.parametrize("height, width", [(4, 2), (8, 40), (9, 7), (3, 5), (14, 33), (4, 1), (1, 1)])
-def test_the_convolution_is_added_to_the_output_or_written(height, width, block_bytes, dtype, tile):
+def test_the_convolution_is_added_to_the_output_or_written(height, width, block_bytes, dtype):
     weight, bias, x, out = arguments(3, 5, height, width, dtype)
     expected, strides = expected_sum(weight, bias, x, out), out.stride()
-    convolution = WinogradConvolution(weight, bias, tile, 2 * 36 * 3 * 5 * dtype.itemsize + block_bytes)
+    convolution = WinogradConvolution(weight, bias, 2 * 36 * 3 * 5 * dtype.itemsize + block_bytes)
     convolution.add_to(out, x)
     assert_close(out, expected)
     out.fill_(float("nan"))
@@ -54,28 +53,25 @@ def test_the_convolution_is_added_to_the_output_or_written(height, width, block_
     assert out.dtype == dtype and out.stride() == strides
 
 
-@each_tile
-def test_without_a_bias(tile):
+def test_without_a_bias():
     weight, bias, x, out = arguments(8, 4, 8, 8, bias=False)
     expected = expected_sum(weight, bias, x, out)
-    WinogradConvolution(weight, bias, tile, 1 << 20).add_to(out, x)
+    WinogradConvolution(weight, bias, 1 << 20).add_to(out, x)
     assert_close(out, expected)
 
 
-@each_tile
-def test_one_convolution_serves_strips_of_several_heights(tile):
+def test_one_convolution_serves_strips_of_several_heights():
     weight, bias, x, _ = arguments(4, 4, 12, 6)
-    convolution = WinogradConvolution(weight, bias, tile, 1 << 20)
+    convolution = WinogradConvolution(weight, bias, 1 << 20)
     for rows in (12, 4, 8, 12):
         out = torch.zeros(1, 4, rows, 6).contiguous(memory_format=torch.channels_last)
         convolution.add_to(out, x[:, :, : rows + 2])
         assert_close(out, expected_sum(weight, bias, x[:, :, : rows + 2], torch.zeros_like(out)))
 
 
-@each_tile
-def test_threads_share_a_convolution(tile):
+def test_threads_share_a_convolution():
     weight, bias, x, out = arguments(16, 16, 64, 32)
-    convolution = WinogradConvolution(weight, bias, tile, 1 << 18)
+    convolution = WinogradConvolution(weight, bias, 1 << 18)
 
     @torch.no_grad()
     def convolve(number):
@@ -88,18 +84,24 @@ def test_threads_share_a_convolution(tile):
             assert_close(result, expected_sum(weight, bias, number * x, torch.zeros_like(out)))
 
 
-@each_tile
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_pixel_that_is_not_finite_spreads_to_the_tiles_that_read_it(tile, value):
+def test_a_pixel_that_is_not_finite_spreads_to_the_tiles_that_read_it(value):
     weight, bias, x, out = arguments(4, 4, 16, 16)
     x[0, 1, 6, 8] = value  # rows 4 to 6 of the output read it: x has one row more above
-    WinogradConvolution(weight, bias, tile, 1 << 20).write_to(out, x)
-    rows, columns = slice(4, 8), slice(4, 12) if tile is SQUARE else slice(6, 10)
+    WinogradConvolution(weight, bias, 1 << 20).write_to(out, x)
+    rows, columns = slice(4, 8), slice(6, 10)
     assert out[..., rows, columns].isnan().all()
     assert int(out.isfinite().sum()) == out.numel() - out[..., rows, columns].numel()
 
 
-@pytest.mark.parametrize("filter, points", [(FOUR_OUTPUTS, (0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)), (TWO_OUTPUTS, (0, 1, -1))])
+def test_values_up_to_3e37_do_not_overflow():
+    weight, bias, x, out = arguments(16, 16, 8, 8)
+    x = (3e37 * x).clamp(-3e37, 3e37)
+    WinogradConvolution(weight, bias, 1 << 20).write_to(out, x)
+    assert_close(out, expected_sum(weight, bias, x, torch.zeros_like(out)))
+
+
+@pytest.mark.parametrize("filter, points", [(TILE.rows, (0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)), (TILE.columns, (0, 1, -1))])
 def test_taps_are_those_of_the_points(filter, points):
     """A product's factor is the taps' polynomial at a point, over the differences between that point and the others."""
     for taps, point in zip(filter.from_taps.tolist(), points, strict=False):
@@ -119,68 +121,98 @@ def test_a_filter_equals_the_direct_sum(taps, points):
     assert_close(outputs, F.conv1d(values[None, None], weights[None, None])[0, 0])
 
 
-def relative_errors(tile, channels):
+def relative_errors(channels, out_channels, seed):
     """Return the errors of a Winograd and of a direct convolution. With SiLU's positive mean, as in a decoder."""
-    weight, bias, x, _ = arguments(channels, 64, 16, 16)
-    x = F.silu(x)
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out_channels, channels, 3, 3, generator=generator) / (9 * channels) ** 0.5
+    bias = torch.randn(out_channels, generator=generator)
+    x = F.silu(torch.randn(1, channels, 18, 16, generator=generator)).contiguous(memory_format=torch.channels_last)
     errors = []
-    for convolution in (WinogradConvolution(weight, bias, tile, 1 << 24), Convolution(weight, bias, (0, 1), x.shape)):
-        out = torch.zeros(1, 64, 16, 16).contiguous(memory_format=torch.channels_last)
+    for convolution in (WinogradConvolution(weight, bias, 1 << 26), Convolution(weight, bias, (0, 1), x.shape)):
+        out = torch.zeros(1, out_channels, 16, 16).contiguous(memory_format=torch.channels_last)
         expected = expected_sum(weight, bias, x, out)
         convolution.add_to(out, x)
-        errors.append(float((out - expected).norm() / expected.norm()))
+        errors.append(relative_error(out, expected))
     return errors
 
 
-@pytest.mark.parametrize("channels, largest, ratio", [(128, 2.8e-7, 1.15), (256, 3.3e-7, 0.85)])
-def test_the_error_is_at_most_the_direct_convolutions(channels, largest, ratio):
-    """With the usual points, 0, ±1, ±2 and infinity, it is 1.5 times as large."""
-    winograd, direct = relative_errors(FLAT, channels)
-    assert winograd < largest
-    assert winograd < ratio * direct or not torch.backends.mkldnn.is_available()
+def mean_ratio(errors):
+    """Return the mean of Winograd's errors in units of direct convolutions', none of which may exceed 1.02."""
+    ratios = [winograd / direct for winograd, direct in errors]
+    assert max(ratios) <= 1.02
+    return sum(ratios) / len(ratios)
 
 
-@pytest.mark.parametrize("channels, largest", [(128, 4.8e-7), (256, 5.1e-7)])
-def test_the_error_of_square_tiles(channels, largest):
-    """It may exceed the direct convolution's, but grows less with the channels."""
-    assert relative_errors(SQUARE, channels)[0] < largest
+@pytest.mark.skipif(without_onednn, reason="compares with oneDNN")
+@pytest.mark.parametrize(
+    "channels, out_channels, largest",
+    [(96, 96, 5.5e-7), (128, 128, 6.2e-7), (192, 96, 7.5e-7), (256, 128, 6.2e-7), (256, 256, 6.2e-7), (512, 512, 7.2e-7)],
+)
+def test_the_error_is_at_most_the_direct_convolutions(channels, out_channels, largest):
+    errors = [relative_errors(channels, out_channels, seed) for seed in range(3)]
+    assert channels >= MIN_CHANNELS and mean_ratio(errors) <= 1
+    assert max(winograd for winograd, _ in errors) < largest
 
 
+@pytest.mark.skipif(without_onednn, reason="compares with oneDNN")
+@pytest.mark.parametrize("outputs", [3, 4])
+@pytest.mark.parametrize("channels", [128, 256])
+def test_larger_tiles_are_less_exact(monkeypatch, channels, outputs):
+    """F(3, 3) or F(4, 3) on columns is faster than F(2, 3), but its error exceeds the direct convolution's."""
+    columns = TILE.rows if outputs == 4 else MinimalFilter(3, (0, 2 / 3, -2 / 3, 3 / 2))
+    monkeypatch.setattr(winograd, "TILE", Tile(TILE.rows, columns))
+    for seed in range(3):
+        larger, direct = relative_errors(channels, 64, seed)
+        assert 1.02 * direct < larger < 1.1e-6
+
+
+MODELS = {
+    "128 to 512 channels": (KANDINSKY | dict(ch_mult=(1, 2, 4), num_res_blocks=1), (8, 8)),
+    "128 and 256 channels": (KANDINSKY | dict(ch_mult=(1, 2), num_res_blocks=1, mid_attn=False), (12, 12)),
+}
+
+
+@pytest.mark.skipif(without_onednn, reason="compares with oneDNN")
+@pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_the_error_of_a_decode_is_at_most_that_of_direct_convolutions(monkeypatch):
-    blocks = record_calls(monkeypatch, WinogradConvolution, "_write_block", lambda result, convolution, *_: convolution.tile)
-    decoder = make_decoder(**KANDINSKY | dict(num_res_blocks=1))
-    z, _ = latents((8, 8), 1)
-    expected = copy.deepcopy(decoder).double().requires_grad_()(z.double(), z.double())  # layer by layer
-    winograd = relative_error(decoder(z, z), expected)
-    assert set(blocks) == set(TILES)
-    monkeypatch.setattr(strip_rows, "fastest_tile", lambda *_: None)
-    assert winograd <= relative_error(decoder(z, z), expected) or not torch.backends.mkldnn.is_available()
+def test_the_error_of_a_decode_is_at_most_that_of_direct_convolutions(monkeypatch, name):
+    blocks = record_calls(monkeypatch, WinogradConvolution, "_write_block", lambda *_: True)
+    config, grid = MODELS[name]
+    errors = []
+    for seed in range(3):
+        decoder = make_decoder(seed, **config)
+        z, _ = latents(grid, 1)
+        expected = copy.deepcopy(decoder).double().requires_grad_()(z.double(), z.double())  # layer by layer
+        blocks.clear()
+        winograd_error = relative_error(decoder(z, z), expected)
+        assert blocks
+        with monkeypatch.context() as patch:
+            patch.setattr(strip_rows, "winograd_is_faster", lambda *_: False)
+            errors.append((winograd_error, relative_error(decoder(z, z), expected)))
+    assert mean_ratio(errors) <= 1
 
 
-@each_tile
-def test_operations(tile):
-    """Products, a quarter or a third of the direct convolution's, transforms, and the weight's factors."""
+def test_operations():
+    """Products, a third of the direct convolution's, transforms, and the weight's factors."""
     weight, bias, x, out = arguments(16, 32, 8, 8)
     with FlopCounterMode(display=False) as counted:
-        convolution = WinogradConvolution(weight, bias, tile, 1 << 20)
-    assert counted.get_total_flops() == 2 * 9 * tile.products * 16 * 32
+        convolution = WinogradConvolution(weight, bias, 1 << 20)
+    assert counted.get_total_flops() == 2 * 9 * TILE.products * 16 * 32
     with FlopCounterMode(display=False) as counted:
         convolution.add_to(out, x)
-    rows, columns = tile
-    tiles, between = 64 // tile.outputs, rows.products * 8 * 2  # row factors: of two rows of tiles with 8 columns
-    multiplications = tiles * tile.products * 16 * 32
-    transforms = 16 * between * rows.products + 16 * tiles * tile.products * columns.products
+    rows, columns = TILE
+    tiles, between = 64 // TILE.outputs, rows.products * 8 * 2  # row factors: of two rows of tiles with 8 columns
+    multiplications = tiles * TILE.products * 16 * 32
+    transforms = 16 * between * rows.products + 16 * tiles * TILE.products * columns.products
     transforms += 32 * between * columns.products + 32 * 64 * (rows.products + 1)  # and the bias
     assert counted.get_total_flops() == 2 * (multiplications + transforms)
 
 
-@each_tile
 @pytest.mark.parametrize("limit, height, width", [(18, 64, 64), (18, 8, 600), (20, 64, 64), (0, 64, 64)])
-def test_memory_of_a_block(tile, limit, height, width):
+def test_memory_of_a_block(limit, height, width):
     """The limit holds unless the smallest block exceeds it."""
     weight, bias, x, out = arguments(16, 16, height, width)
-    convolution = WinogradConvolution(weight, bias, tile, 1 << limit)
+    convolution = WinogradConvolution(weight, bias, 1 << limit)
     with PeakBytes() as memory:
         convolution.add_to(out, x)
     smallest = convolution.factors.nbytes + (100 << 10)
@@ -191,7 +223,7 @@ def test_blocks_of_a_strip_are_equally_large(monkeypatch):
     """Half of a block would take almost as long as a whole one where the weight's factors exceed the cache."""
     blocks = record_calls(monkeypatch, WinogradConvolution, "_write_block", lambda result, convolution, out, *_: out.shape[0])
     weight, bias, x, out = arguments(4, 4, 32, 16)
-    WinogradConvolution(weight, bias, SQUARE, 36 * 16 * 4 + 30000).add_to(out, x)  # six rows of tiles take 28 KB
+    WinogradConvolution(weight, bias, 24 * 16 * 4 + 30000).add_to(out, x)  # five rows of tiles take 25 KB
     assert blocks == [16, 16]
 
 
@@ -201,26 +233,28 @@ LIMIT = 40 << 20
 @pytest.mark.parametrize(
     "channels, out_channels, strips, expected",
     [
-        (512, 512, [(32, 32)], FLAT),  # square tiles take 38 MB of factors
-        (512, 512, [(8, 8)], None),  # the weight's factors cost more than they save
-        (256, 256, [(32, 128)] * 4, SQUARE),
-        (128, 128, [(32, 256)] * 8, SQUARE),
-        (128, 128, [(3, 4096)] * 99, SQUARE),
-        (128, 128, [(1, 4096)] * 99, None),  # a row of tiles computes four rows
-        (32, 32, [(256, 256)], None),  # the transforms cost more
-        (128, 3, [(256, 256)], None),
-        (4, 512, [(64, 64)], None),
-        (1024, 1024, [(64, 64)], None),  # 100 MB of factors
+        (512, 512, [(32, 32)], True),  # 25 MB of factors
+        (512, 512, [(8, 8)], False),  # the weight's factors cost more than they save
+        (256, 256, [(32, 128)] * 4, True),
+        (128, 128, [(32, 256)] * 8, True),
+        (128, 128, [(3, 4096)] * 99, True),
+        (128, 128, [(1, 4096)] * 99, False),  # a row of tiles computes four rows
+        (32, 32, [(256, 256)], False),  # the transforms cost more
+        (128, 3, [(256, 256)], False),
+        (4, 512, [(64, 64)], False),
+        (95, 512, [(256, 256)], False),  # not as exact
+        (96, 512, [(256, 256)], True),
+        (1024, 1024, [(64, 64)], False),  # 100 MB of factors
     ],
 )
 def test_large_layers_are_faster(channels, out_channels, strips, expected):
-    assert fastest_tile(torch.empty(out_channels, channels, 3, 3), strips, LIMIT) == expected
+    assert winograd_is_faster(torch.empty(out_channels, channels, 3, 3), strips, LIMIT) == expected
 
 
 def test_only_float32_and_float64_outside_autocast():
     def chosen(dtype=torch.float32, device="cpu", kernel=3):
         weight = torch.empty(256, 256, kernel, kernel, dtype=dtype, device=device)
-        return fastest_tile(weight, [(256, 256)], LIMIT) is not None
+        return winograd_is_faster(weight, [(256, 256)], LIMIT)
 
     assert chosen() and chosen(torch.float64)
     assert not chosen(torch.bfloat16) and not chosen(torch.float16) and not chosen(kernel=1) and not chosen(device="meta")
@@ -235,7 +269,7 @@ def test_only_where_products_are_not_rounded():
     try:
         for precision, expected in (("ieee", True), ("tf32", False), ("bf16", False), ("none", True)):
             products.fp32_precision = precision
-            assert (fastest_tile(weight, [(256, 256)], LIMIT) is not None) == expected
-            assert fastest_tile(weight.double(), [(256, 256)], LIMIT) is not None
+            assert winograd_is_faster(weight, [(256, 256)], LIMIT) == expected
+            assert winograd_is_faster(weight.double(), [(256, 256)], LIMIT)
     finally:
         products.fp32_precision = before

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from tolerances import assert_close
 
 from movq_ext.ops import winograd_clips
-from movq_ext.ops.winograd_clips import convolve_clip, tile_of_clip
-from movq_ext.ops.winograd_filters import TILES
+from movq_ext.ops.winograd_clips import clip_winograd_is_faster, convolve_clip
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
 F64 = torch.float64
@@ -30,13 +29,12 @@ def expected(x, weight, bias, repeats_first_frame=False):
     return F.conv3d(x, weight, bias, padding=(0, 1, 1))
 
 
-@pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("size", [(8, 8), (9, 7), (3, 2), (1, 1), (14, 33)])
-def test_values(size, dtype, tile):
+def test_values(size, dtype):
     """Heights and widths that the tiles divide, and others."""
     x, weight, bias = arguments(size=size, dtype=dtype)
-    out = convolve_clip(x, weight, bias, tile)
+    out = convolve_clip(x, weight, bias)
     assert_close(out, expected(x, weight, bias))
     assert out.dtype == dtype and out.shape == (1, 5, 2, *size)
 
@@ -48,7 +46,7 @@ def test_frames_before_the_clip_repeat_its_first(frames, taps, layout):
     x, weight, bias = arguments(frames, batch=2, taps=taps)
     x = x.contiguous(memory_format=layout)
     given = x.clone()
-    out = convolve_clip(x, weight, bias, TILES[0], repeats_first_frame=True)
+    out = convolve_clip(x, weight, bias, repeats_first_frame=True)
     assert_close(out, expected(x, weight, bias, repeats_first_frame=True))
     assert out.is_contiguous(memory_format=layout) and torch.equal(x, given)
 
@@ -64,7 +62,7 @@ def test_strips(height, layout, threads, monkeypatch):
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
-            out = convolve_clip(x.contiguous(memory_format=layout), weight, bias, TILES[0])
+            out = convolve_clip(x.contiguous(memory_format=layout), weight, bias)
     finally:
         torch.set_num_threads(before)
     assert_close(out, expected(x, weight, bias))
@@ -73,7 +71,7 @@ def test_strips(height, layout, threads, monkeypatch):
 def test_without_a_bias_and_into_memory_of_a_larger_clip():
     x, weight, _ = arguments()
     memory = torch.zeros(1, 5, 4, 9, 7)
-    out = convolve_clip(x, weight, None, TILES[1], out=memory[:, :, 1:3])
+    out = convolve_clip(x, weight, None, out=memory[:, :, 1:3])
     assert_close(memory[:, :, 1:3], expected(x, weight, None))
     assert out.data_ptr() == memory[:, :, 1:3].data_ptr() and not memory[:, :, [0, 3]].any()
 
@@ -82,24 +80,24 @@ def wide(**changes):
     return arguments(**{"frames": 4, "size": (32, 32), "channels": 128, "out_channels": 128, **changes})
 
 
-def test_wide_clips_have_a_tile():
+def test_wide_clips_are_faster():
     x, weight, bias = wide()
-    assert tile_of_clip(x, weight, bias, 2) in TILES
-    assert tile_of_clip(x.double(), weight.double(), bias.double(), 2) in TILES
-    assert tile_of_clip(x, weight, None, 2) in TILES
+    assert clip_winograd_is_faster(x, weight, bias, 2)
+    assert clip_winograd_is_faster(x.double(), weight.double(), bias.double(), 2)
+    assert clip_winograd_is_faster(x, weight, None, 2)
 
 
 def test_where_conv3d_is_faster_or_needed():
     """Few pixels, narrow clips, gradients, autocast, other types of numbers, and sizes that do not fit."""
-    assert tile_of_clip(*wide(size=(31, 32)), 2) is None
-    assert tile_of_clip(*wide(channels=16, out_channels=16), 2) is None
+    assert not clip_winograd_is_faster(*wide(size=(31, 32)), 2)
+    assert not clip_winograd_is_faster(*wide(channels=16, out_channels=16), 2)
     x, weight, bias = wide()
-    assert tile_of_clip(x, weight.requires_grad_(), bias, 2) is None
+    assert not clip_winograd_is_faster(x, weight.requires_grad_(), bias, 2)
     with torch.no_grad():
-        assert tile_of_clip(x, weight, bias, 2) is not None
+        assert clip_winograd_is_faster(x, weight, bias, 2)
         with torch.autocast("cpu", torch.bfloat16):
-            assert tile_of_clip(x, weight, bias, 2) is None
-        assert tile_of_clip(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), 2) is None
-        assert tile_of_clip(x.double(), weight, bias, 2) is None
-        assert tile_of_clip(x[:, :96], weight, bias, 2) is None
-        assert tile_of_clip(x, weight[..., :1], bias, 2) is None
+            assert not clip_winograd_is_faster(x, weight, bias, 2)
+        assert not clip_winograd_is_faster(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), 2)
+        assert not clip_winograd_is_faster(x.double(), weight, bias, 2)
+        assert not clip_winograd_is_faster(x[:, :96], weight, bias, 2)
+        assert not clip_winograd_is_faster(x, weight[..., :1], bias, 2)

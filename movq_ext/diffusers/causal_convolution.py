@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from ..model.fusion import is_unmodified
 from ..ops.native import is_inference, is_tracing
-from ..ops.winograd_clips import convolve_clip, tile_of_clip
-from ..ops.winograd_filters import Tile
+from ..ops.winograd_clips import clip_winograd_is_faster, convolve_clip
 from .accelerated import Accelerated, can_compute, count_call, is_diffusers_class, original_class
 
 CONV3D_METHODS = {name: getattr(nn.Conv3d, name) for name in ("forward", "_conv_forward")}
@@ -149,8 +148,8 @@ def convolve_folding_padding(weight: Tensor, bias: Tensor | None, padding: Any, 
         x: ``(B, C, T, H, W)``.
     """
     taps, frames = weight.shape[2], x.shape[2]
-    if frames > 1 and (tile := _fastest_tile(x, weight, bias, padding, frames)) is not None:
-        return convolve_clip(x, weight, bias, tile, repeats_first_frame=True)
+    if frames > 1 and _winograd_is_faster(x, weight, bias, padding, frames):
+        return convolve_clip(x, weight, bias, repeats_first_frame=True)
     out = _room_for_result(x, weight, bias, padding)
     parts = []
     for frame in range(min(taps - 1, frames)):
@@ -182,8 +181,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, out: 
     On a CPU PyTorch convolves one narrow clip (``C * T * H`` up to 20480) in float32 without oneDNN. That takes up to eight
     times as long as convolutions of its frames with oneDNN, one for each tap in time.
     """
-    if (tile := _fastest_tile(x, weight, bias, padding, x.shape[2] - weight.shape[2] + 1)) is not None:
-        return convolve_clip(x, weight, bias, tile, out=out)
+    if _winograd_is_faster(x, weight, bias, padding, x.shape[2] - weight.shape[2] + 1):
+        return convolve_clip(x, weight, bias, out=out)
     if not is_slow_as_conv3d(x, weight, padding):
         return _convolve_in_parts(x, weight, bias, padding, out)
     frames, count = x.transpose(1, 2).contiguous(), x.shape[2] - weight.shape[2] + 1
@@ -218,8 +217,8 @@ def _convolve_in_parts(x: Tensor, weight: Tensor, bias: Tensor | None, padding: 
     return out
 
 
-def _fastest_tile(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, frames: int) -> Tile | None:
-    return tile_of_clip(x, weight, bias, frames) if tuple(padding) == (0, 1, 1) else None
+def _winograd_is_faster(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, frames: int) -> bool:
+    return tuple(padding) == (0, 1, 1) and clip_winograd_is_faster(x, weight, bias, frames)
 
 
 def frames_with_pixels(x: Tensor, pixels: int) -> int:

@@ -19,7 +19,7 @@ from ..model.strip_norms import NormalisedRows
 from ..model.strip_rows import PointwiseRows, RowSource, StoredRows
 from ..model.strips import CPU_MEMORY, INPUT_VALUES, Strips, WorkingMemory, cpu_memory
 from ..ops.native import is_inference
-from ..ops.winograd import fastest_tile
+from ..ops.winograd import winograd_is_faster
 from .accelerated import is_plain_instance
 
 
@@ -41,7 +41,7 @@ def is_faster_in_strips(block: Any, height: int, width: int) -> bool:
         return False
     if not is_plain_instance(dropout, nn.Dropout) or (dropout.training and dropout.p > 0) or block.output_scale_factor != 1:
         return False
-    return any(fastest_tile(conv.weight, [(height, width)], CPU_MEMORY.winograd) is not None for conv in convs)
+    return any(winograd_is_faster(conv.weight, [(height, width)], CPU_MEMORY.winograd) for conv in convs)
 
 
 def run_block(block: Any, x: Tensor, zq: Tensor | None) -> Tensor:

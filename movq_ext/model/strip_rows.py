@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import profiling
 from ..ops.onednn import Convolution
-from ..ops.winograd import WinogradConvolution, fastest_tile
+from ..ops.winograd import WinogradConvolution, winograd_is_faster
 from .feature_maps import FeatureMap, MapStore
 from .fusion import is_plain_conv
 from .strip_norms import NormalisedRows
@@ -93,9 +93,9 @@ class ConvolvedRows:
         if not is_plain_conv(conv):
             return
         x = source.x
-        tile = fastest_tile(conv.weight, [(last - first, x.width) for first, last in spans], buffer.winograd_bytes)
-        if tile is not None:
-            self.packed = WinogradConvolution(conv.weight, conv.bias, tile, buffer.winograd_bytes, buffer.threads)
+        strips = [(last - first, x.width) for first, last in spans]
+        if winograd_is_faster(conv.weight, strips, buffer.winograd_bytes):
+            self.packed = WinogradConvolution(conv.weight, conv.bias, buffer.winograd_bytes, buffer.threads)
         else:
             typical_input = (1, x.channels, min(x.height, TYPICAL_ROWS) + HALO, x.width)
             self.packed = Convolution(*cast_parameters(conv.weight, conv.bias, x.dtype), (0, 1), typical_input)
@@ -123,7 +123,9 @@ class ConvolvedRows:
 
 
 def cast_parameters(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Return a convolution's parameters in the dtype of its maps: under autocast they differ, and strips would each cast them."""
+    """Return a convolution's parameters. Under autocast, cast them to the dtype of its maps once, not for every strip."""
+    if not torch.is_autocast_enabled(weight.device.type):
+        return weight, bias
     return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 

@@ -52,7 +52,7 @@ class WorkingMemory(NamedTuple):
     Attributes:
         strip: approximate size of all tensors of the strips that are computed at once. If ``maps`` is None, strips of wide maps
             take more: each thread computes at least four rows, and all of them take up to MAX_STRIPS_BYTES or the map's size.
-        winograd: for a Winograd convolution, see `fastest_tile`.
+        winograd: for a Winograd convolution, see `winograd_is_faster`.
         maps: for the maps between layers, see `MapStore`; None for no limit.
         workers: threads that share it, each with strips of its own.
     """

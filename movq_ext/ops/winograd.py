@@ -1,9 +1,8 @@
-"""3x3 convolutions of strips on a CPU with a quarter or a third of the multiplications: Winograd's minimal filtering.
+"""3x3 convolutions of strips on a CPU with a third of the multiplications: Winograd's minimal filtering.
 
 All transforms of `MinimalFilter` are linear, so the sum over the input channels can be taken between them: one matrix product for
-every point. A filter of rows and a filter of columns are nested. F(4, 3) on both takes 6 * 6 products for 4 * 4 pixels, where the
-direct sum takes 144. F(4, 3) on rows and F(2, 3) on columns takes 6 * 4 for 4 * 2, where it takes 72; its weights have fewer
-factors to compute and to store.
+every point. F(4, 3) on rows and F(2, 3) on columns are nested: 6 * 4 products for a tile of 4 * 2 pixels, where the direct sum
+takes 72.
 
 Everything is a matrix product, small ones for the transforms and large ones over the channels. A block of pixels goes through all
 of them, so intermediate results stay in the cache.
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .thread_pool import run_in_threads
-from .winograd_filters import TILES, Tile
+from .winograd_filters import MIN_CHANNELS, TILE
 
 MAX_BLOCK_BYTES = 16 << 20  # for all tensors of the blocks that threads compute at once
 MIN_BLOCK_COLUMNS = 16
@@ -28,11 +27,11 @@ TRANSFORM_COST = 50  # of a value that a transform writes
 FACTOR_COST = 40  # of a weight's factor, beyond what packing for the direct convolution costs
 
 
-def fastest_tile(weight: Tensor, strips: Sequence[tuple[int, int]], max_bytes: int) -> Tile | None:
-    """Return the tile whose `WinogradConvolution` of these strips is fastest, or None if a direct one is.
+def winograd_is_faster(weight: Tensor, strips: Sequence[tuple[int, int]], max_bytes: int) -> bool:
+    """Return True if a `WinogradConvolution` of these strips is faster than a direct one, and as exact.
 
-    Counts operations. Always None unless the weight is on a CPU in float32 or float64, outside autocast, and float32 products are
-    not rounded to fewer bits.
+    Counts operations. Always False unless the weight is on a CPU in float32 or float64, outside autocast, and float32 products
+    are not rounded to fewer bits.
 
     Args:
         weight: ``(out, in, rows, columns)``.
@@ -41,21 +40,20 @@ def fastest_tile(weight: Tensor, strips: Sequence[tuple[int, int]], max_bytes: i
     """
     out_channels, channels, *kernel = weight.shape
     if weight.device.type != "cpu" or kernel != [3, 3] or not _computes_exactly(weight.dtype):
-        return None
-    pairs = out_channels * channels
-    costs: dict[Tile | None, float] = {None: pairs * 9 * sum(rows * columns for rows, columns in strips)}
-    for tile in TILES:
-        if tile.products * pairs * weight.itemsize <= max_bytes * 2 // 3:
-            tiles = sum(-(-rows // tile.rows.outputs) * -(-columns // tile.columns.outputs) for rows, columns in strips)
-            costs[tile] = tiles * _tile_cost(tile, channels, out_channels) + FACTOR_COST * tile.products * pairs
-    return min(costs, key=costs.__getitem__)
+        return False
+    factors = TILE.products * out_channels * channels
+    if channels < MIN_CHANNELS or factors * weight.itemsize > max_bytes * 2 // 3:
+        return False
+    tiles = sum(-(-rows // TILE.rows.outputs) * -(-columns // TILE.columns.outputs) for rows, columns in strips)
+    direct_cost = weight.numel() * sum(rows * columns for rows, columns in strips)
+    return tiles * _tile_cost(channels, out_channels) + FACTOR_COST * factors < direct_cost
 
 
-def _tile_cost(tile: Tile, channels: int, out_channels: int) -> float:
-    rows, columns = tile
+def _tile_cost(channels: int, out_channels: int) -> float:
+    rows, columns = TILE
     values = rows.products * columns.outputs * (channels + out_channels)  # between the filters
-    values += tile.products * channels + tile.outputs * out_channels
-    return PRODUCT_COST * tile.products * channels * out_channels + TRANSFORM_COST * values
+    values += TILE.products * channels + TILE.outputs * out_channels
+    return PRODUCT_COST * TILE.products * channels * out_channels + TRANSFORM_COST * values
 
 
 def _computes_exactly(dtype: torch.dtype) -> bool:
@@ -72,18 +70,17 @@ class WinogradConvolution:
     Args:
         weight: ``(out, in, 3, 3)``, float32 or float64, on the CPU.
         bias: ``(out,)`` or None.
-        tile: the filters.
         max_bytes: limit for the weight's factors plus each thread's block of pixels. A block has at least one row of tiles, 16
             pixels wide.
         threads: how many may share it.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, tile: Tile, max_bytes: int, threads: int = 1) -> None:
-        self.tile, self.bias = tile, bias
+    def __init__(self, weight: Tensor, bias: Tensor | None, max_bytes: int, threads: int = 1) -> None:
+        self.tile, self.bias = TILE, bias
         self.out_channels, self.channels = weight.shape[:2]
-        rows, columns = tile
+        rows, columns = TILE
         from_taps = torch.kron(rows.from_taps, columns.from_taps).to(weight.dtype)
-        factors = weight.new_empty(tile.products, self.channels, self.out_channels)
+        factors = weight.new_empty(TILE.products, self.channels, self.out_channels)
 
         def write_factors(channels: slice) -> None:
             taps = weight[:, channels].permute(2, 3, 1, 0).reshape(from_taps.shape[1], -1)

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from .native import is_inference
 from .thread_pool import run_in_threads
-from .winograd import fastest_tile
-from .winograd_filters import Tile
+from .winograd import winograd_is_faster
+from .winograd_filters import TILE
 
-FACTOR_BYTES = 40 << 20  # of one tap in time, and half as many again: see `fastest_tile`
+FACTOR_BYTES = 40 << 20  # of one tap in time, and half as many again: see `winograd_is_faster`
 STRIP_BYTES = 2 << 20  # of the input's frames in a strip, which has one row of tiles at least
 # Of the result, in all frames. Below, computing the factors of the weights takes longer than they save.
 MIN_PIXELS = 2048
 
 
-def tile_of_clip(x: Tensor, weight: Tensor, bias: Tensor | None, frames: int) -> Tile | None:
-    """Return the fastest tile of `convolve_clip`, or None if conv3d is faster or records gradients.
+def clip_winograd_is_faster(x: Tensor, weight: Tensor, bias: Tensor | None, frames: int) -> bool:
+    """Return False if conv3d is faster than `convolve_clip`, more exact, or records gradients.
 
     Args:
         x, weight, bias: as for `convolve_clip`.
@@ -28,18 +28,17 @@ def tile_of_clip(x: Tensor, weight: Tensor, bias: Tensor | None, frames: int) ->
     """
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if not is_inference(*tensors) or any(t.dtype != x.dtype or t.device.type != "cpu" for t in tensors):
-        return None
+        return False
     height, width = x.shape[3:]
     if weight.shape[1] != x.shape[1] or x.numel() == 0 or frames * height * width < MIN_PIXELS:
-        return None
-    return fastest_tile(weight[:, :, 0], [(height, width)] * frames, FACTOR_BYTES)
+        return False
+    return winograd_is_faster(weight[:, :, 0], [(height, width)] * frames, FACTOR_BYTES)
 
 
 def convolve_clip(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    tile: Tile,
     repeats_first_frame: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -48,19 +47,18 @@ def convolve_clip(
     Args:
         x: ``(B, C, T, H, W)``, float32 or float64.
         weight, bias: ``(out, C, taps, 3, 3)``, and ``(out,)`` or None.
-        tile: the filters in space.
         repeats_first_frame: first prepend the first frame of x ``taps - 1`` times.
         out: memory for the result.
     """
     batch, channels, frames, height, width = x.shape
-    convolution = WinogradClipConvolution(weight, bias, tile, repeats_first_frame)
+    convolution = WinogradClipConvolution(weight, bias, repeats_first_frame)
     out_frames = frames if repeats_first_frame else frames - weight.shape[2] + 1
     if out is None:
         is_channels_last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
         layout = torch.channels_last_3d if is_channels_last else torch.contiguous_format
         out = torch.empty((batch, len(weight), out_frames, height, width), dtype=x.dtype, memory_format=layout)
     images, results = x.permute(0, 2, 3, 4, 1), out.permute(0, 2, 3, 4, 1)  # (B, T, H, W, channels)
-    rows = max(1, STRIP_BYTES // (frames * width * channels * x.itemsize * tile.rows.outputs)) * tile.rows.outputs
+    rows = max(1, STRIP_BYTES // (frames * width * channels * x.itemsize * TILE.rows.outputs)) * TILE.rows.outputs
 
     def convolve_strip(strip: tuple[int, int]) -> None:
         image, first = strip
@@ -78,13 +76,13 @@ class WinogradClipConvolution:
     """``conv3d(x, weight, bias, padding=(0, 0, 1))`` of strips of a clip. Threads may share it.
 
     Args:
-        weight, bias, tile, repeats_first_frame: as for `convolve_clip`.
+        weight, bias, repeats_first_frame: as for `convolve_clip`.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, tile: Tile, repeats_first_frame: bool) -> None:
-        self.tile, self.bias, self.repeats_first_frame = tile, bias, repeats_first_frame
+    def __init__(self, weight: Tensor, bias: Tensor | None, repeats_first_frame: bool) -> None:
+        self.bias, self.repeats_first_frame = bias, repeats_first_frame
         self.out_channels, self.channels, self.taps = weight.shape[:3]
-        rows, columns = tile
+        rows, columns = TILE
         from_taps = torch.kron(rows.from_taps, columns.from_taps).to(weight.dtype)
         factors = from_taps @ weight.permute(3, 4, 2, 1, 0).reshape(from_taps.shape[1], -1)
         self.factors = factors.view(rows.products, columns.products, self.taps, self.channels, self.out_channels)
@@ -100,7 +98,7 @@ class WinogradClipConvolution:
         With repeats_first_frame x has T frames. It has the rows of out, the row above them if ``above``, and the row below them
         unless the map ends there. Other rows are zero.
         """
-        rows, columns = self.tile
+        rows, columns = TILE
         frames, height, width = out.shape[:3]
         groups, tiles = -(-height // rows.outputs), -(-width // columns.outputs)
         row_factors = x.new_zeros(rows.products, len(x), groups, tiles * columns.outputs + columns.taps - 1, self.channels)
