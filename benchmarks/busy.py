@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--busy", type=int, nargs="+", default=BUSY, help="numbers of busy processes; 0 first, for the slowdown")
     parser.add_argument("--size", type=int, default=128, help="height and width of the image")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each decoder")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=4.0, help="start no measurement after this long")
     options = parser.parse_args()
     if options.quick:
