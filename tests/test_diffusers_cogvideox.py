@@ -349,6 +349,16 @@ def test_repeated_frames_are_not_convolved(taps, frames, monkeypatch):
     assert [size[2] for size in sizes] == [*range(1, min(taps - 1, frames) + 1), *([frames] if frames >= taps else [])]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_16_bits_are_as_exact_as_diffusers(dtype):
+    """The taps that fall on repeated frames are not added, since their sums would be rounded."""
+    module, x = causal(in_channels=64).to(dtype), draw(1, 64, 1, 32, 32, dtype=dtype)
+    expected, theirs = copy.deepcopy(module).double()(x.double())[0], copy.deepcopy(module)(x)[0]
+    accelerate(module)
+    assert relative_error(module(x)[0], expected) < 1.05 * relative_error(theirs, expected)
+
+
 @torch.no_grad()
 def test_small_frames_are_padded(monkeypatch):
     monkeypatch.setattr(causal_convolution, "MIN_PIXELS", 21)

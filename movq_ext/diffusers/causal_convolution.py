@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model.fusion import is_unmodified
-from ..ops.native import is_inference, is_tracing
+from ..ops.native import compute_dtype, is_inference, is_tracing
 from ..ops.winograd_clips import clip_winograd_is_faster, convolve_clip
 from .accelerated import Accelerated, can_compute, count_call, is_diffusers_class, original_class
 
@@ -125,8 +125,11 @@ def clip_format(x: Tensor) -> torch.memory_format:
 
 
 def can_fold_padding(module: Any, x: Tensor, cache: Tensor | None) -> bool:
-    """True if x starts a clip, its frames are large enough for folding to pay, and the weights may be read."""
-    if cache is not None or module.time_kernel_size == 1 or not is_plain_conv3d(module.conv):
+    """True if x starts a clip, its frames are large enough for folding to pay, and the weights may be read.
+
+    Not in 16 bits, where the sums of taps would be rounded: the result would be less exact than diffusers'.
+    """
+    if cache is not None or module.time_kernel_size == 1 or not is_plain_conv3d(module.conv) or compute_dtype(x).itemsize < 4:
         return False
     return has_pixels_to_fold(x) and x.numel() <= MAX_ELEMENTS and not is_tracing()
 
