@@ -93,7 +93,7 @@ def milliseconds(run: Callable[[], object], device: torch.device, seconds: float
         run: the call.
         device: where it computes.
         seconds: calls start within this time.
-        min_calls: on a CPU, time at least so many calls. With 1 there is no other call before them: run must be warm already.
+        min_calls: on a CPU, the fewest calls to time. With 1, there is no warm-up call: run must be warm already.
     """
     if min_calls > 1 or device.type == "cuda":
         run()

@@ -137,7 +137,7 @@ def relative_errors(channels, out_channels, seed):
 
 
 def mean_ratio(errors):
-    """Return the mean of Winograd's errors in units of direct convolutions', none of which may exceed 1.02."""
+    """Return the mean ratio of Winograd's error to the direct convolution's. Fails if any ratio exceeds 1.02."""
     ratios = [winograd / direct for winograd, direct in errors]
     assert max(ratios) <= 1.02
     return sum(ratios) / len(ratios)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .thread_pool import run_in_threads
-from .winograd_filters import MIN_CHANNELS, TILE
+from .winograd_filters import MIN_CHANNELS, TILE, as_matrix
 
 MAX_BLOCK_BYTES = 16 << 20  # for all tensors of the blocks that threads compute at once
 MIN_BLOCK_COLUMNS = 16
@@ -79,7 +79,8 @@ class WinogradConvolution:
         self.tile, self.bias = TILE, bias
         self.out_channels, self.channels = weight.shape[:2]
         rows, columns = TILE
-        from_taps = torch.kron(rows.from_taps, columns.from_taps).to(weight.dtype)
+        from_taps = TILE.taps_matrix(weight.dtype)
+        self.from_rows, self.from_columns, self.to_columns, self.to_rows = TILE.transforms(weight.dtype, bias is not None)
         factors = weight.new_empty(TILE.products, self.channels, self.out_channels)
 
         def write_factors(channels: slice) -> None:
@@ -89,11 +90,6 @@ class WinogradConvolution:
         size = -(-self.channels // threads)
         run_in_threads(write_factors, [slice(first, first + size) for first in range(0, self.channels, size)])
         self.factors = factors.view(rows.products, columns.products, self.channels, self.out_channels)
-        self.from_rows, self.from_columns, self.to_columns, self.to_rows = (
-            matrix.to(weight.dtype) for matrix in (rows.from_values, columns.from_values, columns.to_outputs, rows.to_outputs)
-        )
-        if bias is not None:  # like one more product of each row
-            self.to_rows = torch.cat([self.to_rows, torch.ones_like(self.to_rows[:, :1])], 1)
         self.block_bytes = min(max_bytes - self.factors.nbytes, MAX_BLOCK_BYTES) // threads
 
     def write_to(self, out: Tensor, x: Tensor) -> None:
@@ -143,11 +139,11 @@ class WinogradConvolution:
         row_factors[:, :, inside.stop :] = 0
         for group in range(groups):
             values = x[group * rows.outputs :][: rows.products, left:right]
-            torch.mm(self.from_rows[:, : len(values)], values.flatten(1), out=_matrix(row_factors[:, group, inside]))
+            torch.mm(self.from_rows[:, : len(values)], values.flatten(1), out=as_matrix(row_factors[:, group, inside]))
 
         for point, weights in enumerate(self.factors):
             neighbours.copy_(row_factors[point].unfold(1, columns.products, columns.outputs).permute(3, 0, 1, 2))
-            torch.mm(self.from_columns, _matrix(neighbours), out=_matrix(factors))
+            torch.mm(self.from_columns, as_matrix(neighbours), out=as_matrix(factors))
             for factor, weight, product in zip(factors, weights, products, strict=True):
                 torch.mm(factor, weight, out=product)
             to_columns = self.to_columns.expand(groups * tiles, -1, -1)
@@ -159,7 +155,7 @@ class WinogradConvolution:
         for group in range(groups):
             outputs = out[group * rows.outputs :][: rows.outputs]
             to_rows = self.to_rows[: len(outputs)]
-            torch.addmm(_matrix(outputs), to_rows, row_products[:, group].flatten(1), beta=beta, out=_matrix(outputs))
+            torch.addmm(as_matrix(outputs), to_rows, row_products[:, group].flatten(1), beta=beta, out=as_matrix(outputs))
 
     def _shapes(self, groups: int, tiles: int) -> list[tuple[int, ...]]:
         """Return the shapes of a block's tensors."""
@@ -175,8 +171,3 @@ class WinogradConvolution:
 
     def _values(self, groups: int, tiles: int) -> int:
         return sum(map(math.prod, self._shapes(groups, tiles)))
-
-
-def _matrix(values: Tensor) -> Tensor:
-    """Return a view whose rows are the first dimension."""
-    return values.view(len(values), -1)

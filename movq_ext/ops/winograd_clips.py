@@ -11,7 +11,7 @@ from torch import Tensor
 from .native import is_inference
 from .thread_pool import run_in_threads
 from .winograd import winograd_is_faster
-from .winograd_filters import TILE
+from .winograd_filters import TILE, as_matrix
 
 FACTOR_BYTES = 40 << 20  # of one tap in time, and half as many again: see `winograd_is_faster`
 STRIP_BYTES = 2 << 20  # of the input's frames in a strip, which has one row of tiles at least
@@ -83,14 +83,10 @@ class WinogradClipConvolution:
         self.bias, self.repeats_first_frame = bias, repeats_first_frame
         self.out_channels, self.channels, self.taps = weight.shape[:3]
         rows, columns = TILE
-        from_taps = torch.kron(rows.from_taps, columns.from_taps).to(weight.dtype)
+        from_taps = TILE.taps_matrix(weight.dtype)
+        self.from_rows, self.from_columns, self.to_columns, self.to_rows = TILE.transforms(weight.dtype, bias is not None)
         factors = from_taps @ weight.permute(3, 4, 2, 1, 0).reshape(from_taps.shape[1], -1)
         self.factors = factors.view(rows.products, columns.products, self.taps, self.channels, self.out_channels)
-        self.from_rows, self.from_columns, self.to_columns, self.to_rows = (
-            matrix.to(weight.dtype) for matrix in (rows.from_values, columns.from_values, columns.to_outputs, rows.to_outputs)
-        )
-        if bias is not None:  # like one more product of each row
-            self.to_rows = torch.cat([self.to_rows, torch.ones_like(self.to_rows[:, :1])], 1)
 
     def write_to(self, out: Tensor, x: Tensor, above: bool) -> None:
         """Write the convolution of x ``(T + taps - 1, rows, W, C)`` to out ``(T, H, W, out)``, both contiguous.
@@ -107,7 +103,7 @@ class WinogradClipConvolution:
                 first = group * rows.outputs - (0 if above else 1)  # row of x, -1 above the map
                 inside = values[max(first, 0) : first + rows.products]
                 from_rows = self.from_rows[:, max(-first, 0) :][:, : len(inside)]
-                torch.mm(from_rows, inside.flatten(1), out=_matrix(row_factors[:, frame, group, 1 : width + 1]))
+                torch.mm(from_rows, inside.flatten(1), out=as_matrix(row_factors[:, frame, group, 1 : width + 1]))
 
         neighbours = x.new_empty(columns.products, len(x) * groups, tiles, self.channels)
         factors = x.new_empty(columns.products, len(x) * groups * tiles, self.channels)
@@ -117,7 +113,7 @@ class WinogradClipConvolution:
         for point, weights in enumerate(self.factors):
             windows = row_factors[point].flatten(0, 1).unfold(1, columns.products, columns.outputs)
             neighbours.copy_(windows.permute(3, 0, 1, 2))
-            torch.mm(self.from_columns, _matrix(neighbours), out=_matrix(factors))
+            torch.mm(self.from_columns, as_matrix(neighbours), out=as_matrix(factors))
             for factor, weight, product in zip(factors, weights, products, strict=True):
                 self._sum_taps(factor.unflatten(0, (len(x), -1)), weight, product.unflatten(0, (frames, -1)))
             torch.bmm(to_columns, products.transpose(0, 1), out=row_products[point])
@@ -127,7 +123,7 @@ class WinogradClipConvolution:
         pixels = row_products.view(-1, frames, groups, tiles * columns.outputs, self.out_channels)[:, :, :, :width]
         for frame, outputs in enumerate(out):
             for group, part in enumerate(outputs.split(rows.outputs)):
-                torch.mm(self.to_rows[: len(part)], pixels[:, frame, group].flatten(1), out=_matrix(part))
+                torch.mm(self.to_rows[: len(part)], pixels[:, frame, group].flatten(1), out=as_matrix(part))
 
     def _sum_taps(self, factors: Tensor, weights: Tensor, products: Tensor) -> None:
         """Write the sum over all taps in time of ``factors[frame] @ weights[tap]`` to products.
@@ -146,8 +142,3 @@ class WinogradClipConvolution:
             start = 0 if self.repeats_first_frame else tap
             source = factors[start : start + len(products) - missing].flatten(0, 1)
             torch.addmm(target, source, weight, out=target)
-
-
-def _matrix(values: Tensor) -> Tensor:
-    """Return a view whose rows are the first dimension."""
-    return values.view(len(values), -1)

@@ -74,6 +74,24 @@ class Tile(NamedTuple):
     def outputs(self) -> int:
         return self.rows.outputs * self.columns.outputs
 
+    def taps_matrix(self, dtype: torch.dtype) -> Tensor:
+        """Return the matrix from the taps of a weight, ``rows.taps * columns.taps``, to its factors, one for each product."""
+        return torch.kron(self.rows.from_taps, self.columns.from_taps).to(dtype)
+
+    def transforms(self, dtype: torch.dtype, has_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the matrices from rows, from columns, to columns and to rows. A bias is like one more product of each row."""
+        to_rows = self.rows.to_outputs
+        if has_bias:
+            to_rows = torch.cat([to_rows, torch.ones_like(to_rows[:, :1])], 1)
+        matrices = (self.rows.from_values, self.columns.from_values, self.columns.to_outputs, to_rows)
+        from_rows, from_columns, to_columns, to_rows = (matrix.to(dtype) for matrix in matrices)
+        return from_rows, from_columns, to_columns, to_rows
+
+
+def as_matrix(values: Tensor) -> Tensor:
+    """Return a view whose rows are the first dimension."""
+    return values.view(len(values), -1)
+
 
 with torch.device("cpu"):  # also where the default device is another one
     # With the usual points of F(4, 3), 0, ±1 and ±2, the rounding error is 1.5 times as large.
