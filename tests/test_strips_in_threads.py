@@ -116,9 +116,28 @@ def test_one_meeting_per_layer(threads, runs):
     blocks = list(decoder.layers())
     attention, resnet = (sum(isinstance(block, kind) for block in blocks) for kind in (AttnBlock, ResnetBlock))
     convolutions = 2 + 2 * resnet  # with conv_in and conv_out
-    convolutions -= 1  # one writes over its block's input, which has more channels: its two strips run one after another
+    convolutions += 1  # one writes over its block's input, which has more channels: 8 rows alone, then 2x4, then 2x8
     upsampling, whole_decode = 1, 1
     assert len(runs) == whole_decode + convolutions + 2 * attention + upsampling  # attention: keys and values, then queries
+
+
+def test_the_choice_of_winograd_sees_the_strips_that_run(threads, monkeypatch):
+    """Also those of a map that reuses the storage of one with more channels, which start with fewer rows."""
+    decoder, (z, zq) = make_decoder(attn_resolutions=[], mid_attn=False, ch_mult=(1, 2)), latents((16, 6), batch=1)
+    chosen = record_calls(monkeypatch, ConvolvedRows, "__init__", lambda result, rows, conv, source, buffer, spans=(): list(spans))
+    ran = []
+
+    def record_run(self, compute, x, values, spans=None):
+        ran.append(list(self.spans(x, values) if spans is None else spans))
+        return run(self, compute, x, values, spans)
+
+    run = strips.Strips.run
+    monkeypatch.setattr(strips.Strips, "run", record_run)
+    threads(2)
+    decode(decoder, z, zq)
+    groups = [[(0, 8)], [(8, 12), (12, 16)], [(16, 24), (24, 32)]]
+    assert any(ran[i : i + 3] == groups for i in range(len(ran)))
+    assert sum(groups, []) in chosen
 
 
 def test_every_operator_is_single_threaded(threads, monkeypatch):

@@ -34,7 +34,7 @@ from .layers import AttnBlock, Downsample, ResnetBlock, Upsample, is_plain_netwo
 from .strip_checks import LayeredDecoder, LayeredNetwork, check_decoder_layers, check_encoder_layers, has_thread_safe_layers
 from .strip_norms import NormalisedRows
 from .strip_rows import ConvolvedRows, PointwiseRows, RowSource, StoredRows, StripBuffer, cast_parameters, haloed_rows
-from .strip_spans import HALO, MIN_ROWS, Span, divide_rows, split_at_overlaps
+from .strip_spans import HALO, MIN_ROWS, Span, divide_reused_rows, divide_rows
 
 # Of the strips that threads compute at once, without a memory limit. A larger map allows as much as it takes itself.
 MAX_STRIPS_BYTES = 512 << 20
@@ -221,8 +221,8 @@ class Strips:
         if out is None:
             out = self.store.allocate(conv.out_channels, x.height, x.width)
         values = convolution_values(x.channels, conv.out_channels)
-        spans = self.spans(x, values)
-        convolved = ConvolvedRows(conv, source, self._buffer, spans)
+        groups = self._groups(x, values, out)
+        convolved = ConvolvedRows(conv, source, self._buffer, [span for group in groups for span in group])
 
         def write_strip(first: int, last: int) -> Moments:
             rows = out.reserve(first, last)
@@ -233,8 +233,6 @@ class Strips:
                 convolved.add_rows(first, last, rows)
             return out.commit_strip(first, rows)
 
-        reused = out.reused_channels
-        groups = [spans] if reused in (None, out.channels) else split_at_overlaps(spans, out.channels, reused, out.first_stored)
         out.complete([moments for group in groups for moments in self.run(write_strip, x, values, group)])
         return out
 
@@ -263,6 +261,14 @@ class Strips:
         min_rows = MIN_ROWS if workers > 1 or self.memory.maps is None else 1
         rows = self.memory.strip // self._row_bytes(x, values_per_pixel)
         return divide_rows(x.height, max(min_rows, rows // workers - HALO), workers)
+
+    def _groups(self, x: FeatureMap, values_per_pixel: int, out: FeatureMap) -> list[Sequence[Span]]:
+        """Divide x into groups of strips that threads compute together, one group after another, and write to out."""
+        spans = self.spans(x, values_per_pixel)
+        if out.reused_channels is None:
+            return [spans]
+        workers = self._workers(x, values_per_pixel)
+        return divide_reused_rows(spans, workers, out.channels, out.reused_channels, out.first_stored)
 
     def run(
         self,
