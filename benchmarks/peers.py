@@ -11,7 +11,7 @@ from published_decoder import published
 from torch import Tensor
 
 import movq_ext
-from movq_ext.model import strips
+from movq_ext.model import working_memory
 
 VQ = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, num_vq_embeddings=16384, vq_embed_dim=4,
           norm_type="spatial", down_block_types=("DownEncoderBlock2D",) * 3 + ("AttnDownEncoderBlock2D",),
@@ -69,7 +69,7 @@ def peer(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> t
     if "compiled" in words or "frozen" in words:
         network = torch.compile(network, dynamic=False)
     if "in-operators" in words:
-        strips.num_workers = lambda: 1
+        working_memory.num_workers = lambda: 1
     if "tiled" in words:
         decoder = model.decoder
         network = lambda z: movq_ext.decode_tiled(decoder, model.post_quant_conv(z), z, max_memory=small_memory(decoder, z))

@@ -72,9 +72,9 @@ def test_threads_in_operators(busy, monkeypatch, tmp_path):
     """The peer divides no work between threads of its own."""
     import peers
 
-    from movq_ext.model import strips
+    from movq_ext.model import working_memory
 
-    monkeypatch.setattr(strips, "num_workers", strips.num_workers)
+    monkeypatch.setattr(working_memory, "num_workers", working_memory.num_workers)
     monkeypatch.setattr(peers, "load", lambda *_: (None, None))
     peers.peer("ours in-operators", tmp_path, None, None)
-    assert strips.cpu_memory().workers == 1
+    assert working_memory.cpu_memory().workers == 1

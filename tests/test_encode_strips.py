@@ -16,6 +16,7 @@ from movq_ext.cli import main
 from movq_ext.io.codes import CodeFile
 from movq_ext.model import strips
 from movq_ext.model.feature_maps import FeatureMap, MapStore
+from movq_ext.model.working_memory import WorkingMemory
 
 TINY = dict(ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=[8], in_channels=3, resolution=16, z_channels=4)
 LITTLE, SOME, PLENTY = 350_000, 1_000_000, 1 << 30  # bytes: several strips and files, several strips, one strip
@@ -213,7 +214,7 @@ def test_the_image_is_copied_in_strips(monkeypatch):
     rows = record_calls(monkeypatch, FeatureMap, "reserve", lambda buffer, *_: buffer.shape[2])
     with MapStore(torch.float32, torch.device("cpu"), budget=0) as store:
         image = images(height=64, batch=1)
-        x = strips.Strips(store, None, strips.WorkingMemory(4096, maps=1 << 30)).store_input(image)
+        x = strips.Strips(store, None, WorkingMemory(4096, maps=1 << 30)).store_input(image)
         assert torch.equal(x.read(0, 64), image)
     assert sum(rows) == 64 and max(rows) < 10
 

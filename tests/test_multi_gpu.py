@@ -14,9 +14,9 @@ from torch import nn
 
 from movq_ext import ResnetBlock, SpatialNorm, decode_sharded
 from movq_ext.deploy import multi_gpu
-from movq_ext.model import strips
+from movq_ext.model import working_memory
 from movq_ext.model.strip_rows import PointwiseRows
-from movq_ext.model.strips import WorkingMemory
+from movq_ext.model.working_memory import WorkingMemory
 
 LITTLE, PLENTY = 60_000, 1 << 30  # bytes of a strip: several strips a band, and one
 PROCESSES = [2, 4]
@@ -135,7 +135,7 @@ def threads():
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(PointwiseRows, "write_rows", write_late)
         monkeypatch.setattr(multi_gpu, "cpu_memory", lambda: WorkingMemory(1, workers=3))
-        monkeypatch.setattr(strips, "MIN_THREADED_VALUES", 1)
+        monkeypatch.setattr(working_memory, "MIN_THREADED_VALUES", 1)
         torch.set_num_threads(3)
         yield
         torch.set_num_threads(1)

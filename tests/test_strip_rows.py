@@ -9,7 +9,7 @@ from torch import nn
 
 from movq_ext.model.feature_maps import MapStore
 from movq_ext.model.strip_rows import ConvolvedRows, PointwiseRows, StoredRows, StripBuffer, haloed_rows
-from movq_ext.model.strips import CPU_MEMORY
+from movq_ext.model.working_memory import CPU_MEMORY
 from movq_ext.ops.onednn import Convolution
 from movq_ext.ops.winograd import WinogradConvolution
 

@@ -47,7 +47,15 @@ def test_rows_of_a_strip(height, max_rows, workers, rows):
     assert last - first == rows
 
 
-REUSED = [(1, 2), (1, 3), (1, 8), (2, 3), (3, 4), (8, 9), (5, 5)]  # channels of a map and of the larger one whose storage it reuses
+REUSED = [
+    (1, 2),
+    (1, 3),
+    (1, 8),
+    (2, 3),
+    (3, 4),
+    (8, 9),
+    (5, 5),
+]  # channels of a map, and of the map whose storage it reuses
 
 
 def reused_groups(height, max_rows, workers, channels, reused, first=0, first_stored=0):

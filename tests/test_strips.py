@@ -27,6 +27,7 @@ from torch import nn
 from movq_ext import ResnetBlock, decode_tiled
 from movq_ext.model import strips
 from movq_ext.model.feature_maps import MapStore
+from movq_ext.model.working_memory import WorkingMemory
 from movq_ext.ops.winograd import WinogradConvolution
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
@@ -190,7 +191,7 @@ def test_any_latent_size(grid, zq_grid, batch, add_conv):
 
 def runner(strip_bytes=1 << 20, budget=None):
     store, zq = MapStore(torch.float32, torch.device("cpu"), budget), latents((4, 6), batch=1)[1]
-    return strips.Strips(store, zq, strips.WorkingMemory(strip_bytes, maps=budget))
+    return strips.Strips(store, zq, WorkingMemory(strip_bytes, maps=budget))
 
 
 @pytest.mark.parametrize("strip_bytes", [1, 4_400, 7_000, 1 << 30])

@@ -15,7 +15,7 @@ from tolerances import assert_close
 from torch import nn
 
 from movq_ext import Encoder, annotate, decode_tiled, encode_tiled
-from movq_ext.model import strips
+from movq_ext.model import strips, working_memory
 from movq_ext.model.feature_maps import FeatureMap, FileStorage, MapStore, MemoryStorage
 from movq_ext.model.layers import AttnBlock, ResnetBlock
 from movq_ext.model.strip_norms import NormalisedRows
@@ -28,7 +28,7 @@ LITTLE = 2_000_000  # bytes: several strips for each of two threads, and files
 
 @pytest.fixture(autouse=True)
 def small_maps_in_threads(monkeypatch):
-    monkeypatch.setattr(strips, "MIN_THREADED_VALUES", 1)
+    monkeypatch.setattr(working_memory, "MIN_THREADED_VALUES", 1)
 
 
 @pytest.fixture
@@ -124,7 +124,9 @@ def test_one_meeting_per_layer(threads, runs):
 def test_the_choice_of_winograd_sees_the_strips_that_run(threads, monkeypatch):
     """Also those of a map that reuses the storage of one with more channels, which start with fewer rows."""
     decoder, (z, zq) = make_decoder(attn_resolutions=[], mid_attn=False, ch_mult=(1, 2)), latents((16, 6), batch=1)
-    chosen = record_calls(monkeypatch, ConvolvedRows, "__init__", lambda result, rows, conv, source, buffer, spans=(): list(spans))
+    chosen = record_calls(
+        monkeypatch, ConvolvedRows, "__init__", lambda result, rows, conv, source, buffer, spans=(): list(spans)
+    )
     ran = []
 
     def record_run(self, compute, x, values, spans=None):
@@ -261,7 +263,7 @@ def test_memory_of_wide_maps_is_bounded(threads, monkeypatch, workers, width):
     x = FeatureMap(channels, height, width, MemoryStorage(torch.empty(0)))
     values, map_bytes = strips.convolution_values(channels, channels), height * width * channels * 4
     seen = record_calls(monkeypatch, strips, "run_in_threads", lambda _, function, spans, count: (spans, count))
-    run = strips.Strips(MapStore(x.dtype, torch.device("cpu")), None, strips.CPU_MEMORY._replace(workers=workers))
+    run = strips.Strips(MapStore(x.dtype, torch.device("cpu")), None, working_memory.CPU_MEMORY._replace(workers=workers))
     run.run(lambda first, last: None, x, values)
     ((spans, count),) = seen
     rows = max(last - first for first, last in spans) + HALO

@@ -19,7 +19,8 @@ from torch import Tensor
 from ..model.feature_maps import PARTS, FeatureMap, MapStore, upcast
 from ..model.strip_norms import split_at_cells
 from ..model.strip_spans import HALO
-from ..model.strips import Strips, WorkingMemory, convolution_values
+from ..model.strips import convolution_values
+from ..model.working_memory import WorkingMemory
 from ..ops.clips import resize_frames
 from ..ops.native import scale_by_cells
 from .clip_convolution import PADDING, CausalConvolution
@@ -96,8 +97,8 @@ class ClipStrips:
     """
 
     def __init__(self, store: MapStore, strip_bytes: int) -> None:
-        # Strips.spans reads of maps only whether they have a limit: then a strip may have a single row.
-        self.store, self.spans = store, Strips(store, None, WorkingMemory(strip_bytes, maps=0)).spans
+        # WorkingMemory.spans reads of maps only whether they have a limit: then a strip may have a single row.
+        self.store, self.spans = store, WorkingMemory(strip_bytes, maps=0).spans
         self._frames_before: dict[Any, ClipMap] = {}  # by convolution: the last frames of its input in the batch before
         self._buffer = store.empty(0)
         self.zq, self.is_last = store.empty(0), False  # of the current batch

@@ -38,7 +38,7 @@ def busiest_rows(height: int, rows: int, workers: int) -> int:
 def divide_reused_rows(
     spans: Sequence[Span], workers: int, channels: int, reused_channels: int, first_stored: int = 0
 ) -> list[Sequence[Span]]:
-    """Divide the rows of a map that reuses a larger map's storage into groups of strips. Threads may compute a group in any order.
+    """Divide a map that reuses a larger map's storage into groups of strips, which threads may compute in any order.
 
     Each strip reads its own rows of the larger map, and overwrites rows above them that an earlier group must have read. So one
     worker computes the first rows alone, until two strips of MIN_ROWS fit over rows that were read. Later groups have a strip for

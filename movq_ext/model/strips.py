@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,19 +26,17 @@ from .. import profiling
 from ..ops.functional import attention, shared_kv_attention
 from ..ops.native import compute_dtype
 from ..ops.onednn import Convolution
-from ..ops.thread_pool import num_workers, run_in_threads, run_in_worker
+from ..ops.thread_pool import run_in_threads
 from ..ops.upsampling import fold_windows
 from .feature_maps import FeatureMap, MapStore, Moments
 from .fusion import is_plain_conv3x3
 from .layers import AttnBlock, Downsample, ResnetBlock, Upsample, is_plain_network
-from .strip_checks import LayeredDecoder, LayeredNetwork, check_decoder_layers, check_encoder_layers, has_thread_safe_layers
+from .strip_checks import LayeredDecoder, LayeredNetwork, check_decoder_layers, check_encoder_layers
 from .strip_norms import NormalisedRows
 from .strip_rows import ConvolvedRows, PointwiseRows, RowSource, StoredRows, StripBuffer, cast_parameters, haloed_rows
-from .strip_spans import HALO, MIN_ROWS, Span, divide_reused_rows, divide_rows
+from .strip_spans import Span, divide_reused_rows
+from .working_memory import WorkingMemory, cpu_memory
 
-# Of the strips that threads compute at once, without a memory limit. A larger map allows as much as it takes itself.
-MAX_STRIPS_BYTES = 512 << 20
-MIN_THREADED_VALUES = 1 << 18  # in all tensors of a map: for less work, threads would take longer to meet than they save
 # Number of values in all tensors of a strip, per pixel and channel of its map.
 ATTENTION_VALUES = 8
 UPSAMPLE_VALUES = 10
@@ -46,39 +44,7 @@ DOWNSAMPLE_VALUES = 12  # of the smaller map
 INPUT_VALUES = 3  # a copy, and its moments in float32
 
 
-class WorkingMemory(NamedTuple):
-    """Bytes for the tensors of a decode or an encode, besides weights, latents and images.
-
-    Attributes:
-        strip: approximate size of all tensors of the strips that are computed at once. If ``maps`` is None, strips of wide maps
-            take more: each thread computes at least four rows, and all of them take up to MAX_STRIPS_BYTES or the map's size.
-        winograd: for a Winograd convolution, see `winograd_is_faster`.
-        maps: for the maps between layers, see `MapStore`; None for no limit.
-        workers: threads that share it, each with strips of its own.
-    """
-
-    strip: int
-    winograd: int = 0
-    maps: int | None = None
-    workers: int = 1
-
-    def for_network(self, network: LayeredNetwork) -> WorkingMemory:
-        """Return this memory for one thread if the network has layers that are not known to be thread-safe."""
-        return self if has_thread_safe_layers(network) else self._replace(workers=1)
-
-    def run(self, compute: Callable[[], Tensor]) -> Tensor:
-        """Return ``compute()``. If threads share this memory, only strips are divided between them: every operator has one."""
-        return run_in_worker(compute) if self.workers > 1 else compute()
-
-
-# A strip has 32 rows of 256 pixels with 128 channels in float32, and the factors of 512 x 512 weights take 24 MiB.
-CPU_MEMORY = WorkingMemory(strip=32 << 20, winograd=40 << 20)
 Result = TypeVar("Result")
-
-
-def cpu_memory() -> WorkingMemory:
-    """Return CPU_MEMORY, shared by as many threads as PyTorch has now."""
-    return CPU_MEMORY._replace(workers=num_workers())
 
 
 def decode_in_strips(
@@ -257,17 +223,14 @@ class Strips:
             x: the map.
             values_per_pixel: number of values in all tensors of a strip, per pixel of x.
         """
-        workers = self._workers(x, values_per_pixel)
-        min_rows = MIN_ROWS if workers > 1 or self.memory.maps is None else 1
-        rows = self.memory.strip // self._row_bytes(x, values_per_pixel)
-        return divide_rows(x.height, max(min_rows, rows // workers - HALO), workers)
+        return self.memory.spans(x, values_per_pixel)
 
     def _groups(self, x: FeatureMap, values_per_pixel: int, out: FeatureMap) -> list[Sequence[Span]]:
         """Divide x into groups of strips that threads compute together, one group after another, and write to out."""
         spans = self.spans(x, values_per_pixel)
         if out.reused_channels is None:
             return [spans]
-        workers = self._workers(x, values_per_pixel)
+        workers = self.memory.strip_workers(x, values_per_pixel)
         return divide_reused_rows(spans, workers, out.channels, out.reused_channels, out.first_stored)
 
     def run(
@@ -285,20 +248,7 @@ class Strips:
             spans: some of the strips of x; all if None.
         """
         spans = self.spans(x, values_per_pixel) if spans is None else spans
-        return run_in_threads(lambda span: compute(*span), spans, self._workers(x, values_per_pixel))
-
-    def _workers(self, x: FeatureMap, values_per_pixel: int) -> int:
-        """Return how many threads compute strips of x: as many as there is memory for the smallest strips."""
-        if x.height * x.width * values_per_pixel < MIN_THREADED_VALUES:
-            return 1
-        row_bytes = self._row_bytes(x, values_per_pixel)
-        limit = self.memory.strip
-        if self.memory.maps is None:  # whole maps are in memory
-            limit = max(limit, MAX_STRIPS_BYTES, x.height * x.row_size * x.dtype.itemsize)
-        return max(1, min(self.memory.workers, limit // ((MIN_ROWS + HALO) * row_bytes)))
-
-    def _row_bytes(self, x: FeatureMap, values_per_pixel: int) -> int:
-        return values_per_pixel * x.width * x.dtype.itemsize
+        return run_in_threads(lambda span: compute(*span), spans, self.memory.strip_workers(x, values_per_pixel))
 
     # --- Layers
 

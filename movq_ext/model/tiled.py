@@ -15,14 +15,8 @@ from .encoder import Encoder
 from .layers import ResnetBlock
 from .strip_checks import LayeredNetwork, check_no_dropout
 from .strip_spans import HALO
-from .strips import (
-    CPU_MEMORY,
-    WorkingMemory,
-    computes_in_float32,
-    convolution_values,
-    decode_in_strips,
-    encode_in_strips,
-)
+from .strips import computes_in_float32, convolution_values, decode_in_strips, encode_in_strips
+from .working_memory import CPU_MEMORY, WorkingMemory
 
 MIB = 1 << 20
 
