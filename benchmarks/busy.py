@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peer_process import PeerProcess
+from peer_process import PeerProcess, take_turns
 from peers import save_random
 from timing import environment, summary, write
 
@@ -108,9 +108,7 @@ def main() -> None:
                 for peer in peers:
                     peer.found["ms"] = []
                 with BusyProcesses(busy):
-                    for _ in range(options.rounds):
-                        for peer in peers:
-                            peer.measure(deadline)
+                    take_turns(peers, options.rounds, deadline)
                 rows += rows_of(busy, {peer.name: peer.found for peer in peers}, idle)
                 write(options.out, "busy", "Decodes beside busy processes", head, rows)
         finally:

@@ -1,35 +1,43 @@
 """Time and memory of a whole decode and of a training step: ours against every peer.
 
     python benchmarks/decode.py --out benchmarks/results/decode
-    python benchmarks/decode.py --plan cpu --compile-only  # fills the compiler's cache: the next line takes less time
+    python benchmarks/decode.py --plan cpu --compile-only  # fills the compiler's cache: the next lines take less time
     python benchmarks/decode.py --plan cpu --out benchmarks/results/decode_cpu --minutes 20
+    python benchmarks/decode.py --plan cpu --out benchmarks/results/decode_cpu --minutes 20 --resume  # repeat this
 
 A model is "kandinsky", Kandinsky 2.x's decoder (52.8 million parameters) with random weights, or "shipped", the small one in this
 package. The weights are the same in every peer; diffusers cannot read the shipped ones. Each peer runs in a separate process. Its
 result is checked against the published decoder in float32 first, for up to 512x512 pixels in a batch; then the peers are timed in
-turns, for several rounds. "ms" is the median of the rounds and "spread" their ``(largest - smallest) / median``. A training step
-is a forward and a backward pass, with gradients for the latents and for all parameters of the decoder.
+turns, for several rounds. A turn has at least one call. If a call of any peer takes less than 1.5 s, all turns of that case start
+with an untimed call, since another peer's process leaves the caches cold. "ms" is the median of the rounds and "spread" their
+``(largest - smallest) / median``. A training step is a forward and a backward pass, with gradients for the latents and for all
+parameters of the decoder.
 
-"MB" is the peak memory of the second call beyond what was in use before it. "kept MB" is what the first call left behind in
-tensors besides weights and latents, such as packed weights. "of roofline" divides a lower bound of the time by the measured time:
-the operations of the published convolutions at the faster of two measured rates (a matrix product and a 3x3 convolution in that
-dtype), plus the bytes of the norms at the rate of a copy. It may exceed 1, since ours takes fewer operations.
+"MB" is the peak memory of the second call beyond what was in use before it. In a plan's case with one round, that call is also
+the one that is timed. "kept MB" is what the first call left behind in tensors besides weights and latents, such as packed
+weights. "of roofline" divides a lower bound of the time by the measured time: the operations of the published convolutions at the
+faster of two measured rates (a matrix product and a 3x3 convolution in that dtype), plus the bytes of the norms at the rate of a
+copy. It may exceed 1, since ours takes fewer operations.
 
-The results are written after every case, so an interrupted run keeps its finished cases.
+The results are written after every case, so an interrupted run keeps its finished cases. ``--resume`` adds to the results in
+``--out``: it measures the cases that are missing or had no time, on the same machine and with the same versions. The rows have
+their date and commit.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from peer_process import TOLERANCE, PeerProcess
+from decode_plan import PLANS, Case, Measurement, readable_shipped
+from peer_process import NO_TIME, TOLERANCE, PeerProcess, take_turns
 from peers import KINDS, save_random
 from plots import draw
 from tables import CASE
@@ -39,53 +47,22 @@ from work import work
 import movq_ext
 from movq_ext.demo import SMALL_MODEL_PATH
 
-MEASURED = ("ms", "spread", "rounds", "MB", "kept MB", "images/s", "of roofline")
+MEASURED = ("ms", "spread", "rounds", "MB", "kept MB", "images/s", "of roofline", "date", "commit")
 MODELS = ("kandinsky", "shipped")
+COMPARISON = "ours against the best peer"
 
 
-class Case(NamedTuple):
-    """What the peers compute; see the keys of plots.CASE."""
-
-    device: str
-    model: str
-    threads: int
-    mode: str
-    dtype: str
-    size: int
-    batch: int
-
-
-def cpu_case(dtype: str = "float32", size: int = 256, batch: int = 1, threads: int = 2, model: str = "kandinsky") -> Case:
-    return Case("cpu", model, threads, "decode", dtype, size, batch)
-
-
-# The most important first, since the time may end.
-PLANS = {
-    "cpu": (
-        cpu_case(),
-        cpu_case("bfloat16"),
-        cpu_case(model="shipped"),
-        cpu_case(size=128),
-        cpu_case(threads=1),
-        cpu_case(size=512),
-        cpu_case(size=128, batch=8),
-        cpu_case("bfloat16", size=512),
-        cpu_case("bfloat16", model="shipped"),
-        cpu_case("bfloat16", size=128),
-        cpu_case(model="shipped", threads=1),
-        cpu_case("bfloat16", threads=1),
-        cpu_case(size=1024),
-        cpu_case("bfloat16", size=1024),
-    )
-}
-PLAN_PEERS = ("ours", "published compiled nhwc", "diffusers compiled nhwc", "diffusers nhwc")
-
-
-def chosen_cases(options: argparse.Namespace) -> Iterator[Case]:
-    """Yield the plan's cases, or every combination of the options."""
+def chosen_measurements(options: argparse.Namespace) -> list[Measurement]:
+    """Return the plan's measurements, or those of every combination of the options. Other options change some of them."""
     if options.plan:
-        yield from PLANS[options.plan]
-        return
+        plan = PLANS[options.plan]
+        chosen = [plan[number - 1] for number in options.cases or range(1, len(plan) + 1)]
+    else:
+        chosen = [Measurement(case, default_peers(case), options.rounds) for case in combinations(options)]
+    return list(dict.fromkeys(changed(measurement, options) for measurement in chosen))
+
+
+def combinations(options: argparse.Namespace) -> Iterator[Case]:
     for device in options.device:
         cuda = device == "cuda"
         sizes = [64] if options.quick else [256, 512, 768, 1024, 2048] if cuda else [256]
@@ -98,50 +75,63 @@ def chosen_cases(options: argparse.Namespace) -> Iterator[Case]:
                                 yield Case(device, model, threads, mode, dtype, size, batch)
 
 
-def peers_of(case: Case, options: argparse.Namespace) -> list[str]:
+def default_peers(case: Case) -> tuple[str, ...]:
     variants = ["", " nhwc", " compiled", " compiled nhwc"]
     if case.mode == "decode" and case.device == "cpu":
         variants.append(" frozen nhwc")
-    names = list(KINDS) if options.quick else [f"{kind}{variant}" for variant in variants for kind in KINDS]
-    if options.plan and not options.quick:
-        names = [*PLAN_PEERS, *(["published nhwc"] if case == PLANS[options.plan][0] else [])]
-    names = options.peers or names
-    if case.model == "shipped":
-        names = list(dict.fromkeys(name.replace("diffusers", "published") for name in names))
-    return names
+    return tuple(f"{kind}{variant}" for variant in variants for kind in KINDS)
 
 
-def measure_case(case: Case, options: argparse.Namespace, folder: Path, deadline: float) -> dict[str, dict[str, Any]]:
+def changed(measurement: Measurement, options: argparse.Namespace) -> Measurement:
+    """Return the measurement with the options' peers and at most their rounds; to rehearse, of a small case."""
+    case, peers, rounds = measurement
+    if options.quick:
+        # With one thread: two would wait for each other on a busy machine.
+        size = min(case.size, 64) + 32 * (case.size > 256)
+        case, peers, rounds = case._replace(threads=1, size=size, batch=min(case.batch, 2)), KINDS, options.rounds
+    peers = tuple(options.peers or peers)
+    return Measurement(case, readable_shipped(peers) if case.model == "shipped" else peers, min(rounds, options.rounds))
+
+
+def measure_peers(
+    measurement: Measurement, options: argparse.Namespace, folder: Path, deadline: float
+) -> dict[str, dict[str, Any]]:
     """Return the results of each peer. Peers are prepared one after the other, and then take turns."""
+    case, peers, rounds = measurement
     arguments = case._asdict()
     weights = folder if arguments.pop("model") == "kandinsky" else SMALL_MODEL_PATH
     expected = folder / f"expected-{case.device}-{case.model}-{case.mode}-{case.size}-{case.batch}.pt"
-    peers = []
+    if options.compile_only:
+        peers = tuple(name for name in peers if {"compiled", "frozen"} & set(name.split()))
+    processes: list[PeerProcess] = []
     try:
-        for name in peers_of(case, options):
-            peers.append(PeerProcess(name, weights, expected, options.seconds, **arguments))
-            peers[-1].receive(deadline)
-            print(case, name, peers[-1].found, file=sys.stderr)
-        for _ in range(0 if options.compile_only else options.rounds):
-            for one in peers:
-                one.measure(deadline)
+        for name in peers:
+            processes.append(PeerProcess(name, weights, expected, options.seconds, **arguments))
+            processes[-1].receive(deadline)
+            print(case, name, processes[-1].found, file=sys.stderr)
+        if options.plan and rounds == 1:
+            for one in processes:
+                one.found["ms"] = [one.found["second call ms"]] if "second call ms" in one.found else []
+        elif not options.compile_only:
+            take_turns(processes, rounds, deadline)
     finally:
-        for one in peers:
+        for one in processes:
             one.close()
-    return {one.name: one.found for one in peers}
+    return {one.name: one.found for one in processes}
 
 
-def rows_of(case: Case, results: dict[str, dict[str, Any]], seconds: float) -> list[dict[str, Any]]:
+def rows_of(case: Case, results: dict[str, dict[str, Any]], seconds: float, dated: dict[str, str]) -> list[dict[str, Any]]:
     """Return a row for every decoder.
 
     Args:
         case: what was measured.
-        results: of `measure_case`.
+        results: of `measure_peers`.
         seconds: lower bound of the time for one image.
+        dated: date and commit.
     """
     rows = []
     for name, result in results.items():
-        row = {**case._asdict(), "decoder": name, **dict.fromkeys(MEASURED, "-")}
+        row = {**case._asdict(), "decoder": name, **dict.fromkeys(MEASURED, "-"), **dated}
         row |= {key: result[key] for key in ("MB", "kept MB") if key in result}
         if result["ms"]:
             ms, spread = summary(result["ms"])
@@ -158,12 +148,12 @@ class Limits:
 
     Args:
         weights: of each model.
+        head, work: those of the run that this one resumes.
     """
 
-    def __init__(self, weights: dict[str, Path]) -> None:
-        self.weights = weights
-        self.head: dict[str, Any] = {}
-        self.work: dict[str, Any] = {}
+    def __init__(self, weights: dict[str, Path], head: dict[str, Any], work: dict[str, Any]) -> None:
+        self.weights, self.head, self.work = weights, head, work
+        self.dated: dict[str, str] = {}  # date and commit, once `seconds` was called
 
     def seconds(self, case: Case) -> float:
         """Return the lower bound for one image, and add the rates to the head and the work of this size."""
@@ -171,11 +161,13 @@ class Limits:
         where = case.device if cuda else f"{case.device}, {case.threads} threads"
         if not cuda:
             torch.set_num_threads(case.threads)
-        if f"{case.device}: device" not in self.head:
-            shared = ("date", "torch", "movq_ext", "commit")
-            found = environment(device)
-            found.pop("threads", None)
-            self.head |= {key if key in shared else f"{case.device}: {key}": value for key, value in found.items()}
+        found = json.loads(json.dumps(environment(device), default=str))
+        found.pop("threads", None)
+        self.dated = {key: found.pop(key) for key in ("date", "commit")}
+        for key, value in found.items():
+            name = key if key in ("torch", "movq_ext") else f"{case.device}: {key}"
+            if (before := self.head.setdefault(name, value)) != value:
+                raise SystemExit(f"--resume needs the environment of the earlier run: expected {name} {before}, got {value}")
         if f"{where}: copy bandwidth, GB/s" not in self.head:
             self.head[f"{where}: copy bandwidth, GB/s"] = copy_bandwidth(device) / 1e9
         dtype = getattr(torch, case.dtype)
@@ -194,9 +186,39 @@ class Limits:
 
 
 def main() -> None:
+    options = parsed_options()
+    deadline = time.monotonic() + 60 * options.minutes
+    earlier = json.loads((options.out / "decode.json").read_text()) if options.resume else {"rows": [], "work": {}}
+    rows, work = earlier.pop("rows"), earlier.pop("work")
+    head = {key: value for key, value in earlier.items() if not key.endswith(COMPARISON)}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_random(folder, small=options.quick)
+        limits = Limits({"kandinsky": folder, "shipped": SMALL_MODEL_PATH}, head, work)
+        for measurement in chosen_measurements(options):
+            case = measurement.case
+            if is_finished(measurement, rows):
+                continue
+            if case.device == "cuda" and not torch.cuda.is_available():
+                missing: dict[str, Any] = dict.fromkeys((*CASE, "decoder", *MEASURED), "-")
+                rows.append({**missing, "device": case.device, "ms": "missing: no GPU"})
+            elif options.compile_only:
+                measure_peers(measurement, options, folder, deadline)
+            elif time.monotonic() < deadline:
+                seconds = limits.seconds(case)
+                found = rows_of(case, measure_peers(measurement, options, folder, deadline), seconds, limits.dated)
+                rows = in_order([row for row in rows if case_of(row) != case] + found)
+                save(options.out, limits, rows)
+    if not options.compile_only:
+        save(options.out, limits, rows)
+        print(f"figures: {draw(options.out)}")
+
+
+def parsed_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     devices = ("cuda", "cpu")
     parser.add_argument("--plan", choices=PLANS, help="measure a list of cases instead of every combination of the options below")
+    parser.add_argument("--cases", type=int, nargs="+", metavar="N", help="of the plan, from 1 on; all if none is given")
     parser.add_argument("--device", nargs="+", choices=devices, default=devices, help="a missing GPU gets a row that says so")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS[:1], help="kandinsky")
     parser.add_argument("--threads", type=int, nargs="+", help="of operators on a CPU; PyTorch's default")
@@ -205,42 +227,39 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", help="1 on a CPU, 1 and 8 on a GPU")
     parser.add_argument("--modes", nargs="+", choices=("decode", "train"), help="both on a GPU, decode on a CPU")
     parser.add_argument("--peers", nargs="+", help="such as 'published compiled nhwc'; see peers.py")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each peer")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each peer; a plan's large images get fewer")
     parser.add_argument("--seconds", type=float, default=0.5, help="length of a turn; it has at least one call")
     parser.add_argument("--minutes", type=float, default=60.0, help="end after this long")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decode"), help="folder for the results")
-    parser.add_argument("--compile-only", action="store_true", help="run every peer of every case once, and write nothing")
+    parser.add_argument("--resume", action="store_true", help="keep the results in --out, and measure what they lack")
+    parser.add_argument("--compile-only", action="store_true", help="run every compiled peer of every case, and write nothing")
     parser.add_argument("--quick", action="store_true", help="rehearse: small decoders, images and batches, and few peers")
     options = parser.parse_args()
-    deadline = time.monotonic() + 60 * options.minutes
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        save_random(folder, small=options.quick)
-        limits = Limits({"kandinsky": folder, "shipped": SMALL_MODEL_PATH})
-        for case in dict.fromkeys(quick(case) if options.quick else case for case in chosen_cases(options)):
-            if case.device == "cuda" and not torch.cuda.is_available():
-                missing: dict[str, Any] = dict.fromkeys((*CASE, "decoder", *MEASURED), "-")
-                rows.append({**missing, "device": case.device, "ms": "missing: no GPU"})
-            elif options.compile_only:
-                measure_case(case, options, folder, deadline)
-            elif time.monotonic() < deadline:
-                seconds = limits.seconds(case)
-                rows += rows_of(case, measure_case(case, options, folder, deadline), seconds)
-                save(options, limits, rows)
-    if not options.compile_only:
-        save(options, limits, rows)
-        print(f"figures: {draw(options.out)}")
+    if options.cases and (not options.plan or not set(options.cases) <= set(range(1, len(PLANS[options.plan]) + 1))):
+        parser.error(f"--cases needs numbers of a plan's cases (cpu has 1 to {len(PLANS['cpu'])}), got {options.cases}")
+    return options
 
 
-def quick(case: Case) -> Case:
-    """Return a smaller case, with one thread: two would wait for each other on a busy machine."""
-    return case._replace(threads=1, size=min(case.size, 64) + 32 * (case.size > 256), batch=min(case.batch, 2))
+def is_finished(measurement: Measurement, rows: Sequence[dict[str, Any]]) -> bool:
+    """True if the rows have all rounds of every peer, or why it failed other than for a lack of time."""
+    found = {row["decoder"]: row for row in rows if case_of(row) == measurement.case and row["ms"] != NO_TIME}
+    of_peers = [found.get(name) for name in measurement.peers]
+    return all(row and (row["rounds"] == "-" or row["rounds"] >= measurement.rounds) for row in of_peers)
 
 
-def save(options: argparse.Namespace, limits: Limits, rows: Sequence[dict[str, Any]]) -> None:
-    head = {**limits.head, "rounds": options.rounds, **ratios(rows), "work": limits.work}
-    write(options.out, "decode", "Decoding and training steps", head, rows)
+def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows in the order of the plans: documents and figures show the first case. Others follow."""
+    order = {measurement.case: number for plan in PLANS.values() for number, measurement in enumerate(plan)}
+    return sorted(rows, key=lambda row: order.get(case_of(row), len(order)))
+
+
+def case_of(row: dict[str, Any]) -> Case:
+    return Case(*(row[key] for key in CASE))
+
+
+def save(folder: Path, limits: Limits, rows: Sequence[dict[str, Any]]) -> None:
+    head = {**limits.head, **ratios(rows), "work": limits.work}
+    write(folder, "decode", "Decoding and training steps", head, rows)
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
@@ -257,7 +276,7 @@ def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
                 text.append(f"{100 * best['MB'][1] / best['MB'][0]:.0f}% of the memory")
             device, model, threads, mode, dtype, size, batch = case
             where = f"{device}, {threads} threads" if device == "cpu" else device
-            name = f"{model}, {where}, {mode}, {dtype}, {size}x{size}, batch {batch}, ours against the best peer"
+            name = f"{model}, {where}, {mode}, {dtype}, {size}x{size}, batch {batch}, {COMPARISON}"
             found[name] = ", ".join(text)
     return found
 

@@ -1,4 +1,7 @@
-"""A peer of decode.py in a process of its own: it checks its result, then is timed once for every line on stdin."""
+"""A peer of decode.py in a process of its own: it checks its result, then is timed for every line on stdin.
+
+The line is ``warm`` if the turn starts with an untimed call, and else ``cold``.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peers import peer
-from timing import milliseconds, peak_megabytes
+from timing import milliseconds, needs_warm_up, peak_megabytes
 from torch import Tensor, nn
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 6e-2, "float16": 1e-2}
+MAX_ANSWER_SECONDS = 900.0
+NO_TIME = "no time"
 
 
 class PeerProcess:
@@ -35,7 +40,7 @@ class PeerProcess:
         case: further options of `main`.
 
     Attributes:
-        found: ``MB``, ``kept MB`` and the ``ms`` of every round; or why it ``failed``.
+        found: ``MB`` and ``second call ms``, ``kept MB``, and the ``ms`` of every round; or why it ``failed``.
     """
 
     def __init__(self, name: str, weights: Path, expected: Path, seconds: float, threads: int, **case: Any) -> None:
@@ -52,11 +57,11 @@ class PeerProcess:
         )
 
     def receive(self, deadline: float) -> None:
-        """Wait for the next answer, at most 10 minutes and not past the deadline."""
+        """Wait for the next answer, at most MAX_ANSWER_SECONDS and not past the deadline."""
         assert self._process.stdout is not None
-        limit = min(600.0, deadline - time.monotonic())
+        limit = min(MAX_ANSWER_SECONDS, deadline - time.monotonic())
         if limit <= 0 or not select.select([self._process.stdout], [], [], limit)[0]:
-            self._fail("no time" if limit <= 0 else f"over {limit:.0f} s")
+            self._fail(f"over {limit:.0f} s" if limit == MAX_ANSWER_SECONDS else NO_TIME)
         elif line := self._process.stdout.readline():
             message = json.loads(line)
             if "ms" in message:
@@ -69,11 +74,11 @@ class PeerProcess:
             last = (self._errors.read().strip().splitlines() or ["died"])[-1]
             self._fail("out of memory" if "OutOfMemory" in last or (self._process.returncode or 0) < 0 else last[:60])
 
-    def measure(self, deadline: float) -> None:
-        """Time one round, unless the peer has failed."""
+    def measure(self, deadline: float, warm_up: bool) -> None:
+        """Time one round, unless the peer has failed. warm_up: it starts with an untimed call."""
         if "failed" not in self.found:
             assert self._process.stdin is not None
-            self._process.stdin.write("\n")
+            self._process.stdin.write("warm\n" if warm_up else "cold\n")
             self._process.stdin.flush()
             self.receive(deadline)
 
@@ -85,6 +90,14 @@ class PeerProcess:
     def _fail(self, reason: str) -> None:
         self.found["failed"] = reason  # the rounds measured so far still count
         self._process.kill()
+
+
+def take_turns(peers: Sequence[PeerProcess], rounds: int, deadline: float) -> None:
+    """Time the peers in turns, once in every round."""
+    warm_up = needs_warm_up(one.found["second call ms"] for one in peers if "second call ms" in one.found)
+    for _ in range(rounds):
+        for one in peers:
+            one.measure(deadline, warm_up)
 
 
 def main() -> None:
@@ -117,9 +130,12 @@ def main() -> None:
             return
     del out, expected
     kept = tensor_megabytes(device) - loaded
-    answer({"MB": peak_megabytes(lambda: step(z), device), "kept MB": kept})
-    for _ in sys.stdin:
-        answer({"ms": milliseconds(lambda: step(z), device, options.seconds, min_calls=1)})
+    start = time.perf_counter()
+    peak = peak_megabytes(lambda: step(z), device)
+    answer({"MB": peak, "second call ms": 1e3 * (time.perf_counter() - start), "kept MB": kept})
+    for line in sys.stdin:
+        warm_up = line.strip() == "warm"
+        answer({"ms": milliseconds(lambda: step(z), device, options.seconds, min_calls=1, warm_up=warm_up)})
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the other peers share the GPU
 

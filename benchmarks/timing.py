@@ -2,6 +2,9 @@
 
 One protocol for every comparison: the candidates take turns for several rounds, in one script on an otherwise idle machine.
 The result is the median over the rounds, and the spread is ``(largest - smallest) / median`` of the rounds' medians.
+
+A candidate leaves cold caches to the next: a call of 0.9 s took 8 % longer just after another process. So where a call of any
+candidate is short (`needs_warm_up`), every candidate's turn starts with an untimed call.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -22,10 +25,13 @@ import torch
 
 import movq_ext
 
+SHORT_CALL_MS = 1500.0  # longer calls do not notice what the caches held before
+
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return date, device, driver, versions and commit. A commit ends in ``+`` if the working tree had changes."""
-    commit, changes = _output("git", "rev-parse", "--short", "HEAD"), _output("git", "status", "--porcelain", "-uno")
+    """Return date, device, driver, versions and commit. A commit ends in ``+`` if files other than results had changes."""
+    commit = _output("git", "rev-parse", "--short", "HEAD")
+    changes = _output("git", "status", "--porcelain", "-uno", "--", ":(top)", ":(top,exclude)benchmarks/results")
     info: dict[str, Any] = {
         "date": str(date.today()),
         "torch": torch.__version__,
@@ -86,16 +92,24 @@ def arguments(
     return options, torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
 
 
-def milliseconds(run: Callable[[], object], device: torch.device, seconds: float = 0.3, *, min_calls: int = 3) -> float:
+def needs_warm_up(call_ms: Iterable[float]) -> bool:
+    """True if a call of one candidate is short, from the time of a call of each: then every turn starts with an untimed call."""
+    return min(call_ms, default=SHORT_CALL_MS) < SHORT_CALL_MS
+
+
+def milliseconds(
+    run: Callable[[], object], device: torch.device, seconds: float = 0.3, *, min_calls: int = 3, warm_up: bool = True
+) -> float:
     """Return the median time of a call; on a GPU the L2 cache is cold.
 
     Args:
         run: the call.
         device: where it computes.
         seconds: calls start within this time.
-        min_calls: on a CPU, the fewest calls to time. With 1, there is no warm-up call: run must be warm already.
+        min_calls: on a CPU, the fewest calls to time.
+        warm_up: on a CPU, start with an untimed call. A GPU always does.
     """
-    if min_calls > 1 or device.type == "cuda":
+    if warm_up or device.type == "cuda":
         run()
     if device.type != "cuda":
         times, end = [], time.perf_counter() + seconds

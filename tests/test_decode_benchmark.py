@@ -4,10 +4,14 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+KINDS = ("convolution", "attention", "norm")
 MS = {"ours": 100.0, "published compiled nhwc": 150.0, "diffusers compiled nhwc": 160.0, "diffusers nhwc": 200.0}
 
 
@@ -16,86 +20,183 @@ def decode(monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
     module = importlib.import_module("decode")
     monkeypatch.setattr(module, "save_random", lambda *_, **__: None)
-    monkeypatch.setattr(module.Limits, "seconds", lambda self, case: 0.05)
+    monkeypatch.setattr(module, "environment", environment)
+    for name in ("copy_bandwidth", "matmul_rate", "convolution_rate"):
+        monkeypatch.setattr(module, name, lambda *_: 1e12)
+    monkeypatch.setattr(module, "work", lambda *_: {kind: {"operations": 10**10, "elements": 10} for kind in KINDS})
+    monkeypatch.setattr(module.movq_ext, "from_pretrained", lambda folder: SimpleNamespace(decoder=None))
     monkeypatch.setattr(module, "draw", lambda folder: "none")
     yield module
-    for name in ("decode", "peer_process", "peers", "plots", "published_decoder", "tables", "timing", "work"):
+    for name in ("decode", "decode_plan", "peer_process", "peers", "plots", "published_decoder", "tables", "timing", "work"):
         sys.modules.pop(name, None)
 
 
 class FakePeer:
     """Answers at once. `fail_in` is the case, by its number, in which the benchmark is interrupted."""
 
-    cases = None
+    cases = turns = None
     fail_in = None
+    has_time = True
 
     def __init__(self, name, weights, expected, seconds, threads, **case):
         self.name, self.found, self.case = name, {"ms": []}, (weights.name, threads, *case.values())
-        self.factor = 10.0 if case["dtype"] == "float32" else 5.0
+        self.factor = (10.0 if case["dtype"] == "float32" else 5.0) * (case["size"] / 256) ** 2
 
     def receive(self, deadline):
         if self.case not in self.cases:
             self.cases.append(self.case)
         if self.fail_in == len(self.cases):
             raise KeyboardInterrupt
-        self.found |= {"MB": MS.get(self.name, 300.0), "kept MB": 0.0}
+        if not self.has_time:
+            self.found["failed"] = "no time"
+            return
+        call_ms = self.factor * MS.get(self.name, 250.0)
+        self.found |= {"MB": MS.get(self.name, 300.0), "second call ms": call_ms, "kept MB": 0.0}
 
-    def measure(self, deadline):
-        self.found["ms"].append(self.factor * MS.get(self.name, 250.0))
+    def measure(self, deadline, warm_up):
+        if "failed" not in self.found:
+            self.turns.append((self.case, warm_up))
+            self.found["ms"].append(self.found["second call ms"])
 
     def close(self):
         pass
 
 
-def run(decode, monkeypatch, folder, *arguments, fail_in=None):
+def run(decode, monkeypatch, folder, *arguments, fail_in=None, has_time=True):
     monkeypatch.setattr(decode, "PeerProcess", FakePeer)
     monkeypatch.setattr(FakePeer, "cases", [])
+    monkeypatch.setattr(FakePeer, "turns", [])
     monkeypatch.setattr(FakePeer, "fail_in", fail_in)
+    monkeypatch.setattr(FakePeer, "has_time", has_time)
     monkeypatch.setattr(sys, "argv", ["decode.py", "--out", str(folder), *arguments])
     decode.main()
 
 
+def report_of(folder):
+    return json.loads((folder / "decode.json").read_text())
+
+
+def measured(decode, folder, plan="cpu"):
+    """Return the numbers of the plan's cases that the report has, in the report's order."""
+    numbers = {tuple(measurement.case): number for number, measurement in enumerate(decode.PLANS[plan], start=1)}
+    rows = report_of(folder)["rows"]
+    return list(dict.fromkeys(numbers[tuple(row[key] for key in decode.CASE)] for row in rows))
+
+
 def test_the_plan_measures_every_case_in_its_order(decode, monkeypatch, tmp_path):
     run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--rounds", "2")
-    report = json.loads((tmp_path / "decode.json").read_text())
+    report = report_of(tmp_path)
     cases = list(dict.fromkeys(tuple(row[key] for key in decode.CASE) for row in report["rows"]))
-    assert cases == [tuple(case) for case in decode.PLANS["cpu"]]
-    assert {row["rounds"] for row in report["rows"]} == {2}
+    assert cases == [tuple(measurement.case) for measurement in decode.PLANS["cpu"]]
+    assert {row["rounds"] for row in report["rows"] if row["size"] < 2048} == {2}
     shipped = {row["decoder"] for row in report["rows"] if row["model"] == "shipped"}
     assert shipped == {"ours", "published compiled nhwc", "published nhwc"}
     name = "kandinsky, cpu, 2 threads, decode, float32, 256x256, batch 1, ours against the best peer"
     assert report[name] == "1.50x the speed, 67% of the memory"
 
 
+def test_large_images_get_fewer_peers_and_rounds(decode, monkeypatch, tmp_path):
+    run(decode, monkeypatch, tmp_path, "--plan", "cpu")
+    found = {}
+    for row in report_of(tmp_path)["rows"]:
+        if (row["model"], row["dtype"], row["threads"], row["batch"]) == ("kandinsky", "float32", 2, 1):
+            found.setdefault(row["size"], []).append(row["rounds"])
+    assert found == {256: [5] * 5, 128: [5] * 4, 512: [3] * 4, 1024: [2] * 3, 2048: [1] * 2}
+    assert {case[-2] for case, _ in FakePeer.turns} == {128, 256, 512, 1024}  # the call that measures the memory is timed
+
+
+def test_turns_of_short_calls_start_with_an_untimed_one(decode, monkeypatch, tmp_path):
+    """Of all peers, as soon as one of them is short: ours takes 1.0 s for 256x256 in float32, and they up to 2.5 s."""
+    run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--rounds", "2")
+    warm_ups = {}
+    for case, warm_up in FakePeer.turns:
+        warm_ups.setdefault(case[-3:-1], set()).add(warm_up)
+    assert warm_ups["float32", 128] == warm_ups["float32", 256] == {True}
+    assert warm_ups["float32", 512] == warm_ups["bfloat16", 512] == {False}
+
+
 def test_an_interrupted_run_keeps_its_finished_cases(decode, monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(decode, monkeypatch, tmp_path, "--plan", "cpu", fail_in=3)
-    report = json.loads((tmp_path / "decode.json").read_text())
-    assert {(row["size"], row["dtype"]) for row in report["rows"]} == {(256, "float32"), (256, "bfloat16")}
+    assert {(row["size"], row["dtype"]) for row in report_of(tmp_path)["rows"]} == {(256, "float32"), (256, "bfloat16")}
+
+
+def test_several_runs_fill_one_report(decode, monkeypatch, tmp_path):
+    """Chosen cases, the cases that are left, and none: in one report, in the order of the plan."""
+    run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--cases", "5", "2")
+    assert measured(decode, tmp_path) == [2, 5]
+    monkeypatch.setattr(decode, "environment", lambda device: {**environment(device), "date": "later", "commit": "later"})
+    run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--resume")
+    assert measured(decode, tmp_path) == list(range(1, len(decode.PLANS["cpu"]) + 1))
+    assert len(FakePeer.cases) == len(decode.PLANS["cpu"]) - 2
+    rows = report_of(tmp_path)["rows"]
+    dates = [{row["date"] for row in rows if row["dtype"] == "float32" and row["size"] == size} for size in (512, 1024)]
+    assert dates[1] == {"later"} != dates[0] and all(row["commit"] and row["rounds"] for row in rows)
+    run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--resume")
+    assert not FakePeer.cases and report_of(tmp_path)["rows"] == rows
+
+
+def test_a_case_without_time_is_measured_again(decode, monkeypatch, tmp_path):
+    run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--cases", "1")
+    run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--cases", "1", "2", "--resume", has_time=False)
+    assert [row["ms"] for row in report_of(tmp_path)["rows"]][-1] == "no time" and len(FakePeer.cases) == 1
+    run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--cases", "1", "2", "--resume")
+    rows = report_of(tmp_path)["rows"]
+    assert len(FakePeer.cases) == 1 and measured(decode, tmp_path) == [1, 2] and all(row["ms"] > 0 for row in rows)
+
+
+def test_a_case_with_too_few_rounds_is_measured_again(decode, monkeypatch, tmp_path):
+    run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--cases", "1", "--rounds", "2")
+    run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--cases", "1", "--rounds", "3", "--resume")
+    assert {row["rounds"] for row in report_of(tmp_path)["rows"]} == {3}
+
+
+def test_runs_on_different_machines_do_not_mix(decode, monkeypatch, tmp_path):
+    run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--cases", "1")
+    before = (tmp_path / "decode.json").read_text()
+    monkeypatch.setattr(decode, "environment", lambda device: {**environment(device), "torch": "9.9"})
+    with pytest.raises(SystemExit, match=r"--resume needs the environment of the earlier run: expected torch .*, got 9\.9"):
+        run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--resume")
+    assert (tmp_path / "decode.json").read_text() == before
+
+
+def environment(device):
+    return {"date": "today", "torch": "2.0", "movq_ext": {}, "device": "cpu", "commit": "abc", "processor": "one", "threads": 2}
+
+
+@pytest.mark.parametrize("arguments", [("--plan", "cpu", "--cases", "0"), ("--plan", "cpu", "--cases", "99"), ("--cases", "1")])
+def test_unknown_cases_are_refused(decode, monkeypatch, tmp_path, capsys, arguments):
+    with pytest.raises(SystemExit):
+        run(decode, monkeypatch, tmp_path, *arguments)
+    assert "--cases needs numbers of a plan's cases (cpu has 1 to 15), got" in capsys.readouterr().err
 
 
 def test_compile_only_writes_nothing(decode, monkeypatch, tmp_path):
     run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--compile-only")
     assert len(FakePeer.cases) == len(decode.PLANS["cpu"]) and not list(tmp_path.iterdir())
+    assert not FakePeer.turns
 
 
 def test_a_peer_that_has_no_time_keeps_its_rounds(decode, tmp_path):
     results = {"ours": {"ms": [1.0, 3.0], "failed": "no time"}, "published": {"ms": [], "failed": "no time"}}
-    ours, published = decode.rows_of(decode.cpu_case(), results, 1.0)
+    measurement = decode.PLANS["cpu"][0]._replace(peers=tuple(results))
+    ours, published = decode.rows_of(measurement.case, results, 1.0, {"date": "today", "commit": "abc"})
     assert (ours["ms"], ours["rounds"], published["ms"]) == (2.0, 2, "no time")
+    assert not decode.is_finished(measurement, [ours, published])
+    assert decode.is_finished(measurement._replace(rounds=2), [ours, {**published, "ms": "out of memory"}])
 
 
 def test_tables_in_documents(decode, monkeypatch, tmp_path):
     tables = importlib.import_module("tables")
-    run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--rounds", "1")
+    run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--rounds", "2")
     document = tmp_path / "page.md"
     document.write_text("before\n<!-- cases table -->\nold\n<!-- end of cases table -->\nafter\n")
-    rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
+    rows = report_of(tmp_path)["rows"]
     assert tables.put_tables(document, rows) == ["cases"]
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| 256x256, float32, 2 threads | 1000 | published code, `torch.compile`: 1500 | 1.50x | 1.50x |" in text
-    assert "| 8 images of 128x128, float32, 2 threads | 1000 |" in text
+    assert "| 8 images of 128x128, float32, 2 threads | 250 |" in text
     assert tables.put_tables(document, rows) == ["cases"] and document.read_text() == text
     assert "| diffusers, eager | 2000 | 200 | 2.00x | 2.00x |" in tables.decode_table(rows)
     document.write_text("<!-- cases table -->\n")
@@ -107,6 +208,30 @@ def test_figures(decode, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     plots = importlib.import_module("plots")
     run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--rounds", "1")
-    assert plots.draw(tmp_path) == "comparison.png, cases.png"
-    first = plots.first_cases(dict.fromkeys(decode.PLANS["cpu"]))
-    assert list(first) == [decode.cpu_case(), decode.cpu_case("bfloat16")]
+    assert plots.draw(tmp_path) == "comparison.png, cases.png, roofline.png"
+    first, second, *_ = (measurement.case for measurement in decode.PLANS["cpu"])
+    cases = plots.first_cases(dict.fromkeys(measurement.case for measurement in decode.PLANS["cpu"]))
+    assert list(cases) == [first, second]
+
+
+def test_a_peer_answers_every_line_with_a_turn(decode, monkeypatch, tmp_path, capsys):
+    """Of one call, after an untimed one if the line says so."""
+    peer_process, calls = importlib.import_module("peer_process"), []
+
+    def decoded(z):
+        calls.append(z.shape)
+        return z
+
+    monkeypatch.setattr(peer_process, "peer", lambda *_: (nn.Identity(), decoded))
+    monkeypatch.setattr(peer_process, "peak_megabytes", lambda run, device: run().numel())
+    options = {"peer": "ours", "weights": "", "expected": tmp_path / "expected.pt", "device": "cpu", "dtype": "float32"}
+    options |= {"mode": "decode", "size": 16, "batch": 1, "threads": torch.get_num_threads(), "seconds": 0.0}
+    monkeypatch.setattr(sys, "argv", ["peer_process.py", *(f"--{name}={value}" for name, value in options.items())])
+    counts = []
+    monkeypatch.setattr(sys, "stdin", (counts.append(len(calls)) or line for line in ("cold\n", "warm\n", "cold\n")))
+    with torch.no_grad():
+        peer_process.main()
+    # The published result, its check and the peak memory, and then 1, 2 and 1 calls.
+    assert counts == [3, 4, 6] and len(calls) == 7
+    ready, *turns = map(json.loads, capsys.readouterr().out.splitlines())
+    assert ready["MB"] == 16 and ready["second call ms"] > 0 and all(turn["ms"] > 0 for turn in turns) and len(turns) == 3

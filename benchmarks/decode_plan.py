@@ -1,0 +1,70 @@
+"""What decode.py measures: its cases, the decoders compared in each, and their rounds."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Case(NamedTuple):
+    """What the decoders compute; see the keys of tables.CASE."""
+
+    device: str
+    model: str
+    threads: int
+    mode: str
+    dtype: str
+    size: int
+    batch: int
+
+
+class Measurement(NamedTuple):
+    """A case, the decoders that take turns, and their rounds."""
+
+    case: Case
+    peers: tuple[str, ...]
+    rounds: int
+
+
+PEERS = ("ours", "published compiled nhwc", "diffusers compiled nhwc", "diffusers nhwc")
+COMPILED = ("ours", "published compiled nhwc", "diffusers compiled nhwc")
+
+
+def cpu(
+    dtype: str = "float32",
+    size: int = 256,
+    batch: int = 1,
+    threads: int = 2,
+    model: str = "kandinsky",
+    peers: tuple[str, ...] = PEERS,
+    rounds: int = 5,
+) -> Measurement:
+    if model == "shipped":
+        peers = readable_shipped(peers)
+    return Measurement(Case("cpu", model, threads, "decode", dtype, size, batch), peers, rounds)
+
+
+def readable_shipped(peers: tuple[str, ...]) -> tuple[str, ...]:
+    """Return peers that read the shipped weights: diffusers cannot, and the published code takes its place."""
+    return tuple(dict.fromkeys(name.replace("diffusers", "published") for name in peers))
+
+
+# The most important first. Large images get few rounds: cases 1 to 8, 9 to 14 and 15 take up to 20 minutes each on two cores.
+PLANS = {
+    "cpu": (
+        cpu(peers=(*PEERS, "published nhwc")),
+        cpu("bfloat16"),
+        cpu(size=128),
+        cpu(model="shipped"),
+        cpu(size=512, rounds=3),
+        cpu(size=128, batch=8, rounds=3),
+        cpu(threads=1, rounds=3),
+        cpu("bfloat16", size=512, rounds=3),
+        cpu("bfloat16", size=128),
+        cpu("bfloat16", model="shipped"),
+        cpu("bfloat16", threads=1, rounds=3),
+        cpu(model="shipped", threads=1),
+        cpu(size=1024, peers=COMPILED, rounds=2),
+        cpu("bfloat16", size=1024, peers=COMPILED, rounds=2),
+        cpu(size=2048, peers=("ours", "diffusers compiled nhwc"), rounds=1),
+    )
+}
