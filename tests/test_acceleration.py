@@ -309,6 +309,23 @@ def test_unsupported_parts_are_skipped_with_a_reason():
     assert lines[:3] == ["1 parts replaced", "  ResnetBlock2D (1): good", "9 parts skipped"] and len(lines) == 12
 
 
+@pytest.mark.parametrize("path", ["decoder", "encoder", "decoder.mid_block.resnets.0", "decoder.conv_norm_out"])
+@pytest.mark.parametrize("accelerate_first", [False, True])
+def test_subclasses_are_skipped_with_a_reason(path, accelerate_first):
+    """Their forward may differ. A subclass of an accelerated class stays what it is, too, when its model is restored."""
+    model = kl()
+    if accelerate_first:
+        accelerate(model)
+    part = model.get_submodule(path)
+    base, kind = type(part), type("Mine", (type(part),), {})
+    part.__class__ = kind
+    report = accelerate(model)
+    assert report.skipped[path] == f"its class is Mine, a subclass of {base.__name__}"
+    assert type(part) is kind and not any(path in names for names in report.replaced.values())
+    restore(model)
+    assert type(part) is kind
+
+
 # Pipelines and errors
 
 

@@ -14,7 +14,8 @@ from video_models import cogvideox, latent
 from movq_ext import accelerate, decode_clip_tiled
 from movq_ext.diffusers import clip_strips, clip_tiled
 from movq_ext.model.feature_maps import Moments
-from movq_ext.model.strips import Strips
+from movq_ext.model.working_memory import WorkingMemory
+from movq_ext.ops import upsampling
 
 F64 = torch.float64
 SIZE, LITTLE = (5, 3), 440_000  # of float64 maps: 20 rows of 12 pixels in strips of one row
@@ -77,7 +78,7 @@ def test_a_change_of_widths_inside_a_block():
 
 
 def test_little_memory_takes_strips_and_files(monkeypatch, files):
-    spans = record_calls(monkeypatch, Strips, "spans", lambda spans, *_: spans)
+    spans = record_calls(monkeypatch, WorkingMemory, "spans", lambda spans, *_: spans)
     model, z = cogvideox().double(), latent(5, size=SIZE, dtype=F64)
     decode_clip_tiled(model, z, max_memory=LITTLE)
     assert max(map(len, spans)) == 4 * SIZE[0] and files and all(file.closed for file in files)
@@ -125,13 +126,27 @@ def test_frames_for_the_next_batch_have_no_moments(monkeypatch):
     assert len(added) == 2 * (convolutions + 2)  # two batches, of one strip; conv_out has none, upsamplers do
 
 
+@pytest.mark.parametrize("frames", [1, 3])
 @torch.no_grad()
-def test_strips_take_few_operations_more_than_the_whole(monkeypatch):
-    """Repeated first frames are not convolved here either."""
-    added = record_calls(monkeypatch, clip_strips.CausalConvolution, "_add_tap", lambda _, self, weight, i, o, count: count)
-    decode_clip_tiled(cogvideox(), latent(1, size=SIZE), max_memory=PLENTY)
-    assert set(added) == {1}
-    assert len(added) == sum(isinstance(m, nn.Conv3d) and m.kernel_size[0] == 3 for m in cogvideox().decoder.modules())
+def test_strips_take_few_operations_more_than_the_whole(monkeypatch, frames):
+    """Repeated first frames are not convolved here either: the first frame takes one tap and the second two."""
+    made = record_calls(monkeypatch, clip_strips.CausalConvolution, "__init__", lambda _, self, *args, **kwargs: self)
+    decode_clip_tiled(cogvideox(), latent(frames, size=SIZE), max_memory=PLENTY)
+    assert len(made) == sum(isinstance(m, nn.Conv3d) and m.kernel_size[0] == 3 for m in cogvideox().decoder.modules())
+    for convolution in made:
+        convolved = sum(tap.frames for tap in convolution.taps)
+        assert convolved == max(1, 3 * convolution.frames - 3), convolution.frames
+        assert convolution.frames > 1 or frames == 1
+
+
+def test_upsampling_weights_are_folded_once_for_all_strips(monkeypatch):
+    folded = []
+    for module in (clip_strips, upsampling):
+        record_calls(monkeypatch, module, "fold_upsampling", lambda out, weight: folded.append(weight))
+    model = cogvideox()
+    decode_clip_tiled(model, latent(5, size=SIZE), max_memory=scaled(LITTLE, torch.float32))  # strips of one row
+    weights = [upsampler.conv.weight for upsampler in clip_strips.upsamplers(model.decoder)]
+    assert list(map(id, folded)) == 2 * list(map(id, weights))  # for two batches
 
 
 def test_files_are_closed_after_an_error(monkeypatch, files):

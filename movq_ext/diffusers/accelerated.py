@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from ..model.fusion import is_unmodified
+from ..model.fusion import has_patched_convolution, is_unmodified
 from ..ops.native import is_tracing
+
+SPLITTING_CONVOLUTIONS = ("CogVideoXSafeConv3d", "KVAESafeConv3d", "Kandinsky6SRSafeConv3d")
 
 
 class Accelerated(nn.Module):
@@ -96,6 +98,19 @@ def is_computable(x: Tensor, ranks: Container[int]) -> bool:
 def is_plain_instance(module: Any, expected: type[nn.Module]) -> bool:
     """True if calling the module runs the expected class's forward and nothing else."""
     return type(module) is expected and is_unmodified(module)
+
+
+def is_plain_conv3d(layer: Any, padding_mode: str = "zeros") -> TypeGuard[nn.Conv3d]:
+    """True if calling the layer convolves with its weight and bias alone, padded in this mode in space and not in time.
+
+    The classes of diffusers only split large inputs.
+    """
+    if not (type(layer) is nn.Conv3d or is_diffusers_class(type(layer), *SPLITTING_CONVOLUTIONS)):
+        return False
+    if not is_unmodified(layer) or has_patched_convolution(layer, nn.Conv3d):
+        return False
+    dense = layer.stride == layer.dilation == (1, 1, 1) and layer.groups == 1
+    return bool(dense and layer.padding_mode == padding_mode and layer.padding[0] == 0)
 
 
 def patched_forward_reason(module: nn.Module) -> str | None:

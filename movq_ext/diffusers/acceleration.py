@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from .accelerated import Accelerated, CallCount, call_count, forget_calls, original_class, patched_forward_reason
+from .accelerated import CallCount, call_count, forget_calls, original_class, own_class, patched_forward_reason
 from .frame_attention import HunyuanVideoMidBlock3D
 from .registry import accelerated_classes
 
@@ -131,7 +131,7 @@ def restore(model_or_pipeline: Any) -> None:
     """
     for model in _models(model_or_pipeline).values():
         for module in model.modules():
-            if isinstance(module, Accelerated):
+            if own_class(module) is not type(module):
                 module.__class__ = original_class(module)
                 forget_calls(module)
 
@@ -149,21 +149,28 @@ def _models(model_or_pipeline: Any) -> dict[str, nn.Module]:
 
 def _known_parts(model: nn.Module) -> Iterator[str]:
     """Yield the dotted names of the modules that accelerate replaces or reports."""
-    classes = accelerated_classes()
     for path, module in model.named_modules():
-        original = original_class(module)
-        if original is nn.GroupNorm and path.rpartition(".")[2] != "conv_norm_out":
+        kind = own_class(module)
+        if issubclass(kind, nn.GroupNorm) and path.rpartition(".")[2] != "conv_norm_out":
             continue  # the other group norms belong to a block, which computes them
-        if original in classes or original.__name__ in UNSERVED:
+        if kind.__name__ in UNSERVED or _served_class(kind) is not None:
             yield path
+
+
+def _served_class(kind: type) -> type | None:
+    """Return the class that accelerate replaces and that this class is or derives from."""
+    classes = accelerated_classes()
+    return next((base for base in kind.__mro__ if base in classes), None)
 
 
 def _skip_reason(model: nn.Module, path: str, part: nn.Module) -> str | None:
     """Return why the part is not replaced, or None if it is."""
-    original = original_class(part)
-    if original.__name__ in UNSERVED:
-        return UNSERVED[original.__name__]
-    accelerated = accelerated_classes()[original]
+    kind = own_class(part)
+    if kind.__name__ in UNSERVED:
+        return UNSERVED[kind.__name__]
+    if (served := _served_class(kind)) is not None and served is not kind:
+        return f"its class is {kind.__name__}, a subclass of {served.__name__}"
+    accelerated = accelerated_classes()[kind]
     if 4 in accelerated.ranks and not _is_given(accelerated.ranks, model, path) and not _is_computed_by_block(model, path):
         return accelerated.unsupported_reason(part) or TIME_AXIS_REASON
     return patched_forward_reason(part) or accelerated.unsupported_reason(part)

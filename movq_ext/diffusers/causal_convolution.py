@@ -7,19 +7,16 @@ them with the clip, which copies it.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..model.fusion import is_unmodified
 from ..ops.native import compute_dtype, is_inference, is_tracing
 from ..ops.winograd_clips import clip_winograd_is_faster, convolve_clip
-from .accelerated import Accelerated, can_compute, count_call, is_diffusers_class, original_class
+from .accelerated import Accelerated, can_compute, count_call, is_plain_conv3d, original_class
 
-CONV3D_METHODS = {name: getattr(nn.Conv3d, name) for name in ("forward", "_conv_forward")}
-SPLITTING_CONVOLUTIONS = ("CogVideoXSafeConv3d", "KVAESafeConv3d", "Kandinsky6SRSafeConv3d")
 # Of 27 T multiplications per weight and pixel of a frame, folding saves 27. It reads or writes each weight about four times: the
 # limit is that of upsampling.py. On a GPU it is not measured, and used only for images, where it saves the most.
 MIN_PIXELS = 512
@@ -27,20 +24,7 @@ MIN_MULTIPLICATIONS = 2**25  # of a convolution whose frames are convolved: smal
 MIN_PART_PIXELS = 2048  # of the frames that are convolved at once: below that packing the weights again takes time
 MIN_PART_CHANNELS = 64  # of its result: below that copying the frames that two parts share takes 1.1 to 1.7 times as long
 MAX_NARROW = 20480  # C * T * H of a clip that PyTorch convolves without oneDNN
-MAX_ELEMENTS = 2**30  # of a clip: diffusers' classes split larger ones, see SPLITTING_CONVOLUTIONS
-
-
-def is_plain_conv3d(layer: Any, padding_mode: str = "zeros") -> TypeGuard[nn.Conv3d]:
-    """True if calling the layer convolves with its weight and bias alone, padded in this mode in space and not in time.
-
-    The classes of diffusers only split large inputs.
-    """
-    if not (type(layer) is nn.Conv3d or is_diffusers_class(type(layer), *SPLITTING_CONVOLUTIONS)) or not is_unmodified(layer):
-        return False
-    if any(name in layer.__dict__ or getattr(nn.Conv3d, name) is not method for name, method in CONV3D_METHODS.items()):
-        return False
-    dense = layer.stride == layer.dilation == (1, 1, 1) and layer.groups == 1
-    return bool(dense and layer.padding_mode == padding_mode and layer.padding[0] == 0)
+MAX_ELEMENTS = 2**30  # of a clip: diffusers' classes split larger ones, see `is_plain_conv3d`
 
 
 class CausalConv3d(Accelerated):
@@ -90,6 +74,11 @@ def causal_convolution(
 
 def repeated_first_frame(x: Tensor, count: int) -> Tensor:
     return x[:, :, :1].expand(-1, -1, count, -1, -1)
+
+
+def without_border(x: Tensor, height: int, width: int) -> Tensor:
+    """Return frames without the rows and columns that pad them."""
+    return x[..., height : x.shape[3] - height, width : x.shape[4] - width]
 
 
 def last_frames(x: Tensor, count: int) -> Tensor:
@@ -156,14 +145,22 @@ def convolve_folding_padding(weight: Tensor, bias: Tensor | None, padding: Any, 
     out = _room_for_result(x, weight, bias, padding)
     parts = []
     for frame in range(min(taps - 1, frames)):
-        first, others = weight[:, :, : taps - frame], weight[:, :, taps - frame :]
-        folded = torch.cat([first.sum(2, keepdim=True), others], dim=2)
+        folded = fold_repeated_frame(weight, frame)
         parts.append(convolve(x[:, :, : frame + 1], folded, bias, padding, None if out is None else out[:, :, frame : frame + 1]))
     if frames >= taps:
         parts.append(convolve(x, weight, bias, padding, None if out is None else out[:, :, taps - 1 :]))
     if out is not None:
         return out
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def fold_repeated_frame(weight: Tensor, frame: int) -> Tensor:
+    """Return the weight ``(out, C, frame + 1, 3, 3)`` of an early frame of the result, for frames 0 to ``frame`` of the clip.
+
+    The frames before the clip repeat its frame 0, so the taps that fall on them and on frame 0 add up to one.
+    """
+    repeated = weight.shape[2] - frame
+    return torch.cat([weight[:, :, :repeated].sum(2, keepdim=True), weight[:, :, repeated:]], dim=2)
 
 
 def _room_for_result(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor | None:

@@ -8,8 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..model.fusion import is_unmodified
-from .accelerated import child_reason, is_diffusers_class, original_class
-from .causal_convolution import is_plain_conv3d
+from .accelerated import child_reason, is_diffusers_class, is_plain_conv3d, original_class
 from .cogvideox import CogVideoXUpsample3D
 from .video_norms import CogVideoXSpatialNorm3D
 

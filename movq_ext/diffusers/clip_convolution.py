@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..model.strip_rows import TYPICAL_ROWS
 from ..model.strip_spans import HALO
 from ..ops.onednn import Convolution
+from .causal_convolution import fold_repeated_frame
 
 PADDING = 2  # frames before a clip that a causal convolution reads
 
@@ -41,21 +41,18 @@ class CausalConvolution:
         self.taps: list[Tap] = []
         if conv.weight.device.type != "cpu" or conv.weight.itemsize < 4:
             return
-        taps = conv.weight.unbind(2)
-        starts = [0] * len(taps)  # first output frame that each tap is added to on its own
-        if repeats_first_frame:
-            starts = [min(PADDING, PADDING - tap + 1) for tap in range(len(taps))]
-            for frame in range(min(PADDING, frames)):
-                total = torch.stack(taps[: len(taps) - frame]).sum(0)
-                self._add_tap(total, PADDING, frame, 1)
-        for tap, (weight, start) in enumerate(zip(taps, starts, strict=True)):
-            if start < frames:
-                self._add_tap(weight, start + tap, start, frames - start)
+        start = min(PADDING, frames) if repeats_first_frame else 0  # frames of the result before it have folded taps
+        for frame in range(start):
+            self._add_taps(fold_repeated_frame(conv.weight, frame), PADDING, frame, 1)
+        if start < frames:
+            self._add_taps(conv.weight, start, start, frames - start)
 
-    def _add_tap(self, weight: Tensor, first_in: int, first_out: int, count: int) -> None:
+    def _add_taps(self, weight: Tensor, first_in: int, first_out: int, count: int) -> None:
+        """Add the taps of ``(out, C, taps, 3, 3)``; the first convolves frames from first_in on."""
         shape = (count, weight.shape[1], TYPICAL_ROWS + HALO, self.width)
-        convolution = Convolution(weight.contiguous(), None, (0, 1), shape, keep_weight=False)
-        self.taps.append(Tap(convolution, first_in, first_out, count))
+        for tap, weight_2d in enumerate(weight.unbind(2)):
+            convolution = Convolution(weight_2d.contiguous(), None, (0, 1), shape, keep_weight=False)
+            self.taps.append(Tap(convolution, first_in + tap, first_out, count))
 
     def __call__(self, padded: Tensor) -> Tensor:
         if not self.taps:

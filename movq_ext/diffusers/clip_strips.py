@@ -23,6 +23,8 @@ from ..model.strips import convolution_values
 from ..model.working_memory import WorkingMemory
 from ..ops.clips import resize_frames
 from ..ops.native import scale_by_cells
+from ..ops.upsampling import fold_upsampling
+from . import upsampling
 from .clip_convolution import PADDING, CausalConvolution
 from .cogvideox import enlarge_frames, upsampled_frames
 
@@ -213,11 +215,14 @@ class ClipStrips:
         frame_numbers = torch.arange(x.frames, dtype=torch.float32)[None, None, :, None, None]
         sources = upsampled_frames(module, frame_numbers).flatten().int().tolist()
         out = self._new_map(module.conv.out_channels, len(sources), 2 * x.rows.height, 2 * x.width)
+        # On a GPU the kernels fold, and add the bias.
+        folds = x.rows.height * x.rows.width >= upsampling.MIN_PIXELS and not module.conv.weight.is_cuda
+        folded = fold_upsampling(module.conv.weight) if folds else None
         self._buffer = self.store.empty(0)  # frees it
         for first, last in self.spans(x.rows, upsampling_values(x.rows.channels, x.frames, out.frames, out.rows.dtype)):
             above, below = x.rows.halo(first, last)
             strip = x.read(first - above, last + below)[0].transpose(0, 1).contiguous(memory_format=torch.channels_last)
-            large = enlarge_frames(module.conv, strip)
+            large = enlarge_frames(module.conv, strip, folded)
             large = large[:, :, 2 * above : large.shape[2] - 2 * below]  # without the rows that saw padding, not neighbours
             rows = out.rows.reserve(2 * first, 2 * last)
             for frame, source in enumerate(sources):

@@ -21,6 +21,7 @@ from .accelerated import (
     can_compute,
     child_reason,
     count_call,
+    is_plain_conv3d,
     is_plain_instance,
     original_class,
 )
@@ -30,7 +31,6 @@ from .causal_convolution import (
     clip_format,
     equal_parts,
     frames_with_pixels,
-    is_plain_conv3d,
     room_for_padding,
 )
 from .norms import can_fuse_group_norm, group_norm_reason, normalise_clip

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.fusion import has_plain_parameters
+from ..model.fusion import has_patched_convolution, has_plain_parameters
 from ..ops.native import compute_dtype, is_tracing
 from .accelerated import Accelerated, can_compute, count_call, original_class
 from .causal_convolution import (
-    CONV3D_METHODS,
     MAX_ELEMENTS,
     convolve,
     convolve_folding_padding,
@@ -33,7 +32,7 @@ class EasyAnimateCausalConv3d(Accelerated):
     def unsupported_reason(cls, module: Any) -> str | None:
         if tuple(module.stride) != (1, 1, 1):
             return "it skips frames or pixels"
-        if "_conv_forward" in module.__dict__ or any(getattr(nn.Conv3d, name) is not f for name, f in CONV3D_METHODS.items()):
+        if has_patched_convolution(module, nn.Conv3d):
             return "its convolution is patched"
         if not has_plain_parameters(module):
             return "its parameters are tensor subclasses"

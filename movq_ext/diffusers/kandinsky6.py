@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.native import is_inference
-from .accelerated import Accelerated, can_compute, child_reason, count_call, original_class
+from .accelerated import Accelerated, can_compute, child_reason, count_call, is_plain_conv3d, original_class
 from .causal_convolution import (
     can_fold_padding,
     convolve,
     convolve_folding_padding,
-    is_plain_conv3d,
     last_frames,
     repeated_first_frame,
+    without_border,
 )
 from .video_norms import Kandinsky6SRSpatialNorm3D, fits_clip
 
@@ -40,16 +40,12 @@ class Kandinsky6SRCausalConv3d(Accelerated):
         if not count_call(self, not args and not kwargs and serves and x.numel() <= MAX_ELEMENTS):
             return original_class(self).forward(self, x, cache, *args, **kwargs)  # type: ignore[no-any-return]
         height, width, frames = self.height_pad, self.width_pad, self.time_pad
-        before = cache["padding"]
+        before = None if cache["padding"] is None else without_border(cache["padding"], height, width)
         if can_fold_padding(self, x, before):
             out = convolve_folding_padding(conv.weight, conv.bias, (0, height, width), x)
             last = last_frames(x, frames)
         else:
-            if before is None:
-                before = repeated_first_frame(x, frames)
-            else:
-                before = before[..., height : before.shape[3] - height, width : before.shape[4] - width]
-            padded = torch.cat([before, x], dim=2)
+            padded = torch.cat([repeated_first_frame(x, frames) if before is None else before, x], dim=2)
             out = convolve(padded, conv.weight, conv.bias, (0, height, width))
             last = padded[:, :, padded.shape[2] - frames :]
         cache["padding"] = F.pad(last, (width, width, height, height))

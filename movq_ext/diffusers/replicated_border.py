@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.native import compute_dtype, is_inference, is_tracing
-from .accelerated import Accelerated, can_compute, count_call, original_class
+from .accelerated import Accelerated, can_compute, count_call, is_plain_conv3d, original_class
 from .causal_convolution import (
     MAX_ELEMENTS,
     CausalConv3d,
     convolve,
     convolve_folding_padding,
-    is_plain_conv3d,
     repeated_first_frame,
+    without_border,
 )
 
 # Pixels per frame, times the batch size. A first clip needs as many as folding does (see causal_convolution.py). Later clips,
@@ -156,7 +156,3 @@ def add_border(out: Tensor, x: Tensor, before: Tensor, weight: Tensor) -> None:
 def replicate_border(x: Tensor, height: int, width: int) -> Tensor:
     """Return a padded copy of x."""
     return F.pad(x, (width, width, height, height, 0, 0), mode="replicate") if height or width else x.clone()
-
-
-def without_border(x: Tensor, height: int, width: int) -> Tensor:
-    return x[..., height : x.shape[3] - height, width : x.shape[4] - width]

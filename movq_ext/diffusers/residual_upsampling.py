@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.functional import upsample_conv
-from .accelerated import Accelerated, can_compute, count_call, original_class
-from .causal_convolution import clip_format, is_plain_conv3d
+from .accelerated import Accelerated, can_compute, count_call, is_plain_conv3d, original_class
+from .causal_convolution import clip_format
 from .upsampling import folding_pays
 
 

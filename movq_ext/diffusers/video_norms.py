@@ -10,8 +10,8 @@ from torch import Tensor
 from ..ops import clips
 from ..ops.native import is_inference
 from ..ops.options import NormOptions
-from .accelerated import Accelerated, can_compute, child_reason, count_call, is_computable, original_class
-from .causal_convolution import clip_format, is_plain_conv3d
+from .accelerated import Accelerated, can_compute, child_reason, count_call, is_computable, is_plain_conv3d, original_class
+from .causal_convolution import clip_format
 from .norms import group_norm_reason, normalise_clip
 
 

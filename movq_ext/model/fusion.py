@@ -22,7 +22,9 @@ from ..ops.native import compute_dtype, is_inference, multiply_pixels
 from ..ops.statistics import MeasuredMap
 from ..profiling import is_range_hook, layer_range
 
-CONV2D_METHODS = {name: getattr(nn.Conv2d, name) for name in ("forward", "_conv_forward")}
+CONVOLUTION_METHODS = {
+    kind: {name: getattr(kind, name) for name in ("forward", "_conv_forward")} for kind in (nn.Conv2d, nn.Conv3d)
+}
 PLAIN_PARAMETERS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)  # the last two stand for plain ones in torch.export
 # In these types attention may use its input as keys and values, see `absorb_keys`. A block's error against float64 is at most
 # 1.05 times the published order's; in float32 it would be up to 1.25 times.
@@ -59,14 +61,18 @@ def is_plain_conv(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
 
     False for adapters (LoRA), quantised layers, patched methods (circular padding) and hooked layers.
     """
-    if type(layer) is not nn.Conv2d or not is_unmodified(layer):
-        return False
-    # Under torch.compile the bound method's __func__ is never the class's function.
-    if any(name in layer.__dict__ or getattr(nn.Conv2d, name) is not method for name, method in CONV2D_METHODS.items()):
+    if type(layer) is not nn.Conv2d or not is_unmodified(layer) or has_patched_convolution(layer, nn.Conv2d):
         return False
     is_dense = layer.stride == layer.dilation == (1, 1) and layer.groups == 1
     keeps_size = layer.padding == tuple(k // 2 for k in layer.kernel_size) and layer.padding_mode == "zeros"
     return layer.kernel_size in ((1, 1), (3, 3)) and is_dense and keeps_size
+
+
+def has_patched_convolution(layer: nn.Module, kind: type[nn.Conv2d] | type[nn.Conv3d]) -> bool:
+    """True if the layer's ``_conv_forward`` was replaced, or a method of its class ``nn.Conv2d`` or ``nn.Conv3d``."""
+    # Under torch.compile the bound method's __func__ is never the class's function.
+    methods = CONVOLUTION_METHODS[kind].items()
+    return "_conv_forward" in layer.__dict__ or any(getattr(kind, name) is not method for name, method in methods)
 
 
 def is_plain_conv1x1(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
