@@ -1,14 +1,17 @@
 """Sources of rows: each must match its layer on the whole map, whichever rows are requested."""
 
+import copy
+
 import pytest
 import torch
 from models import Scaled
 from spies import KeepTensors
 from tolerances import assert_close
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from movq_ext.model.feature_maps import MapStore
-from movq_ext.model.strip_rows import ConvolvedRows, PointwiseRows, StoredRows, StripBuffer, haloed_rows
+from movq_ext.model.strip_rows import ConvolvedRows, Pointwise, PointwiseRows, StoredRows, StripBuffer, haloed_rows
 from movq_ext.model.working_memory import CPU_MEMORY
 from movq_ext.ops.onednn import Convolution
 from movq_ext.ops.winograd import WinogradConvolution
@@ -57,6 +60,45 @@ def test_pointwise_rows(x, first, last):
     conv, out = nn.Conv2d(4, 7, 1), strip(7, first, last)
     PointwiseRows(conv, x).write_rows(first, last, out)
     assert_close(out, conv(x.read(0, HEIGHT))[:, :, first:last].double())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind, plain", [(nn.Conv2d, True), (Scaled, False)])
+@pytest.mark.parametrize("first, last", SPANS)
+def test_pointwise_rows_over_their_own_input(store, first, last, kind, plain, bias):
+    """As in a block that writes its result, with fewer channels, over its input."""
+    x = store.allocate(6, HEIGHT, WIDTH)
+    values = torch.randn(1, 6, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
+    x.write(0, values)
+    conv = kind(6, 5, 1, bias=bias)
+    rows = PointwiseRows(conv, x)
+    assert (rows.convolution.weight is not None) == plain
+    out = x.reuse_storage(5).reserve(first, last)
+    rows.write_rows(first, last, out)
+    assert_close(out, conv(values)[:, :, first:last].double())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [nn.Conv2d, Scaled])
+def test_pointwise_convolution(x, kind, dtype):
+    torch.manual_seed(1)
+    conv, strip_values = kind(4, 7, 1), x.read(1, 5)
+    conv, strip_values = conv.to(dtype), strip_values.to(dtype)
+    expected = copy.deepcopy(conv).double()(strip_values.double())
+    pointwise, out = Pointwise(conv, dtype), strip(7, 1, 5).to(dtype)
+    assert_close(pointwise(strip_values), expected)
+    pointwise.write_to(out, strip_values)
+    assert_close(out, expected)
+
+
+@torch.no_grad()
+def test_pointwise_convolutions_count_operations(x):
+    pointwise = Pointwise(nn.Conv2d(4, 7, 1), x.dtype)
+    with FlopCounterMode(display=False) as counter:
+        pointwise.write_to(strip(7, 1, 5), x.read(1, 5))
+    assert counter.get_total_flops() == 2 * 4 * 7 * 4 * WIDTH
 
 
 @pytest.mark.parametrize("first, last", SPANS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from .. import profiling
 from ..ops.onednn import Convolution
 from ..ops.winograd import WinogradConvolution, winograd_is_faster
 from .feature_maps import FeatureMap, MapStore
-from .fusion import is_plain_conv
+from .fusion import is_plain_conv, is_plain_conv1x1
 from .strip_norms import NormalisedRows
 from .strip_spans import HALO, Span
 
@@ -40,14 +40,51 @@ class StoredRows:
             out.copy_(rows)
 
 
+class Pointwise:
+    """A 1x1 convolution of strips. On a CPU, a plain one is a matrix product: faster than PyTorch's convolution in one thread.
+
+    Args:
+        layer: any other layer is called.
+        dtype: of the strips.
+    """
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
+        self.layer = layer
+        self.weight: Tensor | None = None  # (in, out)
+        if is_plain_conv1x1(layer) and layer.weight.device.type == "cpu":
+            weight, self.bias = cast_parameters(layer.weight, layer.bias, dtype)
+            self.weight = weight.flatten(1).t()
+
+    def __call__(self, strip: Tensor) -> Tensor:
+        """Return the layer's result for ``(1, C, rows, W)``."""
+        if self.weight is None:
+            return cast(Tensor, self.layer(strip))
+        out = strip.new_empty(1, *strip.shape[2:], self.weight.shape[1]).permute(0, 3, 1, 2)
+        self.write_to(out, strip)
+        return out
+
+    def write_to(self, out: Tensor, strip: Tensor) -> None:
+        """Write the layer's result to out, in channels_last. They may share memory."""
+        if self.weight is None or _overlap(out, strip):
+            out.copy_(self(strip))
+            return
+        pixels = strip.permute(0, 2, 3, 1).flatten(0, 2)
+        results = out.permute(0, 2, 3, 1).view(-1, out.shape[1])
+        with profiling.layer_range(self.layer):
+            if self.bias is None:
+                torch.mm(pixels, self.weight, out=results)
+            else:
+                torch.addmm(self.bias, pixels, self.weight, out=results)
+
+
 class PointwiseRows:
     """Rows of a 1x1 convolution of a map."""
 
     def __init__(self, conv: nn.Module, x: FeatureMap) -> None:
-        self.conv, self.x = conv, x
+        self.convolution, self.x = Pointwise(conv, x.dtype), x
 
     def write_rows(self, first: int, last: int, out: Tensor) -> None:
-        out.copy_(self.conv(self.x.read(first, last)))
+        self.convolution.write_to(out, self.x.read(first, last))
 
 
 class StripBuffer(threading.local):
@@ -127,6 +164,11 @@ def cast_parameters(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> 
     if not torch.is_autocast_enabled(weight.device.type):
         return weight, bias
     return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """True if two tensors without gaps share memory."""
+    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
 
 
 def haloed_rows(source: StoredRows | NormalisedRows, first: int, last: int, buffer: StripBuffer) -> Tensor:

@@ -33,7 +33,7 @@ from .fusion import is_plain_conv3x3
 from .layers import AttnBlock, Downsample, ResnetBlock, Upsample, is_plain_network
 from .strip_checks import LayeredDecoder, LayeredNetwork, check_decoder_layers, check_encoder_layers
 from .strip_norms import NormalisedRows
-from .strip_rows import ConvolvedRows, PointwiseRows, RowSource, StoredRows, StripBuffer, cast_parameters, haloed_rows
+from .strip_rows import ConvolvedRows, Pointwise, PointwiseRows, RowSource, StoredRows, StripBuffer, cast_parameters, haloed_rows
 from .strip_spans import Span, divide_reused_rows
 from .working_memory import WorkingMemory, cpu_memory
 
@@ -206,12 +206,13 @@ class Strips:
         """Return each layer's result for all positions of a normalised map, ``(1, 1, H * W, C)``."""
         x = source.x
         tokens = [self.store.empty(1, 1, x.height * x.width, x.channels) for _ in layers]
+        convolutions = [Pointwise(layer, x.dtype) for layer in layers]
 
         def write_strip(first: int, last: int) -> None:
             n = self._buffer.rows(x, last - first)
             source.write_rows(first, last, n)
-            for layer, whole in zip(layers, tokens, strict=True):
-                whole[:, :, first * x.width : last * x.width] = _as_tokens(layer(n))
+            for convolution, whole in zip(convolutions, tokens, strict=True):
+                convolution.write_to(_as_map(whole[:, :, first * x.width : last * x.width], x.width), n)
 
         self.run(write_strip, x, ATTENTION_VALUES * x.channels)
         return tokens
@@ -275,13 +276,14 @@ class Strips:
 
     def _attend(self, block: AttnBlock, x: FeatureMap, normalised: NormalisedRows) -> FeatureMap:
         k, v = self.all_tokens(normalised, block.k, block.v)
+        q, proj_out = Pointwise(block.q, x.dtype), Pointwise(block.proj_out, x.dtype)
         out = x.reuse_storage(x.channels)
 
         def write_strip(first: int, last: int) -> Moments:
             n = self._buffer.rows(x, last - first)
             normalised.write_rows(first, last, n)
-            attended = _as_map(attention(_as_tokens(block.q(n)), k, v), x.width)
-            return out.write_strip(first, block.proj_out(attended).add_(x.read(first, last)))
+            attended = _as_map(attention(_as_tokens(q(n)), k, v), x.width)
+            return out.write_strip(first, proj_out(attended).add_(x.read(first, last)))
 
         out.complete(self.run(write_strip, x, ATTENTION_VALUES * x.channels))
         return out
@@ -289,13 +291,14 @@ class Strips:
     def _attend_shared(self, block: AttnBlock, x: FeatureMap, normalised: NormalisedRows) -> FeatureMap:
         """Compute `_attend` from one tensor instead of keys and values, as `AttnBlock` does."""
         (all_n,) = self.all_tokens(normalised, nn.Identity())
+        v, proj_out = Pointwise(block.v, x.dtype), Pointwise(block.proj_out, x.dtype)
         out = x.reuse_storage(x.channels)
 
         def write_strip(first: int, last: int) -> Moments:
             n = _as_map(all_n[:, :, first * x.width : last * x.width], x.width)
             q, scale = block.shared_queries(n)
             attended = _as_map(shared_kv_attention(_as_tokens(q), all_n, scale), x.width)
-            return out.write_strip(first, block.proj_out(block.v(attended)).add_(x.read(first, last)))
+            return out.write_strip(first, proj_out(v(attended)).add_(x.read(first, last)))
 
         out.complete(self.run(write_strip, x, ATTENTION_VALUES * x.channels))
         return out
