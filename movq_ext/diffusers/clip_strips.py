@@ -4,29 +4,33 @@ A strip is some rows of every frame. As for images (`movq_ext.model.strips`), a 
 above and below, and a norm uses the moments that were gathered while its map was written, so strips leave no seams.
 
 Row by row, a map stores the pixels of all frames side by side. So it is the feature map of an image that is T * W pixels wide,
-and its storage, its moments and its norms are those of images.
+and its storage, its moments and its norms are those of images. On a CPU each thread computes strips of its own, as for images.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.feature_maps import PARTS, FeatureMap, MapStore, upcast
+from ..model.feature_maps import PARTS, FeatureMap, MapStore, Moments, upcast
 from ..model.strip_norms import split_at_cells
 from ..model.strip_spans import HALO
 from ..model.strips import convolution_values
 from ..model.working_memory import WorkingMemory
 from ..ops.clips import resize_frames
 from ..ops.native import scale_by_cells
+from ..ops.thread_pool import run_in_threads
 from ..ops.upsampling import fold_upsampling
 from . import upsampling
 from .clip_convolution import PADDING, CausalConvolution
 from .cogvideox import enlarge_frames, upsampled_frames
+
+Result = TypeVar("Result")
 
 
 def blocks(decoder: Any) -> list[Any]:
@@ -90,19 +94,31 @@ class ClipMap:
         self.rows.commit_unmeasured(first, rows)
 
 
+class ClipBuffer(threading.local):
+    """Memory for one strip in each thread. Each strip overwrites the previous one."""
+
+    def __init__(self, store: MapStore) -> None:
+        self._store, self._values = store, store.empty(0)
+
+    def frames(self, frames: int, rows: int, width: int, channels: int) -> Tensor:
+        """Return uninitialised memory ``(1, C, T, rows, W)`` in channels_last_3d."""
+        size = frames * rows * width * channels
+        if self._values.numel() < size:
+            self._values = self._store.empty(size)
+        return self._values[:size].view(1, frames, rows, width, channels).permute(0, 4, 1, 2, 3)
+
+
 class ClipStrips:
     """Runs the layers of a decoder on one clip, a batch of frames after another.
 
     Args:
         store: allocates the maps, and the frames that convolutions carry over to the next batch.
-        strip_bytes: approximate size of all tensors of a strip.
+        memory: for the strips that threads compute at once.
     """
 
-    def __init__(self, store: MapStore, strip_bytes: int) -> None:
-        # WorkingMemory.spans reads of maps only whether they have a limit: then a strip may have a single row.
-        self.store, self.spans = store, WorkingMemory(strip_bytes, maps=0).spans
+    def __init__(self, store: MapStore, memory: WorkingMemory) -> None:
+        self.store, self.memory = store, memory
         self._frames_before: dict[Any, ClipMap] = {}  # by convolution: the last frames of its input in the batch before
-        self._buffer = store.empty(0)
         self.zq, self.is_last = store.empty(0), False  # of the current batch
 
     def decode(self, decoder: Any, z: Tensor, out: Tensor, is_last: bool) -> None:
@@ -160,56 +176,57 @@ class ClipStrips:
     ) -> ClipMap:
         """Return ``residual + module(source)``, written to out or to a new map. x: the map that the source is computed from."""
         out = out or self._new_map(module.conv.out_channels, x.frames, x.rows.height, x.width)
-        for first, last, frames in self._convolved(module, x, source):
+
+        def write_strip(first: int, last: int, frames: Tensor) -> Moments:
             rows = out.rows.reserve(first, last)
             if write_residual is None:
                 out.as_clip(rows).copy_(frames)
             else:
                 write_residual(first, last, rows)
                 out.as_clip(rows).add_(frames)
-            out.rows.commit(first, rows)
+            return out.rows.commit_strip(first, rows)
+
+        out.rows.complete(self._convolve_strips(module, x, source, write_strip))
         return out
 
     def _write_output(self, decoder: Any, x: ClipMap, out: Tensor) -> None:
         """Write ``conv_out(silu(norm_out(x)))``."""
-        for first, last, frames in self._convolved(decoder.conv_out, x, NormalisedClip(decoder.norm_out, x, self.zq)):
+
+        def write_strip(first: int, last: int, frames: Tensor) -> None:
             out[:, :, :, first:last] = frames
 
-    def _convolved(self, module: Any, x: ClipMap, source: StoredClip | NormalisedClip) -> Any:
-        """Yield (first, last, rows first to last - 1 of ``module(source)``), and store the frames for the next batch."""
+        self._convolve_strips(decoder.conv_out, x, NormalisedClip(decoder.norm_out, x, self.zq), write_strip)
+
+    def _convolve_strips(
+        self, module: Any, x: ClipMap, source: StoredClip | NormalisedClip, write_strip: Callable[[int, int, Tensor], Result]
+    ) -> list[Result]:
+        """Return ``write_strip(first, last, rows)`` of each strip, and store the frames for the next batch.
+
+        rows: rows first to last - 1 of ``module(source)``.
+        """
         before = self._frames_before.pop(module, None)
         after = None if self.is_last else self._new_map(x.rows.channels, PADDING, x.rows.height, x.width)
         convolution = CausalConvolution(module.conv, x.frames, x.width, repeats_first_frame=before is None)
         values = convolution_values(x.rows.channels, module.conv.out_channels) * (PADDING + x.frames) // x.frames
-        for first, last in self.spans(x.rows, values):
-            padded = self._padded_strip(x, source, before, first, last)
+        buffer = ClipBuffer(self.store)
+
+        def convolve_strip(first: int, last: int) -> Result:
+            padded = _padded_strip(x, source, before, buffer, first, last)
             if after is not None:
-                rows = padded[:, :, x.frames :, 1:-1]
-                after.write_unmeasured(first, rows)
-            yield first, last, convolution(padded)
+                after.write_unmeasured(first, padded[:, :, x.frames :, 1:-1])
+            return write_strip(first, last, convolution(padded))
+
+        results = self._run(convolve_strip, x, values)
         if before is not None:
             self.store.release(before.rows)
         if after is not None:
             self._frames_before[module] = after
+        return results
 
-    def _padded_strip(
-        self, x: ClipMap, source: StoredClip | NormalisedClip, before: ClipMap | None, first: int, last: int
-    ) -> Tensor:
-        """Return rows first - 1 to last of the frames before and of the source, zeros outside, in channels_last_3d."""
-        above, below = x.rows.halo(first, last)
-        shape = (1, PADDING + x.frames, last - first + HALO, x.width, x.rows.channels)
-        size = torch.Size(shape).numel()
-        if self._buffer.numel() < size:
-            self._buffer = self.store.empty(size)
-        padded = self._buffer[:size].view(shape).permute(0, 4, 1, 2, 3)
-        inside = padded[:, :, :, 1 - above : padded.shape[3] - 1 + below]
-        source.write_rows(first - above, last + below, inside[:, :, PADDING:])
-        inside[:, :, :PADDING] = inside[:, :, PADDING, None] if before is None else before.read(first - above, last + below)
-        if not above:
-            padded[:, :, :, 0] = 0
-        if not below:
-            padded[:, :, :, -1] = 0
-        return padded
+    def _run(self, compute: Callable[[int, int], Result], x: ClipMap, values_per_pixel: int) -> list[Result]:
+        """Return ``compute(first, last)`` of each strip of x, in order. Threads compute strips at the same time."""
+        spans = self.memory.spans(x.rows, values_per_pixel)
+        return run_in_threads(lambda span: compute(*span), spans, self.memory.strip_workers(x.rows, values_per_pixel))
 
     def _upsample(self, module: Any, x: ClipMap) -> ClipMap:
         frame_numbers = torch.arange(x.frames, dtype=torch.float32)[None, None, :, None, None]
@@ -218,8 +235,8 @@ class ClipStrips:
         # On a GPU the kernels fold, and add the bias.
         folds = x.rows.height * x.rows.width >= upsampling.MIN_PIXELS and not module.conv.weight.is_cuda
         folded = fold_upsampling(module.conv.weight) if folds else None
-        self._buffer = self.store.empty(0)  # frees it
-        for first, last in self.spans(x.rows, upsampling_values(x.rows.channels, x.frames, out.frames, out.rows.dtype)):
+
+        def write_strip(first: int, last: int) -> Moments:
             above, below = x.rows.halo(first, last)
             strip = x.read(first - above, last + below)[0].transpose(0, 1).contiguous(memory_format=torch.channels_last)
             large = enlarge_frames(module.conv, strip, folded)
@@ -227,9 +244,28 @@ class ClipStrips:
             rows = out.rows.reserve(2 * first, 2 * last)
             for frame, source in enumerate(sources):
                 out.as_clip(rows)[0, :, frame] = large[source]
-            out.rows.commit(2 * first, rows)
+            return out.rows.commit_strip(2 * first, rows)
+
+        values = upsampling_values(x.rows.channels, x.frames, out.frames, out.rows.dtype)
+        out.rows.complete(self._run(write_strip, x, values))
         self.store.release(x.rows)
         return out
+
+
+def _padded_strip(
+    x: ClipMap, source: StoredClip | NormalisedClip, before: ClipMap | None, buffer: ClipBuffer, first: int, last: int
+) -> Tensor:
+    """Return rows first - 1 to last of the frames before and of the source, zeros outside, in channels_last_3d."""
+    above, below = x.rows.halo(first, last)
+    padded = buffer.frames(PADDING + x.frames, last - first + HALO, x.width, x.rows.channels)
+    inside = padded[:, :, :, 1 - above : padded.shape[3] - 1 + below]
+    source.write_rows(first - above, last + below, inside[:, :, PADDING:])
+    inside[:, :, :PADDING] = inside[:, :, PADDING, None] if before is None else before.read(first - above, last + below)
+    if not above:
+        padded[:, :, :, 0] = 0
+    if not below:
+        padded[:, :, :, -1] = 0
+    return padded
 
 
 class StoredClip:

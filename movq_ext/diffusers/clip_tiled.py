@@ -13,6 +13,8 @@ from ..model.strip_checks import check_no_dropout
 from ..model.strip_spans import HALO
 from ..model.strips import convolution_values
 from ..model.tiled import check_max_memory
+from ..model.working_memory import WorkingMemory
+from ..ops.thread_pool import num_workers
 from .clip_checks import check_model
 from .clip_convolution import PADDING
 from .clip_strips import (
@@ -25,7 +27,7 @@ from .clip_strips import (
     upsampling_values,
 )
 
-MAX_STRIP_BYTES = 256 << 20  # on a CPU, where larger strips would only take memory
+MAX_STRIP_BYTES = 256 << 20  # of the strips computed at once, on a CPU, where larger strips would only take memory
 
 
 @torch.no_grad()
@@ -35,8 +37,8 @@ def decode_clip_tiled(vae: Any, z: Tensor, *, max_memory: int, folder: str | Non
     Every batch of frames (``vae.num_latent_frames_batch_size``) is decoded in strips of rows, with the group norms' statistics of
     all rows. diffusers' tiling normalises every tile alone and blends them, which leaves seams. Strips leave none.
 
-    ``max_memory`` covers the strip being computed (at most half), the maps between layers, and the frames that convolutions
-    carry over to the next batch. Maps beyond it go to temporary files. It does not cover:
+    ``max_memory`` covers the strips that threads compute at once (at most half), the maps between layers, and the frames that
+    convolutions carry over to the next batch. Maps beyond it go to temporary files. It does not cover:
 
     - weights, one layer's packed weights, latents and the clip;
     - for float16 on a CPU, which is computed in float32, float32 copies of the weights;
@@ -69,13 +71,13 @@ def decode_clip_tiled(vae: Any, z: Tensor, *, max_memory: int, folder: str | Non
     dtype = torch.float32 if z.dtype == torch.float16 and z.device.type == "cpu" else z.dtype
     check_max_memory(max_memory, _min_memory(vae.decoder, frames, z.shape[4], dtype), "z", z)
     decoder = vae.decoder if dtype == z.dtype else copy.deepcopy(vae.decoder).to(dtype)
-    strip_bytes = max_memory // 2 if z.is_cuda else min(max_memory // 2, MAX_STRIP_BYTES)
+    memory = _divide(max_memory, z.device)
     total = sum(output_frames(vae.decoder, last - first) for first, last in batches)
     scale = 2 ** len(upsamplers(vae.decoder))
     out = z.new_empty(z.shape[0], vae.decoder.conv_out.conv.out_channels, total, scale * z.shape[3], scale * z.shape[4])
     for latents, clip in zip(z.split(1), out.split(1), strict=True):
-        with MapStore(dtype, z.device, max_memory - strip_bytes, folder) as store, torch.autocast(z.device.type, enabled=False):
-            _decode_clip(vae, decoder, latents, clip, ClipStrips(store, strip_bytes))
+        with MapStore(dtype, z.device, memory.maps, folder) as store, torch.autocast(z.device.type, enabled=False):
+            _decode_clip(vae, decoder, latents, clip, ClipStrips(store, memory))
         del store  # and its memory, before the next
     return out
 
@@ -85,12 +87,27 @@ def _decode_clip(vae: Any, decoder: Any, z: Tensor, out: Tensor, strips: ClipStr
 
     decoder: vae's, in the dtype of the maps.
     """
-    start = 0
-    for first, last in frame_batches(z.shape[2], vae.num_latent_frames_batch_size):
-        batch = z[:, :, first:last] if vae.post_quant_conv is None else vae.post_quant_conv(z[:, :, first:last])
-        count = output_frames(decoder, last - first)
-        strips.decode(decoder, batch.to(strips.store.dtype), out[:, :, start : start + count], is_last=last == z.shape[2])
-        start += count
+    batches = [z[:, :, first:last] for first, last in frame_batches(z.shape[2], vae.num_latent_frames_batch_size)]
+    if vae.post_quant_conv is not None:  # not in a worker: it may have hooks
+        batches = [vae.post_quant_conv(batch) for batch in batches]
+
+    def decode_batches() -> Tensor:
+        start = 0
+        for number, batch in enumerate(batches, start=1):
+            count = output_frames(decoder, batch.shape[2])
+            strips.decode(decoder, batch.to(strips.store.dtype), out[:, :, start : start + count], number == len(batches))
+            start += count
+        return out
+
+    strips.memory.run(decode_batches)
+
+
+def _divide(max_memory: int, device: torch.device) -> WorkingMemory:
+    """Return how much of max_memory is for strips, at most half, and how much for maps."""
+    if device.type != "cpu":
+        return WorkingMemory(max_memory // 2, maps=max_memory - max_memory // 2)
+    strip = min(max_memory // 2, MAX_STRIP_BYTES)
+    return WorkingMemory(strip, maps=max_memory - strip, workers=num_workers())
 
 
 def frame_batches(frames: int, size: int) -> list[tuple[int, int]]:
