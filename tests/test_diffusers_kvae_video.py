@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 from accelerated_models import SLACK, assert_same
+from spies import record_calls
 from tolerances import RELATIVE, assert_close, relative_error
-from video_models import assert_hooked_tensors_stay, draw, kandinsky6, kvae_video, latent, video
+from torch import nn
+from video_models import HeldTensors, assert_hooked_tensors_stay, draw, kandinsky6, kvae_video, latent, video
 
 from movq_ext import accelerate, restore
-from movq_ext.diffusers import upsampling
+from movq_ext.diffusers import replicated_border, upsampling
 
 MODELS = {"KVAE": kvae_video, "Kandinsky 6": kandinsky6}
 SERVED = {
@@ -26,6 +28,33 @@ every_model = pytest.mark.parametrize("name", MODELS)
 
 def decode(model, z):
     return model.decode(z).sample
+
+
+class Wrapper(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.frames = layer, []
+
+    def forward(self, x, cache):
+        self.frames.append(x.shape[2])
+        return self.layer(x, cache)
+
+
+def wrap(block):
+    block.conv2 = Wrapper(block.conv2)
+    return block.conv2.frames
+
+
+def hook(block):
+    frames = []
+    block.conv2.register_forward_pre_hook(lambda layer, args: frames.append(args[0].shape[2]))
+    return frames
+
+
+def patch_convolution(block):
+    plain, frames = block.conv2.conv._conv_forward, []
+    block.conv2.conv._conv_forward = lambda x, weight, bias: frames.append(x.shape[2]) or plain(x, weight, bias)
+    return frames
 
 
 def encode(model, x):
@@ -107,6 +136,47 @@ def test_hooked_tensors_are_not_overwritten():
     model = kandinsky6()
     accelerate(model)
     assert_hooked_tensors_stay(model, latent(3))
+
+
+@pytest.mark.parametrize("path", ["", ".norm1", ".norm1.conv_y", ".conv1", ".conv1.conv", ".norm2", ".conv2"])
+@torch.no_grad()
+def test_hooked_tensors_of_later_segments_are_not_overwritten(path):
+    model, z = kvae_video(), latent(9)
+    expected = decode(model, z)
+    accelerate(model)
+    hooks = HeldTensors(model.decoder.get_submodule(f"mid.block_1{path}"))
+    assert_close(decode(model, z), expected.double(), slack=10)
+    assert hooks.release() > 2
+
+
+@torch.no_grad()
+def test_norms_of_later_segments_write_behind_the_cached_frames(monkeypatch):
+    """No block concatenates a segment with them."""
+    model, z = kvae_video(), latent(9)
+    accelerate(model)
+    describe = lambda out, conv, x, before, padded: (conv, before is not None, padded is not None)
+    calls = record_calls(monkeypatch, replicated_border, "convolve_replicating", describe)
+    out = decode(model, z)
+    blocks = [layer for layer in model.decoder.modules() if type(layer).__name__ == "KVAECachedResnetBlock3D"]
+    of_blocks = {layer.conv for block in blocks for layer in (block.conv1, block.conv2)}
+    segments = sum(conv is blocks[0].conv1.conv for conv, _, _ in calls)
+    assert segments > 1 and blocks
+    assert sum(is_later for conv, is_later, _ in calls if conv in of_blocks) == (segments - 1) * len(of_blocks)
+    assert all(is_later == is_written for conv, is_later, is_written in calls if conv in of_blocks)
+    monkeypatch.setattr(replicated_border.KVAECachedCausalConv3d, "room_behind_cache", lambda *_: None)
+    assert relative_error(decode(model, z), out.double()) < RELATIVE[torch.float32]
+
+
+@pytest.mark.parametrize("change, expected_frames", [(hook, [5, 4]), (wrap, [5, 4]), (patch_convolution, [4, 5, 4, 4])])
+@torch.no_grad()
+def test_blocks_call_convolutions_that_others_changed(change, expected_frames):
+    """They see each segment without the cached frames; a patched convolution sees what diffusers passes it."""
+    model, z = kvae_video(), latent(9)
+    expected = decode(model, z)
+    accelerate(model)
+    frames = change(model.decoder.mid.block_1)
+    assert_close(decode(model, z), expected.double(), slack=10)
+    assert frames == expected_frames
 
 
 @torch.no_grad()

@@ -7,14 +7,17 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.norm_into import can_normalise_into
 from .accelerated import Accelerated, can_compute, child_reason, count_call, original_class
+from .replicated_border import KVAECachedCausalConv3d
 from .video_norms import KVAECachedSpatialNorm3D, cached_group_norm_reason, normalise_cached
 
 
 class KVAECachedResnetBlock3D(Accelerated):
     """``shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))``: each norm and its activation in one operator.
 
-    The norms are conditioned on the latent zq in the decoder, and group norms in the encoder. The convolutions are diffusers'.
+    The norms are conditioned on the latent zq in the decoder, and group norms in the encoder. In inference on a CPU each norm of
+    a later segment writes its result behind the cached frames that pad the convolution's input.
     """
 
     ranks = (5,)
@@ -35,12 +38,10 @@ class KVAECachedResnetBlock3D(Accelerated):
     def forward(self: Any, x: Tensor, temb: Tensor | None, layer_cache: Any, zq: Tensor | None = None, *args: Any) -> Tensor:
         if not count_call(self, not args and can_compute(self, x) and KVAECachedResnetBlock3D.can_fuse(self, x, zq)):
             return original_class(self).forward(self, x, temb, layer_cache, zq, *args)  # type: ignore[no-any-return]
-        h = _normalise(self.norm1, x, zq, layer_cache["norm1"])
-        h = self.conv1(h, cache=layer_cache["conv1"])
+        h = _convolve_normalised(self.norm1, self.conv1, x, zq, layer_cache["norm1"], layer_cache["conv1"])
         if temb is not None:
             h = h + self.temb_proj(F.silu(temb))[:, :, None, None, None]
-        h = _normalise(self.norm2, h, zq, layer_cache["norm2"])
-        h = self.conv2(h, cache=layer_cache["conv2"])
+        h = _convolve_normalised(self.norm2, self.conv2, h, zq, layer_cache["norm2"], layer_cache["conv2"])
         if self.in_channels != self.out_channels:
             if self.use_conv_shortcut:
                 x = self.conv_shortcut(x, cache=layer_cache["conv_shortcut"])
@@ -57,8 +58,18 @@ class KVAECachedResnetBlock3D(Accelerated):
         return zq is None or all(KVAECachedSpatialNorm3D.can_modulate(norm, x, zq) for norm in norms)
 
 
-def _normalise(norm: Any, x: Tensor, zq: Tensor | None, cache: Any) -> Tensor:
-    """``silu(norm(x, zq, cache))``."""
+def _convolve_normalised(norm: Any, conv: Any, x: Tensor, zq: Tensor | None, norm_cache: Any, conv_cache: Any) -> Tensor:
+    """``conv(silu(norm(x, zq, norm_cache)), conv_cache)``."""
+    writes = can_normalise_into(x, zq, *norm.parameters())
+    padded = KVAECachedCausalConv3d.room_behind_cache(conv, x, conv_cache) if writes else None
+    if padded is None:
+        return conv(_normalise(norm, x, zq, norm_cache), cache=conv_cache)  # type: ignore[no-any-return]
+    _normalise(norm, x, zq, norm_cache, padded[:, :, -x.shape[2] :])
+    return KVAECachedCausalConv3d.convolve_behind_cache(conv, padded, conv_cache)
+
+
+def _normalise(norm: Any, x: Tensor, zq: Tensor | None, cache: Any, out: Tensor | None = None) -> Tensor:
+    """``silu(norm(x, zq, cache))``; see `normalise_clip` for out."""
     if zq is None:
-        return normalise_cached(norm, x, cache, "silu")
-    return KVAECachedSpatialNorm3D.modulated(norm, x, zq, cache, "silu")
+        return normalise_cached(norm, x, cache, "silu", out)
+    return KVAECachedSpatialNorm3D.modulated(norm, x, zq, cache, "silu", out)

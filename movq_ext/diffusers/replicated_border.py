@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..model.fusion import is_unmodified
 from ..ops.native import compute_dtype, is_inference, is_tracing
 from .accelerated import Accelerated, can_compute, count_call, is_plain_conv3d, original_class
 from .causal_convolution import (
     MAX_ELEMENTS,
     CausalConv3d,
+    clip_format,
     convolve,
     convolve_folding_padding,
     repeated_first_frame,
@@ -77,21 +79,58 @@ class KVAECachedCausalConv3d(Accelerated):
         return convolution_reason(module.conv)
 
     def forward(self: Any, input: Tensor, cache: Any, *args: Any, **kwargs: Any) -> Tensor:
-        x, border, frames = input, (self.height_pad, self.width_pad), self.time_pad
-        before = None if cache["padding"] is None else without_border(cache["padding"], *border)
+        x = input
+        serves, before = KVAECachedCausalConv3d.frames_before(self, x, cache)
+        if not count_call(self, not args and not kwargs and serves):
+            return original_class(self).forward(self, x, cache, *args, **kwargs)  # type: ignore[no-any-return]
+        return KVAECachedCausalConv3d.convolved(self, x, before, cache)
+
+    def frames_before(self: Any, x: Tensor, cache: Any) -> tuple[bool, Tensor | None]:
+        """Return whether x can be convolved here and pays, and the frames before it: None to repeat its first."""
+        frames = self.time_pad
         serves = can_compute(self, x) and frames > 0 and convolution_reason(self.conv) is None
+        before = None if cache["padding"] is None else without_border(cache["padding"], self.height_pad, self.width_pad)
         if serves and before is None and not is_inference(x, *self.conv.parameters()):
             # Gradient checkpointing computes a segment again with the cache that it left, and must then record the same
             # operators: the first segment is padded like later ones.
             before = repeated_first_frame(x, frames)
         serves = serves and pays(x, before)
-        serves = serves and (before is None or before.shape == (*x.shape[:2], frames, *x.shape[3:]))
-        if not count_call(self, not args and not kwargs and serves):
-            return original_class(self).forward(self, x, cache, *args, **kwargs)  # type: ignore[no-any-return]
-        out = convolve_replicating(self.conv, x, before)
+        return serves and (before is None or before.shape == (*x.shape[:2], frames, *x.shape[3:])), before
+
+    def convolved(self: Any, x: Tensor, before: Tensor | None, cache: Any, padded: Tensor | None = None) -> Tensor:
+        """Return the convolution, and store the padded last frames in the cache. padded: see `convolve_replicating`."""
+        out = convolve_replicating(self.conv, x, before, padded)
         # Like diffusers, of a single frame it caches only this one, not its repetitions.
-        cache["padding"] = replicate_border(x[:, :, x.shape[2] - frames :], *border)
+        cache["padding"] = replicate_border(x[:, :, x.shape[2] - self.time_pad :], self.height_pad, self.width_pad)
         return out.to(x.dtype)  # which autocast changes
+
+    @staticmethod
+    def room_behind_cache(module: Any, x: Tensor, cache: Any) -> Tensor | None:
+        """Return memory ``(B, C, padding + T, H, W)`` for the input of a convolution, which begins with the cached frames.
+
+        None if a call of the module is not to be replaced by `convolve_behind_cache`, or if nothing is cached.
+
+        Args:
+            module: any layer.
+            x: a clip of the shape and layout of its input.
+            cache: of the module.
+        """
+        if not isinstance(module, KVAECachedCausalConv3d) or not is_unmodified(module):
+            return None
+        serves, before = KVAECachedCausalConv3d.frames_before(module, x, cache)
+        if not serves or before is None:
+            return None
+        shape = (*x.shape[:2], before.shape[2] + x.shape[2], *x.shape[3:])
+        padded = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=clip_format(x))
+        padded[:, :, : before.shape[2]] = before
+        return padded
+
+    @staticmethod
+    def convolve_behind_cache(module: Any, padded: Tensor, cache: Any) -> Tensor:
+        """Return what a call of the module returns for the last frames of `room_behind_cache`, without copying them."""
+        count_call(module, True)
+        before, x = padded[:, :, : module.time_pad], padded[:, :, module.time_pad :]
+        return KVAECachedCausalConv3d.convolved(module, x, before, cache, padded)
 
 
 def convolution_reason(conv: Any) -> str | None:
@@ -115,13 +154,14 @@ def pays(x: Tensor, before: Tensor | None) -> bool:
     return large and (not x.is_cuda or (before is None and x.shape[2] == 1))
 
 
-def convolve_replicating(conv: Any, x: Tensor, before: Tensor | None) -> Tensor:
+def convolve_replicating(conv: Any, x: Tensor, before: Tensor | None, padded: Tensor | None = None) -> Tensor:
     """Return ``conv(pad(x))``, with ``before`` as the frames before x, or its first frame repeated.
 
     Args:
         conv: as `convolution_reason` allows.
         x: ``(B, C, T, H, W)``.
         before: ``(B, C, taps - 1, H, W)`` or None.
+        padded: ``cat([before, x])`` where it exists already.
     """
     taps, height, width = conv.kernel_size
     padding = (0, height // 2, width // 2)
@@ -130,7 +170,8 @@ def convolve_replicating(conv: Any, x: Tensor, before: Tensor | None) -> Tensor:
     elif before is None:
         out = convolve_folding_padding(conv.weight, conv.bias, padding, x)
     else:
-        out = convolve(torch.cat([before, x], dim=2), conv.weight, conv.bias, padding)
+        padded = torch.cat([before, x], dim=2) if padded is None else padded
+        out = convolve(padded, conv.weight, conv.bias, padding)
     if height == 3:
         add_border(out, x, repeated_first_frame(x, taps - 1) if before is None else before, conv.weight)
     return out

@@ -85,13 +85,15 @@ class KVAECachedSpatialNorm3D(Accelerated):
     def can_modulate(self: Any, f: Tensor, zq: Any) -> bool:
         return fits_clip(zq, f) and KVAECachedSpatialNorm3D.unsupported_reason(self) is None
 
-    def modulated(self: Any, f: Tensor, zq: Tensor, cache: Any, activation: str | None = None) -> Tensor:
-        """``activation(norm_layer(f) * conv_y(zq) + conv_b(zq))``."""
+    def modulated(
+        self: Any, f: Tensor, zq: Tensor, cache: Any, activation: str | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """``activation(norm_layer(f) * conv_y(zq) + conv_b(zq))``; see `normalise_clip` for out."""
         count_call(self, True)
         norm, is_first_segment = self.norm_layer.norm_layer, _start_segment(cache["norm"])
         zq = zq.contiguous(memory_format=clip_format(f))
         options = NormOptions.from_layer(norm, activation, split_first_frame=is_first_segment)
-        return normalise_clip(f, self.conv_y(zq), self.conv_b(zq), options)
+        return normalise_clip(f, self.conv_y(zq), self.conv_b(zq), options, out)
 
 
 def cached_group_norm_reason(name: str, norm: Any) -> str | None:
@@ -99,11 +101,11 @@ def cached_group_norm_reason(name: str, norm: Any) -> str | None:
     return child_reason(name, norm, "KVAECachedGroupNorm") or group_norm_reason(f"{name}.norm_layer", norm.norm_layer)
 
 
-def normalise_cached(norm: Any, f: Tensor, cache: Any, activation: str) -> Tensor:
-    """``activation(norm(f, cache))`` of a KVAECachedGroupNorm."""
+def normalise_cached(norm: Any, f: Tensor, cache: Any, activation: str, out: Tensor | None = None) -> Tensor:
+    """``activation(norm(f, cache))`` of a KVAECachedGroupNorm; see `normalise_clip` for out."""
     if cache is not None:
         _start_segment(cache)
-    return normalise_clip(f, None, None, NormOptions.from_layer(norm.norm_layer, activation))
+    return normalise_clip(f, None, None, NormOptions.from_layer(norm.norm_layer, activation), out)
 
 
 def _start_segment(cache: Any) -> bool:
