@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from movq_ext.model.feature_maps import MapStore
-from movq_ext.model.strip_rows import ConvolvedRows, Pointwise, PointwiseRows, StoredRows, StripBuffer, haloed_rows
+from movq_ext.model.strip_rows import ConvolvedRows, Pointwise, PointwiseRows, StoredRows, StripBuffer, UpsampledRows, haloed_rows
 from movq_ext.model.working_memory import CPU_MEMORY
 from movq_ext.ops.onednn import Convolution
 from movq_ext.ops.winograd import WinogradConvolution
@@ -141,6 +141,34 @@ def test_which_convolution(store, channels, winograd_bytes, spans, expected):
     x, conv = store.allocate(channels, 32, 32), nn.Conv2d(channels, channels, 3, padding=1)
     convolved = ConvolvedRows(conv, StoredRows(x), StripBuffer(store, winograd_bytes), spans)
     assert type(convolved.packed) is expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_upsampled_rows(dtype, bias):
+    torch.manual_seed(1)
+    store, conv = MapStore(dtype, torch.device("cpu")), nn.Conv2d(4, 4, 3, padding=1, bias=bias).to(dtype)
+    x = store.allocate(4, HEIGHT, WIDTH)
+    x.write(0, torch.randn(1, 4, HEIGHT, WIDTH).to(dtype))
+    doubled = x.read(0, HEIGHT).double().repeat_interleave(2, 2).repeat_interleave(2, 3)
+    expected = copy.deepcopy(conv).double()(doubled)
+    upsampled = UpsampledRows(conv, x, StripBuffer(store, 0))
+    for first, last in SPANS:
+        out = torch.full((1, 2 * (last - first), 2 * WIDTH, 4), torch.nan, dtype=dtype).permute(0, 3, 1, 2)
+        upsampled.write_rows(first, last, out)
+        assert_close(out, expected[:, :, 2 * first : 2 * last])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("autocasts", [False, True])
+def test_weights_of_upsampling_are_freed_where_they_are_packed(autocasts):
+    dtype = torch.bfloat16 if autocasts else torch.float32
+    store = MapStore(dtype, torch.device("cpu"))
+    x = store.allocate(4, HEIGHT, WIDTH)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocasts):
+        packed = UpsampledRows(nn.Conv2d(4, 4, 3, padding=1), x, StripBuffer(store, 0)).packed
+    assert all((convolution.weight is None) == (convolution.packed is not None) for convolution in packed)
 
 
 @torch.no_grad()

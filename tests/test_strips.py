@@ -28,6 +28,7 @@ from movq_ext import ResnetBlock, decode_tiled
 from movq_ext.model import strips
 from movq_ext.model.feature_maps import MapStore
 from movq_ext.model.working_memory import WorkingMemory
+from movq_ext.ops.onednn import Convolution
 from movq_ext.ops.winograd import WinogradConvolution
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
@@ -169,7 +170,7 @@ def test_float16_on_a_cpu_is_computed_in_float32():
 @pytest.mark.parametrize("onednn", [True, False])
 def test_weights_are_packed_only_with_onednn(monkeypatch, onednn):
     decoder, (z, zq) = make_decoder(), latents((6, 4))
-    packed = record_calls(monkeypatch, strips.Convolution, "__init__", lambda _, conv, *args: conv.packed is not None)
+    packed = record_calls(monkeypatch, Convolution, "__init__", lambda _, conv, *args, **kwargs: conv.packed is not None)
     with torch.backends.mkldnn.flags(enabled=onednn):
         assert_close(decode(decoder, z, zq, None), decoder(z, zq).double(), slack=5)
     assert packed and any(packed) == (onednn and torch.backends.mkldnn.is_available())

@@ -117,7 +117,7 @@ def test_one_meeting_per_layer(threads, runs):
     attention, resnet = (sum(isinstance(block, kind) for block in blocks) for kind in (AttnBlock, ResnetBlock))
     convolutions = 2 + 2 * resnet  # with conv_in and conv_out
     convolutions += 1  # one writes over its block's input, which has more channels: 8 rows alone, then 2x4, then 2x8
-    upsampling, whole_decode = 1, 1
+    upsampling, whole_decode = 2, 1  # its weights, then the map
     assert len(runs) == whole_decode + convolutions + 2 * attention + upsampling  # attention: keys and values, then queries
 
 

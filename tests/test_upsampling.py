@@ -14,7 +14,7 @@ import movq_ext
 from movq_ext.ops import cuda, extension, native, paths, registration, self_test
 from movq_ext.ops.functional import upsample_conv
 from movq_ext.ops.paths import explain
-from movq_ext.ops.upsampling import METHODS, count_costs, fold_upsampling, fold_windows, interleave_windows
+from movq_ext.ops.upsampling import METHODS, count_costs, fold_upsampling, fold_window_row, fold_windows, interleave_windows
 
 BF16 = torch.bfloat16
 KERNELS = ("fold_upsampling", "fold_upsampling_backward", "interleave_windows", "add_bias_residual_")
@@ -49,6 +49,17 @@ def test_folds_of_an_upsampling(grid):
             rows, columns = slice(down, down + grid[0]), slice(right, right + grid[1])
             pixels[:, :, down::2, right::2] = phases[:, 1 - down, 1 - right, :, rows, columns]
     assert_close(pixels + bias[:, None, None], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [(5, 3), (64, 8), (150, 4)])
+def test_rows_of_windows(channels, dtype):
+    """More output channels than are folded at once, and a last part with fewer."""
+    out_channels, in_channels = channels
+    weight = torch.randn(out_channels, in_channels, 3, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows = [fold_window_row(weight, row) for row in (0, 1)]
+    assert torch.equal(torch.cat(rows), fold_windows(weight))
+    assert all(row.is_contiguous(memory_format=torch.channels_last) for row in rows)
 
 
 @pytest.mark.parametrize("method", [*METHODS, None])

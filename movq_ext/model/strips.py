@@ -25,15 +25,13 @@ from torch import Tensor, nn
 from .. import profiling
 from ..ops.functional import attention, shared_kv_attention
 from ..ops.native import compute_dtype
-from ..ops.onednn import Convolution
 from ..ops.thread_pool import run_in_threads
-from ..ops.upsampling import fold_windows
 from .feature_maps import FeatureMap, MapStore, Moments
 from .fusion import is_plain_conv3x3
 from .layers import AttnBlock, Downsample, ResnetBlock, Upsample, is_plain_network
 from .strip_checks import LayeredDecoder, LayeredNetwork, check_decoder_layers, check_encoder_layers
 from .strip_norms import NormalisedRows
-from .strip_rows import ConvolvedRows, Pointwise, PointwiseRows, RowSource, StoredRows, StripBuffer, cast_parameters, haloed_rows
+from .strip_rows import ConvolvedRows, Pointwise, PointwiseRows, RowSource, StoredRows, StripBuffer, UpsampledRows
 from .strip_spans import Span, divide_reused_rows
 from .working_memory import WorkingMemory, cpu_memory
 
@@ -322,29 +320,17 @@ class Strips:
         out.complete(self.run(write_strip, x, UPSAMPLE_VALUES * x.channels))
 
     def _upsample_by_windows(self, conv: nn.Conv2d, x: FeatureMap, out: FeatureMap) -> None:
-        """Write ``conv(upsample(x))`` to out.
-
-        From each window of 2x2 pixels, one convolution computes the four pixels of the large map around the window's centre.
-        """
-        weight, bias = cast_parameters(fold_windows(conv.weight), None if conv.bias is None else conv.bias.repeat(4), x.dtype)
-        four_pixels = Convolution(weight, bias, (0, 1), (1, x.channels, x.height + 1, x.width))
+        values = UPSAMPLE_VALUES * x.channels
+        spans = self.spans(x, values)
+        threads = min(len(spans), self.memory.strip_workers(x, values))
+        upsampled = UpsampledRows(conv, x, self._buffer, threads)
 
         def write_strip(first: int, last: int) -> Moments:
-            strip = haloed_rows(StoredRows(x), first, last, self._buffer)
-            windows = strip.new_zeros(1, last - first + 1, x.width + 1, 4 * x.channels).permute(0, 3, 1, 2)
-            with profiling.layer_range(conv):
-                four_pixels.add_to(windows, strip)
-            windows = windows.permute(0, 2, 3, 1).unflatten(3, (2, 2, -1))[0]
             rows = out.reserve(2 * first, 2 * last)
-            pixels = rows.permute(0, 2, 3, 1).view(last - first, 2, x.width, 2, x.channels)
-            for down in (0, 1):
-                for right in (0, 1):
-                    # A window's upper left pixel is the lower right pixel of the cell above and left of its centre.
-                    part = windows[1 - down :, 1 - right :, down, right]
-                    pixels[:, 1 - down, :, 1 - right] = part[: last - first, : x.width]
+            upsampled.write_rows(first, last, rows)
             return out.commit_strip(2 * first, rows)
 
-        out.complete(self.run(write_strip, x, UPSAMPLE_VALUES * x.channels))
+        out.complete(self.run(write_strip, x, values, spans))
 
     def _downsample(self, layer: Downsample, x: FeatureMap) -> FeatureMap:
         out = self.store.allocate(x.channels, x.height // 2, x.width // 2)

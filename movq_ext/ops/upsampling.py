@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 METHODS = ("transposed", "windows", "direct")
+FOLDED_CHANNELS = 64  # output channels whose weights are folded at once on a CPU, in its cache
 # Operations in the time of one byte, from the data sheet of an H100 SXM: 3.35 TB/s, and dense 989 TFLOP/s in 16 bits, 495 in TF32
 # and 67 in float32. A choice depends on these ratios alone. Not yet measured on a GPU.
 OPERATIONS_PER_BYTE_16_BIT, OPERATIONS_PER_BYTE_TF32, OPERATIONS_PER_BYTE_FLOAT32 = 295, 148, 20
@@ -65,6 +66,30 @@ def fold_windows(weight: Tensor) -> Tensor:
     # Sums rather than a matrix product, which autocast would compute in 16 bits.
     rows = of_both_pixels(_at_least_float32(weight), 2)
     return torch.cat([pixel for row in rows for pixel in of_both_pixels(row, 3)]).to(weight.dtype)
+
+
+def fold_window_row(weight: Tensor, row: int) -> Tensor:
+    """Return one row of each window's pixels from `fold_windows`, in channels_last, from which oneDNN packs it fastest.
+
+    Args:
+        weight: ``(out, in, 3, 3)``, of the convolution.
+        row: 0 for the upper pixels, 1 for the lower ones.
+
+    Returns:
+        ``(2 * out, in, 2, 2)``: left, right pixel.
+    """
+    out_channels, channels = weight.shape[:2]
+    folded = weight.new_empty(2, out_channels, 2, 2, channels)  # (pixel, out, rows, columns, in)
+    chunk = FOLDED_CHANNELS if weight.device.type == "cpu" else out_channels
+    for first in range(0, out_channels, chunk):
+        part = weight[first : first + chunk].contiguous(memory_format=torch.channels_last)
+        top, middle, bottom = _at_least_float32(part).permute(2, 0, 3, 1)
+        for tap_row, taps in enumerate((top, middle + bottom) if row else (top + middle, bottom)):
+            left, centre, right = taps.unbind(1)
+            pixels = folded[:, first : first + chunk, tap_row]
+            pixels[0, :, 0], pixels[0, :, 1] = left + centre, right
+            pixels[1, :, 0], pixels[1, :, 1] = left, centre + right
+    return folded.flatten(0, 1).permute(0, 3, 1, 2)
 
 
 def _at_least_float32(weight: Tensor) -> Tensor:
