@@ -61,3 +61,21 @@ def test_candidates(benchmark_module):
 def test_compile_only_writes_nothing(benchmark_module, monkeypatch, tmp_path):
     run(benchmark_module, monkeypatch, tmp_path, "--compile-only")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("accelerated_ms, warm_up", [(1400.0, True), (1500.0, False)])
+def test_turns_start_with_an_untimed_decode_if_one_is_short(benchmark_module, monkeypatch, accelerated_ms, warm_up):
+    """Those of all candidates: the others take 2 s."""
+    calls, model = [], benchmark_module.build_model("SD", benchmark_module.QUICK)
+
+    def milliseconds(run, *args, warm_up, **kwargs):
+        is_accelerated = type(model.decoder).__module__.startswith("movq_ext")
+        calls.append((is_accelerated, warm_up))
+        return accelerated_ms if is_accelerated else 2000.0
+
+    monkeypatch.setattr(benchmark_module, "milliseconds", milliseconds)
+    with torch.no_grad():
+        row = benchmark_module.measure(model, benchmark_module.latents(model, 32), rounds=2)
+    accelerated = [name == "accelerated" for name in benchmark_module.CANDIDATES]
+    assert calls == [(ours, False) for ours in accelerated] + 2 * [(ours, warm_up) for ours in accelerated]
+    assert row["ratio"] == pytest.approx(2000 / accelerated_ms)

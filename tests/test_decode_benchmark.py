@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -235,3 +236,19 @@ def test_a_peer_answers_every_line_with_a_turn(decode, monkeypatch, tmp_path, ca
     assert counts == [3, 4, 6] and len(calls) == 7
     ready, *turns = map(json.loads, capsys.readouterr().out.splitlines())
     assert ready["MB"] == 16 and ready["second call ms"] > 0 and all(turn["ms"] > 0 for turn in turns) and len(turns) == 3
+
+
+def test_a_commit_is_marked_if_files_other_than_results_had_changes(decode, monkeypatch, tmp_path):
+    """A second run finds the results of the first."""
+    timing, results = importlib.import_module("timing"), tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    for file in (results / "decode.json", tmp_path / "code.py"):
+        file.write_text("before")
+    git = ("git", "-c", "user.name=A", "-c", "user.email=a@example.org", "-C", tmp_path)
+    for command in (("init", "-q"), ("add", "."), ("commit", "-q", "-m", "first")):
+        subprocess.run((*git, *command), check=True)
+    monkeypatch.setattr(timing, "__file__", str(tmp_path / "benchmarks" / "timing.py"))
+    (results / "decode.json").write_text("after")
+    commit = timing.environment(torch.device("cpu"))["commit"]
+    (tmp_path / "code.py").write_text("after")
+    assert commit and timing.environment(torch.device("cpu"))["commit"] == f"{commit}+"
