@@ -1,17 +1,19 @@
 """The norms of strips must match those of whole maps, whichever rows are requested."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerances import assert_close
+from tolerances import assert_close, relative_error
 from torch import nn
 
 from movq_ext import GroupNorm, SpatialNorm
 from movq_ext.model import strip_norms
 from movq_ext.model.feature_maps import MapStore
-from movq_ext.model.strip_norms import NormalisedRows, nearest_indices, split_at_cells
+from movq_ext.model.strip_norms import CombinedModulation, NormalisedRows, nearest_indices, split_at_cells
 
 HEIGHT, WIDTH = 12, 8
 NORMS = {
@@ -59,6 +61,34 @@ def test_rows_match_the_norm_of_the_whole_map(name, dtype, activation):
             out = torch.full((1, 32, last - first, WIDTH), torch.nan, dtype=dtype)
             rows.write_rows(first, last, out)
             assert_close(out, expected[:, :, first:last], slack=3)
+
+
+class Doubled(SpatialNorm):
+    def modulation(self, zq):
+        return tuple(2 * x for x in super().modulation(zq))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("autocasts", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind, is_plain", [(SpatialNorm, True), (Doubled, False)])
+def test_combined_modulation(kind, is_plain, dtype, autocasts):
+    """Also in 16 bits, one product computes scale and shift in float32, and rounds neither y nor b."""
+    torch.manual_seed(0)
+    norm, zq = kind(32, 5, num_groups=8).to(dtype), torch.randn(1, 5, 3, 4, dtype=dtype)
+    scale, shift = torch.randn(2, 32, dtype=torch.float64)
+    y, b = copy.deepcopy(norm).double().modulation(zq.double())
+    expected = y * scale[:, None, None], b + y * shift[:, None, None]
+    combined = CombinedModulation(norm, scale, shift, torch.promote_types(dtype, torch.float32))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocasts):
+        results = combined(zq)
+    assert combined.is_plain == is_plain
+    for result, exact in zip(results, expected, strict=True):
+        assert result.dtype == torch.promote_types(dtype, torch.float32)
+        if is_plain:
+            assert_close(result, exact)
+        else:
+            assert relative_error(result, exact) < 2e-2
 
 
 @torch.no_grad()

@@ -37,11 +37,12 @@ class NormalisedRows:
         scale = rstd if group_norm.weight is None else rstd * group_norm.weight
         shift = -mean * scale if group_norm.bias is None else group_norm.bias - mean * scale
         self.dtype = torch.promote_types(x.dtype, torch.float32)
-        scale, shift = (t.to(self.dtype)[None, :, None, None] for t in (scale, shift))
-        self.affine: Affine = ChannelAffine(scale, shift)
+        self.affine: Affine
         if isinstance(norm, SpatialNorm):
             assert zq is not None, "a norm that is conditioned on a latent"
-            self.affine = _modulate(norm, zq, x, scale, shift)
+            self.affine = _modulate(CombinedModulation(norm, scale, shift, self.dtype), zq, x)
+        else:
+            self.affine = ChannelAffine(*(t.to(self.dtype)[None, :, None, None] for t in (scale, shift)))
 
     def write_rows(self, first: int, last: int, out: Tensor) -> None:
         values = upcast(self.x.read(first, last))
@@ -107,34 +108,70 @@ class NearestAffine:
         yield AffinePart(first, last, scale, shift)
 
 
+class CombinedModulation:
+    """``(scale * y, shift * y + b)`` for the modulation ``(y, b)`` of a latent: one scale and one shift for each value.
+
+    A product computes each, since ``y = weight @ zq + bias`` and b likewise: scale and shift go into the weights. Modified layers
+    are called.
+
+    Args:
+        norm: a SpatialNorm.
+        scale, shift: ``(C,)``.
+        dtype: of the results.
+    """
+
+    def __init__(self, norm: SpatialNorm, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> None:
+        self.norm, self.scale, self.shift, self.dtype = norm, scale, shift, dtype
+        self.is_plain = norm.is_plain_modulation() and type(norm).modulation is SpatialNorm.modulation
+        if self.is_plain:
+            y, b = (_parameters(conv).to(scale.dtype) for conv in (norm.conv_y, norm.conv_b))
+            self.parameters = (scale[:, None] * y).to(dtype), torch.addcmul(b, shift[:, None], y).to(dtype)
+
+    def __call__(self, zq: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scale and the shift of each channel and cell of zq, ``(1, C, h, w)`` each, in channels_last."""
+        if not self.is_plain:
+            y, b = (t.to(self.dtype) for t in self.norm.modulation(zq))
+            scale, shift = (t.to(self.dtype)[:, None, None] for t in (self.scale, self.shift))
+            return y * scale, torch.addcmul(b, y, shift)
+        cells = zq.permute(0, 2, 3, 1).flatten(0, 2).to(self.dtype)
+        scale, shift = (_multiply(cells, parameters).view(1, *zq.shape[2:], -1) for parameters in self.parameters)
+        return scale.permute(0, 3, 1, 2), shift.permute(0, 3, 1, 2)
+
+
+def _parameters(conv: nn.Conv2d) -> Tensor:
+    """Return a 1x1 convolution's weight, and the bias as the last column, ``(out, in + 1)``."""
+    assert conv.bias is not None
+    return torch.cat([conv.weight.flatten(1), conv.bias[:, None]], 1)
+
+
+def _multiply(cells: Tensor, parameters: Tensor) -> Tensor:
+    weight, bias = parameters[:, :-1], parameters[:, -1]
+    out = cells.new_empty(len(cells), len(weight))
+    return torch.addmm(bias, cells, weight.t(), out=out)  # with out, autocast casts nothing
+
+
 class ConvolvedAffine:
     """A scale and shift for each value, for norms with add_conv: a 3x3 convolution does not commute with the resize of zq."""
 
-    def __init__(self, norm: SpatialNorm, zq: Tensor, x: FeatureMap, scale: Tensor, shift: Tensor) -> None:
-        self.norm, self.zq, self.x, self.scale, self.shift = norm, zq, x, scale, shift
+    def __init__(self, modulation: CombinedModulation, zq: Tensor, x: FeatureMap) -> None:
+        self.modulation, self.zq, self.x = modulation, zq, x
         self.rows, self.columns = nearest_indices(zq, x.height, x.width)
 
     def parts(self, first: int, last: int) -> Iterator[AffinePart]:
         above, below = self.x.halo(first, last)
         resized = self.zq[:, :, self.rows[first - above : last + below]][:, :, :, self.columns]
-        convolved = self.norm.conv(resized)
-        y, b = self.norm.modulation(convolved[:, :, above : convolved.shape[2] - below])
-        yield AffinePart(first, last, *_combine(y, b, self.scale, self.shift))
+        convolved = self.modulation.norm.conv(resized)
+        yield AffinePart(first, last, *self.modulation(convolved[:, :, above : convolved.shape[2] - below]))
 
 
-def _modulate(norm: SpatialNorm, zq: Tensor, x: FeatureMap, scale: Tensor, shift: Tensor) -> Affine:
-    if norm.add_conv:
-        return ConvolvedAffine(norm, zq, x, scale, shift)
-    scale, shift = _combine(*norm.modulation(zq), scale, shift)
+def _modulate(modulation: CombinedModulation, zq: Tensor, x: FeatureMap) -> Affine:
+    if modulation.norm.add_conv:
+        return ConvolvedAffine(modulation, zq, x)
+    scale, shift = modulation(zq)
     height, width = zq.shape[2:]
     if is_power_of_two_ratio(height, x.height) and is_power_of_two_ratio(width, x.width):
         return CellAffine(scale, shift, x.height // height)
     return NearestAffine(scale, shift, x.height, x.width)
-
-
-def _combine(y: Tensor, b: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    y, b = upcast(y), upcast(b)
-    return y * scale, torch.addcmul(b, y, shift)
 
 
 def split_at_cells(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
