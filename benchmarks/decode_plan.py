@@ -48,7 +48,7 @@ def readable_shipped(peers: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.replace("diffusers", "published") for name in peers))
 
 
-# The most important first. Large images get few rounds: cases 1 to 8, 9 to 14 and 15 take up to 20 minutes each on two cores.
+# The most important first. Large images get few rounds and decoders, so that no case should take 20 minutes on two cores.
 PLANS = {
     "cpu": (
         cpu(peers=(*PEERS, "published nhwc")),
