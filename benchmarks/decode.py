@@ -200,8 +200,8 @@ def main() -> None:
             if is_finished(measurement, rows):
                 continue
             if case.device == "cuda" and not torch.cuda.is_available():
-                missing: dict[str, Any] = dict.fromkeys((*CASE, "decoder", *MEASURED), "-")
-                rows.append({**missing, "device": case.device, "ms": "missing: no GPU"})
+                missing = {**dict.fromkeys((*CASE, "decoder", *MEASURED), "-"), "device": case.device, "ms": "missing: no GPU"}
+                rows += [] if missing in rows else [missing]
             elif options.compile_only:
                 measure_peers(measurement, options, folder, deadline)
             elif time.monotonic() < deadline:

@@ -172,6 +172,13 @@ def test_unknown_cases_are_refused(decode, monkeypatch, tmp_path, capsys, argume
     assert "--cases needs numbers of a plan's cases (cpu has 1 to 15), got" in capsys.readouterr().err
 
 
+def test_a_missing_gpu_has_one_row(decode, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run(decode, monkeypatch, tmp_path, "--device", "cuda", "cpu", "--peers", "ours", "published")
+    run(decode, monkeypatch, tmp_path, "--device", "cuda", "cpu", "--peers", "ours", "published", "--resume")
+    assert sorted(row["device"] for row in report_of(tmp_path)["rows"]) == ["cpu", "cpu", "cuda"]
+
+
 def test_compile_only_writes_nothing(decode, monkeypatch, tmp_path):
     run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--compile-only")
     assert len(FakePeer.cases) == len(decode.PLANS["cpu"]) and not list(tmp_path.iterdir())
