@@ -59,7 +59,7 @@ def test_wide_layers_take_a_winograd_convolution(monkeypatch, grid, max_memory, 
     expected = copy.deepcopy(decoder).double().requires_grad_()(z.double(), zq.double())  # layer by layer
     out = decode(decoder.to(dtype), z.to(dtype), zq.to(dtype), max_memory)
     assert_close(out, expected, slack=2)
-    assert {shape[2] for shape in blocks} == {128} and len(blocks) >= 8  # all convolutions of four blocks
+    assert {shape[-1] for shape in blocks} == {128} and len(blocks) >= 8  # all convolutions of four blocks
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -16,7 +16,7 @@ from movq_ext.model import strip_rows
 from movq_ext.ops import winograd
 from movq_ext.ops.onednn import Convolution
 from movq_ext.ops.winograd import WinogradConvolution, winograd_is_faster
-from movq_ext.ops.winograd_filters import MIN_CHANNELS, TILE, MinimalFilter, Tile
+from movq_ext.ops.winograd_filters import MIN_CHANNELS, TILE, MinimalFilter, Tile, sum_columns, transform_columns
 
 without_onednn = not torch.backends.mkldnn.is_available()  # then the direct convolution has another error
 
@@ -51,6 +51,17 @@ def test_the_convolution_is_added_to_the_output_or_written(height, width, block_
     convolution.write_to(out, x)
     assert_close(out, expected_sum(weight, bias, x, torch.zeros_like(out)))
     assert out.dtype == dtype and out.stride() == strides
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("columns, threads", [(1, 1), (10, 2), (1 << 14, 2)], ids=["one channel", "two", "all"])
+def test_factors(monkeypatch, columns, threads, layout):
+    """Of weights in every layout, computed in parts."""
+    monkeypatch.setattr(winograd, "PART_COLUMNS", columns)
+    weight = draw(5, 3, 3, 3).contiguous(memory_format=layout)
+    factors = WinogradConvolution(weight, None, 1 << 20, threads).factors  # (rows.products, columns.products, taps, in, out)
+    expected = TILE.rows.from_taps @ weight.double() @ TILE.columns.from_taps.T
+    assert_close(factors, expected.permute(2, 3, 1, 0)[:, :, None])
 
 
 def test_without_a_bias():
@@ -89,7 +100,7 @@ def test_a_pixel_that_is_not_finite_spreads_to_the_tiles_that_read_it(value):
     weight, bias, x, out = arguments(4, 4, 16, 16)
     x[0, 1, 6, 8] = value  # rows 4 to 6 of the output read it: x has one row more above
     WinogradConvolution(weight, bias, 1 << 20).write_to(out, x)
-    rows, columns = slice(4, 8), slice(6, 10)
+    rows, columns = slice(4, 8), slice(7, 10)  # of all columns, those that read it
     assert out[..., rows, columns].isnan().all()
     assert int(out.isfinite().sum()) == out.numel() - out[..., rows, columns].numel()
 
@@ -119,6 +130,28 @@ def test_a_filter_equals_the_direct_sum(taps, points):
     values, weights = draw(filter.products, dtype=torch.float64), draw(taps, dtype=torch.float64)
     outputs = filter.to_outputs @ ((filter.from_taps @ weights) * (filter.from_values @ values))
     assert_close(outputs, F.conv1d(values[None, None], weights[None, None])[0, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(5,), (1, 2, 3, 5)])
+def test_columns_are_transformed_by_sums(shape, dtype):
+    """The sums equal the products with the matrices of TILE.columns."""
+    signs = torch.tensor([1, -1], dtype=dtype)
+    values, products = draw(4, *shape, dtype=dtype), draw(*shape, 4, dtype=dtype).movedim(-1, 0)
+    out, outputs = torch.empty(4, *shape, dtype=dtype), torch.empty(*shape, 2, dtype=dtype).movedim(-1, 0)
+    transform_columns(values, signs, out=out)
+    sum_columns(products, signs, out=outputs)
+    assert_close(out, torch.tensordot(TILE.columns.from_values, values.double(), 1))
+    assert_close(outputs, torch.tensordot(TILE.columns.to_outputs, products.double(), 1))
+
+
+def multiply_matrix(matrix):
+    """Return a transform of columns for any filter: a product with its matrix."""
+
+    def transform(values, signs, out):
+        out.copy_(torch.tensordot(matrix.to(values.dtype), values, 1))
+
+    return transform
 
 
 def relative_errors(channels, out_channels, seed):
@@ -161,6 +194,8 @@ def test_larger_tiles_are_less_exact(monkeypatch, channels, outputs):
     """F(3, 3) or F(4, 3) on columns is faster than F(2, 3), but its error exceeds the direct convolution's."""
     columns = TILE.rows if outputs == 4 else MinimalFilter(3, (0, 2 / 3, -2 / 3, 3 / 2))
     monkeypatch.setattr(winograd, "TILE", Tile(TILE.rows, columns))
+    monkeypatch.setattr(winograd, "transform_columns", multiply_matrix(columns.from_values))
+    monkeypatch.setattr(winograd, "sum_columns", multiply_matrix(columns.to_outputs))
     for seed in range(3):
         larger, direct = relative_errors(channels, 64, seed)
         assert 1.02 * direct < larger < 1.1e-6
@@ -200,11 +235,10 @@ def test_operations():
     assert counted.get_total_flops() == 2 * 9 * TILE.products * 16 * 32
     with FlopCounterMode(display=False) as counted:
         convolution.add_to(out, x)
-    rows, columns = TILE
+    rows = TILE.rows
     tiles, between = 64 // TILE.outputs, rows.products * 8 * 2  # row factors: of two rows of tiles with 8 columns
     multiplications = tiles * TILE.products * 16 * 32
-    transforms = 16 * between * rows.products + 16 * tiles * TILE.products * columns.products
-    transforms += 32 * between * columns.products + 32 * 64 * (rows.products + 1)  # and the bias
+    transforms = 16 * between * rows.products + 32 * 64 * (rows.products + 1)  # and the bias; columns only take additions
     assert counted.get_total_flops() == 2 * (multiplications + transforms)
 
 
@@ -221,9 +255,9 @@ def test_memory_of_a_block(limit, height, width):
 
 def test_blocks_of_a_strip_are_equally_large(monkeypatch):
     """Half of a block would take almost as long as a whole one where the weight's factors exceed the cache."""
-    blocks = record_calls(monkeypatch, WinogradConvolution, "_write_block", lambda result, convolution, out, *_: out.shape[0])
+    blocks = record_calls(monkeypatch, WinogradConvolution, "_write_block", lambda result, convolution, out, *_: out.shape[1])
     weight, bias, x, out = arguments(4, 4, 32, 16)
-    WinogradConvolution(weight, bias, 24 * 16 * 4 + 30000).add_to(out, x)  # five rows of tiles take 25 KB
+    WinogradConvolution(weight, bias, 24 * 16 * 4 + 30000).add_to(out, x)  # six rows of tiles take 27 KB
     assert blocks == [16, 16]
 
 
@@ -234,7 +268,12 @@ LIMIT = 40 << 20
     "channels, out_channels, strips, expected",
     [
         (512, 512, [(32, 32)], True),  # 25 MB of factors
+        (512, 512, [(16, 32)] * 2, True),
+        (512, 512, [(16, 16)], True),
+        (512, 512, [(8, 16)] * 2, False),  # each strip reads all factors
         (512, 512, [(8, 8)], False),  # the weight's factors cost more than they save
+        (256, 256, [(8, 32)] * 4, True),
+        (256, 256, [(8, 16)] * 2, False),
         (256, 256, [(32, 128)] * 4, True),
         (128, 128, [(32, 256)] * 8, True),
         (128, 128, [(3, 4096)] * 99, True),

@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from spies import record_calls
 from tolerances import assert_close
 
-from movq_ext.ops import winograd_clips
+from movq_ext.ops import winograd, winograd_clips
+from movq_ext.ops.winograd import WinogradConvolution
 from movq_ext.ops.winograd_clips import clip_winograd_is_faster, convolve_clip
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
@@ -66,6 +68,18 @@ def test_strips(height, layout, threads, monkeypatch):
     finally:
         torch.set_num_threads(before)
     assert_close(out, expected(x, weight, bias))
+
+
+@pytest.mark.parametrize("repeats_first_frame", [False, True])
+@pytest.mark.parametrize("block_bytes", [1, 20000], ids=["smallest blocks", "some blocks"])
+def test_blocks(block_bytes, repeats_first_frame, monkeypatch):
+    """Of a strip that exceeds a block's memory: fewer rows of tiles, then fewer columns."""
+    monkeypatch.setattr(winograd, "MAX_BLOCK_BYTES", block_bytes)
+    blocks = record_calls(monkeypatch, WinogradConvolution, "_write_block", lambda result, convolution, out, *_: out.shape[:3])
+    x, weight, bias = arguments(size=(9, 40), batch=2)
+    out = convolve_clip(x, weight, bias, repeats_first_frame)
+    assert_close(out, expected(x, weight, bias, repeats_first_frame))
+    assert len(blocks) > 6 and {shape[0] for shape in blocks} == {out.shape[2]}
 
 
 def test_without_a_bias_and_into_memory_of_a_larger_clip():

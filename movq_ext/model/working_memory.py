@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..ops.thread_pool import num_workers, run_in_worker
+from ..ops.winograd import WINOGRAD_BYTES
 from .feature_maps import FeatureMap
 from .strip_checks import LayeredNetwork, has_thread_safe_layers
 from .strip_spans import HALO, MIN_ROWS, Span, divide_rows
@@ -67,8 +68,8 @@ def _row_bytes(x: FeatureMap, values_per_pixel: int) -> int:
     return values_per_pixel * x.width * x.dtype.itemsize
 
 
-# A strip has 32 rows of 256 pixels with 128 channels in float32, and the factors of 512 x 512 weights take 24 MiB.
-CPU_MEMORY = WorkingMemory(strip=32 << 20, winograd=40 << 20)
+# A strip has 32 rows of 256 pixels with 128 channels in float32.
+CPU_MEMORY = WorkingMemory(strip=32 << 20, winograd=WINOGRAD_BYTES)
 
 
 def cpu_memory() -> WorkingMemory:

@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from .thread_pool import run_in_threads
-from .winograd_filters import MIN_CHANNELS, TILE, as_matrix
+from .winograd_filters import MIN_CHANNELS, TILE, as_matrix, sum_columns, transform_columns
 
+WINOGRAD_BYTES = 40 << 20  # usual limit of a convolution: the factors of 512 x 512 weights take 24 MiB
 MAX_BLOCK_BYTES = 16 << 20  # for all tensors of the blocks that threads compute at once
 MIN_BLOCK_COLUMNS = 16
+PART_COLUMNS = 1 << 14  # of the matrix of a weight's taps: parts of it stay in the cache while their factors are computed
 # Costs in units of one multiplication of a direct convolution, from measured times on a CPU with AVX-512.
 PRODUCT_COST = 1.25
 TRANSFORM_COST = 50  # of a value that a transform writes
-FACTOR_COST = 40  # of a weight's factor, beyond what packing for the direct convolution costs
+FACTOR_COST = 20  # of a weight's factor, which is computed once and read for every strip
 
 
 def winograd_is_faster(weight: Tensor, strips: Sequence[tuple[int, int]], max_bytes: int) -> bool:
@@ -46,7 +48,7 @@ def winograd_is_faster(weight: Tensor, strips: Sequence[tuple[int, int]], max_by
         return False
     tiles = sum(-(-rows // TILE.rows.outputs) * -(-columns // TILE.columns.outputs) for rows, columns in strips)
     direct_cost = weight.numel() * sum(rows * columns for rows, columns in strips)
-    return tiles * _tile_cost(channels, out_channels) + FACTOR_COST * factors < direct_cost
+    return tiles * _tile_cost(channels, out_channels) + FACTOR_COST * factors * (1 + len(strips)) < direct_cost
 
 
 def _tile_cost(channels: int, out_channels: int) -> float:
@@ -65,109 +67,154 @@ def _computes_exactly(dtype: torch.dtype) -> bool:
 
 
 class WinogradConvolution:
-    """``conv2d(x, weight, bias, padding=(0, 1))`` for one image in channels_last. Threads may share it.
+    """``conv2d(x, weight, bias, padding=(0, 1))`` for an image in channels_last. Threads may share it.
+
+    With taps in time: ``conv3d(x, weight, bias, padding=(0, 0, 1))`` for a clip, whose frames are in the first dimension. The
+    products of all taps in time are summed before they are transformed to pixels, and a frame is transformed once for all taps.
 
     Args:
-        weight: ``(out, in, 3, 3)``, float32 or float64, on the CPU.
+        weight: ``(out, in, 3, 3)`` or ``(out, in, taps, 3, 3)``, float32 or float64, on the CPU.
         bias: ``(out,)`` or None.
         max_bytes: limit for the weight's factors plus each thread's block of pixels. A block has at least one row of tiles, 16
             pixels wide.
         threads: how many may share it.
+        repeats_first_frame: first prepend the first frame of x ``taps - 1`` times.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, max_bytes: int, threads: int = 1) -> None:
-        self.tile, self.bias = TILE, bias
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, max_bytes: int, threads: int = 1, *, repeats_first_frame: bool = False
+    ) -> None:
+        self.tile, self.bias, self.repeats_first_frame = TILE, bias, repeats_first_frame
         self.out_channels, self.channels = weight.shape[:2]
-        rows, columns = TILE
+        self.taps = weight[0, 0].numel() // 9
+        self.from_rows, self.to_rows = TILE.row_transforms(weight.dtype, bias is not None)
+        self.signs = weight.new_tensor((1, -1))
+        factors = weight.new_empty(TILE.products, self.taps, self.channels, self.out_channels)
         from_taps = TILE.taps_matrix(weight.dtype)
-        self.from_rows, self.from_columns, self.to_columns, self.to_rows = TILE.transforms(weight.dtype, bias is not None)
-        factors = weight.new_empty(TILE.products, self.channels, self.out_channels)
+        weight = weight.reshape(self.out_channels, self.channels, self.taps, 9).transpose(0, 1)
+        size = max(1, PART_COLUMNS // self.out_channels)
 
-        def write_factors(channels: slice) -> None:
-            taps = weight[:, channels].permute(2, 3, 1, 0).reshape(from_taps.shape[1], -1)
-            torch.mm(from_taps, taps, out=factors[:, channels].flatten(1))
+        def write_factors(first: int) -> None:
+            part = slice(first, first + size)
+            for tap in range(self.taps):
+                torch.mm(from_taps, weight[part, :, tap].reshape(-1, 9).T, out=factors[:, tap, part].flatten(1))
 
-        size = -(-self.channels // threads)
-        run_in_threads(write_factors, [slice(first, first + size) for first in range(0, self.channels, size)])
-        self.factors = factors.view(rows.products, columns.products, self.channels, self.out_channels)
+        run_in_threads(write_factors, range(0, self.channels, size), threads)
+        self.factors = factors.unflatten(0, (TILE.rows.products, TILE.columns.products))
         self.block_bytes = min(max_bytes - self.factors.nbytes, MAX_BLOCK_BYTES) // threads
 
     def write_to(self, out: Tensor, x: Tensor) -> None:
-        """Write the convolution of x ``(1, in, H + 2, W)`` to out ``(1, out, H, W)``."""
+        """Write the convolution of x ``(1, in, H + 2, W)`` to out ``(1, out, H, W)``.
+
+        A clip x has ``T + taps - 1`` frames and out T, or with repeats_first_frame both have T frames.
+        """
         self._convolve(out, x, beta=0)
 
     def add_to(self, out: Tensor, x: Tensor) -> None:
-        """Add the convolution of x ``(1, in, H + 2, W)`` to out ``(1, out, H, W)``, in place."""
+        """Add the convolution of x to out, in place. Shapes are as for `write_to`."""
         self._convolve(out, x, beta=1)
 
     def _convolve(self, out: Tensor, x: Tensor, beta: int) -> None:
         """Write ``beta * out + conv(x)`` to out, block by block."""
-        pixels, image = out[0].permute(1, 2, 0), x[0].permute(1, 2, 0)  # (rows, columns, channels)
-        height, width = pixels.shape[:2]
-        groups, tiles = self._block_size(height, width)
-        memory = pixels.new_empty(self._values(groups, tiles))  # stays in the cache
+        pixels, images = out.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)  # (frames, rows, columns, channels)
+        frames, height, width = pixels.shape[:3]
+        groups, tiles = self._block_size(len(x), frames, height, width)
+        memory = pixels.new_empty(self._values(len(x), frames, groups, tiles))  # stays in the cache
         rows, columns = groups * self.tile.rows.outputs, tiles * self.tile.columns.outputs
         for row in range(0, height, rows):
             for column in range(0, width, columns):
-                block = pixels[row : row + rows, column : column + columns]
-                self._write_block(block, image[row : row + len(block) + self.tile.rows.taps - 1], column, beta, memory)
+                block = pixels[:, row : row + rows, column : column + columns]
+                self._write_block(block, images[:, row : row + block.shape[1] + self.tile.rows.taps - 1], column, beta, memory)
 
-    def _block_size(self, height: int, width: int) -> tuple[int, int]:
+    def _block_size(self, x_frames: int, frames: int, height: int, width: int) -> tuple[int, int]:
         """Return the tiles of a block in a column and in a row, as many as its memory allows."""
         rows, columns = self.tile
         groups, tiles = -(-height // rows.outputs), -(-width // columns.outputs)
-        itemsize = self.factors.itemsize
-        while tiles * columns.outputs > MIN_BLOCK_COLUMNS and self._values(1, tiles) * itemsize > self.block_bytes:
+        most = self.block_bytes // self.factors.itemsize
+        while tiles * columns.outputs > MIN_BLOCK_COLUMNS and self._values(x_frames, frames, 1, tiles) > most:
             tiles = -(-tiles // 2)
-        most = max(1, self.block_bytes // (self._values(1, tiles) * itemsize))
-        return -(-groups // -(-groups // most)), tiles
+        most_groups = max(1, most // self._values(x_frames, frames, 1, tiles))
+        return -(-groups // -(-groups // most_groups)), tiles
 
     def _write_block(self, out: Tensor, x: Tensor, first: int, beta: int, memory: Tensor) -> None:
-        """Write a block ``(H, W, out)``. x ``(H + 2, columns, in)`` has all columns, and the block's first is ``first``."""
+        """Write a block of all frames.
+
+        Args:
+            out: ``(T, H, W, out)``.
+            x: ``(frames of x, H + 2, columns, in)``, with all columns.
+            first: the block's first column.
+            beta: see `_convolve`.
+            memory: for all values between x and out.
+        """
         rows, columns = self.tile
-        groups, tiles = -(-out.shape[0] // rows.outputs), -(-out.shape[1] // columns.outputs)
-        shapes = self._shapes(groups, tiles)
+        frames, height, width = out.shape[:3]
+        groups, tiles = -(-height // rows.outputs), -(-width // columns.outputs)
+        shapes = self._shapes(len(x), frames, groups, tiles)
         sizes = [math.prod(shape) for shape in shapes]
-        row_factors, neighbours, factors, products, row_products = (
+        row_factors, factors, products, row_products = (
             part.view(shape) for part, shape in zip(memory[: sum(sizes)].split(sizes), shapes, strict=True)
         )
 
         # Rows of the input. Columns outside the map are zero.
-        left, right = max(first - 1, 0), min(first - 1 + row_factors.shape[2], x.shape[1])
+        left, right = max(first - 1, 0), min(first - 1 + row_factors.shape[3], x.shape[2])
         inside = slice(left - first + 1, right - first + 1)
-        row_factors[:, :, : inside.start] = 0
-        row_factors[:, :, inside.stop :] = 0
-        for group in range(groups):
-            values = x[group * rows.outputs :][: rows.products, left:right]
-            torch.mm(self.from_rows[:, : len(values)], values.flatten(1), out=as_matrix(row_factors[:, group, inside]))
+        row_factors[:, :, :, : inside.start] = 0
+        row_factors[:, :, :, inside.stop :] = 0
+        for frame, image in enumerate(x):
+            for group in range(groups):
+                values = image[group * rows.outputs :][: rows.products, left:right]
+                torch.mm(self.from_rows[:, : len(values)], values.flatten(1), out=as_matrix(row_factors[:, frame, group, inside]))
 
         for point, weights in enumerate(self.factors):
-            neighbours.copy_(row_factors[point].unfold(1, columns.products, columns.outputs).permute(3, 0, 1, 2))
-            torch.mm(self.from_columns, as_matrix(neighbours), out=as_matrix(factors))
-            for factor, weight, product in zip(factors, weights, products, strict=True):
-                torch.mm(factor, weight, out=product)
-            to_columns = self.to_columns.expand(groups * tiles, -1, -1)
-            torch.bmm(to_columns, products.transpose(0, 1), out=row_products[point])
+            values = row_factors[point].unfold(2, columns.products, columns.outputs)  # (frames, groups, tiles, in, neighbours)
+            transform_columns(values.permute(4, 0, 1, 2, 3), self.signs, out=factors)
+            self._multiply(factors, weights, products)
+            sum_columns(products, self.signs, out=row_products[point].transpose(0, 1))
 
         if self.bias is not None:
             row_products[rows.products] = self.bias
-        row_products = row_products.view(-1, groups, tiles * columns.outputs, self.out_channels)[:, :, : out.shape[1]]
-        for group in range(groups):
-            outputs = out[group * rows.outputs :][: rows.outputs]
-            to_rows = self.to_rows[: len(outputs)]
-            torch.addmm(as_matrix(outputs), to_rows, row_products[:, group].flatten(1), beta=beta, out=as_matrix(outputs))
+        pixels = row_products.view(-1, frames, groups, tiles * columns.outputs, self.out_channels)[:, :, :, :width]
+        for frame, image in enumerate(out):
+            for group, part in enumerate(image.split(rows.outputs)):
+                to_rows, values = self.to_rows[: len(part)], pixels[:, frame, group].flatten(1)
+                torch.addmm(as_matrix(part), to_rows, values, beta=beta, out=as_matrix(part))
 
-    def _shapes(self, groups: int, tiles: int) -> list[tuple[int, ...]]:
+    def _multiply(self, factors: Tensor, weights: Tensor, products: Tensor) -> None:
+        """Write the sum over all taps in time of ``factors[:, frame] @ weights[:, tap]`` to products.
+
+        Args:
+            factors: of the frames of x, ``(columns.products, frames, groups, tiles, in)``.
+            weights: ``(columns.products, taps, in, out)``.
+            products: ``(columns.products, T * groups * tiles, out)``.
+        """
+        tiles = factors[0, 0, ..., 0].numel()
+        values, frames = factors.flatten(1, 3), products.shape[1] // tiles
+        for tap, weight in enumerate(weights.unbind(1)):
+            beta = 0 if tap == 0 else 1
+            # Frames of the result for which this tap falls on a repetition of the first frame.
+            repeated = min(self.taps - 1 - tap, frames) if self.repeats_first_frame else 0
+            for frame in range(repeated):
+                _add_products(products[:, frame * tiles : (frame + 1) * tiles], values[:, :tiles], weight, beta)
+            if repeated < frames:
+                start = 0 if self.repeats_first_frame else tap
+                source = values[:, start * tiles : (start + frames - repeated) * tiles]
+                _add_products(products[:, repeated * tiles :], source, weight, beta)
+
+    def _shapes(self, x_frames: int, frames: int, groups: int, tiles: int) -> list[tuple[int, ...]]:
         """Return the shapes of a block's tensors."""
         rows, columns = self.tile
-        count = groups * tiles
+        count = frames * groups * tiles
         return [
-            (rows.products, groups, tiles * columns.outputs + columns.taps - 1, self.channels),
-            (columns.products, groups, tiles, self.channels),
-            (columns.products, count, self.channels),
+            (rows.products, x_frames, groups, tiles * columns.outputs + columns.taps - 1, self.channels),
+            (columns.products, x_frames, groups, tiles, self.channels),
             (columns.products, count, self.out_channels),
             (self.to_rows.shape[1], count, columns.outputs, self.out_channels),
         ]
 
-    def _values(self, groups: int, tiles: int) -> int:
-        return sum(map(math.prod, self._shapes(groups, tiles)))
+    def _values(self, x_frames: int, frames: int, groups: int, tiles: int) -> int:
+        return sum(map(math.prod, self._shapes(x_frames, frames, groups, tiles)))
+
+
+def _add_products(out: Tensor, values: Tensor, weight: Tensor, beta: int) -> None:
+    """Write ``beta * out + values @ weight`` to out, for each of the matrices."""
+    torch.baddbmm(out, values, weight, beta=beta, out=out)
