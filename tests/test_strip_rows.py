@@ -11,7 +11,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from movq_ext.model.feature_maps import MapStore
-from movq_ext.model.strip_rows import ConvolvedRows, Pointwise, PointwiseRows, StoredRows, StripBuffer, UpsampledRows, haloed_rows
+from movq_ext.model.strip_rows import (
+    ConvolvedRows,
+    Pointwise,
+    PointwiseRows,
+    StoredRows,
+    StripBuffer,
+    UpsampledRows,
+    haloed_rows,
+    pack_direct,
+)
 from movq_ext.model.working_memory import CPU_MEMORY
 from movq_ext.ops.onednn import Convolution
 from movq_ext.ops.winograd import WinogradConvolution
@@ -169,6 +178,20 @@ def test_weights_of_upsampling_are_freed_where_they_are_packed(autocasts):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocasts):
         packed = UpsampledRows(nn.Conv2d(4, 4, 3, padding=1), x, StripBuffer(store, 0)).packed
     assert all((convolution.weight is None) == (convolution.packed is not None) for convolution in packed)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [nn.Conv2d, Scaled])
+@pytest.mark.parametrize("channels, size", [(32, 32), (128, 8), (128, 32)])
+def test_only_direct_convolutions_are_packed_ahead(kind, channels, size, dtype):
+    store, conv = MapStore(dtype, torch.device("cpu")), kind(channels, channels, 3, padding=1).to(dtype)
+    x = store.allocate(channels, size, size)
+    packed = pack_direct(conv, x, CPU_MEMORY.winograd)
+    chosen = ConvolvedRows(conv, StoredRows(x), StripBuffer(store, CPU_MEMORY.winograd), [(0, size)])
+    assert type(packed) is (Convolution if type(chosen.packed) is Convolution else type(None))
+    if packed is not None:
+        assert ConvolvedRows(conv, StoredRows(x), chosen.buffer, [(0, size)], packed).packed is packed
 
 
 @torch.no_grad()

@@ -174,6 +174,9 @@ def test_weights_are_packed_only_with_onednn(monkeypatch, onednn):
     with torch.backends.mkldnn.flags(enabled=onednn):
         assert_close(decode(decoder, z, zq, None), decoder(z, zq).double(), slack=5)
     assert packed and any(packed) == (onednn and torch.backends.mkldnn.is_available())
+    convolutions = [layer for layer in decoder.modules() if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3)]
+    upsamplings = sum(hasattr(layer, "with_conv") for layer in decoder.layers())
+    assert len(packed) == len(z) * (len(convolutions) + upsamplings)  # each once; those of upsamplings in two parts
 
 
 def test_pointwise_convolutions_are_matrix_products(monkeypatch):

@@ -117,15 +117,17 @@ def test_one_meeting_per_layer(threads, runs):
     attention, resnet = (sum(isinstance(block, kind) for block in blocks) for kind in (AttnBlock, ResnetBlock))
     convolutions = 2 + 2 * resnet  # with conv_in and conv_out
     convolutions += 1  # one writes over its block's input, which has more channels: 8 rows alone, then 2x4, then 2x8
+    packed = resnet  # the weights of both convolutions
     upsampling, whole_decode = 2, 1  # its weights, then the map
-    assert len(runs) == whole_decode + convolutions + 2 * attention + upsampling  # attention: keys and values, then queries
+    attention *= 2  # keys and values, then queries
+    assert len(runs) == whole_decode + packed + convolutions + attention + upsampling
 
 
 def test_the_choice_of_winograd_sees_the_strips_that_run(threads, monkeypatch):
     """Also those of a map that reuses the storage of one with more channels, which start with fewer rows."""
     decoder, (z, zq) = make_decoder(attn_resolutions=[], mid_attn=False, ch_mult=(1, 2)), latents((16, 6), batch=1)
     chosen = record_calls(
-        monkeypatch, ConvolvedRows, "__init__", lambda result, rows, conv, source, buffer, spans=(): list(spans)
+        monkeypatch, ConvolvedRows, "__init__", lambda result, rows, conv, source, buffer, spans=(), packed=None: list(spans)
     )
     ran = []
 
@@ -261,7 +263,7 @@ def test_memory_of_wide_maps_is_bounded(threads, monkeypatch, workers, width):
     """The strips of all threads take at most 512 MiB or as much as the map, or there is one thread."""
     height, channels = 512, 128
     x = FeatureMap(channels, height, width, MemoryStorage(torch.empty(0)))
-    values, map_bytes = strips.convolution_values(channels, channels), height * width * channels * 4
+    values, map_bytes = working_memory.convolution_values(channels, channels), height * width * channels * 4
     seen = record_calls(monkeypatch, strips, "run_in_threads", lambda _, function, spans, count: (spans, count))
     run = strips.Strips(MapStore(x.dtype, torch.device("cpu")), None, working_memory.CPU_MEMORY._replace(workers=workers))
     run.run(lambda first, last: None, x, values)

@@ -20,8 +20,7 @@ from torch import Tensor
 from ..model.feature_maps import PARTS, FeatureMap, MapStore, Moments, upcast
 from ..model.strip_norms import split_at_cells
 from ..model.strip_spans import HALO
-from ..model.strips import convolution_values
-from ..model.working_memory import WorkingMemory
+from ..model.working_memory import WorkingMemory, convolution_values
 from ..ops.clips import resize_frames
 from ..ops.native import scale_by_cells
 from ..ops.thread_pool import run_in_threads

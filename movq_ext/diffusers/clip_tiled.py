@@ -11,9 +11,8 @@ from torch import Tensor
 from ..model.feature_maps import MapStore
 from ..model.strip_checks import check_no_dropout
 from ..model.strip_spans import HALO
-from ..model.strips import convolution_values
 from ..model.tiled import check_max_memory
-from ..model.working_memory import WorkingMemory
+from ..model.working_memory import WorkingMemory, convolution_values
 from ..ops.thread_pool import num_workers
 from .clip_checks import check_model
 from .clip_convolution import PADDING

@@ -118,6 +118,7 @@ class ConvolvedRows:
         source: its input.
         buffer: holds a strip of the input.
         spans: the strips that will be computed, which decide whether a Winograd convolution is faster; if empty, it is direct.
+        packed: what `pack_direct` returned for the convolution.
     """
 
     def __init__(
@@ -126,18 +127,18 @@ class ConvolvedRows:
         source: StoredRows | NormalisedRows,
         buffer: StripBuffer,
         spans: Sequence[Span] = (),
+        packed: Convolution | None = None,
     ) -> None:
         self.conv, self.source, self.buffer = conv, source, buffer
-        self.packed: Convolution | WinogradConvolution | None = None
-        if not is_plain_conv(conv):
+        self.packed: Convolution | WinogradConvolution | None = packed
+        if packed is not None or not is_plain_conv(conv):
             return
         x = source.x
         strips = [(last - first, x.width) for first, last in spans]
         if winograd_is_faster(conv.weight, strips, buffer.winograd_bytes):
             self.packed = WinogradConvolution(conv.weight, conv.bias, buffer.winograd_bytes, buffer.threads)
         else:
-            typical_input = (1, x.channels, min(x.height, TYPICAL_ROWS) + HALO, x.width)
-            self.packed = Convolution(*cast_parameters(conv.weight, conv.bias, x.dtype), (0, 1), typical_input)
+            self.packed = _pack(conv, x)
 
     def write_rows(self, first: int, last: int, out: Tensor) -> None:
         if self.packed is None:
@@ -159,6 +160,19 @@ class ConvolvedRows:
         inside = strip[:, :, 1 - above : strip.shape[2] - 1 + below]
         convolved = self.conv(inside.clone())  # a hook may keep its input, and the buffer is reused
         out.add_(convolved[:, :, above : convolved.shape[2] - below])
+
+
+def pack_direct(conv: nn.Conv2d, x: FeatureMap, winograd_bytes: int) -> Convolution | None:
+    """Return the direct convolution of maps as high and wide as x, None if it is modified or may be a Winograd convolution."""
+    # For the strips of a map, Winograd's method is never faster than for the whole map.
+    if not is_plain_conv(conv) or winograd_is_faster(conv.weight, [(x.height, x.width)], winograd_bytes):
+        return None
+    return _pack(conv, x)
+
+
+def _pack(conv: nn.Conv2d, x: FeatureMap) -> Convolution:
+    typical_input = (1, conv.in_channels, min(x.height, TYPICAL_ROWS) + HALO, x.width)
+    return Convolution(*cast_parameters(conv.weight, conv.bias, x.dtype), (0, 1), typical_input)
 
 
 class UpsampledRows:

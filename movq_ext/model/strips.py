@@ -25,22 +25,24 @@ from torch import Tensor, nn
 from .. import profiling
 from ..ops.functional import attention, shared_kv_attention
 from ..ops.native import compute_dtype
+from ..ops.onednn import Convolution
 from ..ops.thread_pool import run_in_threads
 from .feature_maps import FeatureMap, MapStore, Moments
 from .fusion import is_plain_conv3x3
 from .layers import AttnBlock, Downsample, ResnetBlock, Upsample, is_plain_network
 from .strip_checks import LayeredDecoder, LayeredNetwork, check_decoder_layers, check_encoder_layers
 from .strip_norms import NormalisedRows
-from .strip_rows import ConvolvedRows, Pointwise, PointwiseRows, RowSource, StoredRows, StripBuffer, UpsampledRows
+from .strip_rows import ConvolvedRows, Pointwise, PointwiseRows, RowSource, StoredRows, StripBuffer, UpsampledRows, pack_direct
 from .strip_spans import Span, divide_reused_rows
-from .working_memory import WorkingMemory, cpu_memory
-
-# Number of values in all tensors of a strip, per pixel and channel of its map.
-ATTENTION_VALUES = 8
-UPSAMPLE_VALUES = 10
-DOWNSAMPLE_VALUES = 12  # of the smaller map
-INPUT_VALUES = 3  # a copy, and its moments in float32
-
+from .working_memory import (
+    ATTENTION_VALUES,
+    DOWNSAMPLE_VALUES,
+    INPUT_VALUES,
+    UPSAMPLE_VALUES,
+    WorkingMemory,
+    convolution_values,
+    cpu_memory,
+)
 
 Result = TypeVar("Result")
 
@@ -179,14 +181,15 @@ class Strips:
         conv: nn.Conv2d,
         out: FeatureMap | None = None,
         residual: RowSource | None = None,
+        packed: Convolution | None = None,
     ) -> FeatureMap:
-        """Return ``residual + conv(source)``, written to ``out`` or to a new map."""
+        """Return ``residual + conv(source)``, written to ``out`` or to a new map. packed: see `pack_direct`."""
         x = source.x
         if out is None:
             out = self.store.allocate(conv.out_channels, x.height, x.width)
         values = convolution_values(x.channels, conv.out_channels)
         groups = self._groups(x, values, out)
-        convolved = ConvolvedRows(conv, source, self._buffer, [span for group in groups for span in group])
+        convolved = ConvolvedRows(conv, source, self._buffer, [span for group in groups for span in group], packed)
 
         def write_strip(first: int, last: int) -> Moments:
             rows = out.reserve(first, last)
@@ -252,14 +255,24 @@ class Strips:
     # --- Layers
 
     def _resnet_block(self, block: ResnetBlock, x: FeatureMap) -> FeatureMap:
-        h = self.convolve(self._normalised(block.norm1, x, "silu"), block.conv1)
+        packed1, packed2 = self._pack_direct(x, block.conv1, block.conv2)
+        h = self.convolve(self._normalised(block.norm1, x, "silu"), block.conv1, packed=packed1)
         in_place = block.out_channels <= block.in_channels and not hasattr(block, "conv_shortcut")
         out = x.reuse_storage(block.out_channels) if in_place else self.store.allocate(block.out_channels, x.height, x.width)
-        self.convolve(self._normalised(block.norm2, h, "silu"), block.conv2, out, self._shortcut(block, x))
+        self.convolve(self._normalised(block.norm2, h, "silu"), block.conv2, out, self._shortcut(block, x), packed2)
         self.store.release(h)
         if not in_place:
             self.store.release(x)
         return out
+
+    def _pack_direct(self, x: FeatureMap, *convs: nn.Conv2d) -> list[Convolution | None]:
+        """Return what `pack_direct` returns for each convolution. Each thread packs one."""
+        threads = self._threads(x, convolution_values(x.channels, convs[0].out_channels))
+        return run_in_threads(lambda conv: pack_direct(conv, x, self.memory.winograd), convs, threads)
+
+    def _threads(self, x: FeatureMap, values_per_pixel: int) -> int:
+        """Return how many threads have a strip of x to compute."""
+        return min(len(self.spans(x, values_per_pixel)), self.memory.strip_workers(x, values_per_pixel))
 
     def _shortcut(self, block: ResnetBlock, x: FeatureMap) -> RowSource:
         if hasattr(block, "conv_shortcut"):
@@ -321,16 +334,14 @@ class Strips:
 
     def _upsample_by_windows(self, conv: nn.Conv2d, x: FeatureMap, out: FeatureMap) -> None:
         values = UPSAMPLE_VALUES * x.channels
-        spans = self.spans(x, values)
-        threads = min(len(spans), self.memory.strip_workers(x, values))
-        upsampled = UpsampledRows(conv, x, self._buffer, threads)
+        upsampled = UpsampledRows(conv, x, self._buffer, self._threads(x, values))
 
         def write_strip(first: int, last: int) -> Moments:
             rows = out.reserve(2 * first, 2 * last)
             upsampled.write_rows(first, last, rows)
             return out.commit_strip(2 * first, rows)
 
-        out.complete(self.run(write_strip, x, values, spans))
+        out.complete(self.run(write_strip, x, values))
 
     def _downsample(self, layer: Downsample, x: FeatureMap) -> FeatureMap:
         out = self.store.allocate(x.channels, x.height // 2, x.width // 2)
@@ -345,15 +356,6 @@ class Strips:
 
     def _normalised(self, norm: nn.Module, x: FeatureMap, activation: str | None) -> NormalisedRows:
         return NormalisedRows(norm, x, self.zq, activation)
-
-
-def convolution_values(channels: int, out_channels: int) -> int:
-    """Return the number of values in all tensors of a convolution, per pixel of a strip.
-
-    Input channels: the strip, its normalised copy, float32 copies of both, and scales. Output channels: the result and the
-    residual.
-    """
-    return 5 * channels + 2 * out_channels
 
 
 def _as_tokens(rows: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from .encoder import Encoder
 from .layers import ResnetBlock
 from .strip_checks import LayeredNetwork, check_no_dropout
 from .strip_spans import HALO
-from .strips import computes_in_float32, convolution_values, decode_in_strips, encode_in_strips
-from .working_memory import CPU_MEMORY, WorkingMemory
+from .strips import computes_in_float32, decode_in_strips, encode_in_strips
+from .working_memory import CPU_MEMORY, WorkingMemory, convolution_values
 
 MIB = 1 << 20
 

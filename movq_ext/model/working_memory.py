@@ -16,6 +16,11 @@ from .strip_spans import HALO, MIN_ROWS, Span, divide_rows
 # Of the strips that threads compute at once, without a memory limit. A larger map allows as much as it takes itself.
 MAX_STRIPS_BYTES = 512 << 20
 MIN_THREADED_VALUES = 1 << 18  # in all tensors of a map: for less work, threads would take longer to meet than they save
+# Number of values in all tensors of a strip, per pixel and channel of its map.
+ATTENTION_VALUES = 8
+UPSAMPLE_VALUES = 10
+DOWNSAMPLE_VALUES = 12  # of the smaller map
+INPUT_VALUES = 3  # a copy, and its moments in float32
 
 
 class WorkingMemory(NamedTuple):
@@ -75,3 +80,12 @@ CPU_MEMORY = WorkingMemory(strip=32 << 20, winograd=WINOGRAD_BYTES)
 def cpu_memory() -> WorkingMemory:
     """Return CPU_MEMORY, shared by as many threads as PyTorch has now."""
     return CPU_MEMORY._replace(workers=num_workers())
+
+
+def convolution_values(channels: int, out_channels: int) -> int:
+    """Return the number of values in all tensors of a convolution, per pixel of a strip.
+
+    Input channels: the strip, its normalised copy, float32 copies of both, and scales. Output channels: the result and the
+    residual.
+    """
+    return 5 * channels + 2 * out_channels
