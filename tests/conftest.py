@@ -86,6 +86,12 @@ def decoder(model_folder):
 
 
 @pytest.fixture
+def in_strips(monkeypatch):
+    """Decode small images in strips too, which a CPU would decode as whole maps."""
+    monkeypatch.setattr(movq_ext.model.decoder, "MAX_WHOLE_MAP_BYTES", 0)
+
+
+@pytest.fixture
 def machine(monkeypatch):
     """A GPU that this machine does not have."""
     monkeypatch.setattr(self_test, "_results", {})

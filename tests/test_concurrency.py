@@ -9,6 +9,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from movq_ext import MOVQ, annotate, decode_tiled
 
+pytestmark = pytest.mark.usefixtures("in_strips")
+
 THREADS, ROUNDS = 8, 3
 DDCONFIG = dict(
     ch=32, out_ch=3, ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=(16,), in_channels=3, resolution=32, z_channels=4

@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from movq_ext import AttnBlock, MOVQDecoder, ResnetBlock, SpatialNorm, Upsample, decode_tiled
 
+pytestmark = pytest.mark.usefixtures("in_strips")
+
 
 def operations(run):
     """Floating-point operations of calling run, as torch counts them."""

@@ -31,6 +31,8 @@ from movq_ext.model.working_memory import WorkingMemory
 from movq_ext.ops.onednn import Convolution
 from movq_ext.ops.winograd import WinogradConvolution
 
+pytestmark = pytest.mark.usefixtures("in_strips")
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 LITTLE, SOME, PLENTY = 350_000, 1_000_000, 1 << 30  # bytes: several strips and files, several strips, one strip
 

@@ -23,6 +23,8 @@ from movq_ext.model.strip_rows import ConvolvedRows, StripBuffer
 from movq_ext.model.strip_spans import HALO
 from movq_ext.ops import thread_pool, winograd
 
+pytestmark = pytest.mark.usefixtures("in_strips")
+
 LITTLE = 2_000_000  # bytes: several strips for each of two threads, and files
 
 
@@ -160,9 +162,10 @@ def test_every_operator_is_single_threaded(threads, monkeypatch):
 
 WITHOUT_TEAM = """
 import os, torch
-from movq_ext import MOVQDecoder
-decoder = MOVQDecoder(ch=32, out_ch=3, ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=[], in_channels=3, resolution=64,
-                      z_channels=4, zq_ch=4).eval()
+import movq_ext
+movq_ext.model.decoder.MAX_WHOLE_MAP_BYTES = 0
+decoder = movq_ext.MOVQDecoder(ch=32, out_ch=3, ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=[], in_channels=3,
+                               resolution=64, z_channels=4, zq_ch=4).eval()
 z = torch.randn(1, 4, 32, 32)
 torch.set_num_threads(2)
 before = len(os.listdir("/proc/self/task"))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.statistics import MeasuredMap
+from ..ops.thread_pool import num_workers, run_in_threads, run_in_worker
 from .activation_checkpointing import ActivationCheckpointing
 from .checks import (
     check_attention_levels,
@@ -26,6 +27,10 @@ from .layers import AttnBlock, MiddleBlock, ResnetBlock, Stage, Upsample, input_
 from .modulation import Modulations
 from .norms import NORM_GROUPS, SpatialNorm, make_norm
 from .strips import decode_in_strips
+
+# Of maps at the image's resolution that all threads compute at once. Up to about this size one thread decodes whole maps in less
+# time than all threads decode strips: its cache holds the maps, and strips take more operators.
+MAX_WHOLE_MAP_BYTES = 2 << 20
 
 
 class DecoderStep(NamedTuple):
@@ -145,6 +150,8 @@ class MOVQDecoder(ActivationCheckpointing):
         self.check_latents(z, zq)
         if runs_inference(self, z, zq) and is_plain_network(self):
             if z.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+                if batch_size := self._images_in_cache(z):
+                    return self._forward_in_cache(z, zq, batch_size)
                 return decode_in_strips(self, z, zq)  # strips stay in the cache
             return self._forward_fused(z, zq)
         z, zq = _in_channels_last(z, zq)
@@ -173,6 +180,25 @@ class MOVQDecoder(ActivationCheckpointing):
             return features.contiguous()
         image: Tensor = self.conv_out(run_fused(self.norm_out, features, modulations, "silu", statistics=statistics))
         return image.contiguous()
+
+    def _forward_in_cache(self, z: Tensor, zq: Tensor, batch_size: int) -> Tensor:
+        """Compute `_forward_fused` of batches that fit a thread's cache. Threads decode batches of their own."""
+        batches = list(zip(z.split(batch_size), zq.split(batch_size), strict=True))
+        if len(batches) == 1:
+            return run_in_worker(lambda: self._forward_fused(z, zq))
+        return torch.cat(run_in_threads(lambda batch: self._forward_fused(*batch), batches))
+
+    def _images_in_cache(self, z: Tensor) -> int:
+        """Return how many images each thread decodes as whole maps at once; 0 if they are decoded in strips.
+
+        float16 is always decoded in strips, which compute it in float32.
+        """
+        if z.dtype == torch.float16:
+            return 0
+        threads = num_workers()
+        pixels = z[0, 0].numel() << 2 * (self.num_resolutions - 1)
+        map_bytes = pixels * self.conv_out.in_channels * z.itemsize
+        return min(MAX_WHOLE_MAP_BYTES // threads // map_bytes, -(-len(z) // threads))
 
     def forward_with_features_output(self, z: Tensor, zq: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Decode as `forward` does, and return every intermediate map by name, in execution order.
