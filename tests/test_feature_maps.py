@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from models import PeakBytes, draw
 from spies import record_calls
 from tolerances import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from movq_ext.model import feature_maps
 from movq_ext.model.feature_maps import FeatureMap, FileStorage, MapStore, MemoryStorage, Moments, upcast
@@ -111,6 +112,45 @@ def test_moments_take_little_memory(dtype):
     assert moments.count == 6400
     torch.testing.assert_close(moments.mean, values.mean((0, 2, 3)), rtol=1e-6, atol=0)
     torch.testing.assert_close(moments.m2 / 6400, values.var((0, 2, 3), correction=0), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("mean", [1e4, -300.0])
+@pytest.mark.parametrize("first_is_flat", [False, True])
+def test_moments_of_values_far_from_zero(mean, first_is_flat):
+    """Also where the first part, whose mean the others are compared with, differs from the rest of the strip."""
+    strip = (draw(1, 8, 80, 100).double() + mean).float()
+    if first_is_flat:
+        strip[:, :, :20] = mean / 2
+    moments, values = Moments(), strip.double()
+    moments.add(strip.contiguous(memory_format=torch.channels_last))
+    deviation = values.std((0, 2, 3))
+    assert ((moments.mean - values.mean((0, 2, 3))).abs() < 1e-4 * deviation).all()
+    torch.testing.assert_close(moments.m2 / 8000, values.var((0, 2, 3), correction=0), rtol=1e-5, atol=0)
+
+
+def test_moments_of_equal_values():
+    """Their variance is zero, not a negative rounding error."""
+    moments = Moments()
+    moments.add(torch.full((1, 8, 80, 100), 1 / 3).contiguous(memory_format=torch.channels_last))
+    assert (0 <= moments.m2).all() and (moments.m2 < 1e-9).all()
+    torch.testing.assert_close(moments.mean, torch.full((8,), 1 / 3, dtype=torch.float64), rtol=1e-7, atol=0)
+
+
+def test_moments_of_a_strip_take_few_operators():
+    """Their number does not grow with the strip. In narrow models each takes longer to start than to read its values."""
+
+    class Count(TorchDispatchMode):
+        operators = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.operators += not func.is_view
+            return func(*args, **(kwargs or {}))
+
+    for rows in (40, 400):
+        strip, moments = draw(1, 32, rows, 64).contiguous(memory_format=torch.channels_last), Moments()
+        with Count() as count:
+            moments.add(strip)
+        assert count.operators <= 7 * feature_maps.PARTS
 
 
 @pytest.mark.parametrize("channels", [3, 2, 1])

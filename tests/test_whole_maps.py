@@ -59,7 +59,9 @@ def test_small_images_are_decoded_as_whole_maps(threads, batches, strips, name, 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("count, fits, expected", [(1, 4, [4, 1]), (1, 1, [1] * 5), (2, 8, [3, 2]), (2, 4, [2, 2, 1]), (3, 2, None)])
+@pytest.mark.parametrize(
+    "count, fits, expected", [(1, 4, [4, 1]), (1, 1, [1] * 5), (2, 8, [3, 2]), (2, 4, [2, 2, 1]), (3, 2, None)]
+)
 def test_threads_share_the_cache(threads, batches, strips, monkeypatch, count, fits, expected):
     """Of maps of ``fits`` images, each thread holds its share. Maps that do not fit are computed in strips."""
     decoder, (z, zq) = make_decoder(), latents((4, 6), batch=5)
