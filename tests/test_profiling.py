@@ -79,7 +79,7 @@ def test_every_layer_is_a_range_inside_its_block(decoder, z):
     assert range_names(decoder, lambda: decoder(z, z)) == []
 
 
-def test_layers_have_ranges_in_strips_too(decoder, z):
+def test_layers_have_ranges_in_strips_too(decoder, z, in_strips):
     with movq_ext.annotate(decoder):
         parents, names = profile_ranges(decoder, lambda: decoder(z, z), layer_by_layer=False)
     expected = [

@@ -56,7 +56,7 @@ def test_autocast_casts_a_weight_once_per_layer(monkeypatch):
 
 @pytest.mark.parametrize("name", ["mid.block_1.conv1", "up.1.upsample.conv", "conv_out"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_a_layer_of_another_dtype_raises_outside_autocast(name, dtype):
+def test_a_layer_of_another_dtype_raises_outside_autocast(name, dtype, in_strips):
     decoder, (z, zq) = make_decoder(), latents((40, 4))
     decoder.get_submodule(name).to(dtype)
     with torch.no_grad():
