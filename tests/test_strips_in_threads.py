@@ -60,7 +60,7 @@ def decode(decoder, z, zq, max_memory=None):
 @pytest.mark.parametrize("count, max_memory", [(2, None), (3, None), (2, LITTLE)])
 def test_threads_match_whole_maps(threads, runs, name, count, max_memory):
     changes, grid, zq_grid = CASES[name]
-    decoder, (z, zq) = make_decoder(**changes), latents(grid, zq_grid=zq_grid)
+    decoder, (z, zq) = make_decoder(**changes), latents(grid, batch=count + 1, zq_grid=zq_grid)
     threads(1)
     expected = decoder(z, zq).double()  # with gradients: layer by layer
     decode(decoder, z, zq, max_memory)
@@ -70,6 +70,43 @@ def test_threads_match_whole_maps(threads, runs, name, count, max_memory):
     assert runs[-1] == 1  # the decode
     assert max(runs) in (range(2, count + 1) if name != "one row" else [1])
     assert_close(out, expected, slack=5)
+
+
+@pytest.fixture
+def images(monkeypatch):
+    """Return the number of threads that shared each image, sorted."""
+    return record_calls(monkeypatch, strips.Strips, "decode", lambda image, self, *_: self.memory.workers)
+
+
+@pytest.mark.parametrize("count, batch, expected", [(2, 5, [1, 1, 1, 1, 2]), (2, 1, [2]), (3, 3, [1, 1, 1]), (3, 2, [3, 3])])
+def test_threads_decode_images_of_their_own(threads, runs, images, count, batch, expected):
+    """Only what is left of a batch is divided into strips."""
+    decoder, (z, zq) = make_decoder(), latents((16, 6), batch=batch)
+    threads(count)
+    out = decode(decoder, z, zq)
+    assert sorted(images) == expected and max(runs) == count
+    assert len(runs) == 2 if max(expected) == 1 else len(runs) > 10  # the images, and all of them in one tensor
+    assert_close(out, decoder(z, zq).double(), slack=5)
+
+
+def test_large_images_are_decoded_one_by_one(threads, monkeypatch, images):
+    """In strips of all threads, so that memory does not grow with their number. With a memory limit, all images are."""
+    decoder, (z, zq) = make_decoder(), latents((16, 6), batch=2)
+    block_bytes = 2 * (32 * 12) * (64 + 32) * 4  # of two images
+    threads(2)
+    for limit in (block_bytes, block_bytes - 1):
+        monkeypatch.setattr(strips, "MAX_IMAGES_BYTES", limit)
+        decode(decoder, z, zq)
+    decode(decoder, z, zq, LITTLE)
+    assert images == [1, 1, 2, 2, 2, 2]
+
+
+def test_images_alone_share_the_memory_of_strips(threads, monkeypatch):
+    seen = record_calls(monkeypatch, strips.Strips, "decode", lambda image, self, *_: self.memory)
+    threads(2)
+    decode(make_decoder(), *latents((16, 6), batch=3))
+    alone, shared = seen[0], seen[-1]
+    assert (alone.strip, alone.winograd, alone.workers) == (shared.strip // 2, shared.winograd, 1)
 
 
 @pytest.mark.parametrize("max_memory", [LITTLE, None])

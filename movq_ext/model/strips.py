@@ -44,13 +44,14 @@ from .working_memory import (
     cpu_memory,
 )
 
+MAX_IMAGES_BYTES = 512 << 20  # of the maps of images that threads decode at once, without a memory limit
 Result = TypeVar("Result")
 
 
 def decode_in_strips(
     decoder: LayeredDecoder, z: Tensor, zq: Tensor, memory: WorkingMemory | None = None, folder: str | None = None
 ) -> Tensor:
-    """Return ``decoder(z, zq)``, computed image by image and without gradients.
+    """Return ``decoder(z, zq)``, computed without gradients. Threads decode an image each, or strips of the same image.
 
     Args:
         decoder: its layers must pass `check_decoder_layers`.
@@ -64,14 +65,31 @@ def decode_in_strips(
     check_decoder_layers(decoder)
     memory = (memory or cpu_memory()).for_network(decoder)
 
-    def decode_images() -> Tensor:
-        images = []
-        for image_z, image_zq in zip(z.split(1), zq.contiguous(memory_format=torch.channels_last).split(1), strict=True):
-            with MapStore(compute_dtype(z), z.device, memory.maps, folder) as store:
-                images.append(Strips(store, image_zq, memory).decode(decoder, image_z))
-        return torch.cat(images)
+    def decode_image(index: int, memory: WorkingMemory) -> Tensor:
+        image_z, image_zq = z[index : index + 1], zq[index : index + 1].contiguous(memory_format=torch.channels_last)
+        with MapStore(compute_dtype(z), z.device, memory.maps, folder) as store:
+            return Strips(store, image_zq, memory).decode(decoder, image_z)
 
-    return memory.run(decode_images)
+    alone = range(_count_images_alone(decoder, z, memory))
+    one_thread = memory._replace(strip=memory.strip // memory.workers, workers=1)
+    images = run_in_threads(lambda index: decode_image(index, one_thread), alone, memory.workers)
+    return memory.run(lambda: torch.cat([*images, *(decode_image(index, memory) for index in range(len(alone), len(z)))]))
+
+
+def _count_images_alone(decoder: LayeredDecoder, z: Tensor, memory: WorkingMemory) -> int:
+    """Return how many images are decoded by one thread each: as many as keep all threads busy. Threads share each of the others.
+
+    Threads with an image each never wait for each other. The maps of all their images must be small.
+    """
+    pixels, map_bytes = z[0, 0].numel(), 0  # of a block's input, and the map between its convolutions
+    for layer in decoder.layers():
+        if isinstance(layer, Upsample):
+            pixels *= 4
+        elif isinstance(layer, ResnetBlock):
+            map_bytes = max(map_bytes, pixels * (layer.in_channels + layer.out_channels) * z.itemsize)
+    if memory.maps is not None or memory.workers == 1 or memory.workers * map_bytes > MAX_IMAGES_BYTES:
+        return 0
+    return len(z) // memory.workers * memory.workers
 
 
 def encode_in_strips(encoder: LayeredNetwork, x: Tensor, memory: WorkingMemory, folder: str | None = None) -> Tensor:
