@@ -71,7 +71,7 @@ def test_strips(height, layout, threads, monkeypatch):
 
 
 @pytest.mark.parametrize("repeats_first_frame", [False, True])
-@pytest.mark.parametrize("block_bytes", [1, 20000], ids=["smallest blocks", "some blocks"])
+@pytest.mark.parametrize("block_bytes", [1, 8000], ids=["smallest blocks", "some blocks"])
 def test_blocks(block_bytes, repeats_first_frame, monkeypatch):
     """Of a strip that exceeds a block's memory: fewer rows of tiles, then fewer columns."""
     monkeypatch.setattr(winograd, "MAX_BLOCK_BYTES", block_bytes)
@@ -80,6 +80,12 @@ def test_blocks(block_bytes, repeats_first_frame, monkeypatch):
     out = convolve_clip(x, weight, bias, repeats_first_frame)
     assert_close(out, expected(x, weight, bias, repeats_first_frame))
     assert len(blocks) > 6 and {shape[0] for shape in blocks} == {out.shape[2]}
+
+
+def test_blocks_grow_with_the_factors():
+    """With three taps in time, a block reads three times the factors, so it may have three times the pixels."""
+    one, three = (WinogradConvolution(draw(4, 4, taps, 3, 3), None, 1 << 30) for taps in (1, 3))
+    assert three.block_bytes == 3 * one.block_bytes == 3 * winograd.MAX_BLOCK_BYTES
 
 
 def test_without_a_bias_and_into_memory_of_a_larger_clip():

@@ -20,7 +20,8 @@ from .thread_pool import run_in_threads
 from .winograd_filters import MIN_CHANNELS, TILE, as_matrix, sum_columns, transform_columns
 
 WINOGRAD_BYTES = 40 << 20  # usual limit of a convolution: the factors of 512 x 512 weights take 24 MiB
-MAX_BLOCK_BYTES = 16 << 20  # for all tensors of the blocks that threads compute at once
+# For all tensors of the blocks that threads compute at once, for each tap in time: every block reads the factors of all taps.
+MAX_BLOCK_BYTES = 16 << 20
 MIN_BLOCK_COLUMNS = 16
 PART_COLUMNS = 1 << 14  # of the matrix of a weight's taps: parts of it stay in the cache while their factors are computed
 # Costs in units of one multiplication of a direct convolution, from measured times on a CPU with AVX-512.
@@ -101,7 +102,7 @@ class WinogradConvolution:
 
         run_in_threads(write_factors, range(0, self.channels, size), threads)
         self.factors = factors.unflatten(0, (TILE.rows.products, TILE.columns.products))
-        self.block_bytes = min(max_bytes - self.factors.nbytes, MAX_BLOCK_BYTES) // threads
+        self.block_bytes = min(max_bytes - self.factors.nbytes, MAX_BLOCK_BYTES * self.taps) // threads
 
     def write_to(self, out: Tensor, x: Tensor) -> None:
         """Write the convolution of x ``(1, in, H + 2, W)`` to out ``(1, out, H, W)``.
