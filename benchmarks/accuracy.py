@@ -52,7 +52,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accuracy"), help="folder for the results")
-    parser.add_argument("--size", type=int, help="pixels of the random model's image; 64 on a CPU, 512 on a GPU")
+    parser.add_argument("--size", type=int, help="pixels of the random model's image; 128 on a CPU, 512 on a GPU")
     parser.add_argument("--seeds", type=int, default=3, help="number of latents, and of photographs")
     parser.add_argument("--compile", nargs="*", choices=DTYPES, help="dtypes to compile; float32 on a CPU, all on a GPU")
     parser.add_argument("--minutes", type=float, default=60.0, help="start no decoder after this long")
@@ -61,7 +61,7 @@ def main() -> int:
     options = parser.parse_args()
     device, start = torch.device(options.device), time.monotonic()
     gpu = device.type == "cuda"
-    size = options.size or (64 if options.quick else 512 if gpu else 64)
+    size = options.size or (64 if options.quick else 512 if gpu else 128)
     compiled = options.compile if options.compile is not None else () if options.quick else DTYPES if gpu else DTYPES[:1]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
