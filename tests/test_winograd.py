@@ -209,6 +209,7 @@ MODELS = {
 
 @pytest.mark.skipif(without_onednn, reason="compares with oneDNN")
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.usefixtures("in_strips")
 @torch.no_grad()
 def test_the_error_of_a_decode_is_at_most_that_of_direct_convolutions(monkeypatch, name):
     blocks = record_calls(monkeypatch, WinogradConvolution, "_write_block", lambda *_: True)
