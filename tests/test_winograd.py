@@ -64,6 +64,14 @@ def test_factors(monkeypatch, columns, threads, layout):
     assert_close(factors, expected.permute(2, 3, 1, 0)[:, :, None])
 
 
+@pytest.mark.parametrize("channels, threads", [(6, 1), (6, 2), (7, 3), (2, 4)])
+def test_each_thread_computes_factors(monkeypatch, channels, threads):
+    parts = []
+    monkeypatch.setattr(winograd, "run_in_threads", lambda function, items, workers: parts.extend(items))
+    WinogradConvolution(draw(5, channels, 3, 3), None, 1 << 20, threads)
+    assert len(parts) == min(channels, threads)
+
+
 def test_without_a_bias():
     weight, bias, x, out = arguments(8, 4, 8, 8, bias=False)
     expected = expected_sum(weight, bias, x, out)

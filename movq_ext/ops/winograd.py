@@ -93,7 +93,7 @@ class WinogradConvolution:
         factors = weight.new_empty(TILE.products, self.taps, self.channels, self.out_channels)
         from_taps = TILE.taps_matrix(weight.dtype)
         weight = weight.reshape(self.out_channels, self.channels, self.taps, 9).transpose(0, 1)
-        size = max(1, PART_COLUMNS // self.out_channels)
+        size = max(1, min(PART_COLUMNS // self.out_channels, -(-self.channels // threads)))
 
         def write_factors(first: int) -> None:
             part = slice(first, first + size)
