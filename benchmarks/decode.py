@@ -20,8 +20,9 @@ faster of two measured rates (a matrix product and a 3x3 convolution in that dty
 copy. It may exceed 1, since ours takes fewer operations.
 
 The results are written after every case, so an interrupted run keeps its finished cases. ``--resume`` adds to the results in
-``--out``: it measures the cases that are missing or had no time, on the same machine and with the same versions. The rows have
-their date and commit.
+``--out``, on the same machine with the same versions, ``--seconds`` and ``--quick``. It measures the cases in which a peer is
+missing or ran out of time. A new row replaces the same peer's row, unless the new one has fewer rounds. "failed" says why a peer
+stopped early; the rounds before that count. Each row has its own date and commit.
 """
 
 from __future__ import annotations
@@ -47,13 +48,13 @@ from work import work
 import movq_ext
 from movq_ext.demo import SMALL_MODEL_PATH
 
-MEASURED = ("ms", "spread", "rounds", "MB", "kept MB", "images/s", "of roofline", "date", "commit")
+MEASURED = ("ms", "spread", "rounds", "failed", "MB", "kept MB", "images/s", "of roofline", "date", "commit")
 MODELS = ("kandinsky", "shipped")
 COMPARISON = "ours against the best peer"
 
 
 def chosen_measurements(options: argparse.Namespace) -> list[Measurement]:
-    """Return the plan's measurements, or those of every combination of the options. Other options change some of them."""
+    """Return what to measure: a plan's cases or every combination of the options. `changed` applies the other options."""
     if options.plan:
         plan = PLANS[options.plan]
         chosen = [plan[number - 1] for number in options.cases or range(1, len(plan) + 1)]
@@ -83,7 +84,7 @@ def default_peers(case: Case) -> tuple[str, ...]:
 
 
 def changed(measurement: Measurement, options: argparse.Namespace) -> Measurement:
-    """Return the measurement with the options' peers and at most their rounds; to rehearse, of a small case."""
+    """Apply --quick, --peers and --rounds to a measurement: a small case, the given peers and at most so many rounds."""
     case, peers, rounds = measurement
     if options.quick:
         # With one thread: two would wait for each other on a busy machine.
@@ -131,14 +132,12 @@ def rows_of(case: Case, results: dict[str, dict[str, Any]], seconds: float, date
     """
     rows = []
     for name, result in results.items():
-        row = {**case._asdict(), "decoder": name, **dict.fromkeys(MEASURED, "-"), **dated}
-        row |= {key: result[key] for key in ("MB", "kept MB") if key in result}
+        row = {**case._asdict(), "decoder": name, **dict.fromkeys(MEASURED, "-"), "rounds": len(result["ms"]), **dated}
+        row |= {key: result[key] for key in ("failed", "MB", "kept MB") if key in result}
         if result["ms"]:
             ms, spread = summary(result["ms"])
-            row |= {"ms": ms, "spread": spread, "rounds": len(result["ms"]), "images/s": 1e3 * case.batch / ms}
+            row |= {"ms": ms, "spread": spread, "images/s": 1e3 * case.batch / ms}
             row["of roofline"] = 1e3 * case.batch * seconds / ms
-        else:
-            row["ms"] = result.get("failed", "not timed")
         rows.append(row)
     return rows
 
@@ -165,9 +164,7 @@ class Limits:
         found.pop("threads", None)
         self.dated = {key: found.pop(key) for key in ("date", "commit")}
         for key, value in found.items():
-            name = key if key in ("torch", "movq_ext") else f"{case.device}: {key}"
-            if (before := self.head.setdefault(name, value)) != value:
-                raise SystemExit(f"--resume needs the environment of the earlier run: expected {name} {before}, got {value}")
+            record(self.head, key if key in ("torch", "movq_ext") else f"{case.device}: {key}", value)
         if f"{where}: copy bandwidth, GB/s" not in self.head:
             self.head[f"{where}: copy bandwidth, GB/s"] = copy_bandwidth(device) / 1e9
         dtype = getattr(torch, case.dtype)
@@ -185,12 +182,30 @@ class Limits:
         return float(passes * operations / peak + moved / (1e9 * self.head[f"{where}: copy bandwidth, GB/s"]))
 
 
+def record(head: dict[str, Any], name: str, value: Any) -> None:
+    """Add a value to the head. Raises SystemExit if the resumed run had another value."""
+    if (before := head.setdefault(name, value)) != value:
+        raise SystemExit(f"--resume needs the environment and settings of the earlier run: expected {name} {before}, got {value}")
+
+
+def earlier_report(path: Path) -> dict[str, Any]:
+    """Return the report to resume, which is empty if there is no such file. Raises SystemExit if an older version wrote it."""
+    report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": [], "work": {}}
+    columns = [*CASE, "decoder", *MEASURED]
+    for row in report["rows"]:
+        if list(row) != columns:
+            raise SystemExit(f"--resume cannot add to the older report {path}: expected the columns {columns}, got {list(row)}")
+    return report
+
+
 def main() -> None:
     options = parsed_options()
     deadline = time.monotonic() + 60 * options.minutes
-    earlier = json.loads((options.out / "decode.json").read_text()) if options.resume else {"rows": [], "work": {}}
+    earlier = earlier_report(options.out / "decode.json") if options.resume else {"rows": [], "work": {}}
     rows, work = earlier.pop("rows"), earlier.pop("work")
     head = {key: value for key, value in earlier.items() if not key.endswith(COMPARISON)}
+    record(head, "rehearsal (--quick)", options.quick)
+    record(head, "seconds of a turn (--seconds)", options.seconds)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_random(folder, small=options.quick)
@@ -200,14 +215,14 @@ def main() -> None:
             if is_finished(measurement, rows):
                 continue
             if case.device == "cuda" and not torch.cuda.is_available():
-                missing = {**dict.fromkeys((*CASE, "decoder", *MEASURED), "-"), "device": case.device, "ms": "missing: no GPU"}
-                rows += [] if missing in rows else [missing]
+                missing = {**dict.fromkeys((*CASE, "decoder", *MEASURED), "-"), "device": case.device, "failed": "no GPU"}
+                rows = merged(rows, [missing])
             elif options.compile_only:
                 measure_peers(measurement, options, folder, deadline)
             elif time.monotonic() < deadline:
                 seconds = limits.seconds(case)
                 found = rows_of(case, measure_peers(measurement, options, folder, deadline), seconds, limits.dated)
-                rows = in_order([row for row in rows if case_of(row) != case] + found)
+                rows = merged(rows, found)
                 save(options.out, limits, rows)
     if not options.compile_only:
         save(options.out, limits, rows)
@@ -241,16 +256,24 @@ def parsed_options() -> argparse.Namespace:
 
 
 def is_finished(measurement: Measurement, rows: Sequence[dict[str, Any]]) -> bool:
-    """True if the rows have all rounds of every peer, or why it failed other than for a lack of time."""
-    found = {row["decoder"]: row for row in rows if case_of(row) == measurement.case and row["ms"] != NO_TIME}
+    """True if every peer has all its rounds or failed. A failure in any round is final, except for a lack of time."""
+    found = {row["decoder"]: row for row in rows if case_of(row) == measurement.case}
     of_peers = [found.get(name) for name in measurement.peers]
-    return all(row and (row["rounds"] == "-" or row["rounds"] >= measurement.rounds) for row in of_peers)
+    return all(row and (row["rounds"] >= measurement.rounds or row["failed"] not in ("-", NO_TIME)) for row in of_peers)
 
 
-def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows in the order of the plans: documents and figures show the first case. Others follow."""
+def merged(rows: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows in the order of the plans, since documents and figures show the first case. Other cases follow.
+
+    A found row replaces the row of the same case and decoder, unless it has fewer rounds or only says that there was no time.
+    """
+    kept = {(case_of(row), row["decoder"]): row for row in rows}
+    for row in found:
+        before = kept.setdefault((case_of(row), row["decoder"]), row)
+        if (row["rounds"], row["failed"] != NO_TIME) >= (before["rounds"], before["failed"] != NO_TIME):
+            kept[case_of(row), row["decoder"]] = row
     order = {measurement.case: number for plan in PLANS.values() for number, measurement in enumerate(plan)}
-    return sorted(rows, key=lambda row: order.get(case_of(row), len(order)))
+    return sorted(kept.values(), key=lambda row: order.get(case_of(row), len(order)))
 
 
 def case_of(row: dict[str, Any]) -> Case:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import time
@@ -177,13 +178,16 @@ def convolution_rate(device: torch.device, size: int = 64, dtype: torch.dtype = 
 
 
 def write(folder: Path, name: str, title: str, head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    """Write name.json and name.md. There is one row for each measurement, and all rows have the same keys."""
+    """Write name.json and name.md, each atomically. There is one row for each measurement, and all rows have the same keys."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps({**head, "rows": rows}, indent=1, default=str))
     keys = list(rows[0]) if rows else []
     lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in head.items() if key not in ("movq_ext", "work")), ""]
     lines += [f"| {' | '.join(keys)} |", "|" + "---|" * len(keys)]
     lines += [
         "| " + " | ".join(f"{row[k]:.4g}" if isinstance(row[k], float) else str(row[k]) for k in keys) + " |" for row in rows
     ]
-    (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
+    texts = {"json": json.dumps({**head, "rows": rows}, indent=1, default=str), "md": "\n".join(lines) + "\n"}
+    for kind, text in texts.items():
+        temporary = folder / f"{name}.{kind}.tmp"
+        temporary.write_text(text)
+        os.replace(temporary, folder / f"{name}.{kind}")

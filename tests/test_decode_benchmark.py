@@ -140,7 +140,7 @@ def test_several_runs_fill_one_report(decode, monkeypatch, tmp_path):
 def test_a_case_without_time_is_measured_again(decode, monkeypatch, tmp_path):
     run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--cases", "1")
     run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--cases", "1", "2", "--resume", has_time=False)
-    assert [row["ms"] for row in report_of(tmp_path)["rows"]][-1] == "no time" and len(FakePeer.cases) == 1
+    assert report_of(tmp_path)["rows"][-1]["failed"] == "no time" and len(FakePeer.cases) == 1
     run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--cases", "1", "2", "--resume")
     rows = report_of(tmp_path)["rows"]
     assert len(FakePeer.cases) == 1 and measured(decode, tmp_path) == [1, 2] and all(row["ms"] > 0 for row in rows)
@@ -156,9 +156,84 @@ def test_runs_on_different_machines_do_not_mix(decode, monkeypatch, tmp_path):
     run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--cases", "1")
     before = (tmp_path / "decode.json").read_text()
     monkeypatch.setattr(decode, "environment", lambda device: {**environment(device), "torch": "9.9"})
-    with pytest.raises(SystemExit, match=r"--resume needs the environment of the earlier run: expected torch .*, got 9\.9"):
+    with pytest.raises(SystemExit, match=r"environment and settings of the earlier run: expected torch .*, got 9\.9"):
         run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--resume")
     assert (tmp_path / "decode.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--quick",), r"expected rehearsal \(--quick\) False, got True"),
+        (("--seconds", "2"), r"expected seconds of a turn \(--seconds\) 0\.5, got 2\.0"),
+    ],
+)
+def test_runs_with_different_settings_do_not_mix(decode, monkeypatch, tmp_path, change, message):
+    run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--cases", "1")
+    with pytest.raises(SystemExit, match=message):
+        run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--resume", *change)
+    assert not FakePeer.cases and measured(decode, tmp_path) == [1]
+
+
+def test_a_report_of_an_older_version_is_refused(decode, monkeypatch, tmp_path):
+    """Such as one with the date, commit and rounds in its head."""
+    run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--cases", "1")
+    report = report_of(tmp_path)
+    for row in report["rows"]:
+        del row["date"], row["commit"]
+    (tmp_path / "decode.json").write_text(json.dumps({"date": "today", "commit": "abc", "rounds": 3, **report}))
+    with pytest.raises(SystemExit, match=r"cannot add to the older report .*decode\.json: expected the columns .*'commit'"):
+        run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--resume")
+    assert report_of(tmp_path)["date"] == "today"
+
+
+def test_resume_without_an_earlier_report_measures_all(decode, monkeypatch, tmp_path):
+    run(decode, monkeypatch, tmp_path / "new", "--plan", "cpu", "--cases", "1", "2", "--resume")
+    assert measured(decode, tmp_path / "new") == [1, 2]
+
+
+def test_resume_keeps_rows_of_other_peers(decode, monkeypatch, tmp_path):
+    run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--cases", "1")
+    rows = report_of(tmp_path)["rows"]
+    run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--cases", "1", "--resume", "--peers", "ours tiled")
+    *others, tiled = report_of(tmp_path)["rows"]
+    assert others == rows and tiled["decoder"] == "ours tiled" and tiled["ms"] > 0
+
+
+def test_a_row_with_fewer_rounds_replaces_nothing(decode, monkeypatch, tmp_path):
+    """Here the case lacks a peer, and there is no time to measure it again."""
+    run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--cases", "1", "--peers", "ours", "diffusers")
+    rows = report_of(tmp_path)["rows"]
+    run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--cases", "1", "--resume", has_time=False)
+    *found, compiled, _, _, _ = report_of(tmp_path)["rows"]
+    assert found == rows and all(row["rounds"] == 5 for row in rows) and (compiled["ms"], compiled["failed"]) == ("-", "no time")
+    failed = {**compiled, "failed": "out of memory"}
+    assert decode.merged([failed], [compiled]) == decode.merged([compiled], [failed]) == [failed]
+
+
+def test_a_failure_in_a_later_round_is_final(decode):
+    """It keeps the time of the rounds before, and is not measured again."""
+    results = {"ours": {"ms": [1.0] * 5}, "published": {"ms": [1.0, 3.0], "failed": "over 900 s"}}
+    measurement = decode.PLANS["cpu"][0]._replace(peers=tuple(results))
+    ours, published = rows = decode.rows_of(measurement.case, results, 1.0, {"date": "today", "commit": "abc"})
+    assert (published["ms"], published["rounds"], published["failed"], ours["failed"]) == (2.0, 2, "over 900 s", "-")
+    assert decode.is_finished(measurement, rows)
+
+
+def test_an_interrupted_write_leaves_the_earlier_report(decode, monkeypatch, tmp_path):
+    """Here the disk is full after half of the text."""
+    run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--cases", "1")
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    write_text = Path.write_text
+
+    def write_half(path, text):
+        write_text(path, text[: len(text) // 2])
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(OSError, match="disk full"):
+        run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--cases", "2", "--resume")
+    assert {name: (tmp_path / name).read_text() for name in before} == before and set(before) == {"decode.json", "decode.md"}
 
 
 def environment(device):
@@ -189,9 +264,9 @@ def test_a_peer_that_has_no_time_keeps_its_rounds(decode, tmp_path):
     results = {"ours": {"ms": [1.0, 3.0], "failed": "no time"}, "published": {"ms": [], "failed": "no time"}}
     measurement = decode.PLANS["cpu"][0]._replace(peers=tuple(results))
     ours, published = decode.rows_of(measurement.case, results, 1.0, {"date": "today", "commit": "abc"})
-    assert (ours["ms"], ours["rounds"], published["ms"]) == (2.0, 2, "no time")
+    assert (ours["ms"], ours["rounds"], published["ms"], published["failed"]) == (2.0, 2, "-", "no time")
     assert not decode.is_finished(measurement, [ours, published])
-    assert decode.is_finished(measurement._replace(rounds=2), [ours, {**published, "ms": "out of memory"}])
+    assert decode.is_finished(measurement._replace(rounds=2), [ours, {**published, "failed": "out of memory"}])
 
 
 def test_tables_in_documents(decode, monkeypatch, tmp_path):
