@@ -75,6 +75,13 @@ def test_a_large_mean_costs_no_more_than_its_rounding(layout, recorded):
         assert relative_error(*(torch.autograd.grad(x, y, dout)[0] for x, y in ((out, f), (expected, exact)))) < 2e-5
 
 
+def test_a_large_mean_costs_a_map_of_one_pixel_no_accuracy():
+    """It is contiguous in both layouts."""
+    f = (draw(2, 64, 1, 1) + 100).float().as_strided((2, 64, 1, 1), (64, 1, 64, 64))
+    options = NormOptions(None, None, 4)
+    assert relative_error(native.spatial_norm(f, None, None, options), F.group_norm(f.double(), 4, eps=options.eps)) < 2e-5
+
+
 def test_f_bias_is_added_first():
     f, y, b, f_bias = draw(2, 6, 8, 8), draw(2, 6, 2, 4), draw(2, 6, 2, 4) + 1, draw(6)
     out = native.spatial_norm(f, y, b, NormOptions(None, None, 3, f_bias=f_bias))

@@ -92,6 +92,14 @@ def test_combined_modulation(kind, is_plain, dtype, autocasts):
 
 
 @torch.no_grad()
+def test_a_replaced_modulation_is_called():
+    norm, scale = SpatialNorm(32, 5, num_groups=8), torch.ones(32)
+    norm.modulation = lambda zq: (zq.new_full((1, 32, 3, 4), 2), zq.new_full((1, 32, 3, 4), 3))
+    results = CombinedModulation(norm, scale, scale, torch.float32)(torch.randn(1, 5, 3, 4))
+    assert [set(result.flatten().tolist()) for result in results] == [{2}, {5}]
+
+
+@torch.no_grad()
 def test_the_map_is_not_modified():
     values = torch.randn(1, 32, HEIGHT, WIDTH)
     x = stored(values)

@@ -122,7 +122,7 @@ class CombinedModulation:
 
     def __init__(self, norm: SpatialNorm, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> None:
         self.norm, self.scale, self.shift, self.dtype = norm, scale, shift, dtype
-        self.is_plain = norm.is_plain_modulation() and type(norm).modulation is SpatialNorm.modulation
+        self.is_plain = norm.is_plain_modulation() and getattr(norm.modulation, "__func__", None) is SpatialNorm.modulation
         if self.is_plain:
             y, b = (_parameters(conv).to(scale.dtype) for conv in (norm.conv_y, norm.conv_b))
             self.parameters = (scale[:, None] * y).to(dtype), torch.addcmul(b, shift[:, None], y).to(dtype)

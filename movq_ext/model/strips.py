@@ -44,7 +44,8 @@ from .working_memory import (
     cpu_memory,
 )
 
-MAX_IMAGES_BYTES = 512 << 20  # of the maps of images that threads decode at once, without a memory limit
+MAX_IMAGES_BYTES = 512 << 20  # of the maps and weights of images that threads decode at once, without a memory limit
+REARRANGED_WEIGHTS = 3  # a layer's rearranged weights, such as Winograd factors, take at most this many times its own
 Result = TypeVar("Result")
 
 
@@ -79,15 +80,17 @@ def decode_in_strips(
 def _count_images_alone(decoder: LayeredDecoder, z: Tensor, memory: WorkingMemory) -> int:
     """Return how many images are decoded by one thread each: as many as keep all threads busy. Threads share each of the others.
 
-    Threads with an image each never wait for each other. The maps of all their images must be small.
+    Threads with an image each never wait for each other, but each has maps and rearranged weights of its own: all must be small.
     """
-    pixels, map_bytes = z[0, 0].numel(), 0  # of a block's input, and the map between its convolutions
+    pixels, map_bytes, weights = z[0, 0].numel(), 0, 0  # maps: a block's input, and the map between its convolutions
     for layer in decoder.layers():
+        weights = max([weights, *(weight.numel() for weight in layer.parameters())])
         if isinstance(layer, Upsample):
             pixels *= 4
         elif isinstance(layer, ResnetBlock):
             map_bytes = max(map_bytes, pixels * (layer.in_channels + layer.out_channels) * z.itemsize)
-    if memory.maps is not None or memory.workers == 1 or memory.workers * map_bytes > MAX_IMAGES_BYTES:
+    image_bytes = map_bytes + REARRANGED_WEIGHTS * weights * z.itemsize
+    if memory.maps is not None or memory.workers == 1 or memory.workers * image_bytes > MAX_IMAGES_BYTES:
         return 0
     return len(z) // memory.workers * memory.workers
 

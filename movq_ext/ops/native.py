@@ -40,7 +40,9 @@ def _subtract_group_means(f: Tensor, groups: int) -> Tensor:
     # torch's forward-mode formula takes views of f as contiguous. A traced program may be given any layout.
     if forward_ad._current_level >= 0 or _jit_traces():
         return f.contiguous()
-    if f.device.type != "cpu" or f.is_contiguous() or f.itemsize < 4 or torch.compiler.is_compiling():
+    if f.device.type != "cpu" or f.itemsize < 4 or torch.compiler.is_compiling():
+        return f
+    if f.is_contiguous() and f.shape[1] > 1 and f.shape[2:].numel() > 1:  # otherwise it is contiguous in channels_last too
         return f
     with torch.no_grad():
         means: Tensor = f.mean((2, 3)).unflatten(1, (groups, -1)).mean(2).repeat_interleave(f.shape[1] // groups, dim=1)
