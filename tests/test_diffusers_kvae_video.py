@@ -214,6 +214,15 @@ def test_unserved_parts_are_reported(name):
     assert set(accelerate(MODELS[name]()).skipped.values()) == reasons[name]
 
 
+@pytest.mark.parametrize("path", ["decoder", "encoder", "decoder.mid.block_1"])
+@every_model
+def test_subclasses_are_reported(name, path):
+    model = MODELS[name]()
+    part = model.get_submodule(path)
+    base, part.__class__ = type(part), type("Mine", (type(part),), {})
+    assert accelerate(model).skipped[path] == f"its class is Mine, a subclass of {base.__name__}"
+
+
 @pytest.mark.parametrize("frames", [(1, 1), (5, 2), (5, 1), (4, 2), (3, 3)])
 @torch.no_grad()
 def test_a_norm_of_the_first_and_of_later_segments(frames):

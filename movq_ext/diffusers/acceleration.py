@@ -153,23 +153,23 @@ def _known_parts(model: nn.Module) -> Iterator[str]:
         kind = own_class(module)
         if issubclass(kind, nn.GroupNorm) and path.rpartition(".")[2] != "conv_norm_out":
             continue  # the other group norms belong to a block, which computes them
-        if kind.__name__ in UNSERVED or _served_class(kind) is not None:
+        if _known_class(kind) is not None:
             yield path
 
 
-def _served_class(kind: type) -> type | None:
-    """Return the class that accelerate replaces and that this class is or derives from."""
+def _known_class(kind: type) -> type | None:
+    """Return the class that accelerate replaces or reports and that this class is or derives from."""
     classes = accelerated_classes()
-    return next((base for base in kind.__mro__ if base in classes), None)
+    return next((base for base in kind.__mro__ if base in classes or base.__name__ in UNSERVED), None)
 
 
 def _skip_reason(model: nn.Module, path: str, part: nn.Module) -> str | None:
     """Return why the part is not replaced, or None if it is."""
     kind = own_class(part)
+    if (known := _known_class(kind)) is not None and known is not kind:
+        return f"its class is {kind.__name__}, a subclass of {known.__name__}"
     if kind.__name__ in UNSERVED:
         return UNSERVED[kind.__name__]
-    if (served := _served_class(kind)) is not None and served is not kind:
-        return f"its class is {kind.__name__}, a subclass of {served.__name__}"
     accelerated = accelerated_classes()[kind]
     if 4 in accelerated.ranks and not _is_given(accelerated.ranks, model, path) and not _is_computed_by_block(model, path):
         return accelerated.unsupported_reason(part) or TIME_AXIS_REASON

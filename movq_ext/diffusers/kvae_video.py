@@ -60,7 +60,7 @@ class KVAECachedResnetBlock3D(Accelerated):
 
 def _convolve_normalised(norm: Any, conv: Any, x: Tensor, zq: Tensor | None, norm_cache: Any, conv_cache: Any) -> Tensor:
     """``conv(silu(norm(x, zq, norm_cache)), conv_cache)``."""
-    writes = can_normalise_into(x, zq, *norm.parameters())
+    writes = can_normalise_into(x, zq, conv_cache["padding"], *norm.parameters())
     padded = KVAECachedCausalConv3d.room_behind_cache(conv, x, conv_cache) if writes else None
     if padded is None:
         return conv(_normalise(norm, x, zq, norm_cache), cache=conv_cache)  # type: ignore[no-any-return]

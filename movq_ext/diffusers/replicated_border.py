@@ -115,7 +115,7 @@ class KVAECachedCausalConv3d(Accelerated):
             x: a clip of the shape and layout of its input.
             cache: of the module.
         """
-        if not isinstance(module, KVAECachedCausalConv3d) or not is_unmodified(module):
+        if not isinstance(module, KVAECachedCausalConv3d) or not is_unmodified(module) or cache["padding"] is None:
             return None
         serves, before = KVAECachedCausalConv3d.frames_before(module, x, cache)
         if not serves or before is None:
