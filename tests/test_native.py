@@ -82,6 +82,24 @@ def test_a_large_mean_costs_a_map_of_one_pixel_no_accuracy():
     assert relative_error(native.spatial_norm(f, None, None, options), F.group_norm(f.double(), 4, eps=options.eps)) < 2e-5
 
 
+@pytest.mark.parametrize("trained", [(0,), (1,), (0, 1)], ids=["weight", "bias", "both"])
+@pytest.mark.parametrize("size", [(4, 2), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("f_needs_gradients", [False, True])
+def test_gradients_of_the_parameters_only(trained, size, dtype, f_needs_gradients):
+    """torch's own backward of a group norm in channels_last crashes the process."""
+    f = draw(2, 6, *size).to(dtype).as_strided((2, 6, *size), (6 * size[0] * size[1], 1, 6 * size[1], 6))
+    parameters = [draw(6).to(dtype).requires_grad_(index in trained) for index in (0, 1)]
+    exact = [x.detach().double().requires_grad_(x.requires_grad) for x in parameters]
+    options = NormOptions(*parameters, 2)
+    expected = F.group_norm(f.double().clone(memory_format=torch.contiguous_format), 2, *exact, options.eps)
+    out = native.spatial_norm(f.requires_grad_(f_needs_gradients), None, None, options)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    found, right = (torch.autograd.grad(y.sum(), [p[i] for i in trained]) for y, p in ((out, parameters), (expected, exact)))
+    for gradient, expected_gradient in zip(found, right, strict=True):
+        assert relative_error(gradient, expected_gradient) < (2e-5 if dtype == torch.float32 else 2e-2)
+
+
 def test_f_bias_is_added_first():
     f, y, b, f_bias = draw(2, 6, 8, 8), draw(2, 6, 2, 4), draw(2, 6, 2, 4) + 1, draw(6)
     out = native.spatial_norm(f, y, b, NormOptions(None, None, 3, f_bias=f_bias))

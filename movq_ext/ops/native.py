@@ -15,20 +15,36 @@ MAX_SCORE_ELEMENTS = 4096**2
 
 def spatial_norm(f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, options: NormOptions) -> Tensor:
     """``act(group_norm(f + f_bias) * up(zq_y) + up(zq_b))``."""
-    weight, bias, groups = options.weight, options.bias, options.groups
     if options.bordered and zq_y is not None and zq_b is not None:
         zq_y, zq_b = (spread_borders(zq, f) for zq in (zq_y, zq_b))
     if options.f_bias is not None:
         f = f + options.f_bias.to(f.dtype)[:, None, None]
-    # torch.group_norm rather than F.group_norm: the latter refuses groups of one value, whose norm is well defined (zero).
-    out = torch.group_norm(_subtract_group_means(f, groups), groups, weight, bias, options.eps, torch.backends.cudnn.enabled)
+    out = _group_norm(f, options)
     maps = [f] if zq_y is None or zq_b is None else [f, zq_y, zq_b]
-    inputs = [*maps, *(x for x in (weight, bias) if x is not None)]
+    inputs = [*maps, *(x for x in (options.weight, options.bias) if x is not None)]
     in_place = is_inference(*inputs) and all(x.dtype == out.dtype for x in maps)
     if zq_y is not None and zq_b is not None:
         out = _modulate(out, zq_y, zq_b, in_place)
     out = F.silu(out, inplace=in_place) if options.activation == "silu" else out
     return out.to(f.dtype)  # autocast computes it in float32
+
+
+def _group_norm(f: Tensor, options: NormOptions) -> Tensor:
+    weight, bias = options.weight, options.bias
+    is_recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (weight, bias))
+    in_contiguous = is_recorded and _is_channels_last_on_cpu(f)
+    # In channels_last on a CPU, torch's backward crashes if only the parameters need gradients.
+    f = f.clone(memory_format=torch.contiguous_format) if in_contiguous else _subtract_group_means(f, options.groups)
+    # torch.group_norm rather than F.group_norm: the latter refuses groups of one value, whose norm is well defined (zero).
+    out = torch.group_norm(f, options.groups, weight, bias, options.eps, torch.backends.cudnn.enabled)
+    return out.contiguous(memory_format=torch.channels_last) if in_contiguous else out
+
+
+def _is_channels_last_on_cpu(f: Tensor) -> bool:
+    """True if torch's group norm may take f as channels_last. A contiguous map of one channel or one pixel is both."""
+    if f.device.type != "cpu" or _jit_traces() or torch.compiler.is_compiling():
+        return False
+    return not f.is_contiguous() or f.shape[1] == 1 or f.shape[2:].numel() == 1
 
 
 def _subtract_group_means(f: Tensor, groups: int) -> Tensor:
@@ -40,9 +56,7 @@ def _subtract_group_means(f: Tensor, groups: int) -> Tensor:
     # torch's forward-mode formula takes views of f as contiguous. A traced program may be given any layout.
     if forward_ad._current_level >= 0 or _jit_traces():
         return f.contiguous()
-    if f.device.type != "cpu" or f.itemsize < 4 or torch.compiler.is_compiling():
-        return f
-    if f.is_contiguous() and f.shape[1] > 1 and f.shape[2:].numel() > 1:  # otherwise it is contiguous in channels_last too
+    if f.itemsize < 4 or not _is_channels_last_on_cpu(f):
         return f
     with torch.no_grad():
         means: Tensor = f.mean((2, 3)).unflatten(1, (groups, -1)).mean(2).repeat_interleave(f.shape[1] // groups, dim=1)
