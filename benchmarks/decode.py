@@ -189,7 +189,7 @@ def record(head: dict[str, Any], name: str, value: Any) -> None:
 
 
 def earlier_report(path: Path) -> dict[str, Any]:
-    """Return the report to resume, which is empty if there is no such file. Raises SystemExit if an older version wrote it."""
+    """Return the report to resume, or an empty one if there is none. Raises SystemExit if an older version wrote it."""
     report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": [], "work": {}}
     columns = [*CASE, "decoder", *MEASURED]
     for row in report["rows"]:

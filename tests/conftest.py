@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import threading
 from importlib import metadata
 from pathlib import Path
 
@@ -50,9 +51,11 @@ if Path(movq_ext.__file__).resolve().is_relative_to(SOURCE / "movq_ext") and not
 
 from models import SMALL_MOVQ  # noqa: E402  (needs the checks above)
 from pretend_gpu import Machine  # noqa: E402
+from spies import record_calls  # noqa: E402
 
 from movq_ext.bulk.batches import BatchDecoder, Settings  # noqa: E402
-from movq_ext.ops import attention_backends, extension, self_test  # noqa: E402
+from movq_ext.model import working_memory  # noqa: E402
+from movq_ext.ops import attention_backends, extension, self_test, thread_pool  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +111,27 @@ def pytest_collection_modifyitems(items):
         backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
         if backend == "gpu" or any("needs a GPU" in mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif")):
             item.add_marker("gpu")
+
+
+@pytest.fixture
+def threads():
+    """Return torch.set_num_threads, whose effect ends with the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Return the number of threads of every run, in the order in which they ended."""
+
+    def count(_, run, workers, runs):
+        return workers + isinstance(threading.current_thread(), thread_pool.Worker)
+
+    return record_calls(monkeypatch, thread_pool, "_run", count)
+
+
+@pytest.fixture
+def small_maps_in_threads(monkeypatch):
+    """Let threads share maps of any size."""
+    monkeypatch.setattr(working_memory, "MIN_THREADED_VALUES", 1)

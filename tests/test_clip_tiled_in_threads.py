@@ -12,36 +12,13 @@ from video_models import cogvideox, latent
 
 from movq_ext import decode_clip_tiled
 from movq_ext.diffusers import clip_strips
-from movq_ext.model import working_memory
 from movq_ext.model.feature_maps import FeatureMap
 from movq_ext.model.strip_spans import HALO
 from movq_ext.model.working_memory import WorkingMemory
-from movq_ext.ops import thread_pool
+
+pytestmark = pytest.mark.usefixtures("small_maps_in_threads")
 
 SIZE, LITTLE, PLENTY = (7, 3), 600_000, 1 << 28  # bytes: LITTLE takes several strips for each of two threads, and files
-
-
-@pytest.fixture(autouse=True)
-def small_maps_in_threads(monkeypatch):
-    monkeypatch.setattr(working_memory, "MIN_THREADED_VALUES", 1)
-
-
-@pytest.fixture
-def threads():
-    """Return torch.set_num_threads, whose effect ends with the test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def runs(monkeypatch):
-    """Return the number of threads of every run, in the order in which they ended."""
-
-    def count(_, run, workers, runs):
-        return workers + isinstance(threading.current_thread(), thread_pool.Worker)
-
-    return record_calls(monkeypatch, thread_pool, "_run", count)
 
 
 def decode(model, z):

@@ -201,7 +201,7 @@ def test_resume_keeps_rows_of_other_peers(decode, monkeypatch, tmp_path):
 
 
 def test_a_row_with_fewer_rounds_replaces_nothing(decode, monkeypatch, tmp_path):
-    """Here the case lacks a peer, and there is no time to measure it again."""
+    """The report lacks one peer, and no time is left to measure the case again."""
     run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--cases", "1", "--peers", "ours", "diffusers")
     rows = report_of(tmp_path)["rows"]
     run(decode, monkeypatch, tmp_path, "--plan", "cpu", "--cases", "1", "--resume", has_time=False)

@@ -21,34 +21,11 @@ from movq_ext.model.layers import AttnBlock, ResnetBlock
 from movq_ext.model.strip_norms import NormalisedRows
 from movq_ext.model.strip_rows import ConvolvedRows, StripBuffer
 from movq_ext.model.strip_spans import HALO
-from movq_ext.ops import thread_pool, winograd
+from movq_ext.ops import winograd
 
-pytestmark = pytest.mark.usefixtures("in_strips")
+pytestmark = pytest.mark.usefixtures("in_strips", "small_maps_in_threads")
 
 LITTLE = 2_000_000  # bytes: several strips for each of two threads, and files
-
-
-@pytest.fixture(autouse=True)
-def small_maps_in_threads(monkeypatch):
-    monkeypatch.setattr(working_memory, "MIN_THREADED_VALUES", 1)
-
-
-@pytest.fixture
-def threads():
-    """Return torch.set_num_threads, whose effect ends with the test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def runs(monkeypatch):
-    """Return the number of threads of every run, in the order in which they ended."""
-
-    def count(_, run, workers, runs):
-        return workers + isinstance(threading.current_thread(), thread_pool.Worker)
-
-    return record_calls(monkeypatch, thread_pool, "_run", count)
 
 
 def decode(decoder, z, zq, max_memory=None):

@@ -14,14 +14,6 @@ from movq_ext.model.strips import Strips
 
 
 @pytest.fixture
-def threads():
-    """Return torch.set_num_threads, whose effect ends with the test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
 def batches(monkeypatch):
     """Return (images, threads of an operator, computed in the main thread) of every decode of whole maps, in any order."""
 
@@ -38,7 +30,7 @@ def strips(monkeypatch):
 
 
 def map_bytes(z, dtype=torch.float32):
-    """Bytes of one image's map of 32 channels at its resolution, twice that of the latents."""
+    """Return the bytes of a map of 32 channels at an image's resolution, for a decoder that doubles the latents' size."""
     return 32 * 4 * z[0, 0].numel() * dtype.itemsize
 
 
