@@ -113,11 +113,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker("gpu")
 
 
-@pytest.fixture
-def threads():
-    """Return torch.set_num_threads, whose effect ends with the test."""
+@pytest.fixture(autouse=True)
+def restored_threads():
+    """End a call of torch.set_num_threads with the test, also if the tested code made it."""
     before = torch.get_num_threads()
-    yield torch.set_num_threads
+    yield
     torch.set_num_threads(before)
 
 

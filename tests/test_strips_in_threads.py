@@ -35,14 +35,14 @@ def decode(decoder, z, zq, max_memory=None):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("count, max_memory", [(2, None), (3, None), (2, LITTLE)])
-def test_threads_match_whole_maps(threads, runs, name, count, max_memory):
+def test_threads_match_whole_maps(runs, name, count, max_memory):
     changes, grid, zq_grid = CASES[name]
     decoder, (z, zq) = make_decoder(**changes), latents(grid, batch=count + 1, zq_grid=zq_grid)
-    threads(1)
+    torch.set_num_threads(1)
     expected = decoder(z, zq).double()  # with gradients: layer by layer
     decode(decoder, z, zq, max_memory)
     assert not runs
-    threads(count)
+    torch.set_num_threads(count)
     out = decode(decoder, z, zq, max_memory)
     assert runs[-1] == 1  # the last image
     if max_memory is None:
@@ -58,22 +58,22 @@ def images(monkeypatch):
 
 
 @pytest.mark.parametrize("count, batch, expected", [(2, 5, [1, 1, 1, 1, 2]), (2, 1, [2]), (3, 3, [1, 1, 1]), (3, 2, [3, 3])])
-def test_threads_decode_images_of_their_own(threads, runs, images, count, batch, expected):
+def test_threads_decode_images_of_their_own(runs, images, count, batch, expected):
     """Only what is left of a batch is divided into strips."""
     decoder, (z, zq) = make_decoder(), latents((16, 6), batch=batch)
-    threads(count)
+    torch.set_num_threads(count)
     out = decode(decoder, z, zq)
     assert sorted(images) == expected and max(runs) == count
     assert len(runs) == 2 if max(expected) == 1 else len(runs) > 10  # the images, and all of them in one tensor
     assert_close(out, decoder(z, zq).double(), slack=5)
 
 
-def test_large_images_are_decoded_one_by_one(threads, monkeypatch, images):
+def test_large_images_are_decoded_one_by_one(monkeypatch, images):
     """In strips of all threads, so that memory does not grow with their number. With a memory limit, all images are."""
     decoder, (z, zq) = make_decoder(), latents((16, 6), batch=2)
     largest_weight = max(weight.nbytes for layer in decoder.layers() for weight in layer.parameters())
     image_bytes = 2 * ((32 * 12) * (64 + 32) * 4 + 3 * largest_weight)  # of two images
-    threads(2)
+    torch.set_num_threads(2)
     for limit in (image_bytes - 1, image_bytes):
         monkeypatch.setattr(strips, "MAX_IMAGES_BYTES", limit)
         decode(decoder, z, zq)
@@ -81,30 +81,30 @@ def test_large_images_are_decoded_one_by_one(threads, monkeypatch, images):
     assert images == [2, 2, 1, 1, 2, 2]
 
 
-def test_images_alone_share_the_memory_of_strips(threads, monkeypatch):
+def test_images_alone_share_the_memory_of_strips(monkeypatch):
     seen = record_calls(monkeypatch, strips.Strips, "decode", lambda image, self, *_: self.memory)
-    threads(2)
+    torch.set_num_threads(2)
     decode(make_decoder(), *latents((16, 6), batch=3))
     alone, shared = seen[0], seen[-1]
     assert (alone.strip, alone.winograd, alone.workers) == (shared.strip // 2, shared.winograd, 1)
 
 
 @pytest.mark.parametrize("max_memory", [LITTLE, None])
-def test_encoder(threads, runs, max_memory):
+def test_encoder(runs, max_memory):
     torch.manual_seed(0)
     encoder = Encoder(ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=[8], in_channels=3, resolution=16, z_channels=4)
     x = torch.randn(1, 3, 44, 12)
-    threads(2)
+    torch.set_num_threads(2)
     out = encode_tiled(encoder.eval(), x, max_memory=max_memory or 1 << 28)
     assert max(runs) == 2
     assert_close(out, encoder(x).double(), slack=5)
 
 
 @pytest.mark.parametrize("max_memory", [LITTLE, None])
-def test_the_order_of_the_strips_changes_no_bit(threads, monkeypatch, max_memory):
+def test_the_order_of_the_strips_changes_no_bit(monkeypatch, max_memory):
     """The first strip of each map waits until others are done. Also where a map reuses the storage of one with more channels."""
     decoder, (z, zq) = make_decoder(), latents((16, 6), batch=1)
-    threads(2)
+    torch.set_num_threads(2)
     expected, reserve = decode(decoder, z, zq, max_memory), FeatureMap.reserve
 
     def late_reserve(self, first, last):
@@ -128,9 +128,9 @@ def test_each_thread_has_a_buffer_of_its_own():
     assert buffer.rows(x, 3).data_ptr() == rows.data_ptr() != other[0].data_ptr()
 
 
-def test_one_meeting_per_layer(threads, runs):
+def test_one_meeting_per_layer(runs):
     decoder, (z, zq) = make_decoder(), latents((16, 8), batch=1)
-    threads(2)
+    torch.set_num_threads(2)
     decode(decoder, z, zq)
     blocks = list(decoder.layers())
     attention, resnet = (sum(isinstance(block, kind) for block in blocks) for kind in (AttnBlock, ResnetBlock))
@@ -142,7 +142,7 @@ def test_one_meeting_per_layer(threads, runs):
     assert len(runs) == whole_decode + packed + convolutions + attention + upsampling
 
 
-def test_the_choice_of_winograd_sees_the_strips_that_run(threads, monkeypatch):
+def test_the_choice_of_winograd_sees_the_strips_that_run(monkeypatch):
     """Also those of a map that reuses the storage of one with more channels, which start with fewer rows."""
     decoder, (z, zq) = make_decoder(attn_resolutions=[], mid_attn=False, ch_mult=(1, 2)), latents((16, 6), batch=1)
     chosen = record_calls(
@@ -156,14 +156,14 @@ def test_the_choice_of_winograd_sees_the_strips_that_run(threads, monkeypatch):
 
     run = strips.Strips.run
     monkeypatch.setattr(strips.Strips, "run", record_run)
-    threads(2)
+    torch.set_num_threads(2)
     decode(decoder, z, zq)
     groups = [[(0, 8)], [(8, 12), (12, 16)], [(16, 24), (24, 32)]]
     assert any(ran[i : i + 3] == groups for i in range(len(ran)))
     assert [span for group in groups for span in group] in chosen
 
 
-def test_every_operator_is_single_threaded(threads, monkeypatch):
+def test_every_operator_is_single_threaded(monkeypatch):
     seen = []
     for owner, name in [(NormalisedRows, "__init__"), (NormalisedRows, "write_rows"), (ConvolvedRows, "__init__"),
                         (ConvolvedRows, "add_rows"), (FeatureMap, "commit_strip"), (strips, "attention"),
@@ -171,7 +171,7 @@ def test_every_operator_is_single_threaded(threads, monkeypatch):
         describe = lambda *_, name=name: (name, torch.get_num_threads(), threading.current_thread() is threading.main_thread())
         seen.append(record_calls(monkeypatch, owner, name, describe))
     decoder, (z, zq) = make_decoder(), latents((16, 6), batch=1)
-    threads(2)
+    torch.set_num_threads(2)
     decode(decoder, z, zq)
     assert torch.get_num_threads() == 2
     assert [{call[1:] for call in calls} for calls in seen] == [{(1, False)}] * len(seen)
@@ -200,19 +200,19 @@ def test_a_decode_has_no_parallel_region():
 
 
 @pytest.mark.parametrize("change", [hooked, patched])
-def test_modified_layers_run_in_the_caller(threads, monkeypatch, change):
+def test_modified_layers_run_in_the_caller(monkeypatch, change):
     """Hooks need not be thread-safe."""
     decoder, (z, zq) = make_decoder(), latents((16, 6), batch=1)
     change(decoder)
     seen = record_calls(monkeypatch, nn.Conv2d, "_conv_forward", lambda *_: threading.get_ident())
-    threads(2)
+    torch.set_num_threads(2)
     decode(decoder, z, zq, LITTLE)
     assert set(seen) == {threading.get_ident()}
 
 
-def test_annotated_layers_run_in_threads(threads, runs):
+def test_annotated_layers_run_in_threads(runs):
     decoder, (z, zq) = make_decoder(), latents((16, 6), batch=1)
-    threads(2)
+    torch.set_num_threads(2)
     with annotate(decoder):
         decode(decoder, z, zq, LITTLE)
     assert max(runs) == 2
@@ -220,14 +220,14 @@ def test_annotated_layers_run_in_threads(threads, runs):
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("factor", [1, 2, 5])
-def test_threads_share_the_memory_limit(threads, monkeypatch, count, factor):
+def test_threads_share_the_memory_limit(monkeypatch, count, factor):
     """The strips that threads compute at once, with their halos."""
     decoder, (z, zq) = make_decoder(attn_resolutions=[], mid_attn=False), latents((40, 16), batch=1)
     with pytest.raises(ValueError) as error:
         decode_tiled(decoder, z, zq, max_memory=1)
     limit = factor * int(next(word for word in str(error.value).split() if word.isdigit()))
     seen = record_calls(monkeypatch, strips.Strips, "spans", lambda spans, self, x, values: (spans, self.memory, x, values))
-    threads(count)
+    torch.set_num_threads(count)
     assert_close(decode_tiled(decoder, z, zq, max_memory=limit), decoder(z, zq).double(), slack=5)
     for spans, memory, x, values in seen:
         rows = max(last - first for first, last in spans) + 2
@@ -270,16 +270,16 @@ def test_a_file_is_read_and_written_by_several_threads():
         assert torch.equal(storage.read(0, 80), values.flatten())
 
 
-def test_an_error_in_a_strip_reaches_the_caller(threads, monkeypatch):
+def test_an_error_in_a_strip_reaches_the_caller(monkeypatch):
     monkeypatch.setattr(ConvolvedRows, "add_rows", lambda *_: 1 // 0)
-    threads(2)
+    torch.set_num_threads(2)
     with pytest.raises(ZeroDivisionError):
         decode(make_decoder(), *latents((16, 6)))
 
 
 @pytest.mark.parametrize("workers", [2, 8, 64])
 @pytest.mark.parametrize("width", [256, 1024, 8192])
-def test_memory_of_wide_maps_is_bounded(threads, monkeypatch, workers, width):
+def test_memory_of_wide_maps_is_bounded(monkeypatch, workers, width):
     """The strips of all threads take at most 512 MiB or as much as the map, or there is one thread."""
     height, channels = 512, 128
     x = FeatureMap(channels, height, width, MemoryStorage(torch.empty(0)))

@@ -22,10 +22,7 @@ from movq_ext.ops.thread_pool import num_workers, run_in_threads
 
 @pytest.fixture(autouse=True)
 def two_threads():
-    threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
 
 
 def in_new_thread(function):

@@ -37,13 +37,13 @@ def map_bytes(z, dtype=torch.float32):
 @torch.no_grad()
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("name", CASES)
-def test_small_images_are_decoded_as_whole_maps(threads, batches, strips, name, count):
+def test_small_images_are_decoded_as_whole_maps(batches, strips, name, count):
     changes, grid, zq_grid = CASES[name]
     decoder, (z, zq) = make_decoder(**changes), latents(grid, zq_grid=zq_grid)
     with torch.enable_grad():
         expected = decoder(z, zq)
     assert expected.requires_grad and not batches
-    threads(count)
+    torch.set_num_threads(count)
     out = decoder(z, zq)
     assert batches == ([(2, 1, True)] if count == 1 else [(1, 1, False)] * 2) and not strips
     assert out.is_contiguous() and torch.get_num_threads() == count
@@ -54,30 +54,30 @@ def test_small_images_are_decoded_as_whole_maps(threads, batches, strips, name, 
 @pytest.mark.parametrize(
     "count, fits, expected", [(1, 4, [4, 1]), (1, 1, [1] * 5), (2, 8, [3, 2]), (2, 4, [2, 2, 1]), (3, 2, None)]
 )
-def test_threads_share_the_cache(threads, batches, strips, monkeypatch, count, fits, expected):
+def test_threads_share_the_cache(batches, strips, monkeypatch, count, fits, expected):
     """Of maps of ``fits`` images, each thread holds its share. Maps that do not fit are computed in strips."""
     decoder, (z, zq) = make_decoder(), latents((4, 6), batch=5)
     monkeypatch.setattr(decoder_module, "MAX_WHOLE_MAP_BYTES", fits * map_bytes(z))
-    threads(count)
+    torch.set_num_threads(count)
     decoder(z, zq)
     assert sorted((images for images, *_ in batches), reverse=True) == (expected or [])
     assert len(strips) == (0 if expected else 5)
 
 
 @torch.no_grad()
-def test_one_small_image_is_decoded_by_one_thread(threads, batches):
+def test_one_small_image_is_decoded_by_one_thread(batches):
     """An operator with several threads would wait for the slowest one, beside other processes for a time slice."""
     decoder, (z, zq) = make_decoder(), latents((4, 6), batch=1)
-    threads(2)
+    torch.set_num_threads(2)
     decoder(z, zq)
     assert batches == [(1, 1, False)]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_the_limit_is_in_bytes(threads, batches, strips, monkeypatch, dtype):
+def test_the_limit_is_in_bytes(batches, strips, monkeypatch, dtype):
     decoder, (z, zq) = make_decoder().to(dtype), (x.to(dtype) for x in latents((4, 6), batch=1))
-    threads(1)
+    torch.set_num_threads(1)
     for limit in (map_bytes(z, dtype) - 1, map_bytes(z, dtype)):
         monkeypatch.setattr(decoder_module, "MAX_WHOLE_MAP_BYTES", limit)
         decoder(z, zq)

@@ -60,13 +60,9 @@ def test_strips(height, layout, threads, monkeypatch):
     """Of four rows, which read one row of their neighbours, for two clips."""
     monkeypatch.setattr(winograd_clips, "STRIP_BYTES", 1)
     x, weight, bias = arguments(size=(height, 6), batch=2)
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        with torch.inference_mode():
-            out = convolve_clip(x.contiguous(memory_format=layout), weight, bias)
-    finally:
-        torch.set_num_threads(before)
+    with torch.inference_mode():
+        out = convolve_clip(x.contiguous(memory_format=layout), weight, bias)
     assert_close(out, expected(x, weight, bias))
 
 
