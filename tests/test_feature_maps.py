@@ -103,11 +103,11 @@ def test_moments_are_those_of_all_written_rows(make_storage):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_moments_take_little_memory(dtype):
-    """Their float32 copies and deviations are those of a part of the strip."""
+    """They copy no values, 16-bit ones neither."""
     strip, moments = (draw(1, 8, 64, 100) + 20).to(dtype).contiguous(memory_format=torch.channels_last), Moments()
     with PeakBytes() as memory:
         moments.add(strip)
-    assert memory.peak < 1.7 * strip.nbytes  # with the strip itself
+    assert memory.peak < 1.5 * strip.nbytes  # with the strip itself
     values = strip.double()
     assert moments.count == 6400
     torch.testing.assert_close(moments.mean, values.mean((0, 2, 3)), rtol=1e-6, atol=0)
@@ -117,15 +117,15 @@ def test_moments_take_little_memory(dtype):
 @pytest.mark.parametrize("mean", [1e4, -300.0])
 @pytest.mark.parametrize("first_is_flat", [False, True])
 def test_moments_of_values_far_from_zero(mean, first_is_flat):
-    """Also where the first part, whose mean the others are compared with, differs from the rest of the strip."""
+    """The means are more accurate than the values: neighbours of 10000 in float32 are 1e-3 apart."""
     strip = (draw(1, 8, 80, 100).double() + mean).float()
     if first_is_flat:
         strip[:, :, :20] = mean / 2
     moments, values = Moments(), strip.double()
     moments.add(strip.contiguous(memory_format=torch.channels_last))
     deviation = values.std((0, 2, 3))
-    assert ((moments.mean - values.mean((0, 2, 3))).abs() < 1e-4 * deviation).all()
-    torch.testing.assert_close(moments.m2 / 8000, values.var((0, 2, 3), correction=0), rtol=1e-5, atol=0)
+    assert ((moments.mean - values.mean((0, 2, 3))).abs() < 5e-4 * deviation).all()
+    torch.testing.assert_close(moments.m2 / 8000, values.var((0, 2, 3), correction=0), rtol=1e-4, atol=0)
 
 
 def test_moments_of_equal_values():
@@ -133,7 +133,7 @@ def test_moments_of_equal_values():
     moments = Moments()
     moments.add(torch.full((1, 8, 80, 100), 1 / 3).contiguous(memory_format=torch.channels_last))
     assert (0 <= moments.m2).all() and (moments.m2 < 1e-9).all()
-    torch.testing.assert_close(moments.mean, torch.full((8,), 1 / 3, dtype=torch.float64), rtol=1e-7, atol=0)
+    torch.testing.assert_close(moments.mean, torch.full((8,), 1 / 3, dtype=torch.float64), rtol=1e-6, atol=0)
 
 
 def test_moments_of_a_strip_take_few_operators():
@@ -150,7 +150,7 @@ def test_moments_of_a_strip_take_few_operators():
         strip, moments = draw(1, 32, rows, 64).contiguous(memory_format=torch.channels_last), Moments()
         with Count() as count:
             moments.add(strip)
-        assert count.operators <= 7 * feature_maps.PARTS
+        assert count.operators <= 8
 
 
 @pytest.mark.parametrize("channels", [3, 2, 1])
@@ -254,6 +254,24 @@ def test_moments_match_float64(heights, width, groups, offset):
     torch.testing.assert_close(mean, grouped.mean(1).repeat_interleave(8 // groups), rtol=1e-5, atol=1e-5)
     expected = (grouped.var(1, correction=0) + 1e-6).rsqrt().repeat_interleave(8 // groups)
     assert_close(rstd.float(), expected, slack=50)
+
+
+@pytest.mark.parametrize("mean", [0, 20, 4096])
+@pytest.mark.parametrize("width", [64, 75])
+@pytest.mark.parametrize("channels", [32, 128, 512])
+def test_moments_are_as_accurate_as_group_norm(channels, width, mean):
+    """As PyTorch's in NCHW, which is the more accurate layout."""
+    x = (draw(1, channels, 64, width) + mean).float()
+    _, peer_mean, peer_rstd = torch.native_group_norm(x, None, None, 1, channels, 64 * width, channels, 0)
+    moments, values = Moments(), x.double()
+    moments.add(x.contiguous(memory_format=torch.channels_last))
+    expected, deviation = values.mean((0, 2, 3)), values.std((0, 2, 3), correction=0)
+
+    def error(mean, deviations):
+        return float(((mean - expected) / deviation).norm() + (deviations / deviation - 1).norm())
+
+    ours = error(moments.mean, (moments.m2 / moments.count).sqrt())
+    assert ours < 1.2 * error(peer_mean[0].double(), 1 / peer_rstd[0].double())
 
 
 def test_moments_with_a_large_mean():

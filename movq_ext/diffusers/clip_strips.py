@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.feature_maps import PARTS, FeatureMap, MapStore, Moments, upcast
+from ..model.feature_maps import FeatureMap, MapStore, Moments, upcast
 from ..model.strip_norms import split_at_cells
 from ..model.strip_spans import HALO
 from ..model.working_memory import WorkingMemory, convolution_values
@@ -56,15 +56,13 @@ def output_frames(decoder: Any, frames: int) -> int:
     return frames
 
 
-def upsampling_values(channels: int, frames: int, out_frames: int, dtype: torch.dtype) -> int:
+def upsampling_values(channels: int, frames: int, out_frames: int) -> int:
     """Return the number of values in all tensors of an upsampling, per pixel of a strip.
 
-    They are the strip and its copy, the enlarged frames (twice while they are convolved), the result, and for a part of its
-    moments the deviations and, of 16-bit types, a float32 copy.
+    They are the strip and its copy, the enlarged frames, and these again while they are convolved or the result.
     """
     enlarged, result = 4, -(-4 * out_frames // frames)
-    moments = -(-result * (4 if dtype.itemsize < 4 else 1) // PARTS)
-    return channels * (2 + enlarged + max(enlarged, result + moments))
+    return channels * (2 + enlarged + max(enlarged, result))
 
 
 class ClipMap:
@@ -245,7 +243,7 @@ class ClipStrips:
                 out.as_clip(rows)[0, :, frame] = large[source]
             return out.rows.commit_strip(2 * first, rows)
 
-        values = upsampling_values(x.rows.channels, x.frames, out.frames, out.rows.dtype)
+        values = upsampling_values(x.rows.channels, x.frames, out.frames)
         out.rows.complete(self._run(write_strip, x, values))
         self.store.release(x.rows)
         return out

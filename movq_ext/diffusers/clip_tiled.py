@@ -141,7 +141,7 @@ def _min_memory(decoder: Any, frames: int, width: int, dtype: torch.dtype) -> in
             largest = max(largest, (1 + HALO) * (frames + PADDING) * width * values)
         for upsampler in block_upsamplers(block):
             out_frames = upsampled_count(upsampler, frames)
-            values = upsampling_values(upsampler.conv.in_channels, frames, out_frames, dtype)
+            values = upsampling_values(upsampler.conv.in_channels, frames, out_frames)
             largest = max(largest, (1 + HALO) * frames * width * values)
             frames, width = out_frames, 2 * width
     return 2 * largest * dtype.itemsize

@@ -11,8 +11,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-PARTS = 8  # of a strip whose moments are computed one after another
-MIN_PART_VALUES = 16384  # of a part: operators on smaller ones would take longer to start than to read them
+MAX_ACCUMULATORS = 8192  # of each moment of a strip, unless its width is odd: they stay in the first-level cache
 
 
 class Moments:
@@ -25,18 +24,18 @@ class Moments:
     def add(self, strip: Tensor) -> None:
         """Merge the values of a strip, ``(1, C, rows, W)``.
 
-        Sums deviations from the mean of the first part, and their squares, part by part: each is copied. That mean is within a
-        few standard deviations of the strip's, so the differences of sums lose no more than rounding.
+        Every channel has an accumulator for each of several columns. More columns mean fewer values in each accumulator, and so
+        a smaller rounding error.
         """
-        tokens = strip.permute(0, 2, 3, 1).reshape(-1, strip.shape[1])
-        count, size = len(tokens), max(MIN_PART_VALUES // tokens.shape[1], -(-len(tokens) // PARTS))
-        pivot = upcast(tokens[:size]).mean(0)
-        sums = pivot.new_empty(-(-count // size), 2, tokens.shape[1])
-        for part, out in zip(tokens.split(size), sums, strict=True):
-            _sum_deviations(part, pivot, out)
-        deviations, squares = sums.double().sum(0)
-        offset = deviations / count
-        self._merge(count, pivot.double() + offset, (squares - deviations * offset).clamp_min_(0))
+        pixels = strip.permute(0, 2, 3, 1)
+        rows, columns, channels = pixels.shape[1:]
+        while columns % 2 == 0 and columns * channels > MAX_ACCUMULATORS:
+            rows, columns = 2 * rows, columns // 2
+        means, variances = _column_moments(pixels.reshape(rows, columns * channels))
+        between, mean = torch.var_mean(means.double().view(columns, channels), 0, correction=0)
+        within = variances.view(columns, channels).mean(0, dtype=torch.float64)
+        count = rows * columns
+        self._merge(count, mean, (within + between) * count)
 
     def merge(self, other: Moments) -> None:
         """Merge the values that other has seen, at least one."""
@@ -61,12 +60,12 @@ class Moments:
         return mean.expand_as(means).flatten(), (variance + eps).rsqrt().expand_as(means).flatten()
 
 
-def _sum_deviations(tokens: Tensor, pivot: Tensor, out: Tensor) -> None:
-    """Write the sums over all tokens of ``tokens - pivot`` and of its square to out, ``(2, C)``."""
-    values = upcast(tokens)
-    centred = torch.sub(values, pivot, out=None if values is tokens else values)
-    torch.sum(centred, 0, out=out[0])
-    torch.sum(centred.square_(), 0, out=out[1])
+def _column_moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the variance of each column, in float32 at least. No copy of the values is made."""
+    # Without running statistics, those of 16-bit values would have 16 bits. With a momentum of 0 they stay zero.
+    running = values.new_zeros(2, values.shape[1], dtype=torch.promote_types(values.dtype, torch.float32))
+    mean, variance = torch.batch_norm_update_stats(values, *running, momentum=0.0)
+    return mean, variance
 
 
 class MemoryStorage:
