@@ -31,11 +31,11 @@ class Moments:
         rows, columns, channels = pixels.shape[1:]
         while columns % 2 == 0 and columns * channels > MAX_ACCUMULATORS:
             rows, columns = 2 * rows, columns // 2
-        means, variances = _column_moments(pixels.reshape(rows, columns * channels))
-        between, mean = torch.var_mean(means.double().view(columns, channels), 0, correction=0)
-        within = variances.view(columns, channels).mean(0, dtype=torch.float64)
-        count = rows * columns
-        self._merge(count, mean, (within + between) * count)
+        means, variances = (t.view(columns, channels) for t in _column_moments(pixels.reshape(rows, columns * channels)))
+        deviations = means.double()
+        mean = deviations.mean(0)
+        squares = deviations.sub_(mean).square_().add_(variances)
+        self._merge(rows * columns, mean, squares.sum(0) * rows)
 
     def merge(self, other: Moments) -> None:
         """Merge the values that other has seen, at least one."""
@@ -64,7 +64,7 @@ def _column_moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean and the variance of each column, in float32 at least. No copy of the values is made."""
     # Without running statistics, those of 16-bit values would have 16 bits. With a momentum of 0 they stay zero.
     running = values.new_zeros(2, values.shape[1], dtype=torch.promote_types(values.dtype, torch.float32))
-    mean, variance = torch.batch_norm_update_stats(values, *running, momentum=0.0)
+    mean, variance = torch.batch_norm_update_stats(values, running[0], running[1], momentum=0.0)
     return mean, variance
 
 
