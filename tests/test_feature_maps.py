@@ -275,7 +275,7 @@ def test_moments_are_as_accurate_as_group_norm(channels, width, mean):
 
 
 def test_moments_with_a_large_mean():
-    x = torch.randn(1, 8, 40, 30) + 4096
+    x = (draw(1, 8, 40, 30) + 4096).float()
     moments = Moments()
     for strip in x.split([1, 30, 2, 7], dim=2):
         moments.add(strip)
@@ -283,7 +283,7 @@ def test_moments_with_a_large_mean():
     grouped = x.double().reshape(4, -1)
     expected = (grouped.var(1, correction=0) + 1e-6).rsqrt()
     torch.testing.assert_close(mean[::2], grouped.mean(1), rtol=1e-6, atol=0)
-    torch.testing.assert_close(rstd[::2], expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(rstd[::2], expected, rtol=3e-5, atol=0)  # float32 values are 5e-4 apart
 
 
 def test_moments_of_no_rows():
