@@ -73,8 +73,8 @@ def _row_bytes(x: FeatureMap, values_per_pixel: int) -> int:
     return values_per_pixel * x.width * x.dtype.itemsize
 
 
-# A strip has 32 rows of 256 pixels with 128 channels in float32.
-CPU_MEMORY = WorkingMemory(strip=32 << 20, winograd=WINOGRAD_BYTES)
+# A strip of 128 channels in float32 has 64 rows of 256 pixels.
+CPU_MEMORY = WorkingMemory(strip=64 << 20, winograd=WINOGRAD_BYTES)
 
 
 def cpu_memory() -> WorkingMemory:
