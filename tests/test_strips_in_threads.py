@@ -103,6 +103,7 @@ def test_encoder(runs, max_memory):
 @pytest.mark.parametrize("max_memory", [LITTLE, None])
 def test_the_order_of_the_strips_changes_no_bit(monkeypatch, max_memory):
     """The first strip of each map waits until others are done. Also where a map reuses the storage of one with more channels."""
+    monkeypatch.setattr(strips, "MAX_UNSHARED_BYTES", 0)
     decoder, (z, zq) = make_decoder(), latents((16, 6), batch=1)
     torch.set_num_threads(2)
     expected, reserve = decode(decoder, z, zq, max_memory), FeatureMap.reserve
@@ -135,7 +136,6 @@ def test_one_meeting_per_layer(runs):
     blocks = list(decoder.layers())
     attention, resnet = (sum(isinstance(block, kind) for block in blocks) for kind in (AttnBlock, ResnetBlock))
     convolutions = 2 + 2 * resnet  # with conv_in and conv_out
-    convolutions += 1  # one writes over its block's input, which has more channels: 8 rows alone, then 2x4, then 2x8
     packed = resnet  # the weights of both convolutions
     upsampling, whole_decode = 2, 1  # its weights, then the map
     attention *= 2  # keys and values, then queries
@@ -144,6 +144,7 @@ def test_one_meeting_per_layer(runs):
 
 def test_the_choice_of_winograd_sees_the_strips_that_run(monkeypatch):
     """Also those of a map that reuses the storage of one with more channels, which start with fewer rows."""
+    monkeypatch.setattr(strips, "MAX_UNSHARED_BYTES", 0)
     decoder, (z, zq) = make_decoder(attn_resolutions=[], mid_attn=False, ch_mult=(1, 2)), latents((16, 6), batch=1)
     chosen = record_calls(
         monkeypatch, ConvolvedRows, "__init__", lambda result, rows, conv, source, buffer, spans=(), packed=None: list(spans)
@@ -161,6 +162,26 @@ def test_the_choice_of_winograd_sees_the_strips_that_run(monkeypatch):
     groups = [[(0, 8)], [(8, 12), (12, 16)], [(16, 24), (24, 32)]]
     assert any(ran[i : i + 3] == groups for i in range(len(ran)))
     assert [span for group in groups for span in group] in chosen
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "out_channels, workers, budget, more, reuses",
+    [
+        (32, 2, None, 0, False),
+        (32, 2, None, -1, True),
+        (32, 1, None, 0, True),  # strips in one order
+        (32, 2, 1 << 20, 0, True),  # memory is limited
+        (64, 2, None, 0, True),  # every strip takes the place of its own rows only
+    ],
+)
+def test_only_large_maps_with_fewer_channels_reuse_storage(monkeypatch, out_channels, workers, budget, more, reuses):
+    monkeypatch.setattr(strips, "MAX_UNSHARED_BYTES", out_channels * 16 * 6 * 4 + more)
+    store = MapStore(torch.float32, torch.device("cpu"), budget)
+    run = strips.Strips(store, None, working_memory.WorkingMemory(1 << 20, maps=budget, workers=workers))
+    x = run.store_input(torch.randn(1, 64, 16, 6))
+    out = run.run_layer(ResnetBlock(in_channels=64, out_channels=out_channels).eval(), x)
+    assert (out.storage is x.storage) == reuses
 
 
 def test_every_operator_is_single_threaded(monkeypatch):

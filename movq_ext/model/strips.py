@@ -45,6 +45,7 @@ from .working_memory import (
 )
 
 MAX_IMAGES_BYTES = 512 << 20  # of the maps and weights of images that threads decode at once, without a memory limit
+MAX_UNSHARED_BYTES = 8 << 20  # of a block's result with fewer channels than its input, whose storage it could reuse
 REARRANGED_WEIGHTS = 3  # a layer's rearranged weights, such as Winograd factors, take at most this many times its own
 Result = TypeVar("Result")
 
@@ -278,13 +279,24 @@ class Strips:
     def _resnet_block(self, block: ResnetBlock, x: FeatureMap) -> FeatureMap:
         packed1, packed2 = self._pack_direct(x, block.conv1, block.conv2)
         h = self.convolve(self._normalised(block.norm1, x, "silu"), block.conv1, packed=packed1)
-        in_place = block.out_channels <= block.in_channels and not hasattr(block, "conv_shortcut")
+        in_place = self._reuses_input(block, x)
         out = x.reuse_storage(block.out_channels) if in_place else self.store.allocate(block.out_channels, x.height, x.width)
         self.convolve(self._normalised(block.norm2, h, "silu"), block.conv2, out, self._shortcut(block, x), packed2)
         self.store.release(h)
         if not in_place:
             self.store.release(x)
         return out
+
+    def _reuses_input(self, block: ResnetBlock, x: FeatureMap) -> bool:
+        """Return True if the block's result reuses the storage of x.
+
+        With fewer channels than x, several threads would have to compute it in groups of strips: a small map is not worth that.
+        """
+        if block.out_channels > block.in_channels or hasattr(block, "conv_shortcut"):
+            return False
+        out_bytes = block.out_channels * x.height * x.width * x.dtype.itemsize
+        in_any_order = block.out_channels == block.in_channels or self.memory.workers == 1
+        return in_any_order or self.memory.maps is not None or out_bytes > MAX_UNSHARED_BYTES
 
     def _pack_direct(self, x: FeatureMap, *convs: nn.Conv2d) -> list[Convolution | None]:
         """Return what `pack_direct` returns for each convolution. Each thread packs one."""
