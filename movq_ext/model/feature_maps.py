@@ -54,10 +54,10 @@ class Moments:
     def group_statistics(self, groups: int, eps: float) -> tuple[Tensor, Tensor]:
         """Return the mean and ``1 / sqrt(variance + eps)`` of each channel's group, ``(C,)`` in float64."""
         assert self.mean is not None, "no rows were written"
-        means = self.mean.unflatten(0, (groups, -1))
-        mean = means.mean(1, keepdim=True)
-        variance = ((self.m2 / self.count).unflatten(0, (groups, -1)) + (means - mean).square()).mean(1, keepdim=True)
-        return mean.expand_as(means).flatten(), (variance + eps).rsqrt().expand_as(means).flatten()
+        means, squares = self.mean.view(groups, -1), self.m2.view(groups, -1)
+        between, mean = torch.var_mean(means, 1, correction=0, keepdim=True)
+        variance = torch.add(between, squares.mean(1, keepdim=True), alpha=1 / self.count)
+        return mean.expand_as(means).flatten(), variance.add_(eps).rsqrt_().expand_as(means).flatten()
 
 
 def _column_moments(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -111,8 +111,8 @@ class NearestAffine:
 class CombinedModulation:
     """``(scale * y, shift * y + b)`` for the modulation ``(y, b)`` of a latent: one scale and one shift for each value.
 
-    A product computes each, since ``y = weight @ zq + bias`` and b likewise: scale and shift go into the weights. Modified layers
-    are called.
+    One product computes both, since ``y = weight @ zq + bias`` and b likewise: scale and shift go into the weights. Modified
+    layers are called.
 
     Args:
         norm: a SpatialNorm.
@@ -124,30 +124,30 @@ class CombinedModulation:
         self.norm, self.scale, self.shift, self.dtype = norm, scale, shift, dtype
         self.is_plain = norm.is_plain_modulation() and getattr(norm.modulation, "__func__", None) is SpatialNorm.modulation
         if self.is_plain:
-            y, b = (_parameters(conv).to(scale.dtype) for conv in (norm.conv_y, norm.conv_b))
-            self.parameters = (scale[:, None] * y).to(dtype), torch.addcmul(b, shift[:, None], y).to(dtype)
+            y, b = _parameters(norm.conv_y, norm.conv_b).to(scale.dtype).chunk(2, 1)
+            self.parameters = torch.cat([scale[:, None] * y, torch.addcmul(b, shift[:, None], y)]).to(dtype)
 
     def __call__(self, zq: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the scale and the shift of each channel and cell of zq, ``(1, C, h, w)`` each, in channels_last."""
+        """Return the scale and the shift of each channel and cell of zq, ``(1, C, h, w)`` each. Channels vary fastest."""
         if not self.is_plain:
             y, b = (t.to(self.dtype) for t in self.norm.modulation(zq))
             scale, shift = (t.to(self.dtype)[:, None, None] for t in (self.scale, self.shift))
             return y * scale, torch.addcmul(b, y, shift)
-        cells = zq.permute(0, 2, 3, 1).flatten(0, 2).to(self.dtype)
-        scale, shift = (_multiply(cells, parameters).view(1, *zq.shape[2:], -1) for parameters in self.parameters)
-        return scale.permute(0, 3, 1, 2), shift.permute(0, 3, 1, 2)
+        pixels = zq.permute(0, 2, 3, 1).to(self.dtype)
+        cells = F.pad(pixels, (0, 1), value=1.0).flatten(0, 2)  # the bias is the last column of the parameters
+        out = cells.new_empty(len(cells), len(self.parameters))
+        torch.mm(cells, self.parameters.t(), out=out)  # with out, autocast casts nothing
+        scale, shift = out.view(*pixels.shape[:3], -1).permute(0, 3, 1, 2).chunk(2, 1)
+        return scale, shift
 
 
-def _parameters(conv: nn.Conv2d) -> Tensor:
-    """Return a 1x1 convolution's weight, and the bias as the last column, ``(out, in + 1)``."""
-    assert conv.bias is not None
-    return torch.cat([conv.weight.flatten(1), conv.bias[:, None]], 1)
-
-
-def _multiply(cells: Tensor, parameters: Tensor) -> Tensor:
-    weight, bias = parameters[:, :-1], parameters[:, -1]
-    out = cells.new_empty(len(cells), len(weight))
-    return torch.addmm(bias, cells, weight.t(), out=out)  # with out, autocast casts nothing
+def _parameters(*convs: nn.Conv2d) -> Tensor:
+    """Return the weights of 1x1 convolutions side by side, each with the bias as its last column, ``(out, (in + 1) * convs)``."""
+    columns = []
+    for conv in convs:
+        assert conv.bias is not None
+        columns += [conv.weight.flatten(1), conv.bias[:, None]]
+    return torch.cat(columns, 1)
 
 
 class ConvolvedAffine:

@@ -149,18 +149,15 @@ def scale_by_cells(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None =
 
     Broadcasts each cell over its block instead of materialising the resized maps.
     """
-    rows, columns = (large // small for small, large in zip(scale.shape[2:], x.shape[2:], strict=True))
-    scale, shift = (cells[:, :, :, None, :, None] for cells in (scale, shift))
+    height, width = scale.shape[2:]
+    rows, columns = x.shape[2] // height, x.shape[3] // width
     if out is None:
-        return (_as_blocks(x, rows, columns) * scale + shift).flatten(4, 5).flatten(2, 3)
-    torch.addcmul(shift, _as_blocks(x, rows, columns), scale, out=_as_blocks(out, rows, columns))
+        scale, shift = (cells[:, :, :, None, :, None] for cells in (scale, shift))
+        blocks: Tensor = x.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
+        return (blocks * scale + shift).flatten(4, 5).flatten(2, 3)
+    block_shape, cell_shape = (*x.shape[:2], height, rows, width, columns), (*scale.shape[:3], 1, width, 1)
+    torch.addcmul(shift.view(cell_shape), x.view(block_shape), scale.view(cell_shape), out=out.view(block_shape))
     return out
-
-
-def _as_blocks(x: Tensor, rows: int, columns: int) -> Tensor:
-    """``(B, C, H, W)`` as ``(B, C, H / rows, rows, W / columns, columns)``."""
-    blocks: Tensor = x.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
-    return blocks
 
 
 def is_bordered(zq: Tensor, f: Tensor) -> bool:
