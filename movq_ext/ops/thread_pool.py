@@ -73,7 +73,7 @@ def _run(run: Run, workers: int, runs: SimpleQueue[Run]) -> list[Any]:
         for _ in range(workers):
             runs.put(run)
         if isinstance(thread, Worker):
-            thread.take_part(run)
+            thread.take_part(run, is_caller=True)
         run.wait()
     finally:  # after a KeyboardInterrupt, workers may still write to the caller's tensors
         run.cancel()
@@ -107,23 +107,29 @@ class Run:
         thread = threading.current_thread()
         self._outer = thread.current_run if isinstance(thread, Worker) else None
 
-    def work(self) -> None:
-        """Compute items until all are taken or one has failed. Raises nothing."""
+    def work(self, is_caller: bool) -> None:
+        """Compute items until all are taken or one has failed. Raises nothing. The caller has its modes and context already."""
+        if is_caller:
+            self._compute()
+            return
         try:
-            self._context.copy().run(self._work)  # two threads cannot enter the same context
+            self._context.copy().run(self._compute_in_modes)  # two threads cannot enter the same context
         except BaseException as error:
             self._errors[-1] = error  # of the modes, before any item
             self.cancel()
 
-    def _work(self) -> None:
+    def _compute_in_modes(self) -> None:
         with self._modes.enter():
-            while (index := self._take()) is not None:
-                try:
-                    self._results[index] = self._function(self._items[index])
-                except BaseException as error:
-                    self._errors[index] = error
-                    self.cancel()
-                self._leave()
+            self._compute()
+
+    def _compute(self) -> None:
+        while (index := self._take()) is not None:
+            try:
+                self._results[index] = self._function(self._items[index])
+            except BaseException as error:
+                self._errors[index] = error
+                self.cancel()
+            self._leave()
 
     def _take(self) -> int | None:
         with self._state:
@@ -213,13 +219,13 @@ class Worker(threading.Thread):
         torch.set_num_threads(1)
         self.overwritten_default.put(default)
         while True:
-            self.take_part(self.runs.get())
+            self.take_part(self.runs.get(), is_caller=False)
 
-    def take_part(self, run: Run) -> None:
-        """Compute items of a run, perhaps within an item of another."""
+    def take_part(self, run: Run, is_caller: bool) -> None:
+        """Compute items of a run. Its caller does so within an item of another."""
         outer, self.current_run = self.current_run, run
         try:
-            run.work()
+            run.work(is_caller)
         finally:
             self.current_run = outer
 
