@@ -53,7 +53,7 @@ def spans(monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("grid, max_memory", [((32, 24), None), ((46, 31), None), ((32, 24), 64 << 20)])
+@pytest.mark.parametrize("grid, max_memory", [((32, 64), None), ((46, 63), None), ((32, 64), 128 << 20)])
 def test_wide_layers_take_a_winograd_convolution(monkeypatch, grid, max_memory, dtype):
     blocks = record_calls(monkeypatch, WinogradConvolution, "_write_block", lambda result, convolution, out, *_: tuple(out.shape))
     decoder = make_decoder(ch=128, ch_mult=(1,), attn_resolutions=[], mid_attn=False)
