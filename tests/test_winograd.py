@@ -144,7 +144,7 @@ def test_a_filter_equals_the_direct_sum(taps, points):
 @pytest.mark.parametrize("shape", [(5,), (1, 2, 3, 5)])
 def test_columns_are_transformed_by_sums(shape, dtype):
     """The sums equal the products with the matrices of TILE.columns."""
-    signs = torch.tensor([1, -1], dtype=dtype)
+    signs = torch.tensor([1, -1], dtype=dtype).view(2, *[1] * len(shape))
     values, products = draw(4, *shape, dtype=dtype), draw(*shape, 4, dtype=dtype).movedim(-1, 0)
     out, outputs = torch.empty(4, *shape, dtype=dtype), torch.empty(*shape, 2, dtype=dtype).movedim(-1, 0)
     transform_columns(values, signs, out=out)

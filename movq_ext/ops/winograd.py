@@ -91,7 +91,7 @@ class WinogradConvolution:
         self.out_channels, self.channels = weight.shape[:2]
         self.taps = weight[0, 0].numel() // 9
         self.from_rows, self.to_rows = TILE.row_transforms(weight.dtype, bias is not None)
-        self.signs = weight.new_tensor((1, -1))
+        self.signs = weight.new_tensor((1, -1)).view(2, 1, 1, 1, 1)
         factors = weight.new_empty(TILE.products, self.taps, self.channels, self.out_channels)
         from_taps = TILE.taps_matrix(weight.dtype)
         weight = weight.reshape(self.out_channels, self.channels, self.taps, 9).transpose(0, 1)
@@ -104,6 +104,7 @@ class WinogradConvolution:
 
         run_in_threads(write_factors, range(0, self.channels, size), threads)
         self.factors = factors.unflatten(0, (TILE.rows.products, TILE.columns.products))
+        self.weights = [point.unbind(1) for point in self.factors]  # (columns.products, in, out) of every tap in time
         self.block_bytes = min(max_bytes - self.factors.nbytes, MAX_BLOCK_BYTES * self.taps) // threads
 
     def write_to(self, out: Tensor, x: Tensor) -> None:
@@ -168,56 +169,56 @@ class WinogradConvolution:
                 values = image[group * rows.outputs :][: rows.products, left:right]
                 torch.mm(self.from_rows[:, : len(values)], values.flatten(1), out=as_matrix(row_factors[:, frame, group, inside]))
 
-        for point, weights in enumerate(self.factors):
-            values = row_factors[point].unfold(2, columns.products, columns.outputs)  # (frames, groups, tiles, in, neighbours)
-            transform_columns(values.permute(4, 0, 1, 2, 3), self.signs, out=factors)
-            self._multiply(factors, weights, products)
-            sum_columns(products, self.signs, out=row_products[point].transpose(0, 1))
+        # Views of all points at once: taking a view costs about as much as adding a thousand values.
+        neighbours = row_factors.unfold(3, columns.products, columns.outputs).permute(0, 5, 1, 2, 3, 4)
+        sums = row_products[: rows.products].movedim(-2, 1)
+        terms = self._terms(factors.flatten(1, 3), products.flatten(1, 3), groups * tiles)
+        for values, weights, out_sums in zip(neighbours.unbind(), self.weights, sums.unbind(), strict=True):
+            transform_columns(values, self.signs, out=factors)
+            for tap, part, out_part in terms:
+                torch.baddbmm(out_part, part, weights[tap], beta=int(tap > 0), out=out_part)
+            sum_columns(products, self.signs, out=out_sums)
 
         if self.bias is not None:
             row_products[rows.products] = self.bias
-        pixels = row_products.view(-1, frames, groups, tiles * columns.outputs, self.out_channels)[:, :, :, :width]
+        pixels = row_products.flatten(3, 4)[:, :, :, :width]
         for frame, image in enumerate(out):
             for group, part in enumerate(image.split(rows.outputs)):
                 to_rows, values = self.to_rows[: len(part)], pixels[:, frame, group].flatten(1)
                 torch.addmm(as_matrix(part), to_rows, values, beta=beta, out=as_matrix(part))
 
-    def _multiply(self, factors: Tensor, weights: Tensor, products: Tensor) -> None:
-        """Write the sum over all taps in time of ``factors[:, frame] @ weights[:, tap]`` to products.
+    def _terms(self, factors: Tensor, products: Tensor, tiles: int) -> list[tuple[int, Tensor, Tensor]]:
+        """Return the terms of products, ``out += part @ weights[tap]``, from the first tap in time to the last.
 
         Args:
-            factors: of the frames of x, ``(columns.products, frames, groups, tiles, in)``.
-            weights: ``(columns.products, taps, in, out)``.
-            products: ``(columns.products, T * groups * tiles, out)``.
+            factors: of the frames of x, ``(columns.products, frames * tiles, in)``.
+            products: ``(columns.products, T * tiles, out)``.
+            tiles: of a frame.
+
+        Returns:
+            ``(tap, part, out)`` for each: parts of factors and of products.
         """
-        tiles = factors[0, 0, ..., 0].numel()
-        values, frames = factors.flatten(1, 3), products.shape[1] // tiles
-        for tap, weight in enumerate(weights.unbind(1)):
-            beta = 0 if tap == 0 else 1
+        terms, frames = [], products.shape[1] // tiles
+        for tap in range(self.taps):
             # Frames of the result for which this tap falls on a repetition of the first frame.
             repeated = min(self.taps - 1 - tap, frames) if self.repeats_first_frame else 0
             for frame in range(repeated):
-                _add_products(products[:, frame * tiles : (frame + 1) * tiles], values[:, :tiles], weight, beta)
+                terms.append((tap, factors[:, :tiles], products[:, frame * tiles : (frame + 1) * tiles]))
             if repeated < frames:
                 start = 0 if self.repeats_first_frame else tap
-                source = values[:, start * tiles : (start + frames - repeated) * tiles]
-                _add_products(products[:, repeated * tiles :], source, weight, beta)
+                part = factors[:, start * tiles : (start + frames - repeated) * tiles]
+                terms.append((tap, part, products[:, repeated * tiles :]))
+        return terms
 
     def _shapes(self, x_frames: int, frames: int, groups: int, tiles: int) -> list[tuple[int, ...]]:
         """Return the shapes of a block's tensors."""
         rows, columns = self.tile
-        count = frames * groups * tiles
         return [
             (rows.products, x_frames, groups, tiles * columns.outputs + columns.taps - 1, self.channels),
             (columns.products, x_frames, groups, tiles, self.channels),
-            (columns.products, count, self.out_channels),
-            (self.to_rows.shape[1], count, columns.outputs, self.out_channels),
+            (columns.products, frames, groups, tiles, self.out_channels),
+            (self.to_rows.shape[1], frames, groups, tiles, columns.outputs, self.out_channels),
         ]
 
     def _values(self, x_frames: int, frames: int, groups: int, tiles: int) -> int:
         return sum(map(math.prod, self._shapes(x_frames, frames, groups, tiles)))
-
-
-def _add_products(out: Tensor, values: Tensor, weight: Tensor, beta: int) -> None:
-    """Write ``beta * out + values @ weight`` to out, for each of the matrices."""
-    torch.baddbmm(out, values, weight, beta=beta, out=out)

@@ -93,10 +93,10 @@ def transform_columns(values: Tensor, signs: Tensor, out: Tensor) -> None:
 
     Args:
         values, out: ``(4, ...)``.
-        signs: 1 and -1 in the dtype of values.
+        signs: 1 and -1, ``(2, 1, ...)``.
     """
     torch.sub(values[2:], values[:2], out=out[::3])
-    torch.addcmul(values[2:3], values[1:2], _per_row(signs, out), out=out[1:3])
+    torch.addcmul(values[2:3], values[1:2], signs, out=out[1:3])
 
 
 def sum_columns(products: Tensor, signs: Tensor, out: Tensor) -> None:
@@ -104,16 +104,11 @@ def sum_columns(products: Tensor, signs: Tensor, out: Tensor) -> None:
 
     Args:
         products: ``(4, ...)``.
-        signs: 1 and -1 in the dtype of products.
+        signs: 1 and -1, ``(2, 1, ...)``.
         out: ``(2, ...)``.
     """
     torch.add(products[::3], products[1:2], out=out)
-    torch.addcmul(out, products[2:3], _per_row(signs, out), out=out)
-
-
-def _per_row(values: Tensor, like: Tensor) -> Tensor:
-    """Return a view of one value for each row of another tensor."""
-    return values.view(-1, *[1] * (like.dim() - 1))
+    torch.addcmul(out, products[2:3], signs, out=out)
 
 
 def as_matrix(values: Tensor) -> Tensor:
