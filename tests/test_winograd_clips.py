@@ -7,7 +7,7 @@ from spies import record_calls
 from tolerances import assert_close
 
 from movq_ext.ops import winograd, winograd_clips
-from movq_ext.ops.winograd import WinogradConvolution
+from movq_ext.ops.winograd import WINOGRAD_BYTES, WinogradConvolution, winograd_is_faster
 from movq_ext.ops.winograd_clips import clip_winograd_is_faster, convolve_clip
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
@@ -101,6 +101,13 @@ def test_wide_clips_are_faster():
     assert clip_winograd_is_faster(x, weight, bias, 2)
     assert clip_winograd_is_faster(x.double(), weight.double(), bias.double(), 2)
     assert clip_winograd_is_faster(x, weight, None, 2)
+
+
+def test_frames_share_their_operators():
+    """A single image of this size is convolved directly: the operators take longer to start than they save."""
+    x, weight, bias = wide(channels=96, out_channels=96, size=(40, 40))
+    assert not winograd_is_faster(weight[:, :, 0], [(40, 40)], WINOGRAD_BYTES)
+    assert clip_winograd_is_faster(x, weight, bias, 2)
 
 
 def test_where_conv3d_is_faster_or_needed():

@@ -28,8 +28,8 @@ from .modulation import Modulations
 from .norms import NORM_GROUPS, SpatialNorm, make_norm
 from .strips import decode_in_strips
 
-# Of maps at the image's resolution that all threads compute at once. Up to about this size one thread decodes whole maps in less
-# time than all threads decode strips: its cache holds the maps, and strips take more operators.
+# Of maps at the image's resolution that threads compute at once, each for images of its own. Up to about this size one thread
+# decodes whole maps in less time than all threads decode strips: its cache holds the maps, and strips take more operators.
 MAX_WHOLE_MAP_BYTES = 2 << 20
 
 
@@ -195,7 +195,7 @@ class MOVQDecoder(ActivationCheckpointing):
         """
         if z.dtype == torch.float16:
             return 0
-        threads = num_workers()
+        threads = min(num_workers(), len(z))
         pixels = z[0, 0].numel() << 2 * (self.num_resolutions - 1)
         map_bytes = pixels * self.conv_out.in_channels * z.itemsize
         return min(MAX_WHOLE_MAP_BYTES // threads // map_bytes, -(-len(z) // threads))

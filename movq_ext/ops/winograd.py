@@ -27,11 +27,11 @@ PART_COLUMNS = 1 << 14  # of the matrix of a weight's taps: parts of it stay in 
 # Costs in units of one multiplication of a direct convolution, from measured times on a CPU with AVX-512.
 PRODUCT_COST = 1.25
 TRANSFORM_COST = 50  # of a value that a transform writes
-FACTOR_COST = 20  # of a weight's factor, which is computed once and read for every strip
+FACTOR_COST = 20  # of a weight's factor, which is computed once and read for every strip and frame
 STRIP_COST = 2e7  # of a strip: a hundred operators more than for a direct convolution, about 0.2 ms
 
 
-def winograd_is_faster(weight: Tensor, strips: Sequence[tuple[int, int]], max_bytes: int) -> bool:
+def winograd_is_faster(weight: Tensor, strips: Sequence[tuple[int, int]], max_bytes: int, frames: int = 1) -> bool:
     """Return True if a `WinogradConvolution` of these strips is faster than a direct one, and as exact.
 
     Counts operations. Always False unless the weight is on a CPU in float32 or float64, outside autocast, and float32 products
@@ -41,6 +41,7 @@ def winograd_is_faster(weight: Tensor, strips: Sequence[tuple[int, int]], max_by
         weight: ``(out, in, rows, columns)``.
         strips: rows and columns of each strip of the output.
         max_bytes: the weight's factors may take two thirds.
+        frames: of a clip, computed together.
     """
     out_channels, channels, *kernel = weight.shape
     if weight.device.type != "cpu" or kernel != [3, 3] or not _computes_exactly(weight.dtype):
@@ -48,10 +49,10 @@ def winograd_is_faster(weight: Tensor, strips: Sequence[tuple[int, int]], max_by
     factors = TILE.products * out_channels * channels
     if channels < MIN_CHANNELS or factors * weight.itemsize > max_bytes * 2 // 3:
         return False
-    tiles = sum(-(-rows // TILE.rows.outputs) * -(-columns // TILE.columns.outputs) for rows, columns in strips)
-    direct_cost = weight.numel() * sum(rows * columns for rows, columns in strips)
-    cost = tiles * _tile_cost(channels, out_channels) + FACTOR_COST * factors * (1 + len(strips)) + STRIP_COST * len(strips)
-    return cost < direct_cost
+    tiles = frames * sum(-(-rows // TILE.rows.outputs) * -(-columns // TILE.columns.outputs) for rows, columns in strips)
+    direct_cost = weight.numel() * frames * sum(rows * columns for rows, columns in strips)
+    cost = tiles * _tile_cost(channels, out_channels) + STRIP_COST * len(strips)
+    return cost + FACTOR_COST * factors * (1 + frames * len(strips)) < direct_cost
 
 
 def _tile_cost(channels: int, out_channels: int) -> float:

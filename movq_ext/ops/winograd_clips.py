@@ -28,7 +28,7 @@ def clip_winograd_is_faster(x: Tensor, weight: Tensor, bias: Tensor | None, fram
     height, width = x.shape[3:]
     if weight.shape[1] != x.shape[1] or x.numel() == 0 or frames * height * width < MIN_PIXELS:
         return False
-    return winograd_is_faster(weight[:, :, 0], [(height, width)] * frames, WINOGRAD_BYTES)
+    return winograd_is_faster(weight[:, :, 0], [(height, width)], WINOGRAD_BYTES, frames)
 
 
 def convolve_clip(
