@@ -150,13 +150,11 @@ def scale_by_cells(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None =
     Broadcasts each cell over its block instead of materialising the resized maps.
     """
     height, width = scale.shape[2:]
-    rows, columns = x.shape[2] // height, x.shape[3] // width
+    block_shape = (*x.shape[:2], height, x.shape[2] // height, width, x.shape[3] // width)
+    blocks, (scale, shift) = x.view(block_shape), (cells.view(*cells.shape[:3], 1, width, 1) for cells in (scale, shift))
     if out is None:
-        scale, shift = (cells[:, :, :, None, :, None] for cells in (scale, shift))
-        blocks: Tensor = x.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
         return (blocks * scale + shift).flatten(4, 5).flatten(2, 3)
-    block_shape, cell_shape = (*x.shape[:2], height, rows, width, columns), (*scale.shape[:3], 1, width, 1)
-    torch.addcmul(shift.view(cell_shape), x.view(block_shape), scale.view(cell_shape), out=out.view(block_shape))
+    torch.addcmul(shift, blocks, scale, out=out.view(block_shape))
     return out
 
 

@@ -73,7 +73,7 @@ def _run(run: Run, workers: int, runs: SimpleQueue[Run]) -> list[Any]:
         for _ in range(workers):
             runs.put(run)
         if isinstance(thread, Worker):
-            thread.take_part(run, is_caller=True)
+            thread.take_part(run)
         run.wait()
     finally:  # after a KeyboardInterrupt, workers may still write to the caller's tensors
         run.cancel()
@@ -104,12 +104,12 @@ class Run:
         self._next = self._running = 0  # the index of the next item, and how many items are being computed
         self._state = threading.Condition()
         self.is_cancelled = False
-        thread = threading.current_thread()
-        self._outer = thread.current_run if isinstance(thread, Worker) else None
+        self._caller = threading.current_thread()
+        self._outer = self._caller.current_run if isinstance(self._caller, Worker) else None
 
-    def work(self, is_caller: bool) -> None:
+    def work(self) -> None:
         """Compute items until all are taken or one has failed. Raises nothing. The caller has its modes and context already."""
-        if is_caller:
+        if threading.current_thread() is self._caller:
             self._compute()
             return
         try:
@@ -219,13 +219,13 @@ class Worker(threading.Thread):
         torch.set_num_threads(1)
         self.overwritten_default.put(default)
         while True:
-            self.take_part(self.runs.get(), is_caller=False)
+            self.take_part(self.runs.get())
 
-    def take_part(self, run: Run, is_caller: bool) -> None:
+    def take_part(self, run: Run) -> None:
         """Compute items of a run. Its caller does so within an item of another."""
         outer, self.current_run = self.current_run, run
         try:
-            run.work(is_caller)
+            run.work()
         finally:
             self.current_run = outer
 
