@@ -93,19 +93,20 @@ class WinogradConvolution:
         self.taps = weight[0, 0].numel() // 9
         self.from_rows, self.to_rows = TILE.row_transforms(weight.dtype, bias is not None)
         self.signs = weight.new_tensor((1, -1)).view(2, 1, 1, 1, 1)
-        factors = weight.new_empty(TILE.products, self.taps, self.channels, self.out_channels)
+        factors = weight.new_empty(TILE.products, self.taps, self.out_channels, self.channels)
         from_taps = TILE.taps_matrix(weight.dtype)
-        weight = weight.reshape(self.out_channels, self.channels, self.taps, 9).transpose(0, 1)
-        size = max(1, min(PART_COLUMNS // self.out_channels, -(-self.channels // threads)))
+        weight = weight.reshape(self.out_channels, self.channels, self.taps, 9)
+        size = max(1, min(PART_COLUMNS // self.channels, -(-self.out_channels // threads)))
 
         def write_factors(first: int) -> None:
             part = slice(first, first + size)
             for tap in range(self.taps):
-                torch.mm(from_taps, weight[part, :, tap].reshape(-1, 9).T, out=factors[:, tap, part].flatten(1))
+                columns = weight[part, :, tap].movedim(2, 0).flatten(1)  # a view, or in channels_last a copy of whole pixels
+                torch.mm(from_taps, columns, out=factors[:, tap, part].flatten(1))
 
-        run_in_threads(write_factors, range(0, self.channels, size), threads)
+        run_in_threads(write_factors, range(0, self.out_channels, size), threads)
         self.factors = factors.unflatten(0, (TILE.rows.products, TILE.columns.products))
-        self.weights = [point.unbind(1) for point in self.factors]  # (columns.products, in, out) of every tap in time
+        self.weights = [point.mT.unbind(1) for point in self.factors]  # (columns.products, in, out) of every tap in time
         self.block_bytes = min(max_bytes - self.factors.nbytes, MAX_BLOCK_BYTES * self.taps) // threads
 
     def write_to(self, out: Tensor, x: Tensor) -> None:
