@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import assert_close, relative_error
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from movq_ext import GroupNorm, SpatialNorm
 from movq_ext.model import strip_norms
@@ -97,6 +98,30 @@ def test_a_replaced_modulation_is_called():
     norm.modulation = lambda zq: (zq.new_full((1, 32, 3, 4), 2), zq.new_full((1, 32, 3, 4), 3))
     results = CombinedModulation(norm, scale, scale, torch.float32)(torch.randn(1, 5, 3, 4))
     assert [set(result.flatten().tolist()) for result in results] == [{2}, {5}]
+
+
+@torch.no_grad()
+def test_strips_compute_the_modulation_of_their_cells():
+    """So threads share the work, and no tensor has the scale and the shift of all cells."""
+    norm, zq = make_norm("cells of 4x2", torch.float32), torch.randn(1, 5, 3, 4)
+    with FlopCounterMode(display=False) as of_all:
+        rows = NormalisedRows(norm, stored(torch.randn(1, 32, HEIGHT, WIDTH)), zq, None)
+    assert of_all.get_total_flops() == 0
+    for first, last, cells in ((0, 1, 1), (3, 9, 3), (4, 12, 2)):  # rows of cells, four rows of pixels each
+        with FlopCounterMode(display=False) as of_strip:
+            parts = list(rows.affine.parts(first, last))
+        assert of_strip.get_total_flops() == 2 * (cells * zq.shape[3]) * (5 + 1) * (2 * 32)
+        assert parts[0].scale.untyped_storage().nbytes() == cells * zq.shape[3] * 2 * 32 * 4
+
+
+@torch.no_grad()
+def test_modified_modulations_are_called_once_for_all_cells():
+    norm, zq, sizes = make_norm("cells of 4x2", torch.float32), torch.randn(1, 5, 3, 4), []
+    norm.conv_y.register_forward_hook(lambda layer, inputs, result: sizes.append(inputs[0].shape[2:]))
+    rows = NormalisedRows(norm, stored(torch.randn(1, 32, HEIGHT, WIDTH)), zq, None)
+    for first, last in ((0, 5), (5, 12)):
+        rows.write_rows(first, last, torch.empty(1, 32, last - first, WIDTH))
+    assert sizes == [(3, 4)]
 
 
 @torch.no_grad()

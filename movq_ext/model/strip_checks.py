@@ -71,7 +71,7 @@ def has_thread_safe_layers(network: LayeredNetwork) -> bool:
     return all(
         type(module).__module__.split(".")[0] in ("torch", "movq_ext")
         and is_unmodified(module)
-        and not any(callable(value) for value in vars(module).values())
+        and not any(map(callable, vars(module).values()))
         for name, module in network.named_modules()
         if name
     )

@@ -6,7 +6,7 @@ A norm computes ``x * scale + shift`` for each value. For SpatialNorm, scale and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,6 +17,8 @@ from .. import profiling
 from ..ops.native import is_power_of_two_ratio, scale_by_cells
 from .feature_maps import FeatureMap, upcast
 from .norms import SpatialNorm
+
+RowModulation = Callable[[int, int], tuple[Tensor, Tensor]]  # (first, last) to the scale and the shift of these rows of cells
 
 
 class NormalisedRows:
@@ -85,15 +87,22 @@ class ChannelAffine:
 
 
 class CellAffine:
-    """One scale and shift for each channel and cell of zq, ``(1, C, h, w)``, where a cell covers ``size`` whole rows."""
+    """One scale and shift for each channel and cell of zq, where a cell covers ``size`` whole rows.
 
-    def __init__(self, scale: Tensor, shift: Tensor, size: int) -> None:
-        self.scale, self.shift, self.size = scale, shift, size
+    They are computed for the rows of a strip, by its thread.
+    """
+
+    def __init__(self, modulation: CombinedModulation, zq: Tensor, size: int) -> None:
+        self.size = size
+        # Modified layers of a modulation may mix cells: they are called once, with all of them.
+        self.of_rows = modulation.of_rows(zq) if modulation.is_plain else _stored_rows(*modulation(zq))
 
     def parts(self, first: int, last: int) -> Iterator[AffinePart]:
+        first_cell = first // self.size
+        scale, shift = self.of_rows(first_cell, -(-last // self.size))
         for part_first, part_last in split_at_cells(first, last, self.size):
-            cells = slice(part_first // self.size, -(-part_last // self.size))
-            yield AffinePart(part_first, part_last, self.scale[:, :, cells], self.shift[:, :, cells])
+            cells = slice(part_first // self.size - first_cell, -(-part_last // self.size) - first_cell)
+            yield AffinePart(part_first, part_last, scale[:, :, cells], shift[:, :, cells])
 
 
 class NearestAffine:
@@ -129,16 +138,29 @@ class CombinedModulation:
 
     def __call__(self, zq: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scale and the shift of each channel and cell of zq, ``(1, C, h, w)`` each. Channels vary fastest."""
-        if not self.is_plain:
-            y, b = (t.to(self.dtype) for t in self.norm.modulation(zq))
-            scale, shift = (t.to(self.dtype)[:, None, None] for t in (self.scale, self.shift))
-            return y * scale, torch.addcmul(b, y, shift)
+        if self.is_plain:
+            return self.of_rows(zq)(0, zq.shape[2])
+        y, b = (t.to(self.dtype) for t in self.norm.modulation(zq))
+        scale, shift = (t.to(self.dtype)[:, None, None] for t in (self.scale, self.shift))
+        return y * scale, torch.addcmul(b, y, shift)
+
+    def of_rows(self, zq: Tensor) -> RowModulation:
+        """Return a function that computes the scale and the shift of rows of cells, for layers that are not modified."""
         pixels = zq.permute(0, 2, 3, 1).to(self.dtype)
-        cells = F.pad(pixels, (0, 1), value=1.0).flatten(0, 2)  # the bias is the last column of the parameters
-        out = cells.new_empty(len(cells), len(self.parameters))
-        torch.mm(cells, self.parameters.t(), out=out)  # with out, autocast casts nothing
-        scale, shift = out.view(*pixels.shape[:3], -1).permute(0, 3, 1, 2).chunk(2, 1)
-        return scale, shift
+        cells = F.pad(pixels, (0, 1), value=1.0).squeeze(0)  # the bias is the last column of the parameters
+        weight = self.parameters.t()
+
+        def modulate(first: int, last: int) -> tuple[Tensor, Tensor]:
+            out = cells.new_empty(last - first, cells.shape[1], weight.shape[1])
+            torch.mm(cells[first:last].flatten(0, 1), weight, out=out.flatten(0, 1))  # with out, autocast casts nothing
+            scale, shift = out.permute(2, 0, 1).unsqueeze(0).chunk(2, 1)
+            return scale, shift
+
+        return modulate
+
+
+def _stored_rows(scale: Tensor, shift: Tensor) -> RowModulation:
+    return lambda first, last: (scale[:, :, first:last], shift[:, :, first:last])
 
 
 def _parameters(*convs: nn.Conv2d) -> Tensor:
@@ -167,11 +189,10 @@ class ConvolvedAffine:
 def _modulate(modulation: CombinedModulation, zq: Tensor, x: FeatureMap) -> Affine:
     if modulation.norm.add_conv:
         return ConvolvedAffine(modulation, zq, x)
-    scale, shift = modulation(zq)
     height, width = zq.shape[2:]
     if is_power_of_two_ratio(height, x.height) and is_power_of_two_ratio(width, x.width):
-        return CellAffine(scale, shift, x.height // height)
-    return NearestAffine(scale, shift, x.height, x.width)
+        return CellAffine(modulation, zq, x.height // height)
+    return NearestAffine(*modulation(zq), x.height, x.width)
 
 
 def split_at_cells(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:

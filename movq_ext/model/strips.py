@@ -83,6 +83,8 @@ def _count_images_alone(decoder: LayeredDecoder, z: Tensor, memory: WorkingMemor
 
     Threads with an image each never wait for each other, but each has maps and rearranged weights of its own: all must be small.
     """
+    if memory.maps is not None or memory.workers == 1 or len(z) < memory.workers:
+        return 0
     pixels, map_bytes, weights = z[0, 0].numel(), 0, 0  # maps: a block's input, and the map between its convolutions
     for layer in decoder.layers():
         weights = max([weights, *(weight.numel() for weight in layer.parameters())])
@@ -91,7 +93,7 @@ def _count_images_alone(decoder: LayeredDecoder, z: Tensor, memory: WorkingMemor
         elif isinstance(layer, ResnetBlock):
             map_bytes = max(map_bytes, pixels * (layer.in_channels + layer.out_channels) * z.itemsize)
     image_bytes = map_bytes + REARRANGED_WEIGHTS * weights * z.itemsize
-    if memory.maps is not None or memory.workers == 1 or memory.workers * image_bytes > MAX_IMAGES_BYTES:
+    if memory.workers * image_bytes > MAX_IMAGES_BYTES:
         return 0
     return len(z) // memory.workers * memory.workers
 
