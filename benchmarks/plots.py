@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tables import Rows, case_name, compared_cases, measured_cases, put_tables, split_name
+from tables import Rows, case_name, compared_cases, is_ours, measured_cases, put_tables, split_name
 
 OURS, OURS_16_BIT, THEIRS, KEPT, ROOF = "#d9480f", "#f0a381", "#8b949e", "#c9d1d9", "#24292f"
 BORDER = "#d0d7de"
@@ -96,7 +96,7 @@ def comparison(path: Path, cases: dict[tuple[Any, ...], Rows]) -> None:
 
 def bars(axis: Any, rows: Rows, key: str) -> None:
     """Draw a bar for each row, the first on top. Packed weights extend the bar of its memory."""
-    ours = next((row for row in rows if row["decoder"] == "ours"), None)
+    ours = next((row for row in rows if is_ours(row)), None)
     names = [label(row["decoder"]) for row in rows]
     lengths = [row[key] for row in rows]
     drawn = axis.barh(names, lengths, color=[OURS if row is ours else THEIRS for row in rows], height=0.7)
@@ -173,11 +173,11 @@ def roofline(path: Path, results: dict[str, Any], cases: dict[tuple[Any, ...], R
             text, place, side = PARTS[kind]
             axis.annotate(f"{text}  {y:.0f}", (x, y), xytext=place, textcoords="offset points", va="center", ha=side, color=OURS)
         for row, y in points:
-            ours = row["decoder"] == "ours"
+            ours = is_ours(row)
             axis.plot(intensity, y, "o", color=OURS if ours else THEIRS, markersize=11 if ours else 7, zorder=3)
         at = spread_labels([y for _, y in points], 1.15)
         for (row, y), height in zip(points, at, strict=True):
-            ours = row["decoder"] == "ours"
+            ours = is_ours(row)
             text, beside = f"{label(row['decoder'])}  {y:.0f}", (2.4 * intensity, height)
             style = {"color": OURS, "weight": "bold"} if ours else {"color": ROOF}
             line = {"arrowstyle": "-", "color": THEIRS, "shrinkA": 0, "shrinkB": 4, "relpos": (0, 0.5)}
