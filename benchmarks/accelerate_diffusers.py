@@ -14,6 +14,7 @@ because that would hide the package of that name from diffusers.)
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from typing import Any
 
 import diffusers
 import torch
-from timing import environment, milliseconds, needs_warm_up, peak_megabytes, summary, write
+from timing import EXACT_MALLOC, environment, milliseconds, needs_warm_up, peak_megabytes, summary, write
 
 import movq_ext
 
@@ -89,7 +90,8 @@ def measure_peaks(name: str, case: Sequence[str]) -> dict[str, float]:
     peaks = {}
     for candidate in CANDIDATES:
         command = [sys.executable, __file__, "--peak-of", name, candidate, *case]
-        peaks[f"{candidate} MB"] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **EXACT_MALLOC})
+        peaks[f"{candidate} MB"] = float(done.stdout)
     return peaks
 
 

@@ -13,11 +13,11 @@ with an untimed call, since another peer's process leaves the caches cold. "ms" 
 ``(largest - smallest) / median``. A training step is a forward and a backward pass, with gradients for the latents and for all
 parameters of the decoder.
 
-"MB" is the peak memory of the second call beyond what was in use before it. In a plan's case with one round, that call is also
-the one that is timed. "kept MB" is what the first call left behind in tensors besides weights and latents, such as packed
-weights. "of roofline" divides a lower bound of the time by the measured time: the operations of the published convolutions at the
-faster of two measured rates (a matrix product and a 3x3 convolution in that dtype), plus the bytes of the norms at the rate of a
-copy. It may exceed 1, since ours takes fewer operations.
+"MB" is the peak memory of a second call beyond what was in use before it. On a CPU it is measured in a process that returns
+freed memory at once. In a plan's case with one round, the second call is also the one that is timed. "kept MB" is what the first
+call left behind in tensors besides weights and latents, such as packed weights. "of roofline" divides a lower bound of the time
+by the measured time: the operations of the published convolutions at the faster of two measured rates (a matrix product and a 3x3
+convolution in that dtype), plus the bytes of the norms at the rate of a copy. It may exceed 1, since ours takes fewer operations.
 
 The results are written after every case, so an interrupted run keeps its finished cases. ``--resume`` adds to the results in
 ``--out``, on the same machine with the same versions, ``--seconds`` and ``--quick``. It measures the cases in which a peer is

@@ -15,8 +15,6 @@ the relative difference to diffusers' clip.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -79,7 +77,6 @@ def measure(run: Callable[[], Tensor], device: torch.device, by_part: bool) -> d
         clips.append(run())
         end = _now(device)
 
-    release_memory()
     if by_part:
         with timed(parts(), device) as spent:
             peak = peak_megabytes(call, device)
@@ -92,13 +89,6 @@ def measure(run: Callable[[], Tensor], device: torch.device, by_part: bool) -> d
         **{part: own / seconds for part, own in spent.items()},
         "clip": clips[0].float().cpu(),
     }
-
-
-def release_memory() -> None:
-    """Return freed memory to the system: the allocator would serve the next call from it, and its peak would look smaller."""
-    gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def parts() -> dict[str, list[tuple[Any, str]]]:

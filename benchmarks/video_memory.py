@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from typing import Any
 
 import diffusers
 import torch
-from timing import environment, peak_megabytes, write
+from timing import EXACT_MALLOC, environment, peak_megabytes, write
 from torch import Tensor
 from video import build_model, latents
 
@@ -64,7 +65,7 @@ def main() -> None:
                 save = Path(folder) / f"{way}.pt"
                 command = [sys.executable, __file__, "--one", way, size, f"--save={save}", f"--device={options.device}"]
                 command += ["--quick"] if options.quick else []
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **EXACT_MALLOC})
                 theirs, clip = torch.load(Path(folder) / "diffusers.pt"), torch.load(save)
                 error = float((clip - theirs).norm() / theirs.norm())
                 name = f"decode_clip_tiled, {way} MiB" if way.isdecimal() else way

@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -310,7 +312,7 @@ def test_a_peer_answers_every_line_with_a_turn(decode, monkeypatch, tmp_path, ca
         return z
 
     monkeypatch.setattr(peer_process, "peer", lambda *_: (nn.Identity(), decoded))
-    monkeypatch.setattr(peer_process, "peak_megabytes", lambda run, device: run().numel())
+    monkeypatch.setattr(peer_process, "peak_in_another_process", lambda: 16.0)
     options = {"peer": "ours", "weights": "", "expected": tmp_path / "expected.pt", "device": "cpu", "dtype": "float32"}
     options |= {"mode": "decode", "size": 16, "batch": 1, "threads": torch.get_num_threads(), "seconds": 0.0}
     monkeypatch.setattr(sys, "argv", ["peer_process.py", *(f"--{name}={value}" for name, value in options.items())])
@@ -318,10 +320,68 @@ def test_a_peer_answers_every_line_with_a_turn(decode, monkeypatch, tmp_path, ca
     monkeypatch.setattr(sys, "stdin", (counts.append(len(calls)) or line for line in ("cold\n", "warm\n", "cold\n")))
     with torch.no_grad():
         peer_process.main()
-    # The published result, its check and the peak memory, and then 1, 2 and 1 calls.
+    # The published result, its check and the second call, and then 1, 2 and 1 calls.
     assert counts == [3, 4, 6] and len(calls) == 7
     ready, *turns = map(json.loads, capsys.readouterr().out.splitlines())
     assert ready["MB"] == 16 and ready["second call ms"] > 0 and all(turn["ms"] > 0 for turn in turns) and len(turns) == 3
+
+
+BUFFERS = """
+import os, sys
+import peer_process
+from torch import nn
+
+def decoded(z):
+    if "--peak" in sys.argv and "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        z.new_ones(6_000_000)  # 24 MB
+    return z
+
+peer_process.peer = lambda *_: (nn.Identity(), decoded)
+peer_process.__file__ = __file__
+peer_process.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_another_process_measures_the_memory(decode, tmp_path):
+    """It returns freed memory at once, which would change the times of this one."""
+    (tmp_path / "program.py").write_text(BUFFERS)
+    options = {"peer": "ours", "weights": "", "expected": tmp_path / "expected.pt", "device": "cpu", "dtype": "float32"}
+    options |= {"mode": "decode", "size": 16, "batch": 1, "threads": 1, "seconds": 0.0}
+    command = [sys.executable, tmp_path / "program.py", *(f"--{name}={value}" for name, value in options.items())]
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER)}
+    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True)
+    assert 23 < json.loads(done.stdout)["MB"] < 26
+
+
+def test_a_peer_that_ran_out_of_time_ends_with_the_process_that_measures_its_memory(decode, monkeypatch, tmp_path):
+    """Nothing goes on computing beside the next peers."""
+    peer_process = importlib.import_module("peer_process")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], stdout=subprocess.DEVNULL)\n"
+        "print('{\"pid\": %d}' % child.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(peer_process, "__file__", str(program))
+    process = peer_process.PeerProcess("ours", tmp_path, tmp_path, 1.0, 1)
+    process.receive(time.monotonic() + 30)
+    child = process.found["pid"]
+    os.kill(child, 0)  # it runs
+    process.close()
+    end = time.monotonic() + 10
+    while time.monotonic() < end and is_running(child):
+        time.sleep(0.01)
+    assert not is_running(child)
+
+
+def is_running(pid):
+    """False for a process that has ended, also before its parent has asked for its status."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_a_commit_is_marked_if_files_other_than_results_had_changes(decode, monkeypatch, tmp_path):
