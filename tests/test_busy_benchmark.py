@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -78,4 +79,4 @@ def test_threads_in_operators(busy, monkeypatch, tmp_path):
     monkeypatch.setattr(working_memory, "num_workers", working_memory.num_workers)
     monkeypatch.setattr(peers, "load", lambda *_: (None, None))
     peers.peer("ours in-operators", tmp_path, None, None)
-    assert working_memory.cpu_memory().workers == 1
+    assert working_memory.cpu_memory(torch.float32).workers == 1

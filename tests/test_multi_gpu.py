@@ -90,7 +90,7 @@ def decode_all(rank, size):
     results = {}
     for name, (changes, grid, zq_grid) in GRIDS.items():
         for strip_bytes in (LITTLE, PLENTY):
-            multi_gpu.cpu_memory = lambda strip=strip_bytes: WorkingMemory(strip, maps=0)
+            multi_gpu.cpu_memory = lambda dtype, strip=strip_bytes: WorkingMemory(strip, maps=0)
             results[name, strip_bytes] = decode_sharded(make_decoder(**changes), *latents(grid, zq_grid=zq_grid))
     for name, change in CHANGES.items():
         change(decoder := make_decoder())
@@ -134,7 +134,7 @@ def threads():
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(PointwiseRows, "write_rows", write_late)
-        monkeypatch.setattr(multi_gpu, "cpu_memory", lambda: WorkingMemory(1, workers=3))
+        monkeypatch.setattr(multi_gpu, "cpu_memory", lambda dtype: WorkingMemory(1, workers=3))
         monkeypatch.setattr(working_memory, "MIN_THREADED_VALUES", 1)
         torch.set_num_threads(3)
         yield

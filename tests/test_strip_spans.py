@@ -1,10 +1,13 @@
 """Dividing maps into strips: arithmetic on numbers of rows."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from movq_ext.model.feature_maps import MapStore
 from movq_ext.model.strip_spans import HALO, MIN_ROWS, busiest_rows, divide_reused_rows, divide_rows
+from movq_ext.model.working_memory import convolution_values, cpu_memory
 
 HEIGHTS, WORKERS = st.integers(1, 300), st.integers(1, 9)
 
@@ -108,3 +111,14 @@ def test_few_rows_are_computed_by_one_thread(height, max_rows, workers, ratio):
 def test_rows_of_groups(height, max_rows, workers, channels, reused, rows):
     groups = reused_groups(height, max_rows, workers, channels, reused)
     assert [[last - first for first, last in group] for group in groups] == rows
+
+
+def test_strips_have_as_many_rows_in_every_dtype():
+    """So strips in 16 bits take half the memory. float64 has half the rows."""
+    rows = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        x = MapStore(dtype, torch.device("cpu")).allocate(128, 2048, 256)
+        first, last = cpu_memory(dtype)._replace(workers=1).spans(x, convolution_values(128, 128))[0]
+        rows[dtype] = last - first
+    assert rows[torch.float32] == rows[torch.bfloat16] == rows[torch.float16]
+    assert rows[torch.float64] < 0.6 * rows[torch.float32] and rows[torch.float32] < 2048

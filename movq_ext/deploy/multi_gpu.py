@@ -273,7 +273,8 @@ class BandStrips(Strips):
 
 def _decode_band(decoder: LayeredDecoder, z: Tensor, zq: Tensor, band: Band) -> Tensor:
     """Return this process's rows of the images, decoded one after another."""
-    memory, dtype = cpu_memory() if z.device.type == "cpu" else GPU_MEMORY, compute_dtype(z)
+    dtype = compute_dtype(z)
+    memory = cpu_memory(dtype) if z.device.type == "cpu" else GPU_MEMORY
     memory = memory.for_network(decoder)
 
     def decode_bands() -> Tensor:

@@ -47,7 +47,7 @@ def is_faster_in_strips(block: Any, height: int, width: int) -> bool:
 
 def run_block(block: Any, x: Tensor, zq: Tensor | None) -> Tensor:
     """Return ``shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))`` in the layout of x. zq conditions spatial norms."""
-    memory = cpu_memory()
+    memory = cpu_memory(x.dtype)
     return memory.run(lambda: _run_block(block, x, zq, memory))
 
 
@@ -70,7 +70,7 @@ def _run_block(block: Any, x: Tensor, zq: Tensor | None, memory: WorkingMemory) 
 
 def run_output(norm: Any, conv: nn.Conv2d, x: Tensor, zq: Tensor | None) -> Tensor:
     """Return ``conv(silu(norm(x, zq)))`` in NCHW."""
-    memory = cpu_memory()
+    memory = cpu_memory(x.dtype)
     return memory.run(lambda: _run_output(norm, conv, x, zq, memory))
 
 

@@ -65,7 +65,7 @@ def decode_in_strips(
         with torch.autocast("cpu", enabled=False):
             return decode_in_strips(*to_float32(decoder, z, zq), memory, folder).half()
     check_decoder_layers(decoder)
-    memory = (memory or cpu_memory()).for_network(decoder)
+    memory = (memory or cpu_memory(compute_dtype(z))).for_network(decoder)
 
     def decode_image(index: int, memory: WorkingMemory) -> Tensor:
         image_z, image_zq = z[index : index + 1], zq[index : index + 1].contiguous(memory_format=torch.channels_last)

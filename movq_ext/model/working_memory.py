@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..ops.thread_pool import num_workers, run_in_worker
@@ -77,9 +78,10 @@ def _row_bytes(x: FeatureMap, values_per_pixel: int) -> int:
 CPU_MEMORY = WorkingMemory(strip=64 << 20, winograd=WINOGRAD_BYTES)
 
 
-def cpu_memory() -> WorkingMemory:
-    """Return CPU_MEMORY, shared by as many threads as PyTorch has now."""
-    return CPU_MEMORY._replace(workers=num_workers())
+def cpu_memory(dtype: torch.dtype) -> WorkingMemory:
+    """Return CPU_MEMORY for maps in this dtype, shared by as many threads as PyTorch has now. 16-bit strips have as many rows."""
+    strip = CPU_MEMORY.strip * min(dtype.itemsize, 4) // 4
+    return CPU_MEMORY._replace(strip=strip, workers=num_workers())
 
 
 def convolution_values(channels: int, out_channels: int) -> int:
