@@ -101,7 +101,7 @@ def bars(axis: Any, rows: Rows, key: str) -> None:
     lengths = [row[key] for row in rows]
     drawn = axis.barh(names, lengths, color=[OURS if row is ours else THEIRS for row in rows], height=0.7)
     if key == "MB":
-        kept = [number(row["kept MB"]) for row in rows]
+        kept = [max(0.0, number(row["kept MB"])) for row in rows]  # negative after the first call freed something
         drawn = axis.barh(names, kept, left=lengths, color=KEPT, height=0.7)
         lengths = [length + more for length, more in zip(lengths, kept, strict=True)]
     axis.bar_label(drawn, [bar_text(row, ours, key) for row in rows], padding=4)
