@@ -14,7 +14,7 @@ with an untimed call, since another peer's process leaves the caches cold. "ms" 
 parameters of the decoder.
 
 "MB" is the peak memory of a second call beyond what was in use before it. On a CPU it is measured in a process that returns
-freed memory at once. In a plan's case with one round, the second call is also the one that is timed. "kept MB" is what the first
+freed memory at once. In a plan's case with one round, the time is that of the second call. "kept MB" is what the first
 call left behind in tensors besides weights and latents, such as packed weights. "of roofline" divides a lower bound of the time
 by the measured time: the operations of the published convolutions at the faster of two measured rates (a matrix product and a 3x3
 convolution in that dtype), plus the bytes of the norms at the rate of a copy. It may exceed 1, since ours takes fewer operations.

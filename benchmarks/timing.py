@@ -29,8 +29,8 @@ import torch
 
 import movq_ext
 
-# For a process that measures memory: glibc returns every freed block to the system. Its usual threshold grows with the blocks
-# that are freed, and what an earlier call left behind hides a part of the peak.
+# For a process that measures memory: glibc returns every freed block of at least 128 KiB to the system. Its usual threshold grows
+# with the blocks that are freed, and what an earlier call left behind hides a part of the peak.
 EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
 SHORT_CALL_MS = 1500.0  # longer calls do not notice what the caches held before
 

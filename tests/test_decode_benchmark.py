@@ -312,7 +312,7 @@ def test_a_peer_answers_every_line_with_a_turn(decode, monkeypatch, tmp_path, ca
         return z
 
     monkeypatch.setattr(peer_process, "peer", lambda *_: (nn.Identity(), decoded))
-    monkeypatch.setattr(peer_process, "peak_in_another_process", lambda: 16.0)
+    monkeypatch.setattr(peer_process, "peak_in_another_process", lambda: {"MB": 16.0})
     options = {"peer": "ours", "weights": "", "expected": tmp_path / "expected.pt", "device": "cpu", "dtype": "float32"}
     options |= {"mode": "decode", "size": 16, "batch": 1, "threads": torch.get_num_threads(), "seconds": 0.0}
     monkeypatch.setattr(sys, "argv", ["peer_process.py", *(f"--{name}={value}" for name, value in options.items())])
@@ -354,26 +354,44 @@ def test_another_process_measures_the_memory(decode, tmp_path):
     assert 23 < json.loads(done.stdout)["MB"] < 26
 
 
-def test_a_peer_that_ran_out_of_time_ends_with_the_process_that_measures_its_memory(decode, monkeypatch, tmp_path):
+WAITING = """
+import json, os, sys, time
+import peer_process
+
+if "--peak" in sys.argv:
+    os.write(2, json.dumps({"pid": os.getpid()}).encode() + b"\\n")
+    time.sleep(60)
+peer_process.__file__ = __file__
+os.dup2(1, 2)  # the other process says its number
+peer_process.peak_in_another_process()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="by prctl")
+def test_the_process_that_measures_the_memory_ends_with_its_peer(decode, monkeypatch, tmp_path):
     """Nothing goes on computing beside the next peers."""
-    peer_process = importlib.import_module("peer_process")
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], stdout=subprocess.DEVNULL)\n"
-        "print('{\"pid\": %d}' % child.pid, flush=True)\n"
-        "time.sleep(60)\n"
-    )
+    peer_process, program = importlib.import_module("peer_process"), tmp_path / "program.py"
+    program.write_text(WAITING)
     monkeypatch.setattr(peer_process, "__file__", str(program))
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER))
     process = peer_process.PeerProcess("ours", tmp_path, tmp_path, 1.0, 1)
     process.receive(time.monotonic() + 30)
     child = process.found["pid"]
     os.kill(child, 0)  # it runs
-    process.close()
+    process._process.kill()
     end = time.monotonic() + 10
     while time.monotonic() < end and is_running(child):
         time.sleep(0.01)
     assert not is_running(child)
+    process.close()
+
+
+@pytest.mark.parametrize("status, failed", [(1, "the memory was not measured"), (-9, "out of memory")])
+def test_a_failure_of_the_process_that_measures_the_memory(decode, monkeypatch, status, failed):
+    """The report says so."""
+    peer_process = importlib.import_module("peer_process")
+    monkeypatch.setattr(peer_process.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=status))
+    assert peer_process.peak_in_another_process() == {"failed": failed}
 
 
 def is_running(pid):
