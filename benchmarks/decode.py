@@ -14,10 +14,10 @@ with an untimed call, since another peer's process leaves the caches cold. "ms" 
 parameters of the decoder.
 
 "MB" is the peak memory of a second call beyond what was in use before it. On a CPU it is measured in a process that returns
-freed memory at once. In a plan's case with one round, the time is that of the second call. "kept MB" is what the first
-call left behind in tensors besides weights and latents, such as packed weights. "of roofline" divides a lower bound of the time
-by the measured time: the operations of the published convolutions at the faster of two measured rates (a matrix product and a 3x3
-convolution in that dtype), plus the bytes of the norms at the rate of a copy. It may exceed 1, since ours takes fewer operations.
+freed memory at once. A plan's case with one round times the second call. "kept MB" counts the tensors that the first call left
+behind, such as packed weights, but not weights and latents. "of roofline" divides a lower bound of the time by the measured time:
+the operations of the published convolutions at the faster of two measured rates (a matrix product and a 3x3 convolution in that
+dtype), plus the bytes of the norms at the rate of a copy. It may exceed 1, since ours takes fewer operations.
 
 The results are written after every case, so an interrupted run keeps its finished cases. ``--resume`` adds to the results in
 ``--out``, on the same machine with the same versions, ``--seconds`` and ``--quick``. It measures the cases in which a peer is
@@ -41,7 +41,7 @@ from decode_plan import PLANS, Case, Measurement, readable_shipped
 from peer_process import NO_TIME, TOLERANCE, PeerProcess, take_turns
 from peers import KINDS, save_random
 from plots import draw
-from tables import CASE
+from tables import CASE, is_ours
 from timing import convolution_rate, copy_bandwidth, environment, matmul_rate, summary, write
 from work import work
 
@@ -291,7 +291,7 @@ def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     measured = [row for row in rows if isinstance(row["ms"], float)]
     for case in dict.fromkeys(tuple(row[key] for key in CASE) for row in measured):
         of_case = [row for row in measured if tuple(row[key] for key in CASE) == case]
-        ours, theirs = ([row for row in of_case if row["decoder"].startswith("ours") == is_ours] for is_ours in (True, False))
+        ours, theirs = ([row for row in of_case if is_ours(row) == wanted] for wanted in (True, False))
         if ours and theirs:
             best = {key: [min(row[key] for row in side) for side in (theirs, ours)] for key in ("ms", "MB")}
             text = [f"{best['ms'][0] / best['ms'][1]:.2f}x the speed"]

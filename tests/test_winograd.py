@@ -65,7 +65,7 @@ def test_factors(monkeypatch, columns, threads, layout):
     assert_close(factors, expected.permute(2, 3, 0, 1)[:, :, None])
 
 
-class Copies(TorchDispatchMode):
+class CopySources(TorchDispatchMode):
     """Records the sources of copies."""
 
     def __init__(self):
@@ -83,11 +83,11 @@ def test_weights_are_copied_in_whole_pixels_or_not_at_all(taps):
     """A copy of single values takes longer than the factors: 10% of a decode, with weights in channels_last."""
     shape = (8, 6, 3, 3) if taps == 1 else (8, 6, taps, 3, 3)
     layout = torch.channels_last if taps == 1 else torch.channels_last_3d
-    with Copies() as copies:
+    with CopySources() as copies:
         WinogradConvolution(draw(*shape), None, 1 << 20)
     assert not copies.sources
     weight = draw(*shape).contiguous(memory_format=layout)
-    with Copies() as copies:
+    with CopySources() as copies:
         WinogradConvolution(weight, None, 1 << 20)
     assert len(copies.sources) == taps
     assert all(source.shape == (9, 8, 6) and source.stride(-1) == 1 for source in copies.sources)
