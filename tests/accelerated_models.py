@@ -8,10 +8,11 @@ import torch
 from tolerances import RELATIVE, relative_error
 from torch import nn
 
-from movq_ext.diffusers import attention, norms, upsampling
+from movq_ext.diffusers import attention, norms
+from movq_ext.ops import upsampling
 
 diffusers = pytest.importorskip("diffusers")
-upsampling.MIN_PIXELS = 1  # small maps, too
+upsampling.MIN_FOLDED_PIXELS = upsampling.MIN_FOLDED_PIXELS_BFLOAT16 = 1  # small maps, too
 SLACK = 10  # a decode is some thirty operators
 
 

@@ -91,7 +91,8 @@ def decoder(model_folder):
 @pytest.fixture
 def in_strips(monkeypatch):
     """Decode small images in strips too, which a CPU would decode as whole maps."""
-    monkeypatch.setattr(movq_ext.model.decoder, "MAX_WHOLE_MAP_BYTES", 0)
+    for limit in ("MAX_WHOLE_MAP_BYTES", "MAX_SHARED_MAP_BYTES"):
+        monkeypatch.setattr(movq_ext.model.decoder, limit, 0)
 
 
 @pytest.fixture

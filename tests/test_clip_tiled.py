@@ -13,9 +13,9 @@ from video_models import cogvideox, latent
 
 from movq_ext import accelerate, decode_clip_tiled
 from movq_ext.diffusers import clip_strips, clip_tiled
-from movq_ext.model.feature_maps import Moments
 from movq_ext.model.working_memory import WorkingMemory
 from movq_ext.ops import upsampling
+from movq_ext.ops.moments import Moments
 
 F64 = torch.float64
 SIZE, LITTLE = (5, 3), 440_000  # of float64 maps: 20 rows of 12 pixels in strips of one row

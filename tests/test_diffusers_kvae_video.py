@@ -11,7 +11,8 @@ from torch import nn
 from video_models import HeldTensors, assert_hooked_tensors_stay, draw, kandinsky6, kvae_video, latent, video
 
 from movq_ext import accelerate, restore
-from movq_ext.diffusers import replicated_border, upsampling
+from movq_ext.diffusers import replicated_border
+from movq_ext.ops import upsampling
 
 MODELS = {"KVAE": kvae_video, "Kandinsky 6": kandinsky6}
 SERVED = {
@@ -314,7 +315,7 @@ def test_upsampling(compress_time, layout):
 @torch.no_grad()
 def test_small_frames_are_left_to_diffusers(monkeypatch):
     kandinsky = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kandinsky6_sr")
-    monkeypatch.setattr(upsampling, "MIN_PIXELS", 512)
+    monkeypatch.setattr(upsampling, "MIN_FOLDED_PIXELS", 512)
     kvae = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl_kvae_video")
     for layer in (kandinsky.Kandinsky6SRUpsample(4, False), kvae.KVAECachedPXSUpsample(4, False)):
         report = accelerate(layer)

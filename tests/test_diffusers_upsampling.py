@@ -6,7 +6,7 @@ from accelerated_models import Counted, assert_same
 from diffusers.models.upsampling import Upsample2D
 
 from movq_ext import accelerate
-from movq_ext.diffusers import upsampling
+from movq_ext.ops import upsampling
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def test_upsampling_is_one_transposed_convolution(name):
 @torch.no_grad()
 def test_small_maps_are_left_to_diffusers(pixels, monkeypatch):
     """Folding the weights would take longer than it saves."""
-    monkeypatch.setattr(upsampling, "MIN_PIXELS", 512)
+    monkeypatch.setattr(upsampling, "MIN_FOLDED_PIXELS", 512)
     upsample = Upsample2D(4, use_conv=True)
     report = accelerate(upsample)
     with Counted() as counted:
@@ -45,7 +45,7 @@ def test_small_maps_are_left_to_diffusers(pixels, monkeypatch):
 
 
 def test_an_exported_program_takes_maps_of_any_size(monkeypatch):
-    monkeypatch.setattr(upsampling, "MIN_PIXELS", 512)
+    monkeypatch.setattr(upsampling, "MIN_FOLDED_PIXELS", 512)
     upsample = Upsample2D(32, use_conv=True).eval()
     accelerate(upsample)
     sizes = {0: torch.export.Dim("b", min=1, max=16), 2: torch.export.Dim("h", min=2, max=64)}

@@ -12,7 +12,8 @@ from tolerances import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from movq_ext.model import feature_maps
-from movq_ext.model.feature_maps import FeatureMap, FileStorage, MapStore, MemoryStorage, Moments, upcast
+from movq_ext.model.feature_maps import FeatureMap, FileStorage, MapStore, MemoryStorage, upcast
+from movq_ext.ops.moments import Moments
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spies import record_calls
 from tolerances import assert_close, relative_error
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -80,6 +81,20 @@ def test_a_large_mean_costs_a_map_of_one_pixel_no_accuracy():
     f = (draw(2, 64, 1, 1) + 100).float().as_strided((2, 64, 1, 1), (64, 1, 64, 64))
     options = NormOptions(None, None, 4)
     assert relative_error(native.spatial_norm(f, None, None, options), F.group_norm(f.double(), 4, eps=options.eps)) < 2e-5
+
+
+@pytest.mark.parametrize("zq_grid", [(4, 4), (3, 5), None])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_norm_in_channels_last_is_an_affine_map_in_inference(monkeypatch, zq_grid, recorded):
+    """The modulation is combined with the norm on zq's grid: torch's group norm would write one map more."""
+    called = record_calls(monkeypatch, torch, "group_norm", lambda *_: None)
+    f = draw(2, 6, 16, 24, dtype=torch.float32, layout=torch.channels_last).requires_grad_(recorded)
+    y, b = (None, None) if zq_grid is None else (draw(2, 6, *zq_grid).float() + offset for offset in (0, 1))
+    weight, bias = draw(6).float(), draw(6).float() + 1
+    out = native.spatial_norm(f, y, b, NormOptions(weight, bias, 3, activation="silu"))
+    exact = [None if x is None else x.double() for x in (f, y, b, weight, bias)]
+    assert relative_error(out, published.spatial_norm(*exact, 3, activation="silu")) < 1e-6
+    assert len(called) == int(recorded) and out.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("trained", [(0,), (1,), (0, 1)], ids=["weight", "bias", "both"])

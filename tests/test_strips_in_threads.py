@@ -201,7 +201,7 @@ def test_every_operator_is_single_threaded(monkeypatch):
 WITHOUT_TEAM = """
 import os, torch
 import movq_ext
-movq_ext.model.decoder.MAX_WHOLE_MAP_BYTES = 0
+movq_ext.model.decoder.MAX_WHOLE_MAP_BYTES = movq_ext.model.decoder.MAX_SHARED_MAP_BYTES = 0
 decoder = movq_ext.MOVQDecoder(ch=32, out_ch=3, ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=[], in_channels=3,
                                resolution=64, z_channels=4, zq_ch=4).eval()
 z = torch.randn(1, 4, 32, 32)

@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from models import draw
 from pretend_gpu import PretendGpu
+from spies import record_calls
 from tolerances import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 import movq_ext
-from movq_ext.ops import cuda, extension, native, paths, registration, self_test
+from movq_ext.ops import cuda, extension, native, paths, registration, self_test, upsampling
 from movq_ext.ops.functional import upsample_conv
 from movq_ext.ops.paths import explain
 from movq_ext.ops.upsampling import METHODS, count_costs, fold_upsampling, fold_window_row, fold_windows, interleave_windows
@@ -73,6 +74,20 @@ def test_every_method_is_the_published_formula_with_its_gradients(method, has_bi
     dout = draw(*out.shape)
     for grad, want in zip(*(torch.autograd.grad(y, inputs, dout) for y in (out, expected)), strict=True):
         assert_close(grad, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_cpu_folds_no_weights_for_few_pixels(monkeypatch, dtype):
+    """bfloat16 is multiplied so fast that folding pays later. All images share the folded weights."""
+    monkeypatch.setattr(upsampling, "MIN_FOLDED_PIXELS", 12)
+    monkeypatch.setattr(upsampling, "MIN_FOLDED_PIXELS_BFLOAT16", 24)
+    folded = record_calls(monkeypatch, upsampling, "fold_upsampling", lambda out, weight: weight.dtype)
+    x, weight, bias = case(dtype=dtype)
+    for images, height, width in ((1, 1, 11), (2, 2, 3), (1, 1, 23), (4, 3, 2)):
+        small = draw(images, x.shape[1], height, width).to(dtype)
+        out = upsample_conv(small, weight, bias)
+        assert_close(out, published_upsampling(*(tensor.double() for tensor in (small, weight, bias))), slack=2)
+    assert len(folded) == (1 if dtype == torch.bfloat16 else 3)
 
 
 BAD = {

@@ -1,14 +1,16 @@
-"""On a CPU, a thread decodes images whose maps fit its cache as whole maps, and all threads decode others in strips."""
+"""How a CPU decodes an image: as whole maps by one thread or by all, where they are small, and else in strips."""
 
 import threading
+from collections import Counter
 
 import pytest
 import torch
 from models import CASES, latents, make_decoder
 from spies import record_calls
 from tolerances import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from movq_ext import MOVQDecoder
+from movq_ext import MOVQDecoder, ResnetBlock, SpatialNorm
 from movq_ext.model import decoder as decoder_module
 from movq_ext.model.strips import Strips
 
@@ -73,6 +75,52 @@ def test_one_small_image_is_decoded_by_one_thread(batches, monkeypatch):
     torch.set_num_threads(2)
     decoder(z, zq)
     assert batches == [(1, 1, False)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count, threads, more, shared", [(1, 2, 0, 1), (2, 3, 0, 2), (1, 2, -1, 0), (2, 2, 0, 0), (1, 1, 0, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operators_share_the_small_maps_of_few_images(batches, strips, monkeypatch, dtype, count, threads, more, shared):
+    """The images are fewer than the threads, and the largest map has 64 channels at twice the latents' size."""
+    decoder, (z, zq) = make_decoder(ch_mult=(1, 2)).to(dtype), (x.to(dtype) for x in latents((4, 6), batch=count))
+    assert max(block.in_channels for block in decoder.up[0].block) == 64
+    with torch.enable_grad():
+        expected = decoder(z, zq)
+    monkeypatch.setattr(decoder_module, "MAX_WHOLE_MAP_BYTES", 0)
+    monkeypatch.setattr(decoder_module, "MAX_SHARED_MAP_BYTES", 2 * map_bytes(z, dtype) + more)
+    torch.set_num_threads(threads)
+    out = decoder(z, zq)
+    assert batches == [(1, threads, True)] * shared and len(strips) == (0 if shared else count)
+    assert_close(out, expected.double(), slack=5)
+
+
+class Passes(TorchDispatchMode):
+    """Counts the operators that write at least this many values. Each may be a parallel region: its threads meet at the end."""
+
+    def __init__(self, min_elements):
+        super().__init__()
+        self.min_elements, self.names = min_elements, Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        first = out[0] if isinstance(out, tuple) else out
+        if torch.is_tensor(first) and first.numel() >= self.min_elements and not func.is_view and "empty" not in func.name():
+            self.names[func.overloadpacket.__name__] += 1
+        return out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, norm", [(torch.float32, "sub"), (torch.bfloat16, "native_group_norm")])
+def test_a_norm_and_its_activation_write_a_map_three_times(dtype, norm):
+    decoder = make_decoder(attn_resolutions=[], mid_attn=False).to(dtype)
+    z, zq = (x.to(dtype) for x in latents((32, 48), batch=1, zq_grid=(4, 6)))
+    norms = sum(isinstance(module, SpatialNorm) for module in decoder.modules())
+    blocks = sum(isinstance(module, ResnetBlock) for module in decoder.modules())
+    with Passes(32 * 32 * 48) as passes:
+        decoder._forward_fused(z, zq)
+    folding = {"cat", "clone", "_to_copy"}
+    written = {name: count for name, count in passes.names.items() if name not in folding | {"convolution"}}
+    assert written == {norm: norms, "addcmul": norms, "silu_": norms, "add_": blocks}
 
 
 @torch.no_grad()

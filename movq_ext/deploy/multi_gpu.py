@@ -15,12 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..model.decoder import MOVQDecoder
-from ..model.feature_maps import FeatureMap, MapStore, Moments, Storage
+from ..model.feature_maps import FeatureMap, MapStore, Storage
 from ..model.strip_checks import LayeredDecoder, check_decoder_layers, check_no_dropout
 from ..model.strip_norms import NormalisedRows
 from ..model.strip_spans import Span
 from ..model.strips import Strips, computes_in_float32, to_float32
 from ..model.working_memory import WorkingMemory, cpu_memory
+from ..ops.moments import Moments
 from ..ops.native import compute_dtype
 
 GPU_MEMORY = WorkingMemory(strip=1 << 30)  # enough pixels to fill a GPU; not yet measured on one

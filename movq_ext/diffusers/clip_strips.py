@@ -17,15 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.feature_maps import FeatureMap, MapStore, Moments, upcast
+from ..model.feature_maps import FeatureMap, MapStore, upcast
 from ..model.strip_norms import split_at_cells
 from ..model.strip_spans import HALO
 from ..model.working_memory import WorkingMemory, convolution_values
 from ..ops.clips import resize_frames
+from ..ops.moments import Moments
 from ..ops.native import scale_by_cells
 from ..ops.thread_pool import run_in_threads
-from ..ops.upsampling import fold_upsampling
-from . import upsampling
+from ..ops.upsampling import fold_upsampling, folding_pays_on_cpu
 from .clip_convolution import PADDING, CausalConvolution
 from .cogvideox import enlarge_frames, upsampled_frames
 
@@ -230,7 +230,8 @@ class ClipStrips:
         sources = upsampled_frames(module, frame_numbers).flatten().int().tolist()
         out = self._new_map(module.conv.out_channels, len(sources), 2 * x.rows.height, 2 * x.width)
         # On a GPU the kernels fold, and add the bias.
-        folds = x.rows.height * x.rows.width >= upsampling.MIN_PIXELS and not module.conv.weight.is_cuda
+        pays = folding_pays_on_cpu(x.rows.height * x.rows.width, x.rows.dtype)
+        folds = pays and not module.conv.weight.is_cuda
         folded = fold_upsampling(module.conv.weight) if folds else None
 
         def write_strip(first: int, last: int) -> Moments:

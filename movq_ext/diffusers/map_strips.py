@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.feature_maps import FeatureMap, MapStore, MemoryStorage, Moments
+from ..model.feature_maps import FeatureMap, MapStore, MemoryStorage
 from ..model.fusion import is_plain_conv1x1, is_plain_conv3x3
 from ..model.norms import SpatialNorm
 from ..model.strip_norms import NormalisedRows
 from ..model.strip_rows import PointwiseRows, RowSource, StoredRows
 from ..model.strips import Strips
 from ..model.working_memory import CPU_MEMORY, INPUT_VALUES, WorkingMemory, cpu_memory
+from ..ops.moments import Moments
 from ..ops.native import is_inference
 from ..ops.winograd import winograd_is_faster
 from .accelerated import is_plain_instance

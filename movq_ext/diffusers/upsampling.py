@@ -9,12 +9,9 @@ from torch import Tensor
 
 from ..model.fusion import is_plain_conv3x3
 from ..ops.functional import upsample_conv
-from ..ops.native import traces_plain_operators
+from ..ops.native import compute_dtype, traces_plain_operators
+from ..ops.upsampling import folding_pays_on_cpu
 from .accelerated import Accelerated, can_compute, count_call, original_class
-
-# On a CPU, folding reads or writes each of the C * C * 9 weights about 14 times, in every call, and each access costs as much as
-# up to 50 multiplications. Of 36 * C * C multiplications per pixel of the small map it saves 20.
-MIN_PIXELS = 512
 
 
 class Upsample2D(Accelerated):
@@ -42,7 +39,7 @@ def folding_pays(x: Tensor) -> bool:
     """
     if traces_plain_operators() or torch.compiler.is_exporting():  # the program may be given maps of any size
         return True
-    return x.is_cuda or x.numel() // x.shape[1] >= MIN_PIXELS
+    return x.is_cuda or folding_pays_on_cpu(x.numel() // x.shape[1], compute_dtype(x))
 
 
 def _conv_of(upsample: Any) -> Any:

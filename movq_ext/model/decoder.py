@@ -31,6 +31,10 @@ from .strips import decode_in_strips
 # Of maps at the image's resolution that threads compute at once, each for images of its own. Up to about this size one thread
 # decodes whole maps in less time than all threads decode strips: its cache holds the maps, and strips take more operators.
 MAX_WHOLE_MAP_BYTES = 2 << 20
+# Of the largest map of an image that all threads decode as whole maps, inside operators. Strips of such maps are so small that
+# threads of their own wait for the interpreter and for each other. Beside other processes operators wait much longer: as long as
+# those of other decoders.
+MAX_SHARED_MAP_BYTES = 8 << 20
 
 
 class DecoderStep(NamedTuple):
@@ -152,6 +156,9 @@ class MOVQDecoder(ActivationCheckpointing):
             if z.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
                 if batch_size := self._images_in_cache(z):
                     return self._forward_in_cache(z, zq, batch_size)
+                if self._operators_share_maps(z):
+                    images = zip(z.split(1), zq.split(1), strict=True)
+                    return torch.cat([self._forward_fused(*image) for image in images])
                 return decode_in_strips(self, z, zq)  # strips stay in the cache
             return self._forward_fused(z, zq)
         z, zq = _in_channels_last(z, zq)
@@ -199,6 +206,21 @@ class MOVQDecoder(ActivationCheckpointing):
         pixels = z[0, 0].numel() << 2 * (self.num_resolutions - 1)
         map_bytes = pixels * self.conv_out.in_channels * z.itemsize
         return min(MAX_WHOLE_MAP_BYTES // threads // map_bytes, -(-len(z) // threads))
+
+    def _operators_share_maps(self, z: Tensor) -> bool:
+        """Return True if images are decoded as whole maps, one after another, with all threads inside every operator.
+
+        For fewer images than threads, whose largest map is small.
+        """
+        if z.dtype == torch.float16 or len(z) >= num_workers():
+            return False
+        pixels, largest = z[0, 0].numel(), 0
+        for layer in self.layers():
+            if isinstance(layer, Upsample):
+                pixels *= 4
+            elif isinstance(layer, ResnetBlock):
+                largest = max(largest, pixels * layer.in_channels)
+        return largest * z.itemsize <= MAX_SHARED_MAP_BYTES
 
     def forward_with_features_output(self, z: Tensor, zq: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Decode as `forward` does, and return every intermediate map by name, in execution order.

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from .. import profiling
 from ..ops.functional import attention, shared_kv_attention
+from ..ops.moments import Moments
 from ..ops.native import compute_dtype
 from ..ops.onednn import Convolution
 from ..ops.thread_pool import run_in_threads
-from .feature_maps import FeatureMap, MapStore, Moments
+from .feature_maps import FeatureMap, MapStore
 from .fusion import is_plain_conv3x3
 from .layers import AttnBlock, Downsample, ResnetBlock, Upsample, is_plain_network
 from .strip_checks import LayeredDecoder, LayeredNetwork, check_decoder_layers, check_encoder_layers

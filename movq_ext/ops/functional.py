@@ -245,8 +245,9 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, method: str | 
         weight: ``(out, C, 3, 3)``.
         bias: ``(out,)``, or None.
         method: one of `upsampling.METHODS`. None takes the one that costs least in counted operations and bytes on a GPU, and
-            ``"transposed"`` elsewhere and in traced programs. ``"windows"`` is for inference: its gradient has no kernels.
-            With kernels it takes at most 65535 images of 32767 rows, and is never the automatic choice.
+            ``"transposed"`` in traced programs. On a CPU it takes ``"transposed"``, or for few pixels ``"direct"``.
+            ``"windows"`` is for inference: its gradient has no kernels. With kernels it takes at most 65535 images of 32767 rows,
+            and is never the automatic choice.
 
     Returns:
         ``(B, out, 2 * H, 2 * W)`` in x's dtype, or in autocast's; on a GPU in channels_last, except by ``"direct"`` and where
@@ -270,7 +271,7 @@ def upsample_conv_with_statistics(
     """
     check_upsample_conv(x, weight, bias, method)
     if not x.is_cuda:
-        return MeasuredMap(upsampling.upsample_conv(x, weight, bias, method or "transposed"))
+        return MeasuredMap(upsampling.upsample_conv(x, weight, bias, method or upsampling.cpu_method(x)))
     in_inference = native.is_inference(*(tensor for tensor in (x, weight, bias) if tensor is not None))
     if method is None:
         method = upsampling_method(x, weight.shape[0], bias is not None, in_inference, weight.dtype)

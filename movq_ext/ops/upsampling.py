@@ -19,11 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .native import compute_dtype, is_tracing
+
 METHODS = ("transposed", "windows", "direct")
 FOLDED_CHANNELS = 128  # output channels whose weights are folded at once on a CPU, in its cache
 # Operations in the time of one byte, from the data sheet of an H100 SXM: 3.35 TB/s, and dense 989 TFLOP/s in 16 bits, 495 in TF32
 # and 67 in float32. A choice depends on these ratios alone. Not yet measured on a GPU.
 OPERATIONS_PER_BYTE_16_BIT, OPERATIONS_PER_BYTE_TF32, OPERATIONS_PER_BYTE_FLOAT32 = 295, 148, 20
+# Pixels from which folding takes less time on a CPU than it saves. It reads or writes each weight about 14 times. For each pixel
+# and pair of channels it saves 20 of 36 multiplications, which AMX computes about eight times as fast in bfloat16.
+MIN_FOLDED_PIXELS, MIN_FOLDED_PIXELS_BFLOAT16 = 512, 1536
 
 
 def fold_upsampling(weight: Tensor) -> Tensor:
@@ -122,6 +127,23 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, method: str = 
     if method == "windows":
         return interleave_windows(F.conv2d(x, fold_windows(weight), padding=1), bias)
     return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
+
+
+def folding_pays_on_cpu(pixels: int, dtype: torch.dtype) -> bool:
+    """Return True if folding weights saves more than it costs, for a convolution in this dtype.
+
+    Args:
+        pixels: of all images, before upsampling.
+        dtype: of the convolution.
+    """
+    return pixels >= (MIN_FOLDED_PIXELS_BFLOAT16 if dtype == torch.bfloat16 else MIN_FOLDED_PIXELS)
+
+
+def cpu_method(x: Tensor) -> str:
+    """Return the faster method of `upsample_conv` on a CPU: ``"transposed"``, or ``"direct"`` for few pixels."""
+    if is_tracing():  # the program must work for other sizes
+        return "transposed"
+    return "transposed" if folding_pays_on_cpu(x.numel() // x.shape[1], compute_dtype(x)) else "direct"
 
 
 class Cost(NamedTuple):
