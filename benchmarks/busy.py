@@ -4,7 +4,8 @@
 
 0, 1 and 3 other processes multiply matrices with one thread each. Beside them, these decoders take turns, each in a process of
 its own: ours, in which a thread computes whole strips; ours with threads inside every operator; and diffusers' VQModel in
-channels_last, eager and compiled.
+channels_last, eager and compiled. With --shipped they decode with the shipped model, whose small maps ours computes inside
+operators. The peers are then those of the published code, since diffusers cannot read it.
 
 "ms" is the median of the rounds, "spread" their ``(largest - smallest) / median``, and "slowdown" divides the median by the
 decoder's own without other processes. The results are written after each number of processes.
@@ -25,7 +26,10 @@ from peer_process import PeerProcess, take_turns
 from peers import save_random
 from timing import environment, summary, write
 
+from movq_ext.demo import SMALL_MODEL_PATH
+
 PEERS = ("ours", "ours in-operators", "diffusers nhwc", "diffusers compiled nhwc")
+SHIPPED_PEERS = ("ours", "published nhwc", "published compiled nhwc")
 BUSY = (0, 1, 3)
 SPIN = """
 import torch
@@ -82,9 +86,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/busy_cpu"), help="folder for the results")
     parser.add_argument("--quick", action="store_true", help="rehearse: a small model and one round")
-    parser.add_argument("--peers", nargs="+", default=PEERS, help="decoders, see peers.py")
+    parser.add_argument("--shipped", action="store_true", help="decode with the shipped model, not a random Kandinsky 2.x")
+    parser.add_argument("--peers", nargs="+", help="decoders, see peers.py")
     parser.add_argument("--busy", type=int, nargs="+", default=BUSY, help="numbers of busy processes; 0 first, for the slowdown")
     parser.add_argument("--size", type=int, default=128, help="height and width of the image")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each decoder")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=4.0, help="start no measurement after this long")
@@ -92,16 +98,19 @@ def main() -> None:
     if options.quick:
         options.size, options.rounds = 64, 1
     deadline = time.monotonic() + 60 * options.minutes
-    head = {**environment(torch.device("cpu")), "size": options.size, "threads": options.threads}
+    model = "shipped" if options.shipped else "kandinsky"
+    settings = {"model": model, "dtype": options.dtype, "size": options.size, "threads": options.threads}
+    head = {**environment(torch.device("cpu")), **settings}
     rows: list[dict[str, Any]] = []
     idle: dict[str, float] = {}
     peers: list[PeerProcess] = []
     with tempfile.TemporaryDirectory() as temporary:
-        weights = Path(temporary) / "model"
-        save_random(weights, small=options.quick)
-        case = {"device": "cpu", "mode": "decode", "dtype": "float32", "size": options.size, "batch": 1}
+        weights = SMALL_MODEL_PATH if options.shipped else Path(temporary) / "model"
+        if not options.shipped:
+            save_random(weights, small=options.quick)
+        case = {"device": "cpu", "mode": "decode", "dtype": options.dtype, "size": options.size, "batch": 1}
         try:
-            for name in options.peers:
+            for name in options.peers or (SHIPPED_PEERS if options.shipped else PEERS):
                 peers.append(PeerProcess(name, weights, Path(temporary) / "expected.pt", 0.0, options.threads, **case))
                 peers[-1].receive(deadline)
             for busy in options.busy:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from movq_ext.demo import SMALL_MODEL_PATH
+
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
@@ -60,6 +62,32 @@ def test_a_row_for_every_number_of_processes_and_decoder(busy, monkeypatch, tmp_
     assert [row["slowdown"] for row in rows] == [1, 1, 1, "-", 1, 2, 2, "-", 1, 4, 4, "-"]
     assert rows[3]["ms"] == "no compiler" and rows[4]["rounds"] == 2
     assert "slowdown" in (tmp_path / "busy.md").read_text() and not open_peers
+
+
+def test_the_shipped_model(busy, monkeypatch, tmp_path):
+    """diffusers cannot read it."""
+    started = []
+
+    class FakePeer:
+        def __init__(self, name, weights, expected, seconds, threads, **case):
+            self.name, self.found = name, {"ms": [], "failed": "not started"}
+            started.append((name, weights, case["dtype"]))
+
+        def receive(self, deadline):
+            pass
+
+        def measure(self, deadline, warm_up):
+            pass
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(busy, "PeerProcess", FakePeer)
+    monkeypatch.setattr(sys, "argv", ["busy.py", "--out", str(tmp_path), "--shipped", "--dtype", "bfloat16", "--busy", "0"])
+    busy.main()
+    assert started == [(name, SMALL_MODEL_PATH, "bfloat16") for name in busy.SHIPPED_PEERS]
+    head = json.loads((tmp_path / "busy.json").read_text())
+    assert (head["model"], head["dtype"]) == ("shipped", "bfloat16")
 
 
 def test_busy_processes_end_after_an_error(busy):

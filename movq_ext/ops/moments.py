@@ -57,6 +57,7 @@ class Moments:
 def _column_moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean and the variance of each column, in float32 at least. No copy of the values is made."""
     # Without running statistics in float32, the results for 16-bit values would have 16 bits. Nothing reads the running ones.
-    running = values.new_zeros(2, values.shape[1], dtype=torch.promote_types(values.dtype, torch.float32))
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    running = torch.zeros(2, values.shape[1], dtype=dtype, device=values.device)
     mean, variance = torch.batch_norm_update_stats(values, running[0], running[1], momentum=0.0)
     return mean, variance

@@ -45,9 +45,10 @@ def _affine_norm(f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, options: N
     scale = rstd if options.weight is None else rstd * options.weight[:, None, None]
     shift = (mean - exact_mean) * scale
     shift = shift if options.bias is None else shift + options.bias[:, None, None]
+    scale, shift = scale.to(f.dtype), shift.to(f.dtype)
     if zq_y is not None and zq_b is not None:
         scale, shift = zq_y * scale, torch.addcmul(zq_b, zq_y, shift)
-    out = _modulate(f - mean, scale.to(f.dtype), shift.to(f.dtype), in_place=True)
+    out = _modulate(f - mean, scale, shift, in_place=True)
     return F.silu(out, inplace=True) if options.activation == "silu" else out
 
 
