@@ -38,14 +38,10 @@ def _affine_norm(f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, options: N
 
     Takes fewer passes than torch's group norm, which also cancels there, see `_subtract_group_means`.
     """
-    # The means in f's dtype, and what they lost to rounding.
     statistics = [moments.group_statistics(options.groups, options.eps) for moments in map(_moments, f.unbind())]
-    exact_mean, rstd = (torch.stack(values)[:, :, None, None] for values in zip(*statistics, strict=True))
-    mean = exact_mean.to(f.dtype)
-    scale = rstd if options.weight is None else rstd * options.weight[:, None, None]
-    shift = (mean - exact_mean) * scale
-    shift = shift if options.bias is None else shift + options.bias[:, None, None]
-    scale, shift = scale.to(f.dtype), shift.to(f.dtype)
+    mean, scale = (torch.stack(values)[:, :, None, None].to(f.dtype) for values in zip(*statistics, strict=True))
+    scale = scale if options.weight is None else scale * options.weight[:, None, None]
+    shift = torch.zeros_like(scale) if options.bias is None else options.bias[:, None, None].expand_as(scale)
     if zq_y is not None and zq_b is not None:
         scale, shift = zq_y * scale, torch.addcmul(zq_b, zq_y, shift)
     out = _modulate(f - mean, scale, shift, in_place=True)
