@@ -170,16 +170,16 @@ class BandMap(FeatureMap):
         self.moments: BandMoments = BandMoments(band)
         self._band = band
         self._first, self._last = band.rows(height)
-        self.first_stored = band.haloed_rows(height)[0]
+        self._first_stored = band.haloed_rows(height)[0]
 
     def read(self, first: int, last: int) -> Tensor:
-        return super().read(first - self.first_stored, last - self.first_stored)
+        return super().read(first - self._first_stored, last - self._first_stored)
 
     def reserve(self, first: int, last: int) -> Tensor:
-        return super().reserve(first - self.first_stored, last - self.first_stored)
+        return super().reserve(first - self._first_stored, last - self._first_stored)
 
     def commit_unmeasured(self, first: int, rows: Tensor) -> None:
-        super().commit_unmeasured(first - self.first_stored, rows)
+        super().commit_unmeasured(first - self._first_stored, rows)
 
     def complete(self, moments: Sequence[Moments]) -> None:
         """Merge the moments of the band's strips, and exchange its edges and moments with the other processes."""
@@ -200,7 +200,7 @@ class BandMap(FeatureMap):
         self._band.exchange(neighbours)
 
     def _stored_row(self, row: int) -> Tensor:
-        return self.storage.read((row - self.first_stored) * self.row_size, self.row_size)
+        return self.read(row, row + 1).permute(0, 2, 3, 1).view(-1)
 
 
 class BandMoments(Moments):

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from ..model.feature_maps import FeatureMap, MapStore, MemoryStorage
 from ..model.fusion import is_plain_conv1x1, is_plain_conv3x3
+from ..model.map_rows import StoredRows
 from ..model.norms import SpatialNorm
 from ..model.strip_norms import NormalisedRows
-from ..model.strip_rows import PointwiseRows, RowSource, StoredRows
+from ..model.strip_rows import PointwiseRows, RowSource
 from ..model.strips import Strips
 from ..model.working_memory import CPU_MEMORY, INPUT_VALUES, WorkingMemory, cpu_memory
 from ..ops.moments import Moments

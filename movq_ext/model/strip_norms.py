@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from .. import profiling
 from ..ops.native import is_power_of_two_ratio, scale_by_cells
 from .feature_maps import FeatureMap, upcast
+from .map_rows import MapRows
 from .norms import SpatialNorm
 
 RowModulation = Callable[[int, int], tuple[Tensor, Tensor]]  # (first, last) to the scale and the shift of these rows of cells
 
 
-class NormalisedRows:
+class NormalisedRows(MapRows):
     """Rows of ``norm(x)``, then SiLU if ``activation`` is "silu".
 
     Args:
@@ -47,8 +48,12 @@ class NormalisedRows:
             self.affine = ChannelAffine(*(t.to(self.dtype)[None, :, None, None] for t in (scale, shift)))
 
     def write_rows(self, first: int, last: int, out: Tensor) -> None:
-        values = upcast(self.x.read(first, last))
-        result = out if out.dtype == self.dtype else values  # where the dtypes differ, values is a copy
+        self.normalise(self.x.read(first, last), first, last, out)
+
+    def normalise(self, values: Tensor, first: int, last: int, out: Tensor) -> None:
+        """Write the result for rows first to last - 1 of x to out. values: these rows, which may be out itself."""
+        values = upcast(values)
+        result = out if out.dtype == self.dtype else values  # where the dtypes differ, values are a copy
         with profiling.layer_range(self.norm):
             for part in self.affine.parts(first, last):
                 rows = slice(part.first - first, part.last - first)

@@ -16,7 +16,7 @@ from ..ops.upsampling import fold_window_row
 from ..ops.winograd import WinogradConvolution, winograd_is_faster
 from .feature_maps import FeatureMap, MapStore
 from .fusion import is_plain_conv, is_plain_conv1x1
-from .strip_norms import NormalisedRows
+from .map_rows import MapRows, StoredRows
 from .strip_spans import HALO, Span
 
 TYPICAL_ROWS = 32  # of a strip, used to pack weights
@@ -28,18 +28,6 @@ class RowSource(Protocol):
     def write_rows(self, first: int, last: int, out: Tensor) -> None:
         """Write rows first to last - 1 to out, ``(1, C, last - first, W)``."""
         ...
-
-
-class StoredRows:
-    """Rows of a stored map."""
-
-    def __init__(self, x: FeatureMap) -> None:
-        self.x = x
-
-    def write_rows(self, first: int, last: int, out: Tensor) -> None:
-        rows = self.x.read(first, last)
-        if rows.data_ptr() != out.data_ptr():  # a map that reuses the storage of x: its rows are there already
-            out.copy_(rows)
 
 
 class Pointwise:
@@ -66,8 +54,8 @@ class Pointwise:
         return out
 
     def write_to(self, out: Tensor, strip: Tensor) -> None:
-        """Write the layer's result to out, in channels_last. They may share memory."""
-        if self.weight is None or _overlap(out, strip):
+        """Write the layer's result to out, in channels_last without gaps."""
+        if self.weight is None:
             out.copy_(self(strip))
             return
         pixels = strip.permute(0, 2, 3, 1).flatten(0, 2)
@@ -124,7 +112,7 @@ class ConvolvedRows:
     def __init__(
         self,
         conv: nn.Conv2d,
-        source: StoredRows | NormalisedRows,
+        source: MapRows,
         buffer: StripBuffer,
         spans: Sequence[Span] = (),
         packed: Convolution | None = None,
@@ -220,16 +208,11 @@ def cast_parameters(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> 
     return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """True if two tensors without gaps share memory."""
-    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
-
-
-def haloed_rows(source: StoredRows | NormalisedRows, first: int, last: int, buffer: StripBuffer) -> Tensor:
+def haloed_rows(source: MapRows, first: int, last: int, buffer: StripBuffer) -> Tensor:
     """Return rows first - 1 to last of a source, written to the buffer. Rows outside the map are zero."""
     above, below = source.x.halo(first, last)
     strip = buffer.rows(source.x, last - first + HALO)
-    source.write_rows(first - above, last + below, strip[:, :, 1 - above : strip.shape[2] - 1 + below])
+    source.write_haloed_rows(first, last, strip[:, :, 1 - above : strip.shape[2] - 1 + below])
     if not above:
         strip[:, :, 0] = 0
     if not below:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 HALO = 2  # input rows of a 3x3 convolution that its output lacks: one above and one below
 # Rows of a strip without a memory limit: a Winograd convolution computes four at a time, and every strip normalises HALO more.
 MIN_ROWS = 4
@@ -33,42 +31,6 @@ def busiest_rows(height: int, rows: int, workers: int) -> int:
     most = -(-strips // workers) * (rows + HALO)
     last_is_alone = (strips - 1) % workers == 0
     return most - (strips * rows - height) if last_is_alone else most
-
-
-def divide_reused_rows(
-    spans: Sequence[Span], workers: int, channels: int, reused_channels: int, first_stored: int = 0
-) -> list[Sequence[Span]]:
-    """Divide a map that reuses a larger map's storage into groups of strips, which threads may compute in any order.
-
-    Each strip reads its own rows of the larger map, and overwrites rows above them that an earlier group must have read. So one
-    worker computes the first rows alone, until two strips of MIN_ROWS fit over rows that were read. Later groups have a strip for
-    each worker, and their heights grow.
-
-    Args:
-        spans: how strips would be divided without this rule. None of the groups has a higher one.
-        workers: threads that compute the strips of a group.
-        channels, reused_channels: of the map and of the larger one.
-        first_stored: the row of both maps with which the storage starts.
-    """
-    if workers == 1 or channels == reused_channels:
-        return [spans]
-    max_rows = max(MIN_ROWS, max(last - first for first, last in spans))
-    # Above row r, the larger map's rows hold r * reused_channels // channels of this map's.
-    serial_end = first_stored + -(-2 * MIN_ROWS * channels // (reused_channels - channels))
-    groups: list[Sequence[Span]] = []
-    row, end = spans[0][0], spans[-1][1]
-    while row < end:
-        if row < serial_end:
-            rows = min(_next_multiple(serial_end - row, MIN_ROWS), max_rows, end - row)
-            groups.append([(row, row + rows)])
-        else:
-            rows = (row - first_stored) * reused_channels // channels - (row - first_stored)
-            if rows < end - row:
-                rows -= rows % (MIN_ROWS * min(workers, rows // MIN_ROWS))  # every worker computes as many
-            rows = min(rows, end - row)
-            groups.append([(row + first, row + last) for first, last in divide_rows(rows, max_rows, workers)])
-        row += rows
-    return groups
 
 
 def _next_multiple(value: int, factor: int) -> int:

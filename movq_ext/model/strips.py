@@ -16,7 +16,7 @@ layers' results are written to memory. Each thread computes strips of its own, s
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar, cast
 
 import torch
@@ -31,10 +31,12 @@ from ..ops.thread_pool import run_in_threads
 from .feature_maps import FeatureMap, MapStore
 from .fusion import is_plain_conv3x3
 from .layers import AttnBlock, Downsample, ResnetBlock, Upsample, is_plain_network
+from .map_rows import MapRows, StoredRows
+from .overwritten_rows import OverwrittenRows
 from .strip_checks import LayeredDecoder, LayeredNetwork, check_decoder_layers, check_encoder_layers
 from .strip_norms import NormalisedRows
-from .strip_rows import ConvolvedRows, Pointwise, PointwiseRows, RowSource, StoredRows, StripBuffer, UpsampledRows, pack_direct
-from .strip_spans import Span, divide_reused_rows
+from .strip_rows import ConvolvedRows, Pointwise, PointwiseRows, RowSource, StripBuffer, UpsampledRows, pack_direct
+from .strip_spans import Span
 from .working_memory import (
     ATTENTION_VALUES,
     DOWNSAMPLE_VALUES,
@@ -46,7 +48,6 @@ from .working_memory import (
 )
 
 MAX_IMAGES_BYTES = 512 << 20  # of the maps and weights of images that threads decode at once, without a memory limit
-MAX_UNSHARED_BYTES = 8 << 20  # of a block's result with fewer channels than its input, whose storage it could reuse
 REARRANGED_WEIGHTS = 3  # a layer's rearranged weights, such as Winograd factors, take at most this many times its own
 Result = TypeVar("Result")
 
@@ -86,7 +87,7 @@ def _count_images_alone(decoder: LayeredDecoder, z: Tensor, memory: WorkingMemor
     """
     if memory.maps is not None or memory.workers == 1 or len(z) < memory.workers:
         return 0
-    pixels, map_bytes, weights = z[0, 0].numel(), 0, 0  # maps: a block's input, and the map between its convolutions
+    pixels, map_bytes, weights = z[0, 0].numel(), 0, 0  # maps: at most a block's input, and the map between its convolutions
     for layer in decoder.layers():
         weights = max([weights, *(weight.numel() for weight in layer.parameters())])
         if isinstance(layer, Upsample):
@@ -144,7 +145,7 @@ class Strips:
 
     def __init__(self, store: MapStore, zq: Tensor | None, memory: WorkingMemory) -> None:
         self.store, self.zq, self.memory = store, zq, memory
-        self._buffer = StripBuffer(store, memory.winograd, memory.workers)
+        self._buffer = self._new_buffer()
 
     def decode(self, decoder: LayeredDecoder, z: Tensor) -> Tensor:
         """Return the decoder's image of z, ``(1, z_channels, h, w)``."""
@@ -202,7 +203,7 @@ class Strips:
 
     def convolve(
         self,
-        source: StoredRows | NormalisedRows,
+        source: MapRows,
         conv: nn.Conv2d,
         out: FeatureMap | None = None,
         residual: RowSource | None = None,
@@ -213,8 +214,7 @@ class Strips:
         if out is None:
             out = self.store.allocate(conv.out_channels, x.height, x.width)
         values = convolution_values(x.channels, conv.out_channels)
-        groups = self._groups(x, values, out)
-        convolved = ConvolvedRows(conv, source, self._buffer, [span for group in groups for span in group], packed)
+        convolved = ConvolvedRows(conv, source, self._buffer, self.spans(x, values), packed)
 
         def write_strip(first: int, last: int) -> Moments:
             rows = out.reserve(first, last)
@@ -225,7 +225,7 @@ class Strips:
                 convolved.add_rows(first, last, rows)
             return out.commit_strip(first, rows)
 
-        out.complete([moments for group in groups for moments in self.run(write_strip, x, values, group)])
+        out.complete(self.run(write_strip, x, values))
         return out
 
     def all_tokens(self, source: NormalisedRows, *layers: nn.Module) -> list[Tensor]:
@@ -252,54 +252,59 @@ class Strips:
         """
         return self.memory.spans(x, values_per_pixel)
 
-    def _groups(self, x: FeatureMap, values_per_pixel: int, out: FeatureMap) -> list[Sequence[Span]]:
-        """Divide x into groups of strips that threads compute together, one group after another, and write to out."""
-        spans = self.spans(x, values_per_pixel)
-        if out.reused_channels is None:
-            return [spans]
-        workers = self.memory.strip_workers(x, values_per_pixel)
-        return divide_reused_rows(spans, workers, out.channels, out.reused_channels, out.first_stored)
-
-    def run(
-        self,
-        compute: Callable[[int, int], Result],
-        x: FeatureMap,
-        values_per_pixel: int,
-        spans: Sequence[Span] | None = None,
-    ) -> list[Result]:
+    def run(self, compute: Callable[[int, int], Result], x: FeatureMap, values_per_pixel: int) -> list[Result]:
         """Return ``compute(first, last)`` of each strip, in order. Threads compute strips at the same time.
 
         Args:
             compute: computes a strip.
             x, values_per_pixel: see `spans`.
-            spans: some of the strips of x; all if None.
         """
-        spans = self.spans(x, values_per_pixel) if spans is None else spans
+        spans = self.spans(x, values_per_pixel)
         return run_in_threads(lambda span: compute(*span), spans, self.memory.strip_workers(x, values_per_pixel))
+
+    def _new_buffer(self) -> StripBuffer:
+        return StripBuffer(self.store, self.memory.winograd, self.memory.workers)
 
     # --- Layers
 
     def _resnet_block(self, block: ResnetBlock, x: FeatureMap) -> FeatureMap:
         packed1, packed2 = self._pack_direct(x, block.conv1, block.conv2)
-        h = self.convolve(self._normalised(block.norm1, x, "silu"), block.conv1, packed=packed1)
-        in_place = self._reuses_input(block, x)
-        out = x.reuse_storage(block.out_channels) if in_place else self.store.allocate(block.out_channels, x.height, x.width)
-        self.convolve(self._normalised(block.norm2, h, "silu"), block.conv2, out, self._shortcut(block, x), packed2)
-        self.store.release(h)
-        if not in_place:
-            self.store.release(x)
+        out = h = None
+        if block.out_channels <= block.in_channels and not hasattr(block, "conv_shortcut"):  # that reads neighbouring rows
+            out = x.reuse_storage(block.out_channels)
+            h = out.beside(block.out_channels)
+        if out is not None and h is not None and out.channels < x.channels:
+            self._convolve_over(block, x, h, out, packed1)
+            shortcut: RowSource = StoredRows(out)
+        else:
+            h = self.convolve(self._normalised(block.norm1, x, "silu"), block.conv1, h, packed=packed1)
+            shortcut = self._shortcut(block, x)
+        out = self.convolve(self._normalised(block.norm2, h, "silu"), block.conv2, out, shortcut, packed2)
+        for read in (h, x):
+            if read.storage is not out.storage:
+                self.store.release(read)
         return out
 
-    def _reuses_input(self, block: ResnetBlock, x: FeatureMap) -> bool:
-        """Return True if the block's result reuses the storage of x.
+    def _convolve_over(
+        self, block: ResnetBlock, x: FeatureMap, h: FeatureMap, out: FeatureMap, packed: Convolution | None
+    ) -> None:
+        """Write the block's first convolution to h and its shortcut to out, which lie side by side in the storage of x.
 
-        With fewer channels than x, several threads would have to compute it in groups of strips: a small map is not worth that.
+        So a block whose channels shrink to half or less needs no other map. packed: see `pack_direct`.
         """
-        if block.out_channels > block.in_channels or hasattr(block, "conv_shortcut"):
-            return False
-        out_bytes = block.out_channels * x.height * x.width * x.dtype.itemsize
-        in_any_order = block.out_channels == block.in_channels or self.memory.workers == 1
-        return in_any_order or self.memory.maps is not None or out_bytes > MAX_UNSHARED_BYTES
+        source, shortcut = OverwrittenRows(block.norm1, x, self.zq, "silu"), self._shortcut(block, x)
+        values = convolution_values(x.channels, h.channels)
+        convolved = ConvolvedRows(block.conv1, source, self._buffer, self.spans(x, values), packed)
+
+        def write_strip(first: int, last: int) -> Moments:
+            rows, shortcut_rows = h.reserve(first, last), out.reserve(first, last)
+            convolved.write_rows(first, last, rows)
+            shortcut.write_rows(first, last, shortcut_rows)
+            source.keep_borders(first, last)
+            out.commit_unmeasured(first, shortcut_rows)
+            return h.commit_strip(first, rows)
+
+        h.complete(self.run(write_strip, x, values))
 
     def _pack_direct(self, x: FeatureMap, *convs: nn.Conv2d) -> list[Convolution | None]:
         """Return what `pack_direct` returns for each convolution. Each thread packs one."""
@@ -351,11 +356,22 @@ class Strips:
         return out
 
     def _upsample(self, layer: Upsample, x: FeatureMap) -> FeatureMap:
+        x = self._compact(x)
+        self._buffer = self._new_buffer()  # the previous blocks' strips were larger, and the maps are largest now
         out = self.store.allocate(x.channels, 2 * x.height, 2 * x.width)
         if layer.with_conv and is_plain_conv3x3(layer.conv):
             self._upsample_by_windows(layer.conv, x, out)
         else:
             self._upsample_by_module(layer, x, out)
+        self.store.release(x)
+        return out
+
+    def _compact(self, x: FeatureMap) -> FeatureMap:
+        """Return x without gaps between its rows, so that it holds no more memory than it needs beside a large map."""
+        if x.is_compact:
+            return x
+        out = self.store.allocate(x.channels, x.height, x.width)
+        out.complete(self.run(lambda first, last: out.write_strip(first, x.read(first, last)), x, INPUT_VALUES * x.channels))
         self.store.release(x)
         return out
 
