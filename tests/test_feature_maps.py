@@ -1,6 +1,7 @@
 """Feature maps: their storage in memory and in files, their budget, and their moments."""
 
 import tempfile
+import weakref
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tolerances import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from movq_ext.model import feature_maps
-from movq_ext.model.feature_maps import FeatureMap, FileStorage, MapStore, MemoryStorage, upcast
+from movq_ext.model.feature_maps import FeatureMap, FileStorage, MapStore, MemoryStorage, Runs, upcast
 from movq_ext.ops.moments import Moments
 
 CPU = torch.device("cpu")
@@ -53,28 +54,43 @@ def rows(first, last, channels=3, width=4, dtype=torch.float32):
 def test_committed_values_are_read_back(make_storage, dtype):
     storage = make_storage(20, dtype)
     for first, count in ((12, 8), (0, 5), (5, 7), (3, 4)):  # in any order, and over older values
-        buffer = storage.reserve(first, count)
-        assert buffer.shape == (count,) and buffer.dtype == storage.dtype == dtype
-        storage.commit(first, buffer.copy_(torch.arange(first, first + count) + count))
+        run = Runs(first, count)
+        buffer = storage.reserve(run)
+        assert buffer.shape == (1, count) and buffer.dtype == storage.dtype == dtype
+        storage.commit(run, buffer.copy_(torch.arange(first, first + count) + count))
     expected = torch.tensor([5, 6, 7, *range(7, 11), *range(14, 19), *range(20, 28)], dtype=dtype)
     for first, count in ((0, 20), (4, 6), (19, 1)):
-        assert torch.equal(storage.read(first, count), expected[first : first + count])
+        assert torch.equal(storage.read(Runs(first, count))[0], expected[first : first + count])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_between_runs_are_left_alone(make_storage, dtype):
+    storage, everything = make_storage(20, dtype), Runs(0, 20)
+    storage.commit(everything, storage.reserve(everything).copy_(torch.arange(20)))
+    runs = Runs(2, 3, count=3, pitch=7)  # the last one ends before the storage does
+    assert storage.read(runs).tolist() == [[2, 3, 4], [9, 10, 11], [16, 17, 18]]
+    buffer = storage.reserve(runs)
+    assert buffer.shape == (3, 3) and buffer.is_contiguous()
+    storage.commit(runs, buffer.copy_(-storage.read(runs)))
+    expected = [-i if i in (2, 3, 4, 9, 10, 11, 16, 17, 18) else i for i in range(20)]
+    assert storage.read(everything)[0].tolist() == expected
 
 
 def test_memory_is_not_copied():
     values = torch.zeros(8)
     storage = MemoryStorage(values)
-    assert storage.reserve(2, 3).data_ptr() == storage.read(2, 1).data_ptr() == values[2:].data_ptr()
+    assert storage.reserve(Runs(2, 3)).data_ptr() == storage.read(Runs(2, 1)).data_ptr() == values[2:].data_ptr()
+    assert storage.read(Runs(2, 2, count=2, pitch=4)).data_ptr() == values[2:].data_ptr()
 
 
 def test_a_file_that_was_cut_short():
     with tempfile.TemporaryFile() as file:
         storage = FileStorage(file, torch.float32, CPU)
-        storage.commit(0, torch.ones(10))
+        storage.commit(Runs(0, 10), torch.ones(1, 10))
         file.truncate(30)
-        assert torch.equal(storage.read(0, 7), torch.ones(7))
+        assert torch.equal(storage.read(Runs(0, 7)), torch.ones(1, 7))
         with pytest.raises(OSError, match="expected 16 bytes in a temporary file of feature maps, got 6"):
-            storage.read(6, 4)
+            storage.read(Runs(6, 4))
 
 
 # --- Maps
@@ -155,16 +171,50 @@ def test_moments_of_a_strip_take_few_operators():
 
 
 @pytest.mark.parametrize("channels", [3, 2, 1])
-def test_a_successor_reuses_the_storage_row_by_row(make_storage, channels):
+@pytest.mark.parametrize("spans", [[(0, 1), (1, 4), (4, 6)], [(4, 6), (0, 1), (1, 4)]])
+def test_a_successor_overwrites_its_own_rows_only(make_storage, channels, spans):
+    """So strips may be written in any order."""
     x = FeatureMap(3, 6, 4, make_storage(3 * 6 * 4))
     x.write(0, rows(0, 6))
     successor = x.reuse_storage(channels)
     assert (successor.channels, successor.height, successor.width) == (channels, 6, 4) and successor.storage is x.storage
-    for first, last in ((0, 1), (1, 4), (4, 6)):
-        assert torch.equal(x.read(first, 6), rows(first, 6))  # not overwritten yet
+    assert successor.is_compact == (channels == 3)
+    unwritten = set(range(6))
+    for first, last in spans:
         successor.write(first, -rows(first, last, channels))
+        unwritten -= set(range(first, last))
+        assert all(torch.equal(x.read(row, row + 1), rows(row, row + 1)) for row in unwritten)
     assert torch.equal(successor.read(0, 6), -rows(0, 6, channels))
     assert successor.moments.count == 24 and (successor.moments.mean < 0).all() and (x.moments.mean > 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_maps_side_by_side_in_one_storage(make_storage, dtype):
+    wide = FeatureMap(7, 6, 4, make_storage(7 * 6 * 4, dtype))
+    left = wide.reuse_storage(3)
+    right = left.beside(4)
+    assert wide.beside(1) is None and left.beside(5) is None and right.beside(1) is None
+    for first, last in ((4, 6), (0, 1), (1, 4)):
+        left.write(first, rows(first, last, 3, dtype=dtype))
+        right.write(first, -rows(first, last, 4, dtype=dtype))
+    for first, last in ((0, 6), (2, 3), (1, 5)):
+        assert torch.equal(left.read(first, last), rows(first, last, 3, dtype=dtype))
+        assert torch.equal(right.read(first, last), -rows(first, last, 4, dtype=dtype))
+    values = rows(0, 6, 4, dtype=dtype).double()
+    torch.testing.assert_close(right.moments.mean, -values.mean((0, 2, 3)), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("last", [2, 3])  # one row, or two
+def test_a_strip_of_a_narrower_map_is_stored_when_it_is_committed(make_storage, last):
+    """Until then, the rows that it takes the place of stay readable."""
+    x = FeatureMap(3, 6, 4, make_storage(3 * 6 * 4))
+    x.write(0, rows(0, 6))
+    out = x.reuse_storage(2)
+    buffer = out.reserve(1, last).fill_(7)
+    assert buffer.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(x.read(0, 6), rows(0, 6))
+    out.commit_unmeasured(1, buffer)
+    assert (out.read(1, last) == 7).all() and torch.equal(x.read(last, 6), rows(last, 6))
 
 
 def test_a_successor_has_no_more_channels():
@@ -221,6 +271,19 @@ def test_a_released_buffer_is_reused_if_it_is_large_enough():
     store.release(smaller)
     larger = store.allocate(3, 7, 4)
     assert larger.storage.values.numel() == 3 * 7 * 4
+
+
+def test_a_released_buffer_smaller_than_the_last_map_is_freed():
+    """It would be kept for nothing beside that map, and while callers hold its own."""
+    store = MapStore(torch.float32, CPU)
+    small = store.allocate(3, 3, 4)
+    buffer = weakref.ref(small.storage.values)
+    large = store.allocate(3, 6, 4)
+    store.release(small)
+    assert buffer() is None
+    address = large.storage.values.data_ptr()
+    store.release(large)
+    assert store.allocate(3, 6, 4).storage.values.data_ptr() == address
 
 
 def test_a_released_buffer_counts_whole_against_the_budget():

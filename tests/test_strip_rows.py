@@ -11,11 +11,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from movq_ext.model.feature_maps import MapStore
+from movq_ext.model.map_rows import StoredRows
 from movq_ext.model.strip_rows import (
     ConvolvedRows,
     Pointwise,
     PointwiseRows,
-    StoredRows,
     StripBuffer,
     UpsampledRows,
     haloed_rows,
@@ -69,23 +69,6 @@ def test_pointwise_rows(x, first, last):
     conv, out = nn.Conv2d(4, 7, 1), strip(7, first, last)
     PointwiseRows(conv, x).write_rows(first, last, out)
     assert_close(out, conv(x.read(0, HEIGHT))[:, :, first:last].double())
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kind, plain", [(nn.Conv2d, True), (Scaled, False)])
-@pytest.mark.parametrize("first, last", SPANS)
-def test_pointwise_rows_over_their_own_input(store, first, last, kind, plain, bias):
-    """As in a block that writes its result, with fewer channels, over its input."""
-    x = store.allocate(6, HEIGHT, WIDTH)
-    values = torch.randn(1, 6, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
-    x.write(0, values)
-    conv = kind(6, 5, 1, bias=bias)
-    rows = PointwiseRows(conv, x)
-    assert (rows.convolution.weight is not None) == plain
-    out = x.reuse_storage(5).reserve(first, last)
-    rows.write_rows(first, last, out)
-    assert_close(out, conv(values)[:, :, first:last].double())
 
 
 @torch.no_grad()

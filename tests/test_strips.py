@@ -27,6 +27,7 @@ from torch import nn
 from movq_ext import ResnetBlock, decode_tiled
 from movq_ext.model import strips
 from movq_ext.model.feature_maps import MapStore
+from movq_ext.model.map_rows import StoredRows
 from movq_ext.model.working_memory import WorkingMemory
 from movq_ext.ops.onednn import Convolution
 from movq_ext.ops.winograd import WinogradConvolution
@@ -244,7 +245,7 @@ def test_a_layer_releases_all_maps_but_its_output(budget):
     decoder, run = make_decoder(), runner(budget=budget)
     decoder.up[0].block[0] = ResnetBlock(in_channels=64, out_channels=32, conv_shortcut=True, zq_ch=5)  # not in place
     x = run.store_input(latents((4, 6), batch=1)[0])
-    x = run.convolve(strips.StoredRows(x), decoder.conv_in)
+    x = run.convolve(StoredRows(x), decoder.conv_in)
     for step in decoder.steps():
         x = run.run_layer(step.layer, x)
         files, used = len(run.store._files), run.store._used

@@ -16,7 +16,7 @@ from torch import nn
 
 from movq_ext import Encoder, annotate, decode_tiled, encode_tiled
 from movq_ext.model import strips, working_memory
-from movq_ext.model.feature_maps import FeatureMap, FileStorage, MapStore, MemoryStorage
+from movq_ext.model.feature_maps import FeatureMap, FileStorage, MapStore, MemoryStorage, Runs
 from movq_ext.model.layers import AttnBlock, ResnetBlock
 from movq_ext.model.strip_norms import NormalisedRows
 from movq_ext.model.strip_rows import ConvolvedRows, StripBuffer
@@ -102,8 +102,7 @@ def test_encoder(runs, max_memory):
 
 @pytest.mark.parametrize("max_memory", [LITTLE, None])
 def test_the_order_of_the_strips_changes_no_bit(monkeypatch, max_memory):
-    """The first strip of each map waits until others are done. Also where a map reuses the storage of one with more channels."""
-    monkeypatch.setattr(strips, "MAX_UNSHARED_BYTES", 0)
+    """The first strip of each map waits until others are done. Also where maps overwrite one with more channels."""
     decoder, (z, zq) = make_decoder(), latents((16, 6), batch=1)
     torch.set_num_threads(2)
     expected, reserve = decode(decoder, z, zq, max_memory), FeatureMap.reserve
@@ -140,48 +139,6 @@ def test_one_meeting_per_layer(runs):
     upsampling, whole_decode = 2, 1  # its weights, then the map
     attention *= 2  # keys and values, then queries
     assert len(runs) == whole_decode + packed + convolutions + attention + upsampling
-
-
-def test_the_choice_of_winograd_sees_the_strips_that_run(monkeypatch):
-    """Also those of a map that reuses the storage of one with more channels, which start with fewer rows."""
-    monkeypatch.setattr(strips, "MAX_UNSHARED_BYTES", 0)
-    decoder, (z, zq) = make_decoder(attn_resolutions=[], mid_attn=False, ch_mult=(1, 2)), latents((16, 6), batch=1)
-    chosen = record_calls(
-        monkeypatch, ConvolvedRows, "__init__", lambda result, rows, conv, source, buffer, spans=(), packed=None: list(spans)
-    )
-    ran = []
-
-    def record_run(self, compute, x, values, spans=None):
-        ran.append(list(self.spans(x, values) if spans is None else spans))
-        return run(self, compute, x, values, spans)
-
-    run = strips.Strips.run
-    monkeypatch.setattr(strips.Strips, "run", record_run)
-    torch.set_num_threads(2)
-    decode(decoder, z, zq)
-    groups = [[(0, 8)], [(8, 12), (12, 16)], [(16, 24), (24, 32)]]
-    assert any(ran[i : i + 3] == groups for i in range(len(ran)))
-    assert [span for group in groups for span in group] in chosen
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "out_channels, workers, budget, more, reuses",
-    [
-        (32, 2, None, 0, False),
-        (32, 2, None, -1, True),
-        (32, 1, None, 0, True),  # strips in one order
-        (32, 2, 1 << 20, 0, True),  # memory is limited
-        (64, 2, None, 0, True),  # every strip takes the place of its own rows only
-    ],
-)
-def test_only_large_maps_with_fewer_channels_reuse_storage(monkeypatch, out_channels, workers, budget, more, reuses):
-    monkeypatch.setattr(strips, "MAX_UNSHARED_BYTES", out_channels * 16 * 6 * 4 + more)
-    store = MapStore(torch.float32, torch.device("cpu"), budget)
-    run = strips.Strips(store, None, working_memory.WorkingMemory(1 << 20, maps=budget, workers=workers))
-    x = run.store_input(torch.randn(1, 64, 16, 6))
-    out = run.run_layer(ResnetBlock(in_channels=64, out_channels=out_channels).eval(), x)
-    assert (out.storage is x.storage) == reuses
 
 
 def test_every_operator_is_single_threaded(monkeypatch):
@@ -280,15 +237,16 @@ def test_a_file_is_read_and_written_by_several_threads():
 
         def write_and_read(index):
             for _ in range(4):
-                storage.commit(10 * index, values[index])
-                assert torch.equal(storage.read(10 * index, 10), values[index])
+                run = Runs(10 * index, 10)
+                storage.commit(run, values[index : index + 1])
+                assert torch.equal(storage.read(run)[0], values[index])
 
         workers = [threading.Thread(target=write_and_read, args=(index,)) for index in range(8)]
         for worker in workers:
             worker.start()
         for worker in workers:
             worker.join()
-        assert torch.equal(storage.read(0, 80), values.flatten())
+        assert torch.equal(storage.read(Runs(0, 80))[0], values.flatten())
 
 
 def test_an_error_in_a_strip_reaches_the_caller(monkeypatch):
