@@ -211,19 +211,20 @@ def offload(layer):
 
 
 class PeakBytes(TorchDispatchMode):
-    """The most bytes that results of operators occupy at once, except views of the given module's parameters."""
+    """The most bytes that results of operators occupy at once, except views of a module's parameters and of other tensors."""
 
-    def __init__(self, module=None):
+    def __init__(self, module=None, *tensors):
         super().__init__()
         self.peak, self.live = 0, {}
-        self.parameters = {p.untyped_storage()._cdata for p in module.parameters()} if module is not None else set()
+        excluded = [*tensors, *(module.parameters() if module is not None else ())]
+        self.excluded = {tensor.untyped_storage()._cdata for tensor in excluded}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for result in tree_leaves(out):
             if isinstance(result, torch.Tensor) and not result.is_mkldnn:  # packed weights
                 storage = result.untyped_storage()
-                if storage._cdata in self.parameters:
+                if storage._cdata in self.excluded:
                     continue
                 self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.live = {key: (ref, size) for key, (ref, size) in self.live.items() if not ref.expired()}
