@@ -32,8 +32,8 @@ from .strips import decode_in_strips
 # decodes whole maps in less time than all threads decode strips: its cache holds the maps, and strips take more operators.
 MAX_WHOLE_MAP_BYTES = 2 << 20
 # Of the largest map of an image that all threads decode as whole maps, inside operators. Strips of such maps are so small that
-# threads of their own wait for the interpreter and for each other. Beside other processes operators wait much longer: as long as
-# those of other decoders.
+# threads of their own wait for the interpreter and for each other. Beside busy processes such a decode takes several times as
+# long as in strips, about as long as other decoders.
 MAX_SHARED_MAP_BYTES = 8 << 20
 
 
