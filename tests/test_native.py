@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import PeakBytes
 from spies import record_calls
 from tolerances import assert_close, relative_error
 from torch.autograd import forward_ad
@@ -95,6 +96,30 @@ def test_a_norm_in_channels_last_is_an_affine_map_in_inference(monkeypatch, zq_g
     exact = [None if x is None else x.double() for x in (f, y, b, weight, bias)]
     assert relative_error(out, published.spatial_norm(*exact, 3, activation="silu")) < 1e-6
     assert len(called) == int(recorded) and out.is_contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", [100.3, 1000.7])
+def test_a_constant_map_is_normalised_to_zero(value):
+    f = torch.full((2, 6, 16, 24), value).contiguous(memory_format=torch.channels_last)
+    assert native.spatial_norm(f, None, None, NormOptions(None, None, 3)).abs().max() < 1e-6
+
+
+@torch.no_grad()
+def test_an_affine_norm_keeps_the_accuracy_of_a_large_mean():
+    f = draw(2, 6, 16, 24, dtype=torch.float32, layout=torch.channels_last) + 4096
+    out = native.spatial_norm(f, None, None, NormOptions(None, None, 3))
+    assert relative_error(out, published.spatial_norm(f.double(), None, None, None, None, 3)) < 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size, zq_grid, maps", [(24, None, 1), (32, None, 1), (24, (24, 24), 1), (32, (8, 8), 1.2)])
+def test_an_affine_norm_allocates_its_result_only(size, zq_grid, maps):
+    f = draw(1, 64, size, size, dtype=torch.float32, layout=torch.channels_last)
+    y, b = (None, None) if zq_grid is None else (draw(1, 64, *zq_grid, dtype=torch.float32, layout=torch.channels_last),) * 2
+    with PeakBytes(None, *(x for x in (f, y) if x is not None)) as memory:
+        native.spatial_norm(f, y, b, NormOptions(None, None, 32, activation="silu"))
+    assert memory.peak / f.nbytes < maps + 0.3
 
 
 @pytest.mark.parametrize("trained", [(0,), (1,), (0, 1)], ids=["weight", "bias", "both"])

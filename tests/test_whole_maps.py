@@ -94,6 +94,18 @@ def test_operators_share_the_small_maps_of_few_images(batches, strips, monkeypat
     assert_close(out, expected.double(), slack=5)
 
 
+@torch.no_grad()
+def test_a_map_that_a_block_widens_counts(batches, monkeypatch):
+    """The only block of the last level has 32 channels in and 64 out."""
+    decoder, (z, zq) = make_decoder(ch_mult=(2, 1), num_res_blocks=0), latents((4, 6), batch=1)
+    monkeypatch.setattr(decoder_module, "MAX_WHOLE_MAP_BYTES", 0)
+    torch.set_num_threads(2)
+    for more, shared in ((-1, 0), (0, 1)):
+        monkeypatch.setattr(decoder_module, "MAX_SHARED_MAP_BYTES", 2 * map_bytes(z) + more)
+        decoder(z, zq)
+        assert len(batches) == shared
+
+
 class Passes(TorchDispatchMode):
     """Counts the operators that write at least this many values. Each may be a parallel region: its threads meet at the end."""
 

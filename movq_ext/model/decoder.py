@@ -219,7 +219,7 @@ class MOVQDecoder(ActivationCheckpointing):
             if isinstance(layer, Upsample):
                 pixels *= 4
             elif isinstance(layer, ResnetBlock):
-                largest = max(largest, pixels * layer.in_channels)
+                largest = max(largest, pixels * max(layer.in_channels, layer.out_channels))
         return largest * z.itemsize <= MAX_SHARED_MAP_BYTES
 
     def forward_with_features_output(self, z: Tensor, zq: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -27,7 +27,8 @@ def decode_tiled(decoder: MOVQDecoder, z: Tensor, zq: Tensor, *, max_memory: int
 
     ``max_memory`` covers the strip being computed and its convolution (at most half), and the maps between layers. Maps beyond
     it go to temporary files, which hold up to ``(C0 + C1) * H * W`` elements for an image of ``H * W`` pixels, where C0 and C1
-    are the channels before and in the last level, or ``5 / 4 * C0 * H * W`` if C1 is at most half of C0. It does not cover:
+    are the channels before and in the last level, or ``5 / 4 * C0 * H * W`` if C1 is at most half of C0 and a level has at most
+    twice the channels of the next. It does not cover:
 
     - weights, latents and the image;
     - an attention layer's keys and values, ``2 * h * w * C`` elements, or half as many in 16-bit types;
