@@ -12,6 +12,7 @@ from .options import NormOptions
 
 # Without a fused kernel, scaled_dot_product_attention materialises the scores of all its queries: this bounds them per call.
 MAX_SCORE_ELEMENTS = 4096**2
+LARGE_MEAN = 16.0  # in deviations: the rounding of a larger one in float32 costs a norm more than its own
 
 
 def spatial_norm(f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, options: NormOptions) -> Tensor:
@@ -38,9 +39,11 @@ def _affine_norm(f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, options: N
 
     A modulation on a smaller grid is combined with the norm there.
     """
-    out = _subtract_group_means(f, options.groups)
-    statistics = [moments.group_statistics(options.groups, options.eps) for moments in map(_moments, out.unbind())]
-    rest, scale = (torch.stack(values)[:, :, None, None] for values in zip(*statistics, strict=True))
+    mean, scale = _channel_statistics(f, options)
+    out = f - mean.to(f.dtype)
+    rest = torch.zeros_like(mean)
+    if (mean.abs() * scale).max() > LARGE_MEAN:  # measure again without it
+        rest, scale = _channel_statistics(out, options)
     scale = scale if options.weight is None else scale * options.weight[:, None, None]
     shift = -rest * scale if options.bias is None else options.bias[:, None, None] - rest * scale
     scale, shift = scale.to(f.dtype), shift.to(f.dtype)
@@ -52,10 +55,15 @@ def _affine_norm(f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, options: N
     return F.silu(out, inplace=True) if options.activation == "silu" else out
 
 
-def _moments(image: Tensor) -> Moments:
-    moments = Moments()
-    moments.add(image.unsqueeze(0))
-    return moments
+def _channel_statistics(f: Tensor, options: NormOptions) -> tuple[Tensor, Tensor]:
+    """Return the mean and ``1 / sqrt(variance + eps)`` of each channel's group, ``(B, C, 1, 1)`` in float64."""
+    statistics = []
+    for image in f.split(1):
+        moments = Moments()
+        moments.add(image)
+        statistics.append(torch.stack(moments.group_statistics(options.groups, options.eps)))
+    mean, rstd = torch.stack(statistics, 1)[..., None, None]
+    return mean, rstd
 
 
 def _group_norm(f: Tensor, options: NormOptions) -> Tensor:
