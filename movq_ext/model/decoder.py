@@ -23,7 +23,7 @@ from .checks import (
     check_number,
 )
 from .fusion import plain_weight, run_fused, runs_inference
-from .layers import AttnBlock, MiddleBlock, ResnetBlock, Stage, Upsample, input_groups, is_plain_network
+from .layers import AttnBlock, MiddleBlock, ResnetBlock, Stage, Upsample, blocks_with_pixels, input_groups, is_plain_network
 from .modulation import Modulations
 from .norms import NORM_GROUPS, SpatialNorm, make_norm
 from .strips import decode_in_strips
@@ -214,12 +214,8 @@ class MOVQDecoder(ActivationCheckpointing):
         """
         if z.dtype == torch.float16 or len(z) >= num_workers():
             return False
-        pixels, largest = z[0, 0].numel(), 0
-        for layer in self.layers():
-            if isinstance(layer, Upsample):
-                pixels *= 4
-            elif isinstance(layer, ResnetBlock):
-                largest = max(largest, pixels * max(layer.in_channels, layer.out_channels))
+        blocks = blocks_with_pixels(self.layers(), z[0, 0].numel())
+        largest = max(pixels * max(block.in_channels, block.out_channels) for block, pixels in blocks)
         return largest * z.itemsize <= MAX_SHARED_MAP_BYTES
 
     def forward_with_features_output(self, z: Tensor, zq: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

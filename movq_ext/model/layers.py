@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import cast
 
 import torch
@@ -278,6 +279,15 @@ def input_groups(layer: nn.Module | None) -> int:
     norm = layer.norm1 if isinstance(layer, ResnetBlock) else layer.norm if isinstance(layer, AttnBlock) else layer
     norm = norm.norm_layer if isinstance(norm, SpatialNorm) else norm
     return norm.num_groups if isinstance(norm, nn.GroupNorm) else 0
+
+
+def blocks_with_pixels(layers: Iterable[nn.Module], pixels: int) -> Iterator[tuple[ResnetBlock, int]]:
+    """Yield each ResnetBlock of a decoder's layers with its map's pixels. The first layer's map has the given number."""
+    for layer in layers:
+        if isinstance(layer, Upsample):
+            pixels *= 4
+        elif isinstance(layer, ResnetBlock):
+            yield layer, pixels
 
 
 def is_plain_network(network: nn.Module) -> bool:

@@ -30,7 +30,7 @@ from ..ops.onednn import Convolution
 from ..ops.thread_pool import run_in_threads
 from .feature_maps import FeatureMap, MapStore
 from .fusion import is_plain_conv3x3
-from .layers import AttnBlock, Downsample, ResnetBlock, Upsample, is_plain_network
+from .layers import AttnBlock, Downsample, ResnetBlock, Upsample, blocks_with_pixels, is_plain_network
 from .map_rows import MapRows, StoredRows
 from .overwritten_rows import OverwrittenRows
 from .strip_checks import LayeredDecoder, LayeredNetwork, check_decoder_layers, check_encoder_layers
@@ -87,13 +87,10 @@ def _count_images_alone(decoder: LayeredDecoder, z: Tensor, memory: WorkingMemor
     """
     if memory.maps is not None or memory.workers == 1 or len(z) < memory.workers:
         return 0
-    pixels, map_bytes, weights = z[0, 0].numel(), 0, 0  # maps: at most a block's input, and the map between its convolutions
-    for layer in decoder.layers():
-        weights = max([weights, *(weight.numel() for weight in layer.parameters())])
-        if isinstance(layer, Upsample):
-            pixels *= 4
-        elif isinstance(layer, ResnetBlock):
-            map_bytes = max(map_bytes, pixels * (layer.in_channels + layer.out_channels) * z.itemsize)
+    weights = max((weight.numel() for layer in decoder.layers() for weight in layer.parameters()), default=0)
+    blocks = blocks_with_pixels(decoder.layers(), z[0, 0].numel())
+    # At most a block's input, and the map between its convolutions.
+    map_bytes = max((pixels * (block.in_channels + block.out_channels) for block, pixels in blocks), default=0) * z.itemsize
     image_bytes = map_bytes + REARRANGED_WEIGHTS * weights * z.itemsize
     if memory.workers * image_bytes > MAX_IMAGES_BYTES:
         return 0
