@@ -4,6 +4,8 @@
 #   benchmarks/gpu_check.sh --sanitize [OUT]  the small GPU tests under compute-sanitizer, with the same needs
 #   benchmarks/gpu_check.sh --rehearse [OUT]  without a GPU: the emulator's tests, and benchmarks at tiny sizes
 # OUT (benchmarks/results/gpu) receives the log of every step and the benchmarks' results. PYTHON is the interpreter (python3).
+# WHEEL=FILE installs this wheel and compiles nothing. STEPS="tests attention" runs only these steps after the build. A copy of
+# the tree without its .git needs MOVQ_EXT_COMMIT: benchmarks record the commit.
 # A failed step does not stop the next one. The exit status is 1 if any step failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -26,13 +28,17 @@ failed=0
 step() {
   local name=$1 limit=$2 begin=$SECONDS result=passed
   shift 2
+  if [ -n "${STEPS:-}" ] && [[ $name != build* && " $STEPS " != *" $name "* ]]; then return; fi
   # On SIGINT pytest reports the tests that failed so far; on SIGTERM it does not.
   timeout --signal=INT --kill-after=5 "$limit" "$@" > "$out/$name.log" 2>&1
   case $? in 0) ;; 124 | 137) result="timed out" ;; *) result=failed ;; esac
   if [ "$result" != passed ]; then failed=1; echo "--- $name $result:"; tail -n 30 "$out/$name.log"; fi
   echo "| $name | $result | $((SECONDS - begin)) |" >> "$summary"
 }
-missing() { echo "| $1 | missing: $2 | 0 |" >> "$summary"; }
+missing() {
+  if [ -n "${STEPS:-}" ] && [[ " $STEPS " != *" $1 "* ]]; then return; fi
+  echo "| $1 | missing: $2 | 0 |" >> "$summary"
+}
 
 # A virtual environment that sees the installed torch.
 environment=$(mktemp -d)
@@ -47,7 +53,7 @@ install() {
   "$python" -c 'import torch, ninja, pybind11, setuptools; assert int(setuptools.__version__.split(".")[0]) >= 77, setuptools.__version__' || return 1
   # Missing pure Python packages only skip the tests that need them.
   "$python" -m pip install --quiet numpy pillow safetensors scikit-image tqdm pytest hypothesis || echo "some packages are missing"
-  "$python" -m pip install --no-build-isolation --no-deps --force-reinstall .
+  "$python" -m pip install --no-build-isolation --no-deps --force-reinstall "${WHEEL:-.}"
 }
 export -f install
 export python PIP_DEFAULT_TIMEOUT=5 PIP_RETRIES=0

@@ -36,8 +36,11 @@ SHORT_CALL_MS = 1500.0  # longer calls do not notice what the caches held before
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return date, device, driver, versions and commit. A commit ends in ``+`` if files other than results had changes."""
-    commit = _output("git", "rev-parse", "--short", "HEAD")
+    """Return date, device, driver, versions and commit. A commit ends in ``+`` if files other than results had changes.
+
+    The environment variable MOVQ_EXT_COMMIT names the commit of a copy of the tree without its .git.
+    """
+    commit = _output("git", "rev-parse", "--short", "HEAD") or os.environ.get("MOVQ_EXT_COMMIT", "")
     changes = _output("git", "status", "--porcelain", "-uno", "--", ":(top)", ":(top,exclude)benchmarks/results")
     info: dict[str, Any] = {
         "date": str(date.today()),
