@@ -116,3 +116,27 @@ def test_convolve_cells_gives_the_first_inner_and_last_values_of_each_cell(cell,
 @pytest.mark.parametrize("size", [(6, 16), (12, 8), (9, 12), (12, 15)], ids=["2x", "narrow", "3x", "not whole"])
 def test_small_and_uneven_cells_are_not_convolved(size):
     assert not can_convolve_cells(draw(1, 5, 3, 4), size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("channels", [4, 7, 16])
+def test_the_bias_is_part_of_the_product_in_16_bits(batch_sizes, monkeypatch, dtype, channels):
+    """On a GPU. Its rounding is that of the product with the bias added in float32."""
+    monkeypatch.setattr(modulation, "runs_kernels", lambda x: True)
+    layers = [layer.to(dtype) for layer in norms(16, 16, zq=channels)]
+    zq = torch.randn(2, channels, 4, 7).to(dtype)
+    batch = modulation.Batch(layers, *modulation._concatenate(layers, zq))
+    assert batch.bias is None and batch.weight.shape == (64, 8 * -(-(channels + 1) // 8))
+    for layer, modulated in zip(layers, modulate(layers, zq), strict=True):
+        for map_, conv in zip(modulated, (layer.conv_y, layer.conv_b), strict=True):
+            exact = F.conv2d(zq.double(), conv.weight.double(), conv.bias.double())
+            assert map_.is_contiguous(memory_format=torch.channels_last)
+            assert ((map_ - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() * 1.01 + 1e-6).all()
+
+
+def test_other_dtypes_keep_the_bias_apart(monkeypatch):
+    """In float32 TF32 would round it, and with weights in another dtype autocast converts each of the three."""
+    monkeypatch.setattr(modulation, "runs_kernels", lambda x: True)
+    (layer,) = norms(16)
+    for dtype, weight_dtype in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        assert modulation._concatenate([layer.to(weight_dtype)], torch.zeros(1, 5, 2, 2, dtype=dtype))[1] is not None

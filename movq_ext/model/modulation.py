@@ -14,6 +14,7 @@ from ..ops.native import is_power_of_two_ratio, is_tracing, multiply_pixels
 from .fusion import runs_kernels
 
 MAX_BATCH_BYTES = 64 << 20
+ALIGNED_CHANNELS = 8  # of 16 bits: the rows of an operand are then aligned to 16 bytes, which cuBLAS's fast kernels need
 
 
 class Batch(NamedTuple):
@@ -21,13 +22,13 @@ class Batch(NamedTuple):
 
     Attributes:
         norms: SpatialNorm layers.
-        weight: ``(2 * len(norms) * C, zq_ch)``.
-        bias: ``(2 * len(norms) * C,)``.
+        weight: ``(2 * len(norms) * C, zq_ch)``, or with more columns if they hold the bias (see `append_bias`).
+        bias: ``(2 * len(norms) * C,)``, or None if it is part of weight.
     """
 
     norms: Sequence[Any]
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
 
 
 def modulate(norms: Sequence[Any], zq: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -43,23 +44,40 @@ def modulate(norms: Sequence[Any], zq: Tensor) -> list[tuple[Tensor, Tensor]]:
     if len(norms) == 1 and runs_kernels(zq) and not is_tracing():  # two kernels that add biases, rather than four
         conv_y, conv_b = norms[0].conv_y, norms[0].conv_b
         return [(multiply_pixels(zq, conv_y.weight, conv_y.bias), multiply_pixels(zq, conv_b.weight, conv_b.bias))]
-    return multiply(Batch(norms, *_concatenate(norms)), zq)
+    return multiply(Batch(norms, *_concatenate(norms, zq)), zq)
 
 
 def multiply(batch: Batch, zq: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Return what `modulate` returns, from weights that are already in one tensor."""
     layers = 2 * len(batch.norms)
-    cells = zq.permute(0, 2, 3, 1).reshape(1, -1, zq.shape[1]).expand(layers, -1, -1)
-    weight, bias = (x.unflatten(0, (layers, -1)) for x in (batch.weight, batch.bias))
-    products = torch.baddbmm(bias.unsqueeze(1), cells, weight.transpose(1, 2))
+    cells, weight = zq.permute(0, 2, 3, 1).flatten(0, 2), batch.weight.unflatten(0, (layers, -1))
+    if batch.bias is None:
+        cells = F.pad(cells, (0, weight.shape[2] - cells.shape[1]), value=1.0)
+        products = cells.expand(layers, -1, -1) @ weight.mT
+    else:
+        bias = batch.bias.unflatten(0, (layers, 1, -1))
+        products = torch.baddbmm(bias, cells.expand(layers, -1, -1), weight.mT)
     maps = products.unflatten(1, (zq.shape[0], *zq.shape[2:])).permute(0, 1, 4, 2, 3).unbind()
     return list(zip(maps[::2], maps[1::2], strict=True))
 
 
-def _concatenate(norms: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    """Return the weights and the biases of the norms' 1x1 convolutions, one below the other."""
+def _concatenate(norms: Sequence[Any], zq: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the weights and the biases of the norms' 1x1 convolutions, one below the other, as `Batch` has them."""
     layers = [layer for norm in norms for layer in (norm.conv_y, norm.conv_b)]
-    return torch.cat([layer.weight.flatten(1) for layer in layers]), torch.cat([layer.bias for layer in layers])
+    weight, bias = torch.cat([layer.weight.flatten(1) for layer in layers]), torch.cat([layer.bias for layer in layers])
+    if runs_kernels(zq) and zq.itemsize == 2 and weight.dtype == bias.dtype == zq.dtype:
+        return append_bias(weight, bias), None
+    return weight, bias
+
+
+def append_bias(weight: Tensor, bias: Tensor) -> Tensor:
+    """Return ``(rows, K)`` whose product with an input, padded with ones to K channels, includes the bias.
+
+    The columns are weight, bias and zeros, in 16 bits. cuBLAS copies a bias of batched products to the whole result first, and
+    has only slow kernels for inputs of four channels. The product with 1 is exact, and the sum in float32 as before.
+    """
+    columns = weight.shape[1] + 1
+    return F.pad(torch.cat([weight, bias.unsqueeze(1)], 1), (0, -columns % ALIGNED_CHANNELS))
 
 
 class Modulations:
@@ -103,8 +121,9 @@ def _batches(norms: Sequence[Any], zq: Tensor, max_bytes: int) -> list[Batch]:
         neighbours = list(group)
         batches += [neighbours[start : start + batch_size] for start in range(0, len(neighbours), batch_size)]
     rows = [2 * sum(map(_channels, batch)) for batch in batches]
-    weights, biases = (x.split(rows) for x in _concatenate(norms))
-    return [Batch(*batch) for batch in zip(batches, weights, biases, strict=True)]
+    weight, bias = _concatenate(norms, zq)
+    biases = [None] * len(rows) if bias is None else bias.split(rows)
+    return [Batch(*batch) for batch in zip(batches, weight.split(rows), biases, strict=True)]
 
 
 def _channels(norm: Any) -> int:
