@@ -27,6 +27,8 @@ class Measurement(NamedTuple):
 
 PEERS = ("ours", "published compiled nhwc", "diffusers compiled nhwc", "diffusers nhwc")
 COMPILED = ("ours", "published compiled nhwc", "diffusers compiled nhwc")
+GPU_EAGER = ("ours nhwc", "published", "published nhwc", "diffusers", "diffusers nhwc")
+GPU_PEERS = (*GPU_EAGER, "ours nhwc graph", "published compiled nhwc", "published compiled nhwc graph", "diffusers compiled nhwc")
 
 
 def cpu(
@@ -43,6 +45,19 @@ def cpu(
     if model == "shipped":
         peers = readable_shipped(peers)
     return Measurement(Case("cpu", model, threads, "decode", dtype, size, batch), peers, rounds)
+
+
+def gpu(
+    dtype: str = "bfloat16",
+    size: int = 512,
+    batch: int = 1,
+    mode: str = "decode",
+    peers: tuple[str, ...] = GPU_PEERS,
+    rounds: int = 5,
+) -> Measurement:
+    if mode == "train":
+        peers = tuple(name for name in peers if "graph" not in name)
+    return Measurement(Case("cuda", "kandinsky", 1, mode, dtype, size, batch), peers, rounds)
 
 
 def readable_shipped(peers: tuple[str, ...]) -> tuple[str, ...]:
@@ -68,5 +83,15 @@ PLANS = {
         cpu(size=1024, peers=COMPILED, rounds=2),
         cpu("bfloat16", size=1024, peers=COMPILED, rounds=2),
         cpu(size=2048, peers=("ours", "diffusers compiled nhwc"), rounds=1),
-    )
+    ),
+    "gpu": (
+        gpu(),
+        gpu(size=1024),
+        gpu(size=256),
+        gpu(mode="train", peers=GPU_EAGER),
+        gpu("float32"),
+        gpu(batch=8, peers=GPU_EAGER),
+        gpu(size=2048, peers=GPU_EAGER, rounds=3),
+        gpu(mode="train", size=256, peers=GPU_EAGER),
+    ),
 }

@@ -56,6 +56,7 @@ def peer(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> t
 
     - ``nhwc``: weights and latents in channels_last.
     - ``compiled``: by torch.compile.
+    - ``graph``: replays a CUDA graph, ours by CUDAGraphDecoder and compiled ones by torch.compile's mode "reduce-overhead".
     - ``frozen``: compiled, with weights as constants that Inductor packs ahead of time. On a CPU, without gradients.
     - ``tiled``: ours, by decode_tiled.
     - ``in-operators``: ours, with threads inside every operator. Holds for the whole process.
@@ -67,7 +68,10 @@ def peer(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> t
     if "frozen" in words:
         torch._inductor.config.freezing = True
     if "compiled" in words or "frozen" in words:
-        network = torch.compile(network, dynamic=False)
+        network = torch.compile(network, dynamic=False, mode="reduce-overhead" if "graph" in words else None)
+    elif "graph" in words:
+        graphed = movq_ext.CUDAGraphDecoder(model.decoder)
+        network = lambda z: graphed(model.post_quant_conv(z), z)
     if "in-operators" in words:
         working_memory.num_workers = lambda: 1
     if "tiled" in words:

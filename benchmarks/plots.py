@@ -17,12 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tables import Rows, case_name, compared_cases, is_ours, measured_cases, put_tables, split_name
+from tables import HOW, Rows, case_name, compared_cases, is_ours, measured_cases, put_tables, split_name
 
 OURS, OURS_16_BIT, THEIRS, KEPT, ROOF = "#d9480f", "#f0a381", "#8b949e", "#c9d1d9", "#24292f"
 BORDER = "#d0d7de"
 WIDTH = 9.5  # inches: about the width of a README
-HOW = {"": "eager", "compiled": "compiled", "frozen": "compiled, frozen"}
 PARTS = {  # labels of our layers: text, offset, alignment
     "convolution": ("its convolutions and upsampling", (5, 13), "left"),
     "attention": ("its attention", (-9, 0), "right"),
@@ -63,7 +62,9 @@ def first_cases(cases: dict[tuple[Any, ...], Any]) -> dict[tuple[Any, ...], Any]
 
 def label(decoder: str) -> str:
     kind, how = split_name(decoder)
-    return "movq_ext" if kind == "ours" else f"{kind}, {HOW.get(how, how)}"
+    if (kind, how) == ("ours", ""):
+        return "movq_ext"
+    return f"{'movq_ext' if kind == 'ours' else kind}, {HOW.get(how, how).replace('`torch.compile`', 'compiled')}"
 
 
 def title(case: tuple[Any, ...]) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 
 Rows = Sequence[dict[str, Any]]
 CASE = ("device", "model", "threads", "mode", "dtype", "size", "batch")
-HOW = {"": "eager", "compiled": "`torch.compile`", "frozen": "`torch.compile`, frozen"}
+HOW = {"": "eager", "compiled": "`torch.compile`", "frozen": "`torch.compile`, frozen", "graph": "CUDA graph",
+       "compiled graph": "`torch.compile`, CUDA graph"}  # fmt: skip
 SEPARATOR = "|" + "---|" * 5
 KINDS = {"ours": "movq_ext", "published": "published code", "diffusers": "diffusers"}
 
@@ -26,11 +27,11 @@ def measured_cases(rows: Rows) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
 
 
 def fastest(rows: Rows) -> list[dict[str, Any]]:
-    """Return every decoder in its fastest layout, for each way of running it; the fastest first. Ours runs in one way only."""
+    """Return every decoder in its fastest layout, for each way of running it in HOW; the fastest first."""
     best: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
         kind, how = split_name(row["decoder"])
-        if kind == "ours" and how:
+        if how not in HOW:  # such as "ours tiled"
             continue
         if (kind, how) not in best or row["ms"] < best[kind, how]["ms"]:
             best[kind, how] = row
@@ -57,7 +58,7 @@ def decode_table(rows: Rows) -> list[str]:
     ]
     for row in [ours, *(row for row in first if row is not ours)]:
         kind, how = split_name(row["decoder"])
-        name = KINDS[kind] if row is ours else f"{KINDS[kind]}, {HOW.get(how, how)}"
+        name = KINDS[kind] if (kind, how) == ("ours", "") else f"{KINDS[kind]}, {HOW.get(how, how)}"
         ratios = ("", "") if row is ours else (times(row, ours, key) for key in ("ms", "MB"))
         lines.append(f"| {name} | {row['ms']:.0f} | {row['MB']:.0f} | {' | '.join(ratios)} |")
     return lines

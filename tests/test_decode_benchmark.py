@@ -416,3 +416,42 @@ def test_a_commit_is_marked_if_files_other_than_results_had_changes(decode, monk
     commit = timing.environment(torch.device("cpu"))["commit"]
     (tmp_path / "code.py").write_text("after")
     assert commit and timing.environment(torch.device("cpu"))["commit"] == f"{commit}+"
+
+
+def test_the_peers_of_a_gpu_are_prepared_at_once(decode, monkeypatch, tmp_path):
+    """After the first, which writes the expected result: the others take seconds to start and to compile, which costs a lease."""
+    started, receive, init = [], FakePeer.receive, FakePeer.__init__
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        FakePeer, "__init__", lambda self, name, *args, **case: (started.append(name), init(self, name, *args, **case))[1]
+    )
+    monkeypatch.setattr(FakePeer, "receive", lambda self, deadline: (started.append("answer"), receive(self, deadline))[1])
+    run(decode, monkeypatch, tmp_path, "--plan", "gpu", "--cases", "1")
+    first, *others = decode.PLANS["gpu"][0].peers
+    assert started == [first, "answer", *others, *["answer"] * len(others)]
+    rows = {row["decoder"]: row for row in report_of(tmp_path)["rows"]}
+    assert set(rows) == {first, *others} and all(row["rounds"] == 5 for row in rows.values())
+
+
+def test_a_graph_is_another_way_to_run_ours(decode):
+    tables = importlib.import_module("tables")
+    case = dict(zip(tables.CASE, ("cuda", "kandinsky", 1, "decode", "bfloat16", 512, 1), strict=True))
+    names = {"ours nhwc": 4.0, "ours nhwc graph": 2.0, "ours tiled": 1.0, "published": 8.0, "published compiled nhwc graph": 6.0}
+    rows = [{**case, "decoder": name, "ms": ms, "MB": 10.0, "kept MB": 0.0} for name, ms in names.items()]
+    lines = tables.decode_table(rows)
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| movq_ext, CUDA graph",
+        "| movq_ext",
+        "| published code, `torch.compile`, CUDA graph",
+        "| published code, eager",
+    ]
+    assert lines[3].split(" | ")[3] == "2.00x" and lines[4].split(" | ")[3] == "3.00x"
+
+
+def test_the_gpu_plan_names_decoders_that_exist(decode):
+    words = {"nhwc", "compiled", "graph"}
+    for measurement in decode.PLANS["gpu"]:
+        assert len(set(measurement.peers)) == len(measurement.peers)
+        for kind, *how in map(str.split, measurement.peers):
+            assert kind in decode.KINDS and words.issuperset(how)
+            assert "graph" not in how or measurement.case.mode == "decode"
