@@ -157,8 +157,14 @@ def multiply_pixels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which convolutions and attention take x: autocast's, or its own."""
     kind = x.device.type
-    autocasts = x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    autocasts = x.dtype != torch.float64 and _autocast_is_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if autocasts else x.dtype
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _autocast_is_available(kind: str) -> bool:
+    """Return torch.amp.is_autocast_available, which torch.compile cannot trace in torch 2.11."""
+    return torch.amp.is_autocast_available(kind)
 
 
 def _modulate(x: Tensor, y: Tensor, b: Tensor, in_place: bool) -> Tensor:
