@@ -120,8 +120,10 @@ def errors(attention: Attention, inputs: list[Tensor], dout: Tensor, backward: b
     return max(float((actual - expected).detach().norm() / expected.detach().norm()) for actual, expected in pairs)
 
 
-def measure(attention: Attention, inputs: list[Tensor], dout: Tensor, backward: bool) -> dict[str, float] | str:
-    """Return ms and MB, or the reason for a failure. inputs are q, k and v, or q and kv."""
+def measure(
+    attention: Attention, inputs: list[Tensor], dout: Tensor, backward: bool, seconds: float = 0.15
+) -> dict[str, float] | str:
+    """Return ms and MB, or the reason for a failure. inputs are q, k and v, or q and kv. Calls start for so many seconds."""
     q, k, v = (*inputs, inputs[-1])[:3]
     cuda = q.is_cuda
     try:
@@ -137,7 +139,7 @@ def measure(attention: Attention, inputs: list[Tensor], dout: Tensor, backward: 
             run()
             torch.cuda.synchronize()
             megabytes = (torch.cuda.max_memory_allocated() - before) / 1e6
-        return {"ms": milliseconds(run, q.device, 0.15), "MB": megabytes}
+        return {"ms": milliseconds(run, q.device, seconds), "MB": megabytes}
     except torch.OutOfMemoryError:
         return "out of memory"
     except Exception as error:  # each backend refuses heads of 512 with its own error
@@ -162,7 +164,7 @@ def write_tuned_table(device: torch.device, minutes: float) -> None:
         *inputs, dout = draw(3 if case.shared_kv else 4, 1, case.tokens, case.head_size, case.dtype, device)
         inputs = [x.requires_grad_(case.gradient) for x in inputs]
         attention = (lambda q, k, v: movq_ext.shared_kv_attention(q, k)) if case.shared_kv else movq_ext.attention
-        result = measure(attention, inputs, dout, case.gradient)
+        result = measure(attention, inputs, dout, case.gradient, seconds=0.05)
         print(case, requested_backend(), result, flush=True)
         return result if isinstance(result, str) else result["ms"]
 

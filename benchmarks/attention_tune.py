@@ -22,6 +22,7 @@ TABLE = Path(__file__).resolve().parents[1] / "movq_ext/ops/attention_table.json
 DTYPES = (torch.bfloat16, torch.float32)  # float16 takes bfloat16's rows
 HEAD_SIZES = (512, 256, 128)
 TOKENS = (256, 1024, 4096, 9216, 16384)
+SLOW, MIN_SLOW_TOKENS = 4, 1024  # a backend that takes SLOW times as long as the fastest is not measured for more tokens
 
 
 class Case(NamedTuple):
@@ -60,20 +61,26 @@ def candidates(case: Case, device: torch.device) -> Iterator[str]:
 
 
 def tune(measure: Callable[[Case], float | str], device: torch.device, may_continue: Callable[[], bool]) -> list[dict[str, Any]]:
-    """Return a row for every case that at least two backends take.
+    """Return a row for every case that at least two backends take. Slow backends are left out, see SLOW.
 
     Args:
         measure: returns the milliseconds of a case on the backend that MOVQ_EXT_ATTENTION names, or why there are none.
         may_continue: is asked before every case.
     """
     rows = []
+    slow: set[tuple[Any, ...]] = set()
     for case in cases():
         if not may_continue():
             break
-        results = {backend: measure(case) for backend in candidates(case, device)}
+        kind = case._replace(tokens=0)
+        results = {}
+        for backend in candidates(case, device):
+            results[backend] = f"over {SLOW} times slower with fewer tokens" if (kind, backend) in slow else measure(case)
         times = {backend: round(ms, 4) for backend, ms in results.items() if not isinstance(ms, str)}
         failures = {backend: reason for backend, reason in results.items() if isinstance(reason, str)}
-        if len(times) > 1:
+        if times and len(results) > 1:
+            if case.tokens >= MIN_SLOW_TOKENS:
+                slow |= {(kind, backend) for backend, ms in times.items() if ms > SLOW * min(times.values())}
             row = {**case._asdict(), "dtype": str(case.dtype)[6:], "backend": min(times, key=times.__getitem__), "ms": times}
             rows.append({**row, "failed": failures} if failures else row)
     return rows

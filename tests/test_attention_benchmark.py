@@ -78,6 +78,21 @@ def test_a_backend_runs_only_where_it_can(benchmark, machine):
     assert not benchmark.attention.runs("hopper", case, device) and benchmark.attention.runs("tile", case, device)
 
 
+def test_a_slow_backend_is_not_measured_for_more_tokens(benchmark, machine):
+    """The time of a lease is short, and that of a slow backend long: native takes 4.5 times as long as the fastest."""
+    machine.become((9, 0))
+    measured = []
+    rows = benchmark.tune.tune(lambda case: (measured.append((requested_backend(), case)), made_up(case))[1], torch.device("cpu"),
+                               lambda: True)  # fmt: skip
+    of_native = {
+        case.tokens for backend, case in measured if (backend, case[:4]) == ("native", (True, torch.bfloat16, 512, False))
+    }
+    assert of_native == {256, 1024}
+    assert {row["tokens"] for row in rows} == set(benchmark.tune.TOKENS)
+    (row,) = [r for r in rows if key_of(r) == (torch.bfloat16, 512, 4096, True, False)]
+    assert row["failed"] == {"native": "over 4 times slower with fewer tokens"}
+
+
 def test_tuning_stops_when_the_time_is_over(benchmark, machine):
     answers = iter([True, True, False])
     assert len(benchmark.tune.tune(made_up, torch.device("cpu"), lambda: next(answers))) == 2
