@@ -77,20 +77,21 @@ def ours_with(backend: str, shared_kv: bool) -> Attention:
 
 def peers(quick: bool) -> dict[str, Attention | None]:
     """Return the implementations; None for one that is not installed. Those named N^2 store all scores."""
+    # The slowest last: with little time, those are left out.
     found: dict[str, Attention | None] = {
         "ours": movq_ext.attention,
         "ours kv": lambda q, k, v: movq_ext.shared_kv_attention(q, k),
-        "cublas": ours_with("cublas", False),
-        "cublas kv": ours_with("cublas", True),
+        "efficient": sdpa_with(SDPBackend.EFFICIENT_ATTENTION),
         "baddbmm N^2": baddbmm,
     }
     if torch.cuda.is_available():
         found |= {"tile": ours_with("tile", False), "tile kv": ours_with("tile", True), "hopper kv": ours_with("hopper", True)}
     found |= {
         "math N^2": sdpa_with(SDPBackend.MATH),
-        "efficient": sdpa_with(SDPBackend.EFFICIENT_ATTENTION),
         "cudnn": sdpa_with(SDPBackend.CUDNN_ATTENTION),
         "flash": sdpa_with(SDPBackend.FLASH_ATTENTION),
+        "cublas": ours_with("cublas", False),
+        "cublas kv": ours_with("cublas", True),
     }
     if quick:
         return found
@@ -173,7 +174,10 @@ def write_tuned_table(device: torch.device, minutes: float) -> None:
 
 
 def main() -> None:
-    flags = {"--tune": "measure our backends and write movq_ext/ops/attention_table.json; needs a GPU"}
+    flags = {
+        "--tune": "measure our backends and write movq_ext/ops/attention_table.json; needs a GPU",
+        "--batch-1": "no batches of 8",
+    }
     options, device = arguments(__doc__, "attention", 3.0, "tiny sizes and nothing compiled", flags)
     if options.tune:
         return write_tuned_table(device, options.minutes)
@@ -184,7 +188,7 @@ def main() -> None:
         (dtype, batch, tokens, backward)
         for dtype in (torch.bfloat16, torch.float32)
         for backward in (False, True)
-        for batch in (1, 8)
+        for batch in ((1,) if options.batch_1 else (1, 8))
         for tokens in TOKENS
         if dtype == torch.bfloat16 or tokens <= 4096
     ]

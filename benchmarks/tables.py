@@ -1,6 +1,7 @@
 """Tables of decode.py's results, written into documents between ``<!-- NAME table -->`` and ``<!-- end of NAME table -->``.
 
 "decode" compares the decoders in the first case that was measured, "cases" compares ours with the fastest peer in every case.
+The tables of a GPU's results are "gpu decode" and "gpu cases".
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def decode_table(rows: Rows) -> list[str]:
         kind, how = split_name(row["decoder"])
         name = KINDS[kind] if (kind, how) == ("ours", "") else f"{KINDS[kind]}, {HOW.get(how, how)}"
         ratios = ("", "") if row is ours else (times(row, ours, key) for key in ("ms", "MB"))
-        lines.append(f"| {name} | {row['ms']:.0f} | {row['MB']:.0f} | {' | '.join(ratios)} |")
+        lines.append(f"| {name} | {number(row['ms'])} | {row['MB']:.0f} | {' | '.join(ratios)} |")
     return lines
 
 
@@ -70,10 +71,14 @@ def cases_table(rows: Rows) -> list[str]:
     for case, found in compared_cases(rows).items():
         ours, peer = found
         kind, how = split_name(peer["decoder"])
-        name = f"{KINDS[kind]}, {HOW.get(how, how)}: {peer['ms']:.0f}"
+        name = f"{KINDS[kind]}, {HOW.get(how, how)}: {number(peer['ms'])}"
         ratios = " | ".join(times(peer, ours, key) for key in ("ms", "MB"))
-        lines.append(f"| {case_name(case)} | {ours['ms']:.0f} | {name} | {ratios} |")
+        lines.append(f"| {case_name(case)} | {number(ours['ms'])} | {name} | {ratios} |")
     return lines
+
+
+def number(ms: float) -> str:
+    return f"{ms:.0f}" if ms >= 30 else f"{ms:.3g}"
 
 
 def times(peer: dict[str, Any], ours: dict[str, Any], key: str) -> str:
@@ -111,7 +116,9 @@ TABLES: dict[str, Callable[[Rows], list[str]]] = {"decode": decode_table, "cases
 def put_tables(path: Path, rows: Rows) -> list[str]:
     """Write each table whose marks the document has between them. Returns the tables' names."""
     text, written = path.read_text(), []
-    for name, table in TABLES.items():
+    prefix = "gpu " if rows[0]["device"] == "cuda" else ""
+    for kind, table in TABLES.items():
+        name = prefix + kind
         marks = f"<!-- {name} table -->\n", f"<!-- end of {name} table -->\n"
         if marks[0] in text:
             before, _, rest = text.partition(marks[0])

@@ -455,3 +455,19 @@ def test_the_gpu_plan_names_decoders_that_exist(decode):
         for kind, *how in map(str.split, measurement.peers):
             assert kind in decode.KINDS and words.issuperset(how)
             assert "graph" not in how or measurement.case.mode == "decode"
+
+
+def test_the_results_of_a_gpu_have_tables_of_their_own(decode, tmp_path):
+    tables = importlib.import_module("tables")
+    case = dict(zip(tables.CASE, ("cuda", "kandinsky", 1, "train", "bfloat16", 512, 1), strict=True))
+    rows = [
+        {**case, "decoder": name, "ms": ms, "MB": 10.0, "kept MB": 0.0} for name, ms in (("ours", 2.084), ("published", 109.4))
+    ]
+    document = tmp_path / "document.md"
+    text = "<!-- cases table -->\n<!-- end of cases table -->\n<!-- gpu cases table -->\n<!-- end of gpu cases table -->\n"
+    document.write_text(text)
+    assert tables.put_tables(document, rows) == ["gpu cases"]
+    assert (
+        "| training step, 512x512, bfloat16, GPU | 2.08 | published code, eager: 109 | 52.50x | 1.00x |" in document.read_text()
+    )
+    assert document.read_text().startswith(text.partition("<!-- gpu")[0])
