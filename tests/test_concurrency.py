@@ -108,7 +108,7 @@ def test_streams_share_a_model(decode):
     """Two threads, each on its own stream."""
     expected_results = [decode(make().cuda(), codes) for codes in jobs("cuda")]
     for _ in range(ROUNDS):
-        model, barrier = make().cuda(), threading.Barrier(2)
+        model, barrier = make().cuda(), threading.Barrier(2, timeout=30)  # if one thread fails, the other must not wait forever
         torch.cuda.synchronize()
 
         def work(offset, model=model, barrier=barrier):
