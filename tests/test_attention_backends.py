@@ -11,7 +11,7 @@ from spies import record_calls
 from tolerances import assert_close
 
 import movq_ext
-from movq_ext.ops import attention_backends, cuda, extension, functional, self_test
+from movq_ext.ops import attention_backends, cuda, extension, functional, native, self_test
 from movq_ext.ops.attention_backends import Problem, choose
 
 VARIABLE = attention_backends.VARIABLE
@@ -258,7 +258,7 @@ def test_the_choice_is_traced(machine, dynamic):
     machine.measure({"9.0": {"device": "NVIDIA X100", "rows": rows}})
 
     def backend(x):
-        choice = choose(Problem(None, x.dtype, x.shape[3], None, True, False, torch.compiler.is_exporting()))
+        choice = choose(Problem(None, x.dtype, x.shape[3], None, True, False, native.is_exporting()))
         return x + {"hopper": 1, "tile": 2, "cublas": 3, "native": 4}[choice.backend]
 
     torch._dynamo.reset()

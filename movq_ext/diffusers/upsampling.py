@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..model.fusion import is_plain_conv3x3
 from ..ops.functional import upsample_conv
-from ..ops.native import compute_dtype, traces_plain_operators
+from ..ops.native import compute_dtype, is_exporting, traces_plain_operators
 from ..ops.upsampling import folding_pays_on_cpu
 from .accelerated import Accelerated, can_compute, count_call, original_class
 
@@ -37,7 +36,7 @@ def folding_pays(x: Tensor) -> bool:
 
     Always True on a GPU, where `upsample_conv` decides by counted costs.
     """
-    if traces_plain_operators() or torch.compiler.is_exporting():  # the program may be given maps of any size
+    if traces_plain_operators() or is_exporting():  # the program may be given maps of any size
         return True
     return x.is_cuda or folding_pays_on_cpu(x.numel() // x.shape[1], compute_dtype(x))
 

@@ -117,6 +117,12 @@ def is_tracing() -> bool:
     return torch.compiler.is_compiling() or _jit_traces()
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_exporting() -> bool:
+    """Return torch.compiler.is_exporting, which torch.compile in torch 2.11 takes to be always true."""
+    return torch.compiler.is_exporting()
+
+
 def traces_plain_operators() -> bool:
     """True while a program is traced that may call only PyTorch's operators, by torch.jit.trace or torch.onnx.export."""
     return _jit_traces() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())

@@ -122,7 +122,7 @@ def _choose_attention(
         return attention_backends.Choice("native", reason, is_fallback=True)
     tokens = None if native.is_tracing() else q.shape[2] if head_dim == 3 else q.shape[2] * q.shape[3]
     problem = attention_backends.Problem(
-        q.device.index, dtype, q.shape[head_dim], tokens, shared_kv, gradient, torch.compiler.is_exporting()
+        q.device.index, dtype, q.shape[head_dim], tokens, shared_kv, gradient, native.is_exporting()
     )
     choice = attention_backends.choose(problem)
     if choice.backend != "native" and (failure := self_test_failure(SELF_TESTS[choice.backend], q.device, dtype, False)):
