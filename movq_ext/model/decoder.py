@@ -22,7 +22,7 @@ from .checks import (
     check_levels,
     check_number,
 )
-from .fusion import plain_weight, run_fused, runs_inference
+from .fusion import plain_weight, run_fused, runs_inference, submodules
 from .layers import AttnBlock, MiddleBlock, ResnetBlock, Stage, Upsample, blocks_with_pixels, input_groups, is_plain_network
 from .modulation import Modulations
 from .norms import NORM_GROUPS, SpatialNorm, make_norm
@@ -273,7 +273,7 @@ class MOVQDecoder(ActivationCheckpointing):
     def _spatial_norms(self) -> list[SpatialNorm]:
         """All SpatialNorm layers, in execution order."""
         layers = [*self.layers(), self.norm_out]
-        return [module for layer in layers for module in layer.modules() if isinstance(module, SpatialNorm)]
+        return [module for layer in layers for module in submodules(layer) if isinstance(module, SpatialNorm)]
 
 
 def _in_channels_last(z: Tensor, zq: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ from .fusion import (
     run_conv1x1,
     run_fused,
     runs_inference,
+    submodules,
 )
 from .modulation import Modulations
 from .norms import GroupNorm, SpatialNorm, is_plain_norm, make_norm
@@ -292,13 +293,16 @@ def blocks_with_pixels(layers: Iterable[nn.Module], pixels: int) -> Iterator[tup
 
 def is_plain_network(network: nn.Module) -> bool:
     """True if the network has only known, unmodified layers, which may be computed without calling them."""
-    return all(is_unmodified(module) and _is_known_layer(module) for module in network.modules() if module is not network)
+    return all(map(_is_plain_layer, submodules(network)[1:]))
 
 
-def _is_known_layer(module: nn.Module) -> bool:
+CONTAINERS = (nn.Module, nn.ModuleList, Stage, MiddleBlock)
+PLAIN_LAYERS = frozenset((*CONTAINERS, nn.GroupNorm, GroupNorm, SpatialNorm, ResnetBlock, AttnBlock, Upsample))
+
+
+def _is_plain_layer(module: nn.Module) -> bool:
     if type(module) is nn.Conv2d:
         return is_plain_conv(module)
-    if type(module) is nn.Dropout:
-        return module.p == 0 or not module.training
-    containers = (nn.Module, nn.ModuleList, Stage, MiddleBlock)
-    return type(module) in (*containers, nn.GroupNorm, GroupNorm, SpatialNorm, ResnetBlock, AttnBlock, Upsample)
+    if type(module) is nn.Dropout and module.p != 0 and module.training:
+        return False
+    return (type(module) in PLAIN_LAYERS or type(module) is nn.Dropout) and is_unmodified(module)

@@ -146,17 +146,23 @@ def is_inference(*tensors: Tensor) -> bool:
 
     They are plain tensors, operators run eagerly, and neither autograd, forward-mode AD nor a functorch transform records them.
     """
-    if is_tracing() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+    if is_tracing() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return False
-    if forward_ad._current_level >= 0:
-        return False
-    return all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors) and not torch._C._are_functorch_transforms_active()
+    records = torch.is_grad_enabled()
+    for x in tensors:  # not all(...): this runs several times per layer, while a GPU may wait
+        if not is_plain_tensor(x) or (records and x.requires_grad):
+            return False
+    return True
+
+
+def is_plain_tensor(x: Tensor) -> bool:
+    """True for a tensor or parameter of PyTorch's own classes."""
+    return type(x) is Tensor or type(x) is torch.nn.Parameter
 
 
 def multiply_pixels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``F.conv2d(x, weight, bias)`` for a 1x1 kernel, as one matrix product with the bias, in channels_last."""
-    pixels: Tensor = F.linear(x.permute(0, 2, 3, 1).flatten(0, 2), weight.flatten(1), bias)
-    out: Tensor = pixels.unflatten(0, (x.shape[0], *x.shape[2:])).permute(0, 3, 1, 2)
+    out: Tensor = F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
     return out
 
 
