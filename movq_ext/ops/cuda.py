@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,33 @@ def _call(name: str, *arguments: Any) -> Any:
         raise torch.OutOfMemoryError(str(error)) from None
 
 
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """Call an autograd function: its forward alone if nothing is recorded, and ``function.apply`` only where that is needed.
+
+    ``apply`` inspects the signature of a forward with a setup_context in every call. That takes 100 us, longer than most kernels.
+    """
+    if native.is_tracing() or torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    if torch.is_grad_enabled():
+        for x in arguments:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return _with_context(function).apply(*arguments)
+    return function.forward(*arguments)
+
+
+@functools.cache
+def _with_context(function: Any) -> type[torch.autograd.Function]:
+    """Return the function as ``forward(ctx, ...)``, without a setup_context: functorch and torch.compile cannot take it."""
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        output = function.forward(*arguments)
+        function.setup_context(ctx, arguments, output)
+        return output
+
+    methods = {"forward": forward, "setup_context": torch.autograd.Function.setup_context}
+    return type(function.__name__, (function,), {name: staticmethod(method) for name, method in methods.items()})
+
+
 def spatial_norm(
     f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, options: NormOptions, clip: clips.ClipShape = clips.IMAGE
 ) -> Tensor:
@@ -40,7 +68,7 @@ def spatial_norm(
         # Inference only: the autograd function does not take them.
         out, _, _ = _call("spatial_norm_forward", *arguments, options.f_bias, options.bordered, options.statistics, *clip)
     else:
-        out, _, _ = SpatialNormFunction.apply(*arguments, *clip)  # type: ignore[no-untyped-call]
+        out, _, _ = _apply(SpatialNormFunction, *arguments, *clip)
     return out
 
 
@@ -92,7 +120,7 @@ class SpatialNormFunction(torch.autograd.Function):
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str = "tile") -> Tensor:
     """functional.attention with the backend "tile" or "cublas". Arguments are checked, and the backend takes their head size."""
     out: Tensor
-    out, _ = AttentionFunction.apply(q, k, v, scale, backend)  # type: ignore[no-untyped-call]
+    out, _ = _apply(AttentionFunction, q, k, v, scale, backend)
     return out
 
 
@@ -130,7 +158,7 @@ class AttentionFunction(torch.autograd.Function):
 def shared_kv_attention(q: Tensor, kv: Tensor, scale: float, backend: str = "tile") -> Tensor:
     """functional.shared_kv_attention with the backend "hopper", "tile" or "cublas", see `attention`."""
     out: Tensor
-    out, _ = SharedKVAttentionFunction.apply(q, kv, scale, backend)  # type: ignore[no-untyped-call]
+    out, _ = _apply(SharedKVAttentionFunction, q, kv, scale, backend)
     return out
 
 
@@ -168,7 +196,7 @@ class SharedKVAttentionFunction(torch.autograd.Function):
 
 def fold_upsampling(weight: Tensor) -> Tensor:
     """upsampling.fold_upsampling with a CUDA kernel: sums in float32, rounded once."""
-    folded: Tensor = FoldUpsamplingFunction.apply(weight)  # type: ignore[no-untyped-call]
+    folded: Tensor = _apply(FoldUpsamplingFunction, weight)
     return folded
 
 
