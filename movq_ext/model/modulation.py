@@ -64,20 +64,10 @@ def multiply(batch: Batch, zq: Tensor) -> list[tuple[Tensor, Tensor]]:
 def _concatenate(norms: Sequence[Any], zq: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the weights and the biases of the norms' 1x1 convolutions, one below the other, as `Batch` has them."""
     layers = [layer for norm in norms for layer in (norm.conv_y, norm.conv_b)]
-    weight, bias = torch.cat([layer.weight.flatten(1) for layer in layers]), torch.cat([layer.bias for layer in layers])
+    weight, bias = torch.cat([layer.weight for layer in layers]).flatten(1), torch.cat([layer.bias for layer in layers])
     if runs_kernels(zq) and zq.itemsize == 2 and weight.dtype == bias.dtype == zq.dtype:
         return append_bias(weight, bias), None
     return weight, bias
-
-
-def append_bias(weight: Tensor, bias: Tensor) -> Tensor:
-    """Return ``(rows, K)`` whose product with an input, padded with ones to K channels, includes the bias.
-
-    The columns are weight, bias and zeros, in 16 bits. cuBLAS copies a bias of batched products to the whole result first, and
-    has only slow kernels for inputs of four channels. The product with 1 is exact, and the sum in float32 as before.
-    """
-    columns = weight.shape[1] + 1
-    return F.pad(torch.cat([weight, bias.unsqueeze(1)], 1), (0, -columns % ALIGNED_CHANNELS))
 
 
 class Modulations:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True, eq=False)
-class NormOptions:
+class NormOptions(NamedTuple):
     """Group norm parameters and the steps fused with the norm.
 
     Attributes:
