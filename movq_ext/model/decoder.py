@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -176,8 +176,8 @@ class MOVQDecoder(ActivationCheckpointing):
         layer also computes the statistics that the next layer's norm needs.
         """
         z, zq = _in_channels_last(z, zq)
-        modulations = Modulations(zq, self._spatial_norms())
         layers = list(self.layers())
+        modulations = Modulations(zq, _spatial_norms([*layers, self.norm_out]))
         followers = [*layers[1:], None if self.give_pre_end else self.norm_out]
         h = MeasuredMap(self.conv_in(z))
         for layer, follower in zip(layers, followers, strict=True):
@@ -270,10 +270,10 @@ class MOVQDecoder(ActivationCheckpointing):
         """``conv_out(silu(norm_out(h, zq)))``."""
         return cast(Tensor, self.conv_out(self.norm_out(h, zq, activation="silu")))
 
-    def _spatial_norms(self) -> list[SpatialNorm]:
-        """All SpatialNorm layers, in execution order."""
-        layers = [*self.layers(), self.norm_out]
-        return [module for layer in layers for module in submodules(layer) if isinstance(module, SpatialNorm)]
+
+def _spatial_norms(layers: Iterable[nn.Module]) -> list[SpatialNorm]:
+    """Return the SpatialNorms among these layers and in them, in execution order."""
+    return [module for layer in layers for module in submodules(layer) if isinstance(module, SpatialNorm)]
 
 
 def _in_channels_last(z: Tensor, zq: Tensor) -> tuple[Tensor, Tensor]:

@@ -169,6 +169,8 @@ class ResnetBlock(nn.Module, FusedModule):
         return x if shortcut is None else cast(Tensor, shortcut(x))
 
     def _shortcut_layer(self) -> nn.Module | None:
+        if self.in_channels == self.out_channels:
+            return None
         return getattr(self, "conv_shortcut", getattr(self, "nin_shortcut", None))
 
 

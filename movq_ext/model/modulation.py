@@ -88,6 +88,10 @@ class Modulations:
         self._batch_of = {norm: batch for batch in batches for norm in batch.norms}
         self._computed: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
+    def is_batched(self, norm: Any) -> bool:
+        """True for the norms given to batch, except those with other convolutions than plain ones."""
+        return norm in self._batch_of
+
     def __getitem__(self, norm: Any) -> tuple[Tensor, Tensor]:
         assert self.zq is not None, "a norm that is conditioned on a latent"
         if norm not in self._batch_of:
@@ -117,7 +121,7 @@ def _batches(norms: Sequence[Any], zq: Tensor, max_bytes: int) -> list[Batch]:
 
 
 def _channels(norm: Any) -> int:
-    channels: int = norm.conv_y.out_channels
+    channels: int = norm.f_channels
     return channels
 
 

@@ -120,7 +120,8 @@ class SpatialNorm(nn.Module, FusedModule):
         on zq's grid where zq's cells are large enough.
         """
         zq = cast(Tensor, modulations.zq)
-        self._check(f, zq)
+        if not modulations.is_batched(self):  # else the decoder has checked its latents
+            self._check(f, zq)
         # A hook or an adapter before this norm may have made f require a gradient, which the operator with cells does not record.
         by_cells = self.add_conv and is_inference(f) and is_plain_conv3x3(self.conv) and can_convolve_cells(zq, f.shape[2:])
         if by_cells:
@@ -149,7 +150,9 @@ class SpatialNorm(nn.Module, FusedModule):
 
     def is_plain_modulation(self) -> bool:
         """True if conv_y and conv_b are plain 1x1 convolutions with biases, which one matrix product computes together."""
-        return all(is_plain_conv1x1(layer) and layer.bias is not None for layer in (self.conv_y, self.conv_b))
+        conv_y, conv_b = self.conv_y, self.conv_b
+        are_plain = is_plain_conv1x1(conv_y) and is_plain_conv1x1(conv_b)
+        return are_plain and conv_y.bias is not None and conv_b.bias is not None
 
 
 def make_norm(channels: int, zq_ch: int | None, add_conv: bool) -> GroupNorm | SpatialNorm:
