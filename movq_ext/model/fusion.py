@@ -18,14 +18,14 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..ops.functional import add_bias_residual_, add_bias_residual_with_statistics_
-from ..ops.native import compute_dtype, is_inference, is_plain_tensor, multiply_pixels
+from ..ops.native import PLAIN_TENSORS, compute_dtype, is_inference, multiply_pixels
 from ..ops.statistics import MeasuredMap
 from ..profiling import is_range_hook, layer_range
 
 # The functions below run for every layer in every call, while a GPU may wait: loops rather than generators in all().
 CONVOLUTION_METHODS = {kind: (kind.forward, kind._conv_forward) for kind in (nn.Conv2d, nn.Conv3d)}
 KERNELS_AND_PADDINGS = (((1, 1), (0, 0)), ((3, 3), (1, 1)))  # that keep a map's size
-PLAIN_PARAMETERS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)  # the last two stand for plain ones in torch.export
+PLAIN_PARAMETERS = (*PLAIN_TENSORS, FakeTensor, FunctionalTensor)  # the last two stand for plain ones in torch.export
 # In these types attention may use its input as keys and values, see `absorb_keys`. A block's error against float64 is at most
 # 1.05 times the published order's; in float32 it would be up to 1.25 times.
 SHARED_KV_DTYPES = (torch.float16, torch.bfloat16)
@@ -124,7 +124,7 @@ def runs_inference(layer: nn.Module, *inputs: Tensor | None) -> bool:
     records = torch.is_grad_enabled()
     for module in submodules(layer):
         for parameter in module._parameters.values():
-            if parameter is not None and (not is_plain_tensor(parameter) or (records and parameter.requires_grad)):
+            if parameter is not None and (type(parameter) not in PLAIN_TENSORS or (records and parameter.requires_grad)):
                 return False
     return True
 
@@ -146,9 +146,12 @@ def conv_deferring_bias(conv: nn.Module, x: Tensor, deferred: Tensor | None = No
     Returns:
         The map, and the bias ``(C,)`` still to be added to it, or None.
     """
-    if not (runs_kernels(x) and is_plain_conv(conv) and conv.bias is not None and is_inference(x, conv.weight, conv.bias)):
+    if not (runs_kernels(x) and is_plain_conv(conv)):
         return conv(x), deferred
-    h, bias = F.conv2d(x, conv.weight, padding=conv.padding), conv.bias
+    weight, bias = conv.weight, conv.bias
+    if bias is None or not is_inference(x, weight, bias):
+        return conv(x), deferred
+    h = F.conv2d(x, weight, padding=conv.padding)
     if bias.dtype not in (h.dtype, torch.float32):  # weights of one half precision under autocast to the other
         return h.add_(bias[:, None, None]), deferred
     return h, bias if deferred is None else bias + deferred
@@ -168,8 +171,9 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _is_product(x: Tensor, *parameters: Tensor | None) -> bool:
     """True if `conv1x1` computes a matrix product. float32 stays with cuDNN, which has its own TF32 setting."""
     in_16_bits = runs_kernels(x) and compute_dtype(x) in SHARED_KV_DTYPES
-    inference = is_inference(x, *(parameter for parameter in parameters if parameter is not None))
-    return in_16_bits and inference and x.is_contiguous(memory_format=torch.channels_last)
+    if not in_16_bits or not x.is_contiguous(memory_format=torch.channels_last):
+        return False
+    return is_inference(x, *[parameter for parameter in parameters if parameter is not None])
 
 
 def run_conv1x1(layer: nn.Module, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from .options import NormOptions
 
 # Without a fused kernel, scaled_dot_product_attention materialises the scores of all its queries: this bounds them per call.
 MAX_SCORE_ELEMENTS = 4096**2
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 LARGE_MEAN = 16.0  # in deviations: the rounding of a larger one in float32 costs a norm more than its own
 
 
@@ -136,9 +137,13 @@ def is_transformed() -> bool:
     """True inside torch.func's vmap and jvp, and other forward-mode differentiation: the kernels have no rules for them."""
     if is_tracing():
         return False
+    if forward_ad._current_level >= 0:
+        return True
+    if not torch._C._are_functorch_transforms_active():
+        return False
     levels = torch._C._functorch.get_interpreter_stack() or ()
     reverse_mode = torch._C._functorch.TransformType.Grad
-    return forward_ad._current_level >= 0 or any(level.key() != reverse_mode for level in levels)
+    return any(level.key() != reverse_mode for level in levels)
 
 
 def is_inference(*tensors: Tensor) -> bool:
@@ -150,14 +155,9 @@ def is_inference(*tensors: Tensor) -> bool:
         return False
     records = torch.is_grad_enabled()
     for x in tensors:  # not all(...): this runs several times per layer, while a GPU may wait
-        if not is_plain_tensor(x) or (records and x.requires_grad):
+        if type(x) not in PLAIN_TENSORS or (records and x.requires_grad):
             return False
     return True
-
-
-def is_plain_tensor(x: Tensor) -> bool:
-    """True for a tensor or parameter of PyTorch's own classes."""
-    return type(x) is Tensor or type(x) is torch.nn.Parameter
 
 
 def multiply_pixels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
