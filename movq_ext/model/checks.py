@@ -114,7 +114,8 @@ def check_latent(name: str, x: Tensor | None, channels: int, weight: Tensor | No
 
 def check_batch(**tensors: Tensor) -> None:
     """All tensors must have the same batch size."""
-    first, *others = (x.shape[0] for x in tensors.values())
-    if any(batch != first for batch in others):
-        sizes = ", ".join(f"{name} has {x.shape[0]}" for name, x in tensors.items())
-        raise ValueError(f"{' and '.join(tensors)} must have the same batch size: {sizes}")
+    first, *others = tensors.values()
+    for other in others:
+        if other.shape[0] != first.shape[0]:
+            sizes = ", ".join(f"{name} has {x.shape[0]}" for name, x in tensors.items())
+            raise ValueError(f"{' and '.join(tensors)} must have the same batch size: {sizes}")

@@ -38,7 +38,7 @@ def check_spatial_norm(f: Tensor, zq_y: Tensor | None, zq_b: Tensor | None, opti
         raise ValueError(f"bordered zq_y must have {expected}, got {None if zq_y is None else tuple(zq_y.shape)}")
     if options.statistics is not None:
         _check_statistics(f, options)
-    if options.f_bias is not None or options.bordered or options.statistics is not None:
+    if torch.is_grad_enabled() and (options.f_bias is not None or options.bordered or options.statistics is not None):
         fused = "bordered" if options.bordered else "f_bias" if options.f_bias is not None else "statistics"
         tensors = dict(f=f, zq_y=zq_y, zq_b=zq_b, weight=options.weight, bias=options.bias, f_bias=options.f_bias)
         check_no_gradient(f"spatial_norm with {fused}", **tensors)

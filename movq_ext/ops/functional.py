@@ -91,8 +91,8 @@ def _spatial_norm_of_map(
     if reason := why_native(f) or why_native_parameters(f, options) or failed_self_test("spatial_norm", f):
         warn_once(reason)
         return clips.native_spatial_norm(f, zq_y, zq_b, options, clip)
-    if zq_y is not None and zq_b is not None:
-        zq_y, zq_b = zq_y.to(f.dtype), zq_b.to(f.dtype)  # they differ under autocast only
+    if zq_y is not None and zq_b is not None and not zq_y.dtype == zq_b.dtype == f.dtype:
+        zq_y, zq_b = zq_y.to(f.dtype), zq_b.to(f.dtype)  # under autocast
     return cuda.spatial_norm(f, zq_y, zq_b, options, clip)
 
 

@@ -86,7 +86,10 @@ def _rounds(blocks: int) -> int:
 
 
 def _is_aligned(*tensors: Tensor | None) -> bool:
-    return all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    for tensor in tensors:
+        if tensor is not None and tensor.data_ptr() % 16:
+            return False
+    return True
 
 
 def _stays_on_chip(x: Tensor, group_elements: int) -> bool:
