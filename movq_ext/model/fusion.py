@@ -62,14 +62,15 @@ def has_plain_parameters(module: nn.Module) -> bool:
 
 
 def submodules(module: nn.Module) -> list[nn.Module]:
-    """Return the module and all modules inside it, in order; unlike ``modules()`` a shared one as often as it appears.
+    """Return the module and all modules inside it, level by level; unlike ``modules()`` a shared one as often as it appears.
 
     Takes a fifth of the time of ``modules()``, which builds every module's name.
     """
     found = [module]
-    for child in module._modules.values():
-        if child is not None:
-            found += submodules(child)
+    for parent in found:  # the list grows meanwhile
+        for child in parent._modules.values():
+            if child is not None:
+                found.append(child)
     return found
 
 
