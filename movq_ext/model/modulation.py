@@ -70,6 +70,16 @@ def _concatenate(norms: Sequence[Any], zq: Tensor) -> tuple[Tensor, Tensor | Non
     return weight, bias
 
 
+def append_bias(weight: Tensor, bias: Tensor) -> Tensor:
+    """Return ``(rows, K)`` whose product with an input, padded with ones to K channels, includes the bias.
+
+    The columns are weight, bias and zeros, in 16 bits. cuBLAS copies a bias of batched products to the whole result first, and
+    has only slow kernels for inputs of four channels. The product with 1 is exact, and the sum in float32 as before.
+    """
+    columns = weight.shape[1] + 1
+    return F.pad(torch.cat([weight, bias.unsqueeze(1)], 1), (0, -columns % ALIGNED_CHANNELS))
+
+
 class Modulations:
     """``modulations[norm]`` is ``conv_y(zq), conv_b(zq)`` of a SpatialNorm without add_conv.
 
