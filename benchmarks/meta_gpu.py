@@ -23,6 +23,7 @@ KERNELS = {
     "attention_forward": 2,
     "shared_kv_attention_forward": 2,
     "baddbmm": 2,  # PyTorch copies the biases into the result first
+    "constant_pad_nd": 2,  # fills the result, and copies the input into it
 }
 
 

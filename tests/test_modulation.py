@@ -20,7 +20,7 @@ def norms(*channels, zq=5, **changes):
 @pytest.fixture
 def batch_sizes(monkeypatch):
     """The number of norms in each batched product, in order."""
-    return record_calls(monkeypatch, modulation, "multiply", lambda result, batch, zq: len(batch.norms))
+    return record_calls(monkeypatch, modulation, "multiply", lambda result, batch, zq, cells: len(batch.norms))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -44,21 +44,26 @@ def modulate(norms: Sequence[Any], zq: Tensor) -> list[tuple[Tensor, Tensor]]:
     if len(norms) == 1 and runs_kernels(zq) and not is_tracing():  # two kernels that add biases, rather than four
         conv_y, conv_b = norms[0].conv_y, norms[0].conv_b
         return [(multiply_pixels(zq, conv_y.weight, conv_y.bias), multiply_pixels(zq, conv_b.weight, conv_b.bias))]
-    return multiply(Batch(norms, *_concatenate(norms, zq)), zq)
+    batch = Batch(norms, *_concatenate(norms, zq))
+    return multiply(batch, zq, _cells(zq, batch))
 
 
-def multiply(batch: Batch, zq: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return what `modulate` returns, from weights that are already in one tensor."""
+def multiply(batch: Batch, zq: Tensor, cells: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return what `modulate` returns, from weights that are already in one tensor. cells are those of `_cells`."""
     layers = 2 * len(batch.norms)
-    cells, weight = zq.permute(0, 2, 3, 1).flatten(0, 2), batch.weight.unflatten(0, (layers, -1))
+    cells, weight = cells.expand(layers, -1, -1), batch.weight.unflatten(0, (layers, -1))
     if batch.bias is None:
-        cells = F.pad(cells, (0, weight.shape[2] - cells.shape[1]), value=1.0)
-        products = cells.expand(layers, -1, -1) @ weight.mT
+        products = cells @ weight.mT
     else:
-        bias = batch.bias.unflatten(0, (layers, 1, -1))
-        products = torch.baddbmm(bias, cells.expand(layers, -1, -1), weight.mT)
+        products = torch.baddbmm(batch.bias.unflatten(0, (layers, 1, -1)), cells, weight.mT)
     maps = products.unflatten(1, (zq.shape[0], *zq.shape[2:])).permute(0, 1, 4, 2, 3).unbind()
     return list(zip(maps[::2], maps[1::2], strict=True))
+
+
+def _cells(zq: Tensor, batch: Batch) -> Tensor:
+    """Return zq as ``(B * h * w, K)``, with ones from channel zq_ch on if the batch's weight holds the bias."""
+    cells = zq.permute(0, 2, 3, 1).flatten(0, 2)
+    return cells if batch.bias is not None else F.pad(cells, (0, batch.weight.shape[1] - cells.shape[1]), value=1.0)
 
 
 def _concatenate(norms: Sequence[Any], zq: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -76,8 +81,9 @@ def append_bias(weight: Tensor, bias: Tensor) -> Tensor:
     The columns are weight, bias and zeros, in 16 bits. cuBLAS copies a bias of batched products to the whole result first, and
     has only slow kernels for inputs of four channels. The product with 1 is exact, and the sum in float32 as before.
     """
-    columns = weight.shape[1] + 1
-    return F.pad(torch.cat([weight, bias.unsqueeze(1)], 1), (0, -columns % ALIGNED_CHANNELS))
+    rows, columns = weight.shape
+    zeros = weight.new_zeros(1).expand(rows, -(columns + 1) % ALIGNED_CHANNELS)
+    return torch.cat([weight, bias.unsqueeze(1), zeros], 1)
 
 
 class Modulations:
@@ -96,6 +102,7 @@ class Modulations:
         batchable = [norm for norm in norms if norm.is_plain_modulation() and not norm.add_conv]
         batches = [] if zq is None or not batchable else _batches(batchable, zq, max_batch_bytes)
         self._batch_of = {norm: batch for batch in batches for norm in batch.norms}
+        self._cells = _cells(zq, batches[0]) if zq is not None and batches else None
         self._computed: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def is_batched(self, norm: Any) -> bool:
@@ -109,7 +116,8 @@ class Modulations:
         if norm not in self._computed:
             batch = self._batch_of[norm]
             self._computed = {}  # freed before the next allocation
-            self._computed = dict(zip(batch.norms, multiply(batch, self.zq), strict=True))
+            assert self._cells is not None
+            self._computed = dict(zip(batch.norms, multiply(batch, self.zq, self._cells), strict=True))
         return self._computed[norm]
 
 
