@@ -4,13 +4,12 @@ import pytest
 import torch
 from clip_cases import formula
 from kernels import backends
-from kernels.spatial_norm import IMAGE, Clip, ClusterEmulator, Emulator, Gpu, case, is_channels_last
+from kernels.spatial_norm import IMAGE, Clip, Emulator, Gpu, case, is_channels_last
 from tolerances import RELATIVE, relative_error
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 LAYOUTS = ("nchw", "channels_last")
 backend = backends(emulator=Emulator, gpu=Gpu)
-clustered = backends(clusters=ClusterEmulator)
 
 # Batch and channels, groups; T, H and W of f; t, h and w of zq, or None; whether the first frame is apart.
 CLIPS = {
@@ -94,19 +93,6 @@ def test_the_result_goes_behind_other_frames(backend, name, dtype, layout, offse
     padded, *_ = backend.forward(*arguments, clip=clip, padding_rows=padding_rows)
     assert is_channels_last(padded) == (layout == "channels_last")
     assert padded[:, :, :padding_rows].isnan().all()
-    assert_close("out", padded[:, :, padding_rows:], expected_forward(c, groups, clip, True))
-
-
-@pytest.mark.parametrize("name", ["nine-of-three", "not-whole-times", "large-cells", "same-grid", "same-grid-odd-rows", "no-zq"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("padding_frames", [0, 2])
-def test_clips_in_clusters(clustered, name, layout, dtype, padding_frames):
-    c, groups, clip = clip_case(name, dtype, layout)
-    padding_rows = padding_frames * c.f.shape[2] // clip.frames
-    arguments = c.f, c.zq_y, c.zq_b, c.weight, c.bias, groups, 1e-6, True
-    padded, *_ = clustered.forward(*arguments, clip=clip, padding_rows=padding_rows)
-    assert {launch.kernel for launch in clustered.cost.launches} == {"spatial_norm norm_in_cluster"}
     assert_close("out", padded[:, :, padding_rows:], expected_forward(c, groups, clip, True))
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernels import backends, usable
-from kernels.spatial_norm import ClusterEmulator, Emulator, Gpu, case, is_channels_last
+from kernels.spatial_norm import Emulator, Gpu, case, is_channels_last
 from tolerances import RELATIVE, relative_error
 
 import movq_ext
@@ -16,7 +16,7 @@ from movq_ext.ops.paths import MAX_MAP_PIXELS
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 backend = backends(emulator=Emulator, gpu=Gpu)
-any_device = backends(emulator=Emulator, clusters=ClusterEmulator, gpu=Gpu)
+counted = backends(emulator=Emulator)
 
 
 # (shape of f, groups, zq's height and width). The cases named `small` are for slow sanitizers.
@@ -151,98 +151,17 @@ def test_bordered_zq(backend, name, dtype, layout):
 
 @pytest.mark.parametrize("channel", [0, 5])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_nan_in_f_bias_stays_in_its_group(any_device, layout, channel):
+def test_nan_in_f_bias_stays_in_its_group(backend, layout, channel):
     c = case((1, 16, 4, 8), (2, 2), F32, layout)
     f_bias = torch.zeros(16)
     f_bias[channel] = float("nan")
-    out, _, _ = any_device.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 4, 1e-6, True, f_bias)
+    out, _, _ = backend.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 4, 1e-6, True, f_bias)
     expected = torch.zeros(1, 16, dtype=torch.bool)
     expected[:, channel // 4 * 4 : channel // 4 * 4 + 4] = True
     assert torch.equal(out.isnan().flatten(2).any(2), expected) and torch.equal(out.isnan().flatten(2).all(2), expected)
 
 
-# --- Clusters: one kernel where a group fits into the registers of 8 blocks
-
-clustered = backends(clusters=ClusterEmulator)
-counted = backends(emulator=Emulator)
-CLUSTER_CASES = {
-    "tile": ((2, 32, 16, 32), 4, (4, 8)),
-    "same-grid": ((1, 32, 16, 32), 2, (16, 32)),
-    "no-zq": ((1, 64, 24, 40), 8, None),
-    "two-row-cells": ((1, 16, 32, 16), 2, (16, 8)),
-    "one-cell": ((1, 32, 2, 8), 4, (1, 1)),
-    "wide-group": ((1, 512, 2, 8), 1, (1, 2)),
-    "eight-rows-of-float32": ((1, 8, 128, 64), 1, (16, 32)),
-}
-
-
-@pytest.mark.parametrize("name", CLUSTER_CASES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype, silu", [(F32, True), (BF16, True), (F16, False)], ids=["float32", "bfloat16", "float16-linear"])
-def test_clusters_match_the_published_formula(clustered, name, layout, dtype, silu):
-    shape, groups, zq_size = CLUSTER_CASES[name]
-    c = case(shape, zq_size, dtype, layout)
-    f_bias, sums = biased(c, F32)
-    clustered.seeds = (0, 1)
-    out, mean, rstd = clustered.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, groups, 1e-6, silu, f_bias)
-    assert [launch.kernel for launch in clustered.cost.launches] == ["spatial_norm norm_in_cluster"]
-    assert_close(out, expected_forward(sums, groups, 1e-6, silu), slack=2.0)
-    grouped = sums.f.reshape(shape[0], groups, -1)
-    assert_near(mean, grouped.mean(2))
-    assert_near(rstd, (grouped.var(2, correction=0) + 1e-6).rsqrt())
-
-
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_clusters_of_any_shape(clustered, data):
-    """Groups of whole accesses with zq of even cells, on f's grid, or none."""
-    groups, silu = data.draw(st.integers(1, 3)), data.draw(st.booleans())
-    dtype, layout = data.draw(st.sampled_from([F32, BF16])), data.draw(st.sampled_from(LAYOUTS))
-    whole, rest = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
-    channels, columns = (8 * whole, rest) if layout == "channels_last" else (rest, 8 * whole)
-    cell = data.draw(st.sampled_from([(1, 1), (2, 2), (4, 2), (2, 8)]))
-    grid = data.draw(st.integers(1, 9)), columns
-    f_size = tuple(many * size for many, size in zip(grid, cell, strict=True))
-    c = case((data.draw(st.integers(1, 2)), groups * channels, *f_size), data.draw(st.sampled_from([grid, None])), dtype, layout)
-    f_bias, sums = biased(c, F32)
-    clustered.seeds = (0,)
-    out, _, _ = clustered.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, groups, 1e-2, silu, f_bias)
-    assert [launch.kernel for launch in clustered.cost.launches] == ["spatial_norm norm_in_cluster"]
-    assert_close(out, expected_forward(sums, groups, 1e-2, silu), slack=2.0)
-
-
-@pytest.mark.parametrize("layout, dtype, groups, fetches", [
-    pytest.param("nchw", F32, 2, 1, id="nchw-float32"),
-    pytest.param("nchw", BF16, 2, 1, id="nchw-bfloat16"),
-    pytest.param("channels_last", F32, 2, 1, id="channels_last-float32"),
-    pytest.param("channels_last", BF16, 2, 1, id="channels_last-bfloat16"),
-    pytest.param("channels_last", F32, 8, 2, id="channels_last-float32-half-a-sector"),
-    pytest.param("channels_last", BF16, 4, 2, id="channels_last-bfloat16-half-a-sector"),
-])  # fmt: skip
-def test_clusters_read_f_once(clustered, layout, dtype, groups, fetches):
-    """A group of 16 bytes per pixel shares each sector of 32 bytes with its neighbour, so two clusters fetch it."""
-    c = case((1, 32, 64, 64), (32, 32), dtype, layout)
-    clustered.seeds = (0,)
-    clustered.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, groups, 1e-6, True)
-    size, cost = c.f.numel() * c.f.element_size(), clustered.cost
-    assert cost.buffers["f"].read_bytes == cost.buffers["out"].written_bytes == size
-    assert cost.buffers["f"].read_sectors * 32 == cost.buffers["out"].written_sectors * 32 == fetches * size
-    assert cost.buffers["workspace"].read_bytes == cost.buffers["workspace"].written_bytes == 0
-    (launch,) = cost.launches
-    assert (launch.cluster, launch.grid[0]) == (8, 8 * groups) and launch.bank_conflicts == 0
-
-
-@pytest.mark.parametrize("shape, groups, zq_size, max_cluster", [
-    pytest.param((1, 32, 16, 32), 4, (4, 8), 1, id="no-clusters"),
-    pytest.param((1, 32, 16, 32), 4, (4, 8), 4, id="small-clusters"),
-    pytest.param((1, 8, 136, 128), 1, (17, 16), 8, id="large-group"),
-    pytest.param((1, 32, 12, 24), 4, (5, 7), 8, id="not-whole-ratio"),
-])  # fmt: skip
-def test_other_maps_take_three_kernels(clustered, shape, groups, zq_size, max_cluster):
-    c = case(shape, zq_size, BF16, "channels_last")
-    clustered.seeds, clustered.max_cluster = (0,), max_cluster
-    clustered.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, groups, 1e-6, True)
-    assert len(clustered.cost.launches) == 3
+# --- Launches
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -299,39 +218,39 @@ def test_one_pixel_of_f_and_a_row_of_zq_in_channels_last(backend):
     assert_close(out, expected_forward(c, 1, 1e-2, False))
 
 
-def test_nan_and_infinity_stay_in_their_group(any_device):
+def test_nan_and_infinity_stay_in_their_group(backend):
     c = case((2, 32, 4, 8), (2, 2), F32, "nchw")
     c.f[0, 3, 1, 1] = float("nan")
     c.f[1, 31, 0, 0] = float("inf")
-    out, mean, rstd = any_device.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 8, 1e-6, True)
+    out, mean, rstd = backend.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 8, 1e-6, True)
     bad = out.isnan().flatten(2).any(2)
     expected = torch.zeros(2, 32, dtype=torch.bool)
     expected[0, 0:4] = expected[1, 28:32] = True
     assert torch.equal(bad, expected)
-    df = any_device.backward(c.dout, c.f, c.zq_y, c.zq_b, c.weight, c.bias, mean, rstd, 8, True)[0]
+    df = backend.backward(c.dout, c.f, c.zq_y, c.zq_b, c.weight, c.bias, mean, rstd, 8, True)[0]
     assert torch.equal(df.isnan().flatten(2).any(2), expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_large_mean_costs_no_accuracy(any_device, layout):
+def test_a_large_mean_costs_no_accuracy(backend, layout):
     """E[x^2] - E[x]^2 in float32 would have no correct digit here. Only the mean is rounded, to half an ulp."""
     c = case((1, 32, 16, 16), None, F32, layout)
     f = c.f + 4096.0
-    out, _, _ = any_device.forward(f, None, None, None, None, 8, 1e-6, False)
+    out, _, _ = backend.forward(f, None, None, None, None, 8, 1e-6, False)
     assert relative_error(out, published.spatial_norm(f.double(), None, None, None, None, 8)) < 2**-12 * 1.5
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0])
-def test_a_constant_group_is_normalized_by_eps_alone(any_device, value):
+def test_a_constant_group_is_normalized_by_eps_alone(backend, value):
     f = torch.full((1, 32, 4, 4), value)
-    out, mean, rstd = any_device.forward(f, None, None, None, None, 8, 1e-4, False)
+    out, mean, rstd = backend.forward(f, None, None, None, None, 8, 1e-4, False)
     assert torch.equal(out, torch.zeros_like(f)) and torch.equal(mean, torch.full((1, 8), value))
     torch.testing.assert_close(rstd, torch.full((1, 8), 100.0))
 
 
 @pytest.mark.parametrize("zq_size, offset", [((2, 4), 0), ((4, 8), 0), ((3, 5), 0), ((2, 4), 1), (None, 0)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_silu_of_the_largest_values(any_device, layout, zq_size, offset):
+def test_silu_of_the_largest_values(backend, layout, zq_size, offset):
     """log2(e) times them would overflow. Above 2.36e38 the result is 2.36e38, so that it is finite as well."""
     c = case((1, 16, 4, 8), zq_size, BF16, layout, offset=offset)
     for largest in (-3e38, 3e38):
@@ -339,7 +258,7 @@ def test_silu_of_the_largest_values(any_device, layout, zq_size, offset):
             c.bias = torch.full_like(c.bias, largest)
         else:
             c.zq_b = torch.full_like(c.zq_b, largest)
-        out, _, _ = any_device.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 2, 1e-6, True)
+        out, _, _ = backend.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 2, 1e-6, True)
         if largest < 0:
             assert (out == 0).all() and out.signbit().all()  # as torch.nn.functional.silu
         else:
@@ -349,7 +268,6 @@ def test_silu_of_the_largest_values(any_device, layout, zq_size, offset):
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_shape(backend, data):
-    backend.max_cluster = data.draw(st.sampled_from([1, 8]))  # of the emulated device
     groups = data.draw(st.sampled_from([1, 2, 3, 8, 32]))
     channels = groups * data.draw(st.integers(1, 9))
     size = [data.draw(st.integers(1, 20)) for _ in range(2)]

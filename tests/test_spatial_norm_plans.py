@@ -12,8 +12,8 @@ pytestmark = pytest.mark.skipif(not usable("emulator"), reason="needs Linux and 
 GLUE = """
 #include "spatial_norm_bands.cuh"
 #include "spatial_norm_cells.cuh"
-#include "spatial_norm_cluster.cuh"
 #include "spatial_norm_input_gradient.cuh"
+#include "spatial_norm_output_plan.h"
 #include "spatial_norm_statistics.cuh"
 
 using namespace movq;
@@ -39,10 +39,8 @@ static size_t with_vec_size(int vec_size, Function&& function) {
   return function(std::integral_constant<int, 1>());
 }
 
-// Shared memory of each kernel: contiguous statistics without and with f_bias, interleaved statistics, bands, cells, df,
-// clusters.
-static void shared_bytes(const Geometry& geometry, int vec_size, bool channels_last, int64_t (&bytes)[7]) {
-  bytes[6] = kClusterSharedBytes;
+// Shared memory of each kernel: contiguous statistics without and with f_bias, interleaved statistics, bands, cells, df.
+static void shared_bytes(const Geometry& geometry, int vec_size, bool channels_last, int64_t (&bytes)[6]) {
   if (channels_last) {
     bytes[2] = plan_interleaved_groups(geometry, vec_size).shared_bytes(vec_size);
     bytes[5] = with_vec_size(vec_size, [](auto size) { return BlockChannels<size, kGradientTerms>::kSharedBytes; });
@@ -59,16 +57,16 @@ static void shared_bytes(const Geometry& geometry, int vec_size, bool channels_l
 
 // The largest of each over 2 to 64 groups, 1 to max_group_channels channels a group, all dtypes and both layouts.
 EXPORT(largest_shared_bytes, int height, int width, int zq_height, int zq_width, int max_group_channels, int64_t* results) {
-  int64_t largest[7] = {}, channels[7] = {}, groups_of[7] = {};
+  int64_t largest[6] = {}, channels[6] = {}, groups_of[6] = {};
   for (int groups = 2; groups <= 64; ++groups) {
     for (int group_channels = 1; group_channels <= max_group_channels; ++group_channels) {
       for (int form = 0; form < 4; ++form) {  // float32 and 16 bits, in NCHW and in NHWC
         int vec_size;
         const Geometry geometry = geometry_of(1, groups * group_channels, groups, height, width, zq_height, zq_width, form / 2,
                                               form % 2, &vec_size);
-        int64_t bytes[7] = {};
+        int64_t bytes[6] = {};
         shared_bytes(geometry, vec_size, form % 2, bytes);
-        for (int i = 0; i < 7; ++i) {
+        for (int i = 0; i < 6; ++i) {
           if (bytes[i] <= largest[i]) continue;
           largest[i] = bytes[i];
           channels[i] = geometry.channels;
@@ -77,9 +75,9 @@ EXPORT(largest_shared_bytes, int height, int width, int zq_height, int zq_width,
       }
     }
   }
-  write(results, largest, 7);
-  write(results + 7, channels, 7);
-  write(results + 14, groups_of, 7);
+  write(results, largest, 6);
+  write(results + 6, channels, 6);
+  write(results + 12, groups_of, 6);
 }
 
 // Whether cells of two rows and two columns count as even, in maps of 8 channels.
@@ -100,9 +98,7 @@ EXPORT(cell_plan, int64_t batch, int channels, int height, int width, int zq_hei
   write(plan, values, 5);
 }
 """
-KERNELS = (
-    "NCHW statistics", "NCHW statistics with f_bias", "NHWC statistics", "sum_bands", "sum over cells", "df", "norm_in_cluster",
-)  # fmt: skip
+KERNELS = ("NCHW statistics", "NCHW statistics with f_bias", "NHWC statistics", "sum_bands", "sum over cells", "df")
 BUDGETS = {"any GPU without asking": 48 << 10, "sm_86, 89, 120": 99 << 10, "sm_80": 163 << 10, "sm_90, 100": 227 << 10}
 
 

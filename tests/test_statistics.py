@@ -31,12 +31,6 @@ backend = backends(emulator=emulators, gpu=gpu)
 counted = backends(emulator=emulators)
 
 
-@pytest.fixture(autouse=True)
-def no_clusters(monkeypatch):
-    """Plan for a GPU without clusters, whatever this machine has: with them, small maps stay on chip and leave no statistics."""
-    monkeypatch.setattr(attention_backends, "device_capability", lambda index: (8, 0))
-
-
 def chunk_of(x, groups, *others):
     chunk = statistics.chunk_pixels(x, groups, *others)
     assert chunk
@@ -165,27 +159,6 @@ def test_unaligned_tensors_have_no_statistics(layout):
     assert statistics.chunk_pixels(unaligned, 8) is statistics.chunk_pixels(aligned, 8, bias) is None
     windows = case((1, 256, 5, 5), None, BF16, "channels_last").f
     assert statistics.chunk_columns(windows, 8, None) and statistics.chunk_columns(windows, 8, bias) is None
-
-
-def test_maps_that_stay_on_chip_have_no_statistics(monkeypatch):
-    """One kernel reads them once; bytes of statistics would come on top."""
-
-    def leaves(capability, shape, layout, dtype=BF16):
-        monkeypatch.setattr(attention_backends, "device_capability", lambda index: capability)
-        memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-        x = torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
-        windows = torch.empty(shape[0], 4 * shape[1], shape[2] // 2 + 1, shape[3] // 2 + 1, dtype=dtype, device="meta")
-        by_epilogue = statistics.chunk_pixels(x, 32) is not None
-        if layout == "channels_last":
-            assert (statistics.chunk_columns(windows, 32, None) is not None) == by_epilogue
-        return by_epilogue
-
-    for layout in LAYOUTS:
-        assert leaves((8, 9), (1, 512, 64, 64), layout) and leaves(None, (1, 512, 64, 64), layout)
-        assert not leaves((9, 0), (1, 512, 64, 64), layout)  # 4 MB
-        assert not leaves((9, 0), (1, 256, 128, 128), layout)  # 8 MB
-        assert leaves((9, 0), (1, 512, 128, 128), layout)
-    assert not leaves((12, 0), (1, 128, 64, 64), "nchw") and leaves((12, 0), (1, 128, 64, 64), "channels_last")
 
 
 # --- The path through a decoder

@@ -1,11 +1,11 @@
-// SpatialNorm forward: in one kernel where a group stays on chip (spatial_norm_cluster.cuh), otherwise in three: the statistics
-// of chunks of f, their merge per (image, group), and the output (spatial_norm_output.cuh).
+// SpatialNorm forward, in three kernels: the statistics of chunks of f, their merge per (image, group), and the output
+// (spatial_norm_output.cuh).
 //
 // Where the kernel that wrote f left statistics of its chunks (chunk_statistics.cuh), the first of the three does not run, and f
 // is read once.
 //
 // The merge writes a centre, a scale and a shift per channel, with the mean, rstd, weight, bias and f_bias in them.
-// Bytes of the three kernels: f is read twice and written once. Each chunk adds 16 bytes of statistics per group, which is less
+// Bytes: f is read twice and written once. Each chunk adds 16 bytes of statistics per group, which is less
 // than 2% of all bytes where there is work for 256 blocks of 4 rounds.
 // Up to the size of L2 (50 MB on an H100; 256x256x256 in bfloat16 is 34 MB) the second read comes from the cache, because the
 // output kernel runs its blocks backwards and so starts with what the statistics kernel read last.
@@ -21,7 +21,6 @@
 // (output) loads of 16 bytes in flight, 24 to 48 KB per multiprocessor. An H100 needs about 20 KB to cover its memory latency at
 // full bandwidth. benchmarks/results/resources.md lists what the compiler allocates.
 #include "device/dependent_launch.cuh"
-#include "spatial_norm_cluster.cuh"
 #include "spatial_norm_output.cuh"
 #include "spatial_norm_statistics.cuh"
 
@@ -112,31 +111,6 @@ void launch_statistics(const SpatialNormProblem& problem, const Geometry& geomet
   }
 }
 
-// Returns false without launching anything if the map or the device does not allow it.
-template <class T, int VecSize, bool ChannelsLast, Resize resize>
-bool launch_in_clusters(const SpatialNormProblem& problem, const Geometry& geometry, const SpatialNormForward& tensors,
-                        cudaStream_t stream) {
-  if (tensors.statistics) return false;  // f is read once anyhow
-  if (ChannelsLast && geometry.group_channels % VecSize != 0) return false;
-  const OutputPlan plan = plan_cluster(problem, VecSize);
-  if (plan.rows > kHeldRows) return false;
-  const char* name = "spatial_norm norm_in_cluster";
-  const int64_t blocks = kClusterBlocks * geometry.batch * geometry.groups;
-  if (blocks > INT32_MAX) return false;
-  const LaunchConfig config = {unsigned(blocks), kThreads, kClusterSharedBytes, kClusterBlocks};
-  const auto kernel = norm_in_cluster<T, VecSize, ChannelsLast, resize>;
-  if (!can_launch_clusters(kernel, name, config)) return false;
-  const ClusterArrays<T> arrays = {{static_cast<const T*>(tensors.f), static_cast<const T*>(tensors.zq_y),
-                                    static_cast<const T*>(tensors.zq_b), nullptr, static_cast<T*>(tensors.out)},
-                                   tensors.weight,
-                                   tensors.bias,
-                                   tensors.f_bias,
-                                   tensors.mean,
-                                   tensors.rstd};
-  launch(kernel, name, config, stream, plan, geometry, problem.eps, arrays);
-  return true;
-}
-
 }  // namespace
 }  // namespace spatial_norm
 
@@ -164,17 +138,6 @@ void spatial_norm_forward(const SpatialNormProblem& problem, const SpatialNormFo
     using T = typename decltype(type)::type;
     constexpr int VecSize = decltype(vec_size_constant)::value;
     constexpr bool ChannelsLast = decltype(channels_last)::value;
-    if constexpr (VecSize > 1) {
-      const Resize resize = choose_resize(problem, VecSize);
-      if (resize == Resize::kSameGrid &&
-          launch_in_clusters<T, VecSize, ChannelsLast, Resize::kSameGrid>(problem, geometry, tensors, stream)) {
-        return;
-      }
-      if (resize == Resize::kEvenCells &&
-          launch_in_clusters<T, VecSize, ChannelsLast, Resize::kEvenCells>(problem, geometry, tensors, stream)) {
-        return;
-      }
-    }
     const unsigned threads = std::min(kThreads, round_up(std::max(parts, geometry.group_channels), kWarpSize));
     const LaunchConfig merge_config = {grid_size("spatial_norm merge_statistics", geometry.batch * geometry.groups), threads,
                                        threads / kWarpSize * sizeof(Moments)};

@@ -73,12 +73,21 @@ struct OutputThread {
   MOVQ_DEVICE OutputThread(const OutputPlan& plan, int block) {
     const int after_channels = block / plan.channel_tiles, after_columns = after_channels / plan.column_tiles;
     image = after_columns / plan.row_tiles;
-    assign(plan, threadIdx.x, block - after_channels * plan.channel_tiles.value,
-           after_channels - after_columns * plan.column_tiles.value, after_columns - int(image) * plan.row_tiles.value);
-  }
-  // One of the threads of a cluster, which has one tile of channels to itself.
-  MOVQ_DEVICE OutputThread(const OutputPlan& plan, int thread, int64_t image, int channel_tile) : image(image) {
-    assign(plan, thread, channel_tile, 0, 0);
+    const int channel_tile = block - after_channels * plan.channel_tiles.value;
+    const int column_tile = after_channels - after_columns * plan.column_tiles.value;
+    const int row_tile = after_columns - int(image) * plan.row_tiles.value;
+    const int thread = threadIdx.x;
+    const int middle = thread / plan.inner_threads, inner = thread - middle * plan.inner_threads.value;
+    const int outer = middle / plan.middle_threads, in_middle = middle - outer * plan.middle_threads.value;
+    channel = (channel_tile * plan.channel_threads + (ChannelsLast ? inner : outer)) * kChannels;
+    const int thread_column = column_tile * plan.column_threads + (ChannelsLast ? in_middle : inner);
+    column = thread_column * kPixels;
+    const int strip = row_tile * plan.row_threads + (ChannelsLast ? outer : in_middle);
+    frame = strip / plan.frame_strips;
+    row = (strip - frame * plan.frame_strips.value) * plan.rows;
+    end_row = min(row + plan.rows, plan.height - (column >= plan.last_width));
+    idle = outer >= (ChannelsLast ? plan.row_threads : plan.channel_threads) || channel >= plan.channels ||
+           thread_column >= plan.columns || frame >= plan.frames || row >= end_row;
   }
 
   // The offsets of the thread's channels at a pixel of its frame in f and out, and of its source frame in zq.
@@ -97,20 +106,6 @@ struct OutputThread {
   // In a tensor of f's layout with so many pixels per image.
   MOVQ_DEVICE int64_t offset(const OutputPlan& plan, int pixel, int pixels) const {
     return ChannelsLast ? (image * pixels + pixel) * plan.channels + channel : (image * plan.channels + channel) * pixels + pixel;
-  }
-
-  MOVQ_DEVICE void assign(const OutputPlan& plan, int thread, int channel_tile, int column_tile, int row_tile) {
-    const int middle = thread / plan.inner_threads, inner = thread - middle * plan.inner_threads.value;
-    const int outer = middle / plan.middle_threads, in_middle = middle - outer * plan.middle_threads.value;
-    channel = (channel_tile * plan.channel_threads + (ChannelsLast ? inner : outer)) * kChannels;
-    const int thread_column = column_tile * plan.column_threads + (ChannelsLast ? in_middle : inner);
-    column = thread_column * kPixels;
-    const int strip = row_tile * plan.row_threads + (ChannelsLast ? outer : in_middle);
-    frame = strip / plan.frame_strips;
-    row = (strip - frame * plan.frame_strips.value) * plan.rows;
-    end_row = min(row + plan.rows, plan.height - (column >= plan.last_width));
-    idle = outer >= (ChannelsLast ? plan.row_threads : plan.channel_threads) || channel >= plan.channels ||
-           thread_column >= plan.columns || frame >= plan.frames || row >= end_row;
   }
 };
 
@@ -267,8 +262,6 @@ struct Unit {
     values[0] = load_vec<VecSize, Cache::kStream>(f);
     if (two) values[kAccesses - 1] = load_vec<VecSize, Cache::kStream>(second(plan, f));
   }
-
-  MOVQ_DEVICE Unit(const Vec<T, VecSize>& first, const Vec<T, VecSize>& second, bool two) : values{first, second}, two(two) {}
 
   template <class Cell>
   MOVQ_DEVICE void store(const OutputPlan& plan, const Cell& cell, T* out) const {

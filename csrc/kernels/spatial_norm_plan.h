@@ -1,6 +1,5 @@
 // Host side of SpatialNorm: how a problem is cut into blocks. The cut depends on sizes and alignment, never on the device, so
-// the same kernels add in the same order on every GPU. The kernel of spatial_norm_cluster.cuh adds in another order, and runs
-// only on devices with clusters.
+// the kernels add in the same order on every GPU.
 #pragma once
 
 #include <algorithm>

@@ -138,10 +138,6 @@ def _spatial_norm_calls(inputs: _Inputs) -> Iterator[Call]:
     yield "spatial_norm_forward", [f, *bordered, weight, bias, groups, eps, silu, f_bias, True]
     statistics = CPU_IMPLEMENTATIONS["add_bias_residual_statistics_"](f.clone(), f_bias * 0, None, groups, 64)
     yield "spatial_norm_forward", [*norm, groups, eps, silu, None, False, statistics]
-    # On GPUs with clusters, small groups take one kernel and larger ones three.
-    large, same_grid = inputs.map(1, 8, 136, 128), [inputs.map(1, 8, 136, 128) for _ in range(2)]
-    for zq in ([inputs.map(1, 8, 17, 16) for _ in range(2)], same_grid):
-        yield "spatial_norm_forward", [large, *zq, None, None, 1, eps, silu]
     yield "spatial_norm_forward", [f, *(inputs.map(2, 64, 12, 16) for _ in range(2)), weight, bias, groups, eps, silu]
     _, mean, rstd = CPU_IMPLEMENTATIONS["spatial_norm_forward"](*norm, groups, eps, silu)
     yield "spatial_norm_backward", [dout, *norm, mean, rstd, groups, silu]

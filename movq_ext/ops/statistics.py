@@ -11,12 +11,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import attention_backends
-
 THREADS = 256  # of a block, each with accesses of 16 bytes; the same in csrc/kernels/epilogue.cu and upsampling_interleave.cu
 QUAD = 4  # values whose moments are computed at once; the same in csrc/kernels/chunk_statistics.cuh
 TARGET_BLOCKS, MAX_ROUNDS = 512, 32  # one wave of four blocks per multiprocessor of an H100; accesses of a thread
-CLUSTER_BYTES = 256 << 10  # of a group that stays on chip, see csrc/kernels/spatial_norm_cluster.cuh
 INTERLEAVED_BYTES, INTERLEAVED_COLUMNS = 128, 32  # of a pixel, and pixels of a row, that a block interleaves at once
 
 
@@ -44,16 +41,13 @@ def chunk_pixels(x: Tensor, groups: int, *others: Tensor | None) -> int | None:
     pixels, access = height * width, 16 // x.itemsize
     if groups < 1 or channels % groups or not _is_aligned(x, *others):
         return None
-    group_channels = channels // groups
     if x.is_contiguous():
-        if pixels % access or (width % access == 0 and _stays_on_chip(x, group_channels * pixels)):
+        if pixels % access:
             return None
         columns = min(pixels // access, THREADS)
         blocks = -(-pixels // (columns * access)) * -(-batch * channels // (THREADS // columns))
         return _rounds(blocks) * THREADS * access
-    if channels % access or channels > THREADS * access or group_channels % QUAD:
-        return None
-    if group_channels % access == 0 and _stays_on_chip(x, group_channels * pixels):
+    if channels % access or channels > THREADS * access or channels // groups % QUAD:
         return None
     rows = THREADS * access // channels
     return _rounds(batch * -(-pixels // rows)) * rows
@@ -74,8 +68,6 @@ def chunk_columns(windows: Tensor, groups: int, bias: Tensor | None) -> int | No
     group_channels = channels // groups
     if group_channels % QUAD or tile_channels % group_channels:
         return None
-    if group_channels % access == 0 and _stays_on_chip(windows, group_channels * rows * columns):
-        return None
     blocks = batch * rows * -(-columns // INTERLEAVED_COLUMNS) * -(-channels // tile_channels)
     return max(_rounds(blocks), 2) * INTERLEAVED_COLUMNS  # a thread has two loads in flight
 
@@ -90,9 +82,3 @@ def _is_aligned(*tensors: Tensor | None) -> bool:
         if tensor is not None and tensor.data_ptr() % 16:
             return False
     return True
-
-
-def _stays_on_chip(x: Tensor, group_elements: int) -> bool:
-    """True if a group of x's dtype fits a cluster, which then usually reads it once: statistics would only add traffic."""
-    capability = attention_backends.device_capability(x.device.index)
-    return capability is not None and capability >= (9, 0) and group_elements * x.itemsize <= CLUSTER_BYTES

@@ -169,7 +169,6 @@ class Library:
         seeds=SEEDS,
         multiprocessors=4,
         shared_limit=227 << 10,
-        max_cluster=1,
         dependent_launches=True,
         timeout=300,
         windows=None,
@@ -178,8 +177,8 @@ class Library:
     ):
         """Call an exported function once per seed, from the same state each time, and write the results into the arrays.
 
-        The emulated device has `multiprocessors`, `shared_limit` bytes of shared memory per block and clusters of up to
-        `max_cluster` blocks, and launches dependent kernels unless told otherwise. None is a null pointer.
+        The emulated device has `multiprocessors` and `shared_limit` bytes of shared memory per block, and launches dependent
+        kernels unless told otherwise. None is a null pointer.
         For tensors that are too large to allocate, an array may hold a window of one: `windows` maps its name to the index of its
         first element in the tensor, and `run_blocks` maps a kernel to the range (first, end) of its blocks to run.
         Returns the counters of the first run: `.launches` in order, `.buffers` by argument name, `.device_queries` and
@@ -201,7 +200,6 @@ class Library:
                 "seeds": tuple(seeds),
                 "multiprocessors": multiprocessors,
                 "shared_limit": shared_limit,
-                "max_cluster": max_cluster,
                 "dependent_launches": dependent_launches,
                 "run_blocks": run_blocks or {},
                 "values": [locations.get(name, arguments[name]) for name in names],

@@ -29,7 +29,7 @@ class Export(ctypes.Structure):
 
 def run_once(library, call, seed):
     """Run once on fresh copies of the buffers; return the error, the counters and the contents of the buffers."""
-    library.emu_begin(seed, call["multiprocessors"], call["shared_limit"], call["max_cluster"], call["dependent_launches"])
+    library.emu_begin(seed, call["multiprocessors"], call["shared_limit"], call["dependent_launches"])
     for kernel, (first, end) in call["run_blocks"].items():
         library.emu_choose_blocks(kernel.encode(), first, end)
     addresses = [
@@ -69,7 +69,7 @@ def main():
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # output of the kernel must not mix with the answers
     library = ctypes.CDLL(sys.argv[1])
-    library.emu_begin.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_size_t, ctypes.c_uint, ctypes.c_bool]
+    library.emu_begin.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_size_t, ctypes.c_bool]
     library.emu_choose_blocks.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t]
     library.emu_buffer.restype = ctypes.c_void_p
     library.emu_buffer.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]

@@ -8,14 +8,13 @@ import movq_ext
 
 MISSING = {
     "emulator": "needs Linux and a host C++ compiler",
-    "clusters": "needs Linux and a host C++ compiler",
     "gpu": "needs a GPU and the extension",
 }
 
 
 def usable(name):
-    """Return True if the backend ("emulator", "clusters" (the emulator with clusters) or "gpu") can run here."""
-    if name in ("emulator", "clusters"):
+    """Return True if the backend ("emulator" or "gpu") can run here."""
+    if name == "emulator":
         return emulator.available()
     return torch.cuda.is_available() and movq_ext.build_info()["extension"] == "loaded"
 

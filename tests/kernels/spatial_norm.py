@@ -135,12 +135,12 @@ def behind_frames(f, padding_rows):
     }
 
 
-def call(function, seeds, max_cluster=1, dependent_launches=True, **arguments):
+def call(function, seeds, dependent_launches, **arguments):
     """Ask for the size of the workspace, run the kernels, and return the emulator's counters."""
     size = torch.zeros(1, dtype=torch.int64)
     library().call(function, **arguments, workspace=None, size=size, seeds=(0,))
     workspace = torch.full((max(1, int(size)),), 0xFF, dtype=torch.uint8)
-    device = {"max_cluster": max_cluster, "dependent_launches": dependent_launches}
+    device = {"dependent_launches": dependent_launches}
     return library().call(function, **arguments, **device, workspace=workspace, size=size, seeds=seeds)
 
 
@@ -148,7 +148,6 @@ class Emulator:
     """Runs the kernels' source on the CPU under several schedules, which must give the same bits."""
 
     seeds = emulator.SEEDS
-    max_cluster = 1  # 8 where the device has clusters
     dependent_launches = True
 
     @staticmethod
@@ -176,7 +175,6 @@ class Emulator:
         self.cost = call(
             "forward",
             self.seeds,
-            self.max_cluster,
             self.dependent_launches,
             **problem(f, zq_y, weight if weight is not None else bias, groups, silu, eps, clip),
             **strides,
@@ -203,7 +201,7 @@ class Emulator:
         self.cost = call(
             "backward",
             self.seeds,
-            dependent_launches=self.dependent_launches,
+            self.dependent_launches,
             **problem(f, zq_y, weight if weight is not None else bias, groups, silu, clip=clip),
             dout=dout,
             f=f,
@@ -216,12 +214,6 @@ class Emulator:
             **dict(zip(names, grads, strict=True)),
         )
         return grads
-
-
-class ClusterEmulator(Emulator):
-    """Emulates a device with clusters of 8 blocks."""
-
-    max_cluster = 8
 
 
 class Gpu:

@@ -14,7 +14,6 @@ struct LaunchConfig {
   dim3 grid;
   dim3 block;
   size_t shared_bytes = 0;
-  unsigned cluster = 1;    // blocks per cluster, see cluster.cuh
   bool dependent = false;  // see launch_dependent()
 };
 
@@ -41,13 +40,8 @@ inline void set_max_shared_memory(const void* kernel, const char*, int bytes) { 
 template <class... Params, class... Args>
 void start(void (*kernel)(Params...), const char* name, const LaunchConfig& config, cudaStream_t, Args&&... args) {
   const auto* address = reinterpret_cast<const void*>(kernel);
-  emu::launch(name, {config.grid, config.block, config.shared_bytes, config.cluster, false, address, config.dependent},
+  emu::launch(name, {config.grid, config.block, config.shared_bytes, 1, false, address, config.dependent},
               [&] { kernel(args...); });
-}
-
-template <class... Params>
-bool can_launch_clusters(void (*)(Params...), const char*, const LaunchConfig& config) {
-  return config.cluster <= emu::max_cluster();
 }
 
 template <class... Params>
@@ -88,36 +82,25 @@ inline void set_max_shared_memory(const void* kernel, const char* name, int byte
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name);
 }
 
-// The same for CUDA, which keeps a pointer to `attributes`.
-inline cudaLaunchConfig_t to_cuda(const LaunchConfig& config, cudaStream_t stream, cudaLaunchAttribute (&attributes)[2]) {
+template <class... Params, class... Args>
+void start(void (*kernel)(Params...), const char* name, const LaunchConfig& config, cudaStream_t stream, Args&&... args) {
+  cudaLaunchAttribute attribute;
   cudaLaunchConfig_t cuda_config = {};
   cuda_config.gridDim = config.grid;
   cuda_config.blockDim = config.block;
   cuda_config.dynamicSmemBytes = config.shared_bytes;
   cuda_config.stream = stream;
-  cuda_config.attrs = attributes;
-  if (config.cluster > 1) {
-    cudaLaunchAttribute& attribute = attributes[cuda_config.numAttrs++];
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {config.cluster, 1, 1};
-  }
   if (config.dependent) {
-    cudaLaunchAttribute& attribute = attributes[cuda_config.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
+    cuda_config.attrs = &attribute;
+    cuda_config.numAttrs = 1;
   }
-  return cuda_config;
-}
-
-template <class... Params, class... Args>
-void start(void (*kernel)(Params...), const char* name, const LaunchConfig& config, cudaStream_t stream, Args&&... args) {
-  cudaLaunchAttribute attributes[2];
-  const cudaLaunchConfig_t cuda_config = to_cuda(config, stream, attributes);
   check(cudaLaunchKernelEx(&cuda_config, kernel, static_cast<Params>(args)...), name);
 }
 
 // Whether the code that the current device runs was compiled for sm_90 or later. A device may run code of an earlier target, in
-// which cluster.cuh traps and wait_for_previous_kernel() does nothing.
+// which wait_for_previous_kernel() does nothing.
 inline bool is_compiled_for_sm90(const void* kernel, const char* name) {
   cudaFuncAttributes attributes;
   check(cudaFuncGetAttributes(&attributes, kernel), name);
@@ -129,20 +112,6 @@ inline bool can_launch_dependent(const void* kernel, const char* name) {
   int driver = 0;
   check(cudaDriverGetVersion(&driver), name);
   return driver >= 12030 && is_compiled_for_sm90(kernel, name);
-}
-
-template <class... Params>
-bool can_launch_clusters(void (*kernel)(Params...), const char* name, const LaunchConfig& config) {
-  if (!device_attribute(cudaDevAttrClusterLaunch, name)) return false;
-  if (!is_compiled_for_sm90(reinterpret_cast<const void*>(kernel), name)) return false;
-  cudaLaunchAttribute attributes[2];
-  const cudaLaunchConfig_t cuda_config = to_cuda(config, nullptr, attributes);
-  int clusters = 0;
-  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &cuda_config) != cudaSuccess) {
-    cudaGetLastError();  // clear it: other kernels serve a device that cannot run clusters
-    return false;
-  }
-  return clusters > 0;  // none where MIG leaves too few multiprocessors
 }
 
 template <class... Params>
@@ -185,14 +154,6 @@ void launch_dependent(void (*kernel)(Params...), const char* name, LaunchConfig 
   const auto* address = reinterpret_cast<const void*>(kernel);
   config.dependent = answers.get({address, current_device(name)}, [&] { return detail::can_launch_dependent(address, name); });
   launch(kernel, name, config, stream, std::forward<Args>(args)...);
-}
-
-// Whether the current device can run this kernel in clusters of this many blocks. Asks the driver once per kernel and device.
-template <class... Params>
-bool can_launch_clusters(void (*kernel)(Params...), const char* name, const LaunchConfig& config) {
-  static auto& answers = *new BoundedCache<std::pair<const void*, int>, bool, 1024>;  // never destroyed, like opted_in
-  return answers.get({reinterpret_cast<const void*>(kernel), current_device(name)},
-                     [&] { return detail::can_launch_clusters(kernel, name, config); });
 }
 
 // The number of this kernel's blocks that run on the device at the same time.

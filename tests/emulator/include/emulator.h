@@ -39,7 +39,6 @@ void set_max_shared_memory(const void* function, int bytes);
 int blocks_per_multiprocessor(int threads, size_t shared_bytes);
 int multiprocessors();
 int shared_memory_limit();
-unsigned max_cluster();  // blocks per cluster: 1 where the device has no clusters
 bool can_launch_dependent();
 
 void wait_for_previous_kernel();  // dependent_launch.cuh

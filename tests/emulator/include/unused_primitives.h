@@ -2,14 +2,28 @@
 // that needs one adds it to csrc/kernels/device.
 #pragma once
 
-#include "device/cluster.cuh"
 #include "device/launch.cuh"
 #include "device/reduce.cuh"
 #include "device/tma.cuh"
 
 namespace movq {
 
+// Clusters: blocks of a launch that run at the same time and read each other's shared memory. launch_together() starts them.
 inline unsigned cluster_size() { return emu::cluster_size(); }
+inline unsigned cluster_rank() { return emu::cluster_rank(); }  // the number of this block in its cluster
+
+// All threads of the cluster wait for each other. What each did before is visible to all after it.
+inline void cluster_sync() { emu::cluster_sync(); }
+
+// Element i of this view in the block of this rank. A cluster_sync() must follow before that block returns.
+template <class T>
+T cluster_load(const Shared<T>& view, unsigned i, unsigned rank) {
+  static_assert(sizeof(T) % 4 == 0, "expected whole words");
+  T value;
+  for (unsigned byte = 0; byte < sizeof(T); byte += 4)
+    emu::cluster_read(view.address(i, 1) + byte, rank, reinterpret_cast<char*>(&value) + byte, 4);
+  return value;
+}
 
 // Starts a copy that every block of the cluster whose bit in `ranks` is set receives, at the same place, and that completes on
 // the barrier of each at the same address; see tma_load.

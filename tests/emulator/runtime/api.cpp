@@ -24,7 +24,7 @@ static void write_json(std::ostream& out, const dim3& d) { out << "[" << d.x << 
 
 extern "C" {
 
-void emu_begin(uint64_t seed, int multiprocessors, size_t shared_limit, unsigned max_cluster, bool dependent_launches) {
+void emu_begin(uint64_t seed, int multiprocessors, size_t shared_limit, bool dependent_launches) {
   for (Buffer& b : machine.buffers) {
     __asan_unpoison_memory_region(b.allocation, b.allocated);
     std::free(b.allocation);
@@ -37,7 +37,6 @@ void emu_begin(uint64_t seed, int multiprocessors, size_t shared_limit, unsigned
   machine.random.seed(seed);
   machine.multiprocessors = multiprocessors;
   machine.shared_limit = shared_limit;
-  machine.max_cluster = max_cluster;
   machine.dependent_launches = dependent_launches;
   machine.device_queries = 0;
   machine.encoded_tensor_maps = 0;

@@ -341,9 +341,8 @@ static size_t residents(size_t threads, size_t shared_bytes);
 
 // An emulated device is identified by what it can do. Like CUDA's, the kernels' attributes last as long as the process.
 int device() {
-  static std::map<std::tuple<int, size_t, unsigned, bool>, int> devices;
-  const auto key =
-      std::make_tuple(machine.multiprocessors, machine.shared_limit, machine.max_cluster, machine.dependent_launches);
+  static std::map<std::tuple<int, size_t, bool>, int> devices;
+  const auto key = std::make_tuple(machine.multiprocessors, machine.shared_limit, machine.dependent_launches);
   return devices.try_emplace(key, devices.size()).first->second;
 }
 
@@ -420,7 +419,6 @@ int multiprocessors() {
   ++machine.device_queries;
   return machine.multiprocessors;
 }
-unsigned max_cluster() { return machine.max_cluster; }
 
 bool can_launch_dependent() { return machine.dependent_launches; }
 int shared_memory_limit() { return static_cast<int>(machine.shared_limit); }

@@ -226,7 +226,6 @@ struct Machine {
   std::mt19937_64 random;
   int multiprocessors = 4;
   size_t shared_limit = 227 * 1024;  // per block on sm_90; 163 KB on sm_80, 99 KB on sm_86
-  unsigned max_cluster = 1;
   bool dependent_launches = true;
   int device_queries = 0, encoded_tensor_maps = 0;
   std::vector<Buffer> buffers;
