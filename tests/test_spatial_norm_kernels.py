@@ -186,16 +186,16 @@ def test_code_of_earlier_targets_has_no_dependent_launches(counted, layout):
     assert [launch.dependent for launch in counted.cost.launches] == [False] * 4
 
 
-@pytest.mark.parametrize("zq_size", [(128, 128), (64, 32)])
-def test_threads_of_large_maps_take_two_columns_in_channels_last(counted, zq_size):
-    c = case((1, 32, 256, 256), zq_size, F32, "channels_last")
+@pytest.mark.parametrize("channels, rows, zq_size", [(32, 2, (128, 128)), (32, 2, (64, 32)), (64, 4, (64, 32))])
+def test_threads_of_large_maps_take_two_columns_in_channels_last(counted, channels, rows, zq_size):
+    """And two rows at once. With four rows, and as many in a cell, the second two rows reuse what the first loaded from zq."""
+    c = case((1, channels, 256, 256), zq_size, F32, "channels_last")
     counted.seeds = (0,)
     out, _, _ = counted.forward(c.f, c.zq_y, c.zq_b, c.weight, c.bias, 32, 1e-6, True)
     assert_close(out, expected_forward(c, 32, 1e-6, True))
     launch, buffers = launch_named(counted.cost, "spatial_norm modulate"), counted.cost.buffers
-    assert threads(launch) * 4 * 16 == buffers["out"].written_bytes == buffers["out"].written_sectors * 32
-    rows_of_threads = 2
-    reads_of_a_cell = 256 // zq_size[0] // rows_of_threads * (256 // zq_size[1] // 2)
+    assert threads(launch) * rows * 2 * 16 == buffers["out"].written_bytes == buffers["out"].written_sectors * 32
+    reads_of_a_cell = 256 // zq_size[0] // rows * (256 // zq_size[1] // 2)
     assert buffers["zq_y"].read_bytes == reads_of_a_cell * c.zq_y.numel() * 4
 
 

@@ -17,9 +17,10 @@
 // of 32x32 in bfloat16.
 // The output, and the merge unless it comes first, are dependent launches (device/dependent_launch.cuh): from sm_90 on, their
 // blocks can start before the previous kernel ends. Each merge thread loads its first channel's parameters before it waits.
-// Registers: at most 80 (__launch_bounds__), for 3 blocks of 256 threads per multiprocessor. Each thread has 4 (statistics) or 2
-// (output) loads of 16 bytes in flight, 24 to 48 KB per multiprocessor. An H100 needs about 20 KB to cover its memory latency at
-// full bandwidth. benchmarks/results/resources.md lists what the compiler allocates.
+// Registers: at most 80 (__launch_bounds__), for 3 blocks of 256 threads per multiprocessor. Each thread has 4 (statistics), 2
+// (output) or 4 (output of large maps in NHWC with even cells) loads of 16 bytes in flight, 24 to 48 KB per multiprocessor. An
+// H100 needs about 20 KB to cover its memory latency at full bandwidth. benchmarks/results/resources.md lists what the compiler
+// allocates.
 #include "device/dependent_launch.cuh"
 #include "spatial_norm_output.cuh"
 #include "spatial_norm_statistics.cuh"

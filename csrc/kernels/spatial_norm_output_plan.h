@@ -9,7 +9,8 @@ namespace spatial_norm {
 
 // How the pixels of f find theirs in zq. kCells: by source_index(), in any case. kEvenCells: the same, but two rows, and in NCHW
 // two columns, share a source. kSameGrid: zq has f's pixels. kColumnPairs: in NHWC two rows and two columns share a source, and a
-// thread takes both columns. kSmallCells: in NCHW a cell has two rows and two columns, so that a thread's sources are adjacent.
+// thread takes all four pixels at once. kSmallCells: in NCHW a cell has two rows and two columns, so that a thread's sources are
+// adjacent.
 enum class Resize { kCells, kEvenCells, kSameGrid, kColumnPairs, kSmallCells };
 
 // How the output is cut. The threads of a block are channels x columns x row strips in NHWC, and columns x row strips x channels
