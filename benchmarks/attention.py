@@ -169,8 +169,13 @@ def write_tuned_table(device: torch.device, minutes: float) -> None:
         print(case, requested_backend(), result, flush=True)
         return result if isinstance(result, str) else result["ms"]
 
-    rows = tune(measure_case, device, lambda: time.monotonic() - start < 60 * minutes)
-    write_table(rows, torch.cuda.get_device_capability(device), environment(device))
+    rows: list[dict[str, Any]] = []
+    try:
+        for row in tune(measure_case, device, lambda: time.monotonic() - start < 60 * minutes):
+            rows.append(row)
+    finally:  # a lease may end before the last case
+        if rows:
+            write_table(rows, torch.cuda.get_device_capability(device), environment(device))
 
 
 def main() -> None:

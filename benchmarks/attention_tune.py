@@ -60,14 +60,15 @@ def candidates(case: Case, device: torch.device) -> Iterator[str]:
             os.environ[VARIABLE] = before
 
 
-def tune(measure: Callable[[Case], float | str], device: torch.device, may_continue: Callable[[], bool]) -> list[dict[str, Any]]:
-    """Return a row for every case that at least two backends take. Slow backends are left out, see SLOW.
+def tune(
+    measure: Callable[[Case], float | str], device: torch.device, may_continue: Callable[[], bool]
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for every case that at least two backends take. Slow backends are left out, see SLOW.
 
     Args:
         measure: returns the milliseconds of a case on the backend that MOVQ_EXT_ATTENTION names, or why there are none.
         may_continue: is asked before every case.
     """
-    rows = []
     slow: set[tuple[Any, ...]] = set()
     for case in cases():
         if not may_continue():
@@ -82,8 +83,7 @@ def tune(measure: Callable[[Case], float | str], device: torch.device, may_conti
             if case.tokens >= MIN_SLOW_TOKENS:
                 slow |= {(kind, backend) for backend, ms in times.items() if ms > SLOW * min(times.values())}
             row = {**case._asdict(), "dtype": str(case.dtype)[6:], "backend": min(times, key=times.__getitem__), "ms": times}
-            rows.append({**row, "failed": failures} if failures else row)
-    return rows
+            yield {**row, "failed": failures} if failures else row
 
 
 def write_table(rows: list[dict[str, Any]], capability: tuple[int, int], environment: dict[str, Any], path: Path = TABLE) -> None:

@@ -43,7 +43,7 @@ def test_the_written_table_decides(benchmark, machine, tmp_path):
     machine.become((9, 0))
     path = tmp_path / "table.json"
     path.write_text(json.dumps({"8.0": {**ENVIRONMENT, "rows": []}}))
-    rows = benchmark.tune.tune(made_up, torch.device("cpu"), lambda: True)
+    rows = list(benchmark.tune.tune(made_up, torch.device("cpu"), lambda: True))
     benchmark.tune.write_table(rows, (9, 0), ENVIRONMENT, path)
     table = json.loads(path.read_text())
     assert list(table) == ["8.0", "9.0"]
@@ -82,8 +82,12 @@ def test_a_slow_backend_is_not_measured_for_more_tokens(benchmark, machine):
     """The time of a lease is short, and that of a slow backend long: native takes 4.5 times as long as the fastest."""
     machine.become((9, 0))
     measured = []
-    rows = benchmark.tune.tune(lambda case: (measured.append((requested_backend(), case)), made_up(case))[1], torch.device("cpu"),
-                               lambda: True)  # fmt: skip
+
+    def measure(case):
+        measured.append((requested_backend(), case))
+        return made_up(case)
+
+    rows = list(benchmark.tune.tune(measure, torch.device("cpu"), lambda: True))
     of_native = {
         case.tokens for backend, case in measured if (backend, case[:4]) == ("native", (True, torch.bfloat16, 512, False))
     }
@@ -95,7 +99,29 @@ def test_a_slow_backend_is_not_measured_for_more_tokens(benchmark, machine):
 
 def test_tuning_stops_when_the_time_is_over(benchmark, machine):
     answers = iter([True, True, False])
-    assert len(benchmark.tune.tune(made_up, torch.device("cpu"), lambda: next(answers))) == 2
+    assert len(list(benchmark.tune.tune(made_up, torch.device("cpu"), lambda: next(answers)))) == 2
+
+
+def test_a_table_keeps_the_cases_before_an_interruption(benchmark, machine, monkeypatch, tmp_path):
+    """A lease may end before the last case."""
+    machine.become((9, 0))
+    path = tmp_path / "table.json"
+    path.write_text("{}")
+    left = iter(range(9))
+
+    def measure(attention, inputs, dout, backward, seconds):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return {"ms": 1.0, "MB": 1.0}
+
+    monkeypatch.setattr(benchmark.attention, "measure", measure)
+    monkeypatch.setattr(benchmark.attention, "environment", lambda device: ENVIRONMENT)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(benchmark.attention, "draw", lambda count, *_: [torch.zeros(1)] * count)
+    monkeypatch.setattr(benchmark.attention, "write_table", lambda *args: benchmark.tune.write_table(*args, path))
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.attention.write_tuned_table(torch.device("cuda", 0), 1)
+    assert [row["tokens"] for row in json.loads(path.read_text())["9.0"]["rows"]] == [256, 1024]
 
 
 def test_tuning_needs_a_gpu(benchmark):

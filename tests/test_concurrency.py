@@ -50,7 +50,8 @@ def in_files(model, codes):
 
 @torch.no_grad()
 def under_autocast(model, codes):
-    with torch.autocast(codes.device.type, torch.bfloat16):
+    # All threads share PyTorch's cache of converted weights, and no stream waits for the one that fills or empties it.
+    with torch.autocast(codes.device.type, torch.bfloat16, cache_enabled=not codes.is_cuda):
         return model.decode_code(codes)
 
 
