@@ -52,7 +52,7 @@ architecture=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device
 install() {
   "$python" -c 'import torch, ninja, pybind11, setuptools; assert int(setuptools.__version__.split(".")[0]) >= 77, setuptools.__version__' || return 1
   # Missing pure Python packages only skip the tests that need them.
-  "$python" -m pip install --quiet numpy pillow safetensors scikit-image tqdm pytest hypothesis || echo "some packages are missing"
+  "$python" -m pip install --quiet numpy pillow safetensors scikit-image tqdm pytest pytest-xdist hypothesis || echo "some packages are missing"
   "$python" -m pip install --no-build-isolation --no-deps --force-reinstall "${WHEEL:-.}"
 }
 export -f install
@@ -69,6 +69,7 @@ if [ $mode = rehearse ]; then
   step upsample 60 "$python" benchmarks/upsample.py --quick --device cpu --out "$out"
   step host 60 "$python" benchmarks/host.py --quick --device cpu --out "$out"
   step decode 240 "$python" benchmarks/decode.py --quick --device cuda cpu --out "$out"
+  step overview 60 "$python" benchmarks/gpu_overview.py --quick --device cpu --out "$out"
   step memory 120 "$python" benchmarks/memory.py --device cpu --sizes 64 --max-memory 150 --out "$out"
   step accuracy 240 "$python" benchmarks/accuracy.py --quick --report --seeds 2 --device cpu --out "$out"
   PYTHON="$python" step profile 120 benchmarks/profile_decode.sh "$out" --quick --device cpu
@@ -92,14 +93,15 @@ elif [ $mode = sanitize ]; then
   done
 else
   MOVQ_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST="$architecture" step build 100 bash -c install
-  step tests 100 "$python" -m pytest -q -m gpu tests
+  workers=()  # 1350 tests took 45 s in 9 processes, and would take minutes in one
+  if "$python" -c 'import xdist' 2> /dev/null; then workers=(-n 8); fi
+  OMP_NUM_THREADS=2 TORCHINDUCTOR_COMPILE_THREADS=1 step tests 100 "$python" -m pytest -q -m gpu "${workers[@]}" tests
   step spatial_norm 45 "$python" benchmarks/spatial_norm.py --minutes 0.5 --out "$out"
   step attention 45 "$python" benchmarks/attention.py --minutes 0.5 --out "$out"
   step epilogue 25 "$python" benchmarks/epilogue.py --minutes 0.3 --out "$out"
   step upsample 30 "$python" benchmarks/upsample.py --minutes 0.4 --out "$out"
   step host 40 "$python" benchmarks/host.py --minutes 0.5 --out "$out"
-  step decode 80 "$python" benchmarks/decode.py --device cuda --sizes 512 --batches 1 --dtypes bfloat16 --minutes 1.1 \
-    --peers ours published "published nhwc" diffusers --out "$out"
+  step overview 75 "$python" benchmarks/gpu_overview.py --minutes 1 --out "$out"
   step memory 25 "$python" benchmarks/memory.py --device cuda --sizes 1024 --out "$out"
   step accuracy 40 "$python" benchmarks/accuracy.py --device cuda --compile --minutes 0.5 --out "$out"
   PYTHON="$python" step profile 40 benchmarks/profile_decode.sh "$out" --device cuda

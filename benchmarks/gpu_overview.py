@@ -1,4 +1,4 @@
-"""A first look at a GPU in about a minute: decodes and training steps of ours and eager peers, one after the other in one process.
+"""A first look at a GPU in about a minute: decodes and training steps of ours and eager peers, in turn, in one process.
 
     python benchmarks/gpu_overview.py --out benchmarks/results/gpu
 

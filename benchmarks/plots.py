@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tables import HOW, Rows, case_name, compared_cases, is_ours, measured_cases, put_tables, split_name
+from tables import HOW, Rows, case_name, compared_cases, is_ours, measured_cases, put_tables, short, split_name
 
 OURS, OURS_16_BIT, THEIRS, KEPT, ROOF = "#d9480f", "#f0a381", "#8b949e", "#c9d1d9", "#24292f"
 BORDER = "#d0d7de"
@@ -90,7 +90,8 @@ def comparison(path: Path, cases: dict[tuple[Any, ...], Rows]) -> None:
         bars(right, rows, "MB")
         left.set_title("time", loc="left")
         packed = any(number(row["kept MB"]) > 1 for row in rows)
-        right.set_title("peak memory (light: packed weights)" if packed else "peak memory", loc="left")
+        kept = "kept between calls" if case[0] == "cuda" else "packed weights"  # on a GPU cuBLAS's workspace too
+        right.set_title(f"peak memory (light: {kept})" if packed else "peak memory", loc="left")
         right.set_yticklabels([])
     save(figure, path)
 
@@ -100,7 +101,7 @@ def bars(axis: Any, rows: Rows, key: str) -> None:
     ours = next((row for row in rows if is_ours(row)), None)
     names = [label(row["decoder"]) for row in rows]
     lengths = [row[key] for row in rows]
-    drawn = axis.barh(names, lengths, color=[OURS if row is ours else THEIRS for row in rows], height=0.7)
+    drawn = axis.barh(names, lengths, color=[OURS if is_ours(row) else THEIRS for row in rows], height=0.7)
     if key == "MB":
         kept = [max(0.0, number(row["kept MB"])) for row in rows]  # negative after the first call freed something
         drawn = axis.barh(names, kept, left=lengths, color=KEPT, height=0.7)
@@ -115,7 +116,7 @@ def bars(axis: Any, rows: Rows, key: str) -> None:
 
 def bar_text(row: dict[str, Any], ours: dict[str, Any] | None, key: str) -> str:
     """Return the label of a bar: its value, and the ratio to ours."""
-    text = f"{row[key]:.0f} {key}"
+    text = f"{short(row[key])} {key}"
     if ours is not None and row is not ours and ours[key] > 0:
         text += f"  ({row[key] / ours[key]:.2f}x)"
     return f"{text} + {row['kept MB']:.0f}" if key == "MB" and number(row["kept MB"]) > 1 else text

@@ -61,7 +61,7 @@ def decode_table(rows: Rows) -> list[str]:
         kind, how = split_name(row["decoder"])
         name = KINDS[kind] if (kind, how) == ("ours", "") else f"{KINDS[kind]}, {HOW.get(how, how)}"
         ratios = ("", "") if row is ours else (times(row, ours, key) for key in ("ms", "MB"))
-        lines.append(f"| {name} | {number(row['ms'])} | {row['MB']:.0f} | {' | '.join(ratios)} |")
+        lines.append(f"| {name} | {short(row['ms'])} | {row['MB']:.0f} | {' | '.join(ratios)} |")
     return lines
 
 
@@ -71,13 +71,13 @@ def cases_table(rows: Rows) -> list[str]:
     for case, found in compared_cases(rows).items():
         ours, peer = found
         kind, how = split_name(peer["decoder"])
-        name = f"{KINDS[kind]}, {HOW.get(how, how)}: {number(peer['ms'])}"
+        name = f"{KINDS[kind]}, {HOW.get(how, how)}: {short(peer['ms'])}"
         ratios = " | ".join(times(peer, ours, key) for key in ("ms", "MB"))
-        lines.append(f"| {case_name(case)} | {number(ours['ms'])} | {name} | {ratios} |")
+        lines.append(f"| {case_name(case)} | {short(ours['ms'])} | {name} | {ratios} |")
     return lines
 
 
-def number(ms: float) -> str:
+def short(ms: float) -> str:
     return f"{ms:.0f}" if ms >= 30 else f"{ms:.3g}"
 
 

@@ -34,7 +34,8 @@
 // that would serve 1011 TFLOP/s, more than the peak. Against multicast: a stage is free only when both blocks have read it, so
 // with two stages each block waits for the slower one, and pairs of blocks must walk over the same stages. Another attention
 // kernel became 9% slower (github.com/gabrieldemarmiesse/torch-mojo-backend/pull/391).
-// All this is calculated and counted by the emulator; it is not yet measured on a GPU.
+// All this is calculated and counted by the emulator. An H200, whose matrix products run at 770 TFLOP/s, reaches 662 with 16384
+// tokens (movq_ext/ops/attention_table.json).
 #pragma once
 
 #include <cfloat>
