@@ -290,17 +290,17 @@ def save(folder: Path, limits: Limits, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Compare our best with the peers' best, for every case."""
+    """Compare our fastest decoder with the fastest peer, for every case."""
     found = {}
     measured = [row for row in rows if isinstance(row["ms"], float)]
     for case in dict.fromkeys(tuple(row[key] for key in CASE) for row in measured):
         of_case = [row for row in measured if tuple(row[key] for key in CASE) == case]
         ours, theirs = ([row for row in of_case if is_ours(row) == wanted] for wanted in (True, False))
         if ours and theirs:
-            best = {key: [min(row[key] for row in side) for side in (theirs, ours)] for key in ("ms", "MB")}
-            text = [f"{best['ms'][0] / best['ms'][1]:.2f}x the speed"]
-            if best["MB"][1] > 0:
-                text.append(f"{100 * best['MB'][1] / best['MB'][0]:.0f}% of the memory")
+            our, peer = (min(side, key=lambda row: row["ms"]) for side in (ours, theirs))
+            text = [f"{peer['ms'] / our['ms']:.2f}x the speed"]
+            if our["MB"] > 0:
+                text.append(f"{100 * our['MB'] / peer['MB']:.0f}% of the memory")
             device, model, threads, mode, dtype, size, batch = case
             where = f"{device}, {threads} threads" if device == "cpu" else device
             name = f"{model}, {where}, {mode}, {dtype}, {size}x{size}, batch {batch}, {COMPARISON}"

@@ -99,12 +99,12 @@ def decoder_and_latent(dtype):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
 def test_a_decode_takes_few_calls_of_python_functions(launches, dtype):
-    """On an H200 a decode of 256x256 has 2.2 ms of kernels. It took 12 ms with 17000 calls: the GPU waited for Python."""
+    """On an H200 a decode of 256x256 has 2.0 ms of kernels. It took 12.5 ms with 17000 calls: the GPU waited for Python."""
     decoder, z = decoder_and_latent(dtype)
     decoder.eval()(z, z)  # fills the caches
     calls = host_calls(lambda: decoder(z, z))
     assert 0 < calls.total() <= 5500, calls.most_common(30)
-    assert calls["apply"] == calls["_bind_default_args"] == 0  # autograd functions, which nothing needs here
+    assert calls["apply"] == 0  # of autograd functions, which nothing needs here
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
@@ -113,7 +113,8 @@ def test_a_training_step_takes_few_calls_of_python_functions(launches, dtype):
     decoder(z, z).sum().backward()
     calls = host_calls(lambda: decoder(z, z).sum().backward())
     assert 0 < calls.total() <= 5000, calls.most_common(30)
-    assert calls["_bind_default_args"] == 0  # torch inspects a signature there, which takes longer than a kernel's launch
+    # There torch inspects a signature, which takes longer than a kernel's launch. The second name is that of torch 2.13.
+    assert calls["_bind_default_args"] == calls["bind_default_args"] == 0
 
 
 @pytest.mark.parametrize(

@@ -169,9 +169,8 @@ class ResnetBlock(nn.Module, FusedModule):
         return x if shortcut is None else cast(Tensor, shortcut(x))
 
     def _shortcut_layer(self) -> nn.Module | None:
-        if self.in_channels == self.out_channels:
-            return None
-        return getattr(self, "conv_shortcut", getattr(self, "nin_shortcut", None))
+        modules = self._modules  # getattr takes longest where there is none, as in most blocks
+        return modules.get("conv_shortcut", modules.get("nin_shortcut"))
 
 
 class AttnBlock(nn.Module, FusedModule):

@@ -162,7 +162,8 @@ def is_inference(*tensors: Tensor) -> bool:
 
 def multiply_pixels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``F.conv2d(x, weight, bias)`` for a 1x1 kernel, as one matrix product with the bias, in channels_last."""
-    out: Tensor = F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    pixels = x.permute(0, 2, 3, 1).contiguous()  # of other inputs F.linear takes many small products, and adds the bias later
+    out: Tensor = F.linear(pixels, weight.flatten(1), bias).permute(0, 3, 1, 2)
     return out
 
 
