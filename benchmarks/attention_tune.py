@@ -22,7 +22,7 @@ TABLE = Path(__file__).resolve().parents[1] / "movq_ext/ops/attention_table.json
 DTYPES = (torch.bfloat16, torch.float32)  # float16 takes bfloat16's rows
 HEAD_SIZES = (512, 256, 128)
 TOKENS = (256, 1024, 4096, 9216, 16384)
-# A backend that takes SLOW times as long as the fastest is not measured for more tokens. With fewer, launches take most of the time.
+# A backend that takes SLOW times as long as the fastest is not measured for more tokens. With fewer, launches take the time.
 SLOW, MIN_SLOW_TOKENS = 4, 4096
 
 

@@ -353,16 +353,16 @@ def test_bias_and_residual_are_added_in_place(layout):
 def test_a_1x1_convolution_is_one_product_with_its_bias(layout):
     """In NCHW too, after a copy: F.linear of strided pixels multiplies row by row, and rounds before it adds the bias."""
 
-    class Products(TorchDispatchMode):
-        names = []
+    names = []
 
+    class Products(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.names.append(func.overloadpacket.__name__)
+            names.append(func.overloadpacket.__name__)
             return func(*args, **(kwargs or {}))
 
     x, weight, bias = torch.randn(2, 5, 3, 4).contiguous(memory_format=layout), torch.randn(7, 5, 1, 1), torch.randn(7)
-    with torch.no_grad(), Products() as products:
+    with torch.no_grad(), Products():
         out = native.multiply_pixels(x, weight, bias)
-    assert products.names.count("addmm") == 1 and not {"bmm", "add", "add_"} & set(products.names)
+    assert names.count("addmm") == 1 and not {"bmm", "add", "add_"} & set(names)
     assert out.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(out, F.conv2d(x, weight, bias))
