@@ -29,24 +29,21 @@ MAX_HEAD_SIZE = 512  # of the kernels; the same in csrc/kernels/attention.h
 LARGER = 1 << 30  # stands for all head sizes beyond that
 HOPPER_HEAD_SIZES = (128, 256, 512)
 
-# Smallest compute capability, backend and why. Limits for a forward pass with a head of 512 in 16-bit types, at the rates in
-# attention_tile.cuh and the bytes in chunked_attention.py. cublas adds its products at the peak and its bytes at L2's rate:
-#   A100  tile 90% of 312 TFLOP/s: 281. cublas 312 TFLOP/s and 26 bytes at 7.2 TB/s (5120 bytes a cycle: NVIDIA's whitepaper): 201
-#   H100  tile 352 (L2). cublas 989 TFLOP/s and 26 bytes at 5.5 TB/s: 301. Backward, 10 C operations: tile 251, cublas 300. Both
-#         passes take 26 ps per score with tile and 24 with cublas, which needs more memory: too close to choose cublas on paper
-#   10.x  has tensor-core instructions (tcgen05) that mma.sync does not reach, and cuBLAS uses them. 12.x has mma.sync alone
-# In float32, tile has 3xTF32, an A100 156 / 3 = 52 TFLOP/s, and cuBLAS 19.5 without TF32 (NVIDIA's data sheets).
-ON_PAPER = (
-    ((8, 0), "tile", "on paper it is faster than cuBLAS, or as fast with less memory"),
-    ((10, 0), "cublas", "the kernels are not yet measured on this GPU, and cuBLAS uses its newest instructions"),
-    ((12, 0), "tile", "its tensor cores have the instructions that the kernels use, and no others"),
-)
-
 
 class Choice(NamedTuple):
     backend: str
     reason: str  # why this one; if it is native for lack of another, why not the other
     is_fallback: bool = False  # True if the reason must be a warning
+
+
+# Limits for a forward pass with a head of 512 in 16-bit types, at the rates in attention_tile.cuh and the bytes in
+# chunked_attention.py. cublas adds its products at the peak and its bytes at L2's rate:
+#   A100  tile 90% of 312 TFLOP/s: 281. cublas 312 TFLOP/s and 26 bytes at 7.2 TB/s (5120 bytes a cycle: NVIDIA's whitepaper): 201
+#   H100  tile 352 (L2). cublas 989 TFLOP/s and 26 bytes at 5.5 TB/s: 301. An H200 reached 246 and 37
+#   10.x  has tensor-core instructions (tcgen05) that mma.sync does not reach, and cuBLAS uses them. But on the H200 cublas was
+#         far from its limit, and tile close to it. 12.x has mma.sync alone
+# In float32, tile has 3xTF32, an A100 156 / 3 = 52 TFLOP/s, and cuBLAS 19.5 without TF32 (NVIDIA's data sheets).
+ON_PAPER = Choice("tile", "on paper it is faster than cuBLAS, or as fast with less memory")
 
 
 class Problem(NamedTuple):
@@ -96,7 +93,7 @@ def _choose(
         reason = device_reason(device) or unsupported
         return reason or (_why_not_hopper(capability, dtype, size, is_padded, shared_kv) if backend == "hopper" else None)
 
-    found = _measured_choice(capability, dtype, size, tokens, shared_kv, gradient) or _choice_on_paper(capability)
+    found = _measured_choice(capability, dtype, size, tokens, shared_kv, gradient) or ON_PAPER
     table = found
     for backend in (found.backend, "tile", "native"):
         if why_not(backend) is None:
@@ -133,12 +130,6 @@ def _why_not_hopper(
     if is_padded:
         return f"the Hopper kernels take heads of {', '.join(map(str, HOPPER_HEAD_SIZES))}, got another size"
     return None if shared_kv else "the Hopper kernels take keys and values as one tensor (shared_kv_attention)"
-
-
-def _choice_on_paper(capability: tuple[int, int] | None) -> Choice:
-    rows = [row for row in ON_PAPER if capability is None or row[0] <= capability]
-    _, backend, reason = rows[-1] if rows and capability else ON_PAPER[0]
-    return Choice(backend, reason)
 
 
 def _measured_choice(
