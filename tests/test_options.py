@@ -1,7 +1,5 @@
 """The arguments of a spatial norm apart from its maps."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import nn
@@ -16,9 +14,9 @@ def test_the_options_of_a_layer_are_its_own():
     assert (options.groups, options.eps, options.activation, options.bordered) == (2, 0.5, "silu", True)
     assert options.split_first_frame and options.statistics is f_bias
     plain = NormOptions.from_layer(nn.GroupNorm(2, 6, affine=False))
-    assert dataclasses.astuple(plain) == (None, None, 2, 1e-5, None, None, False, False, None)
+    assert plain == (None, None, 2, 1e-5, None, None, False, False, None)
 
 
 def test_options_cannot_be_changed():
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         NormOptions(None, None, 2).groups = 3

@@ -51,11 +51,12 @@ def modulate(norms: Sequence[Any], zq: Tensor) -> list[tuple[Tensor, Tensor]]:
 def multiply(batch: Batch, zq: Tensor, cells: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Return what `modulate` returns, from weights that are already in one tensor. cells are those of `_cells`."""
     layers = 2 * len(batch.norms)
-    cells, weight = cells.expand(layers, -1, -1), batch.weight.unflatten(0, (layers, -1))
+    cells = cells.expand(layers, -1, -1)
+    weight = batch.weight.unflatten(0, (layers, -1)).transpose(1, 2)  # ONNX has no mT
     if batch.bias is None:
-        products = cells @ weight.mT
+        products = cells @ weight
     else:
-        products = torch.baddbmm(batch.bias.unflatten(0, (layers, 1, -1)), cells, weight.mT)
+        products = torch.baddbmm(batch.bias.unflatten(0, (layers, 1, -1)), cells, weight)
     maps = products.unflatten(1, (zq.shape[0], *zq.shape[2:])).permute(0, 1, 4, 2, 3).unbind()
     return list(zip(maps[::2], maps[1::2], strict=True))
 
