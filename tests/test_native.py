@@ -350,9 +350,9 @@ def test_bias_and_residual_are_added_in_place(layout):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_1x1_convolution_is_one_product_with_its_bias(layout):
-    """In NCHW too, after a copy: F.linear of strided pixels multiplies row by row, and rounds before it adds the bias."""
-
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_1x1_convolution_is_one_product_with_its_bias(layout, batch):
+    """In NCHW too: F.linear of strided pixels multiplies row by row, and rounds before it adds the bias. One image needs no copy."""
     names = []
 
     class Products(TorchDispatchMode):
@@ -360,9 +360,10 @@ def test_a_1x1_convolution_is_one_product_with_its_bias(layout):
             names.append(func.overloadpacket.__name__)
             return func(*args, **(kwargs or {}))
 
-    x, weight, bias = torch.randn(2, 5, 3, 4).contiguous(memory_format=layout), torch.randn(7, 5, 1, 1), torch.randn(7)
+    x, weight, bias = torch.randn(batch, 5, 3, 4).contiguous(memory_format=layout), torch.randn(7, 5, 1, 1), torch.randn(7)
     with torch.no_grad(), Products():
         out = native.multiply_pixels(x, weight, bias)
     assert names.count("addmm") == 1 and not {"bmm", "add", "add_"} & set(names)
+    assert ("clone" in names) == (batch > 1 and layout == torch.contiguous_format)
     assert out.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(out, F.conv2d(x, weight, bias))

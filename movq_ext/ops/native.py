@@ -162,8 +162,9 @@ def is_inference(*tensors: Tensor) -> bool:
 
 def multiply_pixels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``F.conv2d(x, weight, bias)`` for a 1x1 kernel, as one matrix product with the bias, in channels_last."""
-    pixels = x.permute(0, 2, 3, 1).contiguous()  # of other inputs F.linear takes many small products, and adds the bias later
-    out: Tensor = F.linear(pixels, weight.flatten(1), bias).permute(0, 3, 1, 2)
+    # A matrix: of four strided dimensions F.linear takes many small products, and adds the bias to their rounded results.
+    pixels: Tensor = F.linear(x.permute(0, 2, 3, 1).flatten(0, 2), weight.flatten(1), bias)
+    out: Tensor = pixels.unflatten(0, (x.shape[0], *x.shape[2:])).permute(0, 3, 1, 2)
     return out
 
 
