@@ -117,17 +117,10 @@ def runs_inference(layer: nn.Module, *inputs: Tensor | None) -> bool:
 
     Test this before `is_unmodified`: while compiling it is False, and hooks that are never read need no guards.
     """
-    for x in inputs:
-        if x is not None and not (isinstance(x, Tensor) and is_inference(x)):
-            return False
-    if not is_inference():
+    if not is_inference(*[x for x in inputs if x is not None]):
         return False
-    records = torch.is_grad_enabled()
-    for module in submodules(layer):
-        for parameter in module._parameters.values():
-            if parameter is not None and (type(parameter) not in PLAIN_TENSORS or (records and parameter.requires_grad)):
-                return False
-    return True
+    parameters = [parameter for module in submodules(layer) for parameter in module._parameters.values()]
+    return is_inference(*[parameter for parameter in parameters if parameter is not None])
 
 
 def run_fused(layer: Any, *args: Any, **kwargs: Any) -> Any:

@@ -298,7 +298,7 @@ def is_plain_network(network: nn.Module) -> bool:
 
 
 CONTAINERS = (nn.Module, nn.ModuleList, Stage, MiddleBlock)
-PLAIN_LAYERS = frozenset((*CONTAINERS, nn.GroupNorm, GroupNorm, SpatialNorm, ResnetBlock, AttnBlock, Upsample))
+PLAIN_LAYERS = frozenset((*CONTAINERS, nn.Dropout, nn.GroupNorm, GroupNorm, SpatialNorm, ResnetBlock, AttnBlock, Upsample))
 
 
 def _is_plain_layer(module: nn.Module) -> bool:
@@ -306,4 +306,4 @@ def _is_plain_layer(module: nn.Module) -> bool:
         return is_plain_conv(module)
     if type(module) is nn.Dropout and module.p != 0 and module.training:
         return False
-    return (type(module) in PLAIN_LAYERS or type(module) is nn.Dropout) and is_unmodified(module)
+    return type(module) in PLAIN_LAYERS and is_unmodified(module)

@@ -24,11 +24,13 @@ class Batch(NamedTuple):
         norms: SpatialNorm layers.
         weight: ``(2 * len(norms) * C, zq_ch)``, or with more columns if they hold the bias (see `append_bias`).
         bias: ``(2 * len(norms) * C,)``, or None if it is part of weight.
+        cells: the latent as ``(B * h * w, zq_ch)``, with ones in further columns if weight holds the bias.
     """
 
     norms: Sequence[Any]
     weight: Tensor
     bias: Tensor | None
+    cells: Tensor
 
 
 def modulate(norms: Sequence[Any], zq: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -44,14 +46,14 @@ def modulate(norms: Sequence[Any], zq: Tensor) -> list[tuple[Tensor, Tensor]]:
     if len(norms) == 1 and runs_kernels(zq) and not is_tracing():  # two kernels that add biases, rather than four
         conv_y, conv_b = norms[0].conv_y, norms[0].conv_b
         return [(multiply_pixels(zq, conv_y.weight, conv_y.bias), multiply_pixels(zq, conv_b.weight, conv_b.bias))]
-    batch = Batch(norms, *_concatenate(norms, zq))
-    return multiply(batch, zq, _cells(zq, batch))
+    weight, bias = _concatenate(norms, zq)
+    return multiply(Batch(norms, weight, bias, _cells(zq, weight, bias)), zq)
 
 
-def multiply(batch: Batch, zq: Tensor, cells: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return what `modulate` returns, from weights that are already in one tensor. cells are those of `_cells`."""
+def multiply(batch: Batch, zq: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return what `modulate` returns, from weights that are already in one tensor."""
     layers = 2 * len(batch.norms)
-    cells = cells.expand(layers, -1, -1)
+    cells = batch.cells.expand(layers, -1, -1)
     weight = batch.weight.unflatten(0, (layers, -1)).transpose(1, 2)  # ONNX has no mT
     if batch.bias is None:
         products = cells @ weight
@@ -61,10 +63,10 @@ def multiply(batch: Batch, zq: Tensor, cells: Tensor) -> list[tuple[Tensor, Tens
     return list(zip(maps[::2], maps[1::2], strict=True))
 
 
-def _cells(zq: Tensor, batch: Batch) -> Tensor:
-    """Return zq as ``(B * h * w, K)``, with ones from channel zq_ch on if the batch's weight holds the bias."""
+def _cells(zq: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return zq as ``(B * h * w, K)``, with ones from channel zq_ch on if weight holds the bias."""
     cells = zq.permute(0, 2, 3, 1).flatten(0, 2)
-    return cells if batch.bias is not None else F.pad(cells, (0, batch.weight.shape[1] - cells.shape[1]), value=1.0)
+    return cells if bias is not None else F.pad(cells, (0, weight.shape[1] - cells.shape[1]), value=1.0)
 
 
 def _concatenate(norms: Sequence[Any], zq: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -103,7 +105,6 @@ class Modulations:
         batchable = [norm for norm in norms if norm.is_plain_modulation() and not norm.add_conv]
         batches = [] if zq is None or not batchable else _batches(batchable, zq, max_batch_bytes)
         self._batch_of = {norm: batch for batch in batches for norm in batch.norms}
-        self._cells = _cells(zq, batches[0]) if zq is not None and batches else None
         self._computed: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def is_batched(self, norm: Any) -> bool:
@@ -117,8 +118,7 @@ class Modulations:
         if norm not in self._computed:
             batch = self._batch_of[norm]
             self._computed = {}  # freed before the next allocation
-            assert self._cells is not None
-            self._computed = dict(zip(batch.norms, multiply(batch, self.zq, self._cells), strict=True))
+            self._computed = dict(zip(batch.norms, multiply(batch, self.zq), strict=True))
         return self._computed[norm]
 
 
@@ -136,7 +136,8 @@ def _batches(norms: Sequence[Any], zq: Tensor, max_bytes: int) -> list[Batch]:
     rows = [2 * sum(map(_channels, batch)) for batch in batches]
     weight, bias = _concatenate(norms, zq)
     biases = [None] * len(rows) if bias is None else bias.split(rows)
-    return [Batch(*batch) for batch in zip(batches, weight.split(rows), biases, strict=True)]
+    cells = _cells(zq, weight, bias)
+    return [Batch(*batch, cells) for batch in zip(batches, weight.split(rows), biases, strict=True)]
 
 
 def _channels(norm: Any) -> int:

@@ -115,7 +115,7 @@ def is_tracing() -> bool:
 
     The program must work for other sizes than the example's, so nothing may depend on them. Nor may it write in place.
     """
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return torch.compiler.is_compiling() or _jit_traces()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
