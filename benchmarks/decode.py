@@ -41,7 +41,7 @@ from decode_plan import PLANS, Case, Measurement, readable_shipped
 from peer_process import NO_TIME, TOLERANCE, PeerProcess, take_turns
 from peers import KINDS, save_random
 from plots import draw
-from tables import CASE, is_ours
+from tables import CASE, compared_cases
 from timing import convolution_rate, copy_bandwidth, environment, matmul_rate, summary, write
 from work import work
 
@@ -106,14 +106,14 @@ def measure_peers(
         peers = tuple(name for name in peers if {"compiled", "frozen"} & set(name.split()))
     processes: list[PeerProcess] = []
     try:
-        for name in peers:
-            processes.append(PeerProcess(name, weights, expected, options.seconds, **arguments))
-            if case.device == "cpu" or len(processes) == 1:  # the first writes the expected result
-                processes[-1].receive(deadline)
-        for one in processes[1 if case.device == "cuda" else len(processes) :]:  # prepared at once: the time of a GPU is short
-            one.receive(deadline)
-        for one in processes:
-            print(case, one.name, one.found, file=sys.stderr)
+        # The first writes the expected result. On a GPU, whose time is short, the others are prepared at once.
+        for names in [peers[:1], peers[1:]] if case.device == "cuda" else [(name,) for name in peers]:
+            prepared = len(processes)
+            for name in names:
+                processes.append(PeerProcess(name, weights, expected, options.seconds, **arguments))
+            for one in processes[prepared:]:
+                one.receive(deadline)
+                print(case, one.name, one.found, file=sys.stderr)
         if options.plan and rounds == 1:
             for one in processes:
                 one.found["ms"] = [one.found["second call ms"]] if "second call ms" in one.found else []
@@ -292,19 +292,14 @@ def save(folder: Path, limits: Limits, rows: Sequence[dict[str, Any]]) -> None:
 def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Compare our fastest decoder with the fastest peer, for every case."""
     found = {}
-    measured = [row for row in rows if isinstance(row["ms"], float)]
-    for case in dict.fromkeys(tuple(row[key] for key in CASE) for row in measured):
-        of_case = [row for row in measured if tuple(row[key] for key in CASE) == case]
-        ours, theirs = ([row for row in of_case if is_ours(row) == wanted] for wanted in (True, False))
-        if ours and theirs:
-            our, peer = (min(side, key=lambda row: row["ms"]) for side in (ours, theirs))
-            text = [f"{peer['ms'] / our['ms']:.2f}x the speed"]
-            if our["MB"] > 0:
-                text.append(f"{100 * our['MB'] / peer['MB']:.0f}% of the memory")
-            device, model, threads, mode, dtype, size, batch = case
-            where = f"{device}, {threads} threads" if device == "cpu" else device
-            name = f"{model}, {where}, {mode}, {dtype}, {size}x{size}, batch {batch}, {COMPARISON}"
-            found[name] = ", ".join(text)
+    for case, (ours, peer) in compared_cases(rows).items():
+        text = [f"{peer['ms'] / ours['ms']:.2f}x the speed"]
+        if ours["MB"] > 0:
+            text.append(f"{100 * ours['MB'] / peer['MB']:.0f}% of the memory")
+        device, model, threads, mode, dtype, size, batch = case
+        where = f"{device}, {threads} threads" if device == "cpu" else device
+        name = f"{model}, {where}, {mode}, {dtype}, {size}x{size}, batch {batch}, {COMPARISON}"
+        found[name] = ", ".join(text)
     return found
 
 

@@ -55,8 +55,6 @@ def gpu(
     peers: tuple[str, ...] = GPU_PEERS,
     rounds: int = 5,
 ) -> Measurement:
-    if mode == "train":
-        peers = tuple(name for name in peers if "graph" not in name)
     return Measurement(Case("cuda", "kandinsky", 1, mode, dtype, size, batch), peers, rounds)
 
 

@@ -24,21 +24,21 @@ echo "| step | result | seconds |" >> "$summary"
 echo "|---|---|---:|" >> "$summary"
 failed=0
 
+# chosen NAME: whether STEPS asks for a step.
+chosen() { [ -z "${STEPS:-}" ] || [[ $1 == build* || " $STEPS " == *" $1 "* ]]; }
+
 # step NAME SECONDS COMMAND...
 step() {
   local name=$1 limit=$2 begin=$SECONDS result=passed
   shift 2
-  if [ -n "${STEPS:-}" ] && [[ $name != build* && " $STEPS " != *" $name "* ]]; then return; fi
+  chosen "$name" || return 0
   # On SIGINT pytest reports the tests that failed so far; on SIGTERM it does not.
   timeout --signal=INT --kill-after=5 "$limit" "$@" > "$out/$name.log" 2>&1
   case $? in 0) ;; 124 | 137) result="timed out" ;; *) result=failed ;; esac
   if [ "$result" != passed ]; then failed=1; echo "--- $name $result:"; tail -n 30 "$out/$name.log"; fi
   echo "| $name | $result | $((SECONDS - begin)) |" >> "$summary"
 }
-missing() {
-  if [ -n "${STEPS:-}" ] && [[ " $STEPS " != *" $1 "* ]]; then return; fi
-  echo "| $1 | missing: $2 | 0 |" >> "$summary"
-}
+missing() { ! chosen "$1" || echo "| $1 | missing: $2 | 0 |" >> "$summary"; }
 
 # A virtual environment that sees the installed torch.
 environment=$(mktemp -d)

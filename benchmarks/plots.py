@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tables import HOW, Rows, case_name, compared_cases, is_ours, measured_cases, put_tables, short, split_name
+from tables import Rows, case_name, compared_cases, decoder_name, is_ours, measured_cases, put_tables, short
 
 OURS, OURS_16_BIT, THEIRS, KEPT, ROOF = "#d9480f", "#f0a381", "#8b949e", "#c9d1d9", "#24292f"
 BORDER = "#d0d7de"
@@ -61,10 +61,7 @@ def first_cases(cases: dict[tuple[Any, ...], Any]) -> dict[tuple[Any, ...], Any]
 
 
 def label(decoder: str) -> str:
-    kind, how = split_name(decoder)
-    if (kind, how) == ("ours", ""):
-        return "movq_ext"
-    return f"{'movq_ext' if kind == 'ours' else kind}, {HOW.get(how, how).replace('`torch.compile`', 'compiled')}"
+    return decoder_name(decoder).replace("published code", "published").replace("`torch.compile`", "compiled")
 
 
 def title(case: tuple[Any, ...]) -> str:

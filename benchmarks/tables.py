@@ -45,6 +45,12 @@ def split_name(decoder: str) -> tuple[str, str]:
     return kind, " ".join(word for word in how if word != "nhwc")
 
 
+def decoder_name(decoder: str) -> str:
+    """Return what a document calls a decoder that `fastest` chooses, such as "diffusers, eager"."""
+    kind, how = split_name(decoder)
+    return KINDS[kind] if (kind, how) == ("ours", "") else f"{KINDS[kind]}, {HOW[how]}"
+
+
 def is_ours(row: dict[str, Any]) -> bool:
     return split_name(row["decoder"])[0] == "ours"
 
@@ -58,8 +64,7 @@ def decode_table(rows: Rows) -> list[str]:
         "|" + "---|" * 5,
     ]
     for row in [ours, *(row for row in first if row is not ours)]:
-        kind, how = split_name(row["decoder"])
-        name = KINDS[kind] if (kind, how) == ("ours", "") else f"{KINDS[kind]}, {HOW.get(how, how)}"
+        name = decoder_name(row["decoder"])
         ratios = ("", "") if row is ours else (times(row, ours, key) for key in ("ms", "MB"))
         lines.append(f"| {name} | {short(row['ms'])} | {row['MB']:.0f} | {' | '.join(ratios)} |")
     return lines
@@ -70,8 +75,7 @@ def cases_table(rows: Rows) -> list[str]:
     lines = ["| Case | Milliseconds | Fastest other decoder | Ours is faster by | Ours takes less memory by |", SEPARATOR]
     for case, found in compared_cases(rows).items():
         ours, peer = found
-        kind, how = split_name(peer["decoder"])
-        name = f"{KINDS[kind]}, {HOW.get(how, how)}: {short(peer['ms'])}"
+        name = f"{decoder_name(peer['decoder'])}: {short(peer['ms'])}"
         ratios = " | ".join(times(peer, ours, key) for key in ("ms", "MB"))
         lines.append(f"| {case_name(case)} | {short(ours['ms'])} | {name} | {ratios} |")
     return lines
