@@ -79,7 +79,7 @@ def test_a_backend_runs_only_where_it_can(benchmark, machine):
 
 
 def test_a_slow_backend_is_not_measured_for_more_tokens(benchmark, machine):
-    """The time of a lease is short, and that of a slow backend long: native takes 4.5 times as long as the fastest."""
+    """Slow backends would use up a short lease. Here native takes more than 4 times as long as the fastest."""
     machine.become((9, 0))
     measured = []
 

@@ -113,7 +113,7 @@ def test_a_training_step_takes_few_calls_of_python_functions(launches, dtype):
     decoder(z, z).sum().backward()
     calls = host_calls(lambda: decoder(z, z).sum().backward())
     assert 0 < calls.total() <= 5000, calls.most_common(30)
-    # There torch inspects a signature, which takes longer than a kernel's launch. The second name is that of torch 2.13.
+    # torch inspects the signature there, which takes longer than launching a kernel. torch 2.13 uses the second name.
     assert calls["_bind_default_args"] == calls["bind_default_args"] == 0
 
 
