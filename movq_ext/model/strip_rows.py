@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from .. import profiling
 from ..ops.onednn import Convolution
-from ..ops.thread_pool import run_in_threads
-from ..ops.upsampling import fold_window_row
 from ..ops.winograd import WinogradConvolution, winograd_is_faster
 from .feature_maps import FeatureMap, MapStore
 from .fusion import is_plain_conv, is_plain_conv1x1
@@ -122,8 +120,7 @@ class ConvolvedRows:
         if packed is not None or not is_plain_conv(conv):
             return
         x = source.x
-        strips = [(last - first, x.width) for first, last in spans]
-        if winograd_is_faster(conv.weight, strips, buffer.winograd_bytes):
+        if winograd_is_faster(conv.weight, _sizes(spans, x), buffer.winograd_bytes):
             self.packed = WinogradConvolution(conv.weight, conv.bias, buffer.winograd_bytes, buffer.threads)
         else:
             self.packed = _pack(conv, x)
@@ -150,55 +147,27 @@ class ConvolvedRows:
         out.add_(convolved[:, :, above : convolved.shape[2] - below])
 
 
-def pack_direct(conv: nn.Conv2d, x: FeatureMap, winograd_bytes: int) -> Convolution | None:
-    """Return the direct convolution of maps as high and wide as x, None if it is modified or may be a Winograd convolution."""
-    # For the strips of a map, Winograd's method is never faster than for the whole map.
-    if not is_plain_conv(conv) or winograd_is_faster(conv.weight, [(x.height, x.width)], winograd_bytes):
+def pack_direct(conv: nn.Conv2d, x: FeatureMap, spans: Sequence[Span], winograd_bytes: int) -> Convolution | None:
+    """Return the direct convolution of maps as high and wide as x, None if it is modified or Winograd's method is faster.
+
+    Args:
+        conv: the convolution.
+        x: the map.
+        spans, winograd_bytes: see `ConvolvedRows`.
+    """
+    if not is_plain_conv(conv) or winograd_is_faster(conv.weight, _sizes(spans, x), winograd_bytes):
         return None
     return _pack(conv, x)
+
+
+def _sizes(spans: Sequence[Span], x: FeatureMap) -> list[tuple[int, int]]:
+    """Return the rows and columns of each strip."""
+    return [(last - first, x.width) for first, last in spans]
 
 
 def _pack(conv: nn.Conv2d, x: FeatureMap) -> Convolution:
     typical_input = (1, conv.in_channels, min(x.height, TYPICAL_ROWS) + HALO, x.width)
     return Convolution(*cast_parameters(conv.weight, conv.bias, x.dtype), (0, 1), typical_input)
-
-
-class UpsampledRows:
-    """Rows of a plain 3x3 convolution of a map that is upsampled by two (nearest).
-
-    From each window of 2x2 pixels, the large map's four pixels around the window's centre are computed: the upper two by one
-    convolution, the lower two by another.
-
-    Args:
-        conv: the convolution.
-        x: the small map.
-        buffer: holds a strip of it.
-        threads: how many fold and pack the weights of both convolutions.
-    """
-
-    def __init__(self, conv: nn.Conv2d, x: FeatureMap, buffer: StripBuffer, threads: int = 1) -> None:
-        self.conv, self.x, self.buffer = conv, x, buffer
-        self.packed = run_in_threads(self._pack_row, (0, 1), threads)
-
-    def write_rows(self, first: int, last: int, out: Tensor) -> None:
-        """Write rows 2 * first to 2 * last - 1 of the large map to out, ``(1, C, 2 * (last - first), 2 * W)``."""
-        height, width, channels = last - first, self.x.width, self.conv.out_channels
-        strip = haloed_rows(StoredRows(self.x), first, last, self.buffer)
-        windows = strip.new_empty(height, width + 1, 2, channels)
-        pixels = out.permute(0, 2, 3, 1).view(height, 2, width, 2, channels)
-        for row, convolution in enumerate(self.packed):
-            with profiling.layer_range(self.conv):
-                convolution.write_to(windows.flatten(2).permute(2, 0, 1)[None], strip[:, :, 1 - row : 2 - row + height])
-            for column in (0, 1):
-                # A window's upper left pixel is the lower right pixel of the cell above and left of its centre.
-                pixels[:, 1 - row, :, 1 - column] = windows[:, 1 - column : 1 - column + width, column]
-
-    def _pack_row(self, row: int) -> Convolution:
-        """Return the convolution of the upper (0) or lower (1) pixels of each window."""
-        bias = None if self.conv.bias is None else self.conv.bias.repeat(2)
-        weight, bias = cast_parameters(fold_window_row(self.conv.weight, row), bias, self.x.dtype)
-        typical_input = (1, self.x.channels, min(self.x.height, TYPICAL_ROWS) + 1, self.x.width)
-        return Convolution(weight, bias, (0, 1), typical_input, keep_weight=weight.dtype != self.x.dtype)
 
 
 def cast_parameters(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

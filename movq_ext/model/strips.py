@@ -35,8 +35,9 @@ from .map_rows import MapRows, StoredRows
 from .overwritten_rows import OverwrittenRows
 from .strip_checks import LayeredDecoder, LayeredNetwork, check_decoder_layers, check_encoder_layers
 from .strip_norms import NormalisedRows
-from .strip_rows import ConvolvedRows, Pointwise, PointwiseRows, RowSource, StripBuffer, UpsampledRows, pack_direct
+from .strip_rows import ConvolvedRows, Pointwise, PointwiseRows, RowSource, StripBuffer, pack_direct
 from .strip_spans import Span
+from .upsampled_rows import upsampled_rows
 from .working_memory import (
     ATTENTION_VALUES,
     DOWNSAMPLE_VALUES,
@@ -305,8 +306,12 @@ class Strips:
 
     def _pack_direct(self, x: FeatureMap, *convs: nn.Conv2d) -> list[Convolution | None]:
         """Return what `pack_direct` returns for each convolution. Each thread packs one."""
-        threads = self._threads(x, convolution_values(x.channels, convs[0].out_channels))
-        return run_in_threads(lambda conv: pack_direct(conv, x, self.memory.winograd), convs, threads)
+
+        def pack(conv: nn.Conv2d) -> Convolution | None:
+            spans = self.spans(x, convolution_values(conv.in_channels, conv.out_channels))
+            return pack_direct(conv, x, spans, self.memory.winograd)
+
+        return run_in_threads(pack, convs, self._threads(x, convolution_values(x.channels, convs[0].out_channels)))
 
     def _threads(self, x: FeatureMap, values_per_pixel: int) -> int:
         """Return how many threads have a strip of x to compute."""
@@ -357,7 +362,7 @@ class Strips:
         self._buffer = self._new_buffer()  # the previous blocks' strips were larger, and the maps are largest now
         out = self.store.allocate(x.channels, 2 * x.height, 2 * x.width)
         if layer.with_conv and is_plain_conv3x3(layer.conv):
-            self._upsample_by_windows(layer.conv, x, out)
+            self._upsample_folded(layer.conv, x, out)
         else:
             self._upsample_by_module(layer, x, out)
         self.store.release(x)
@@ -381,9 +386,9 @@ class Strips:
 
         out.complete(self.run(write_strip, x, UPSAMPLE_VALUES * x.channels))
 
-    def _upsample_by_windows(self, conv: nn.Conv2d, x: FeatureMap, out: FeatureMap) -> None:
+    def _upsample_folded(self, conv: nn.Conv2d, x: FeatureMap, out: FeatureMap) -> None:
         values = UPSAMPLE_VALUES * x.channels
-        upsampled = UpsampledRows(conv, x, self._buffer, self._threads(x, values))
+        upsampled = upsampled_rows(conv, x, self._buffer, self._threads(x, values))
 
         def write_strip(first: int, last: int) -> Moments:
             rows = out.reserve(2 * first, 2 * last)

@@ -44,7 +44,7 @@ def winograd_is_faster(weight: Tensor, strips: Sequence[tuple[int, int]], max_by
         frames: of a clip, computed together.
     """
     out_channels, channels, *kernel = weight.shape
-    if weight.device.type != "cpu" or kernel != [3, 3] or not _computes_exactly(weight.dtype):
+    if weight.device.type != "cpu" or kernel != [3, 3] or not computes_exactly(weight.dtype):
         return False
     factors = TILE.products * out_channels * channels
     if channels < MIN_CHANNELS or factors * weight.itemsize > max_bytes * 2 // 3:
@@ -62,12 +62,36 @@ def _tile_cost(channels: int, out_channels: int) -> float:
     return PRODUCT_COST * TILE.products * channels * out_channels + TRANSFORM_COST * values
 
 
-def _computes_exactly(dtype: torch.dtype) -> bool:
+def computes_exactly(dtype: torch.dtype) -> bool:
     """True if matrix products on a CPU are computed in this dtype, float32 or float64."""
     if dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
         return False
     precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
     return dtype == torch.float64 or precision in ("none", "ieee")  # set by torch.set_float32_matmul_precision
+
+
+def weight_factors(weight: Tensor, from_taps: Tensor, threads: int) -> Tensor:
+    """Return the factors of a weight, ``(products, taps, out, in)``.
+
+    Args:
+        weight: ``(out, in, 3, 3)`` or ``(out, in, taps, 3, 3)`` with taps in time.
+        from_taps: ``(products, 9)``.
+        threads: how many compute them.
+    """
+    out_channels, channels = weight.shape[:2]
+    weight = weight.reshape(out_channels, channels, -1, 9)
+    taps = weight.shape[2]
+    factors = weight.new_empty(len(from_taps), taps, out_channels, channels)
+    size = max(1, min(PART_COLUMNS // channels, -(-out_channels // threads)))
+
+    def write_factors(first: int) -> None:
+        part = slice(first, first + size)
+        for tap in range(taps):
+            columns = weight[part, :, tap].movedim(2, 0).flatten(1)  # a view, or in channels_last a copy of whole pixels
+            torch.mm(from_taps, columns, out=factors[:, tap, part].flatten(1))
+
+    run_in_threads(write_factors, range(0, out_channels, size), threads)
+    return factors
 
 
 class WinogradConvolution:
@@ -93,18 +117,7 @@ class WinogradConvolution:
         self.taps = weight[0, 0].numel() // 9
         self.from_rows, self.to_rows = TILE.row_transforms(weight.dtype, bias is not None)
         self.signs = weight.new_tensor((1, -1)).view(2, 1, 1, 1, 1)
-        factors = weight.new_empty(TILE.products, self.taps, self.out_channels, self.channels)
-        from_taps = TILE.taps_matrix(weight.dtype)
-        weight = weight.reshape(self.out_channels, self.channels, self.taps, 9)
-        size = max(1, min(PART_COLUMNS // self.channels, -(-self.out_channels // threads)))
-
-        def write_factors(first: int) -> None:
-            part = slice(first, first + size)
-            for tap in range(self.taps):
-                columns = weight[part, :, tap].movedim(2, 0).flatten(1)  # a view, or in channels_last a copy of whole pixels
-                torch.mm(from_taps, columns, out=factors[:, tap, part].flatten(1))
-
-        run_in_threads(write_factors, range(0, self.out_channels, size), threads)
+        factors = weight_factors(weight, TILE.taps_matrix(weight.dtype), threads)
         self.factors = factors.unflatten(0, (TILE.rows.products, TILE.columns.products))
         self.weights = [point.mT.unbind(1) for point in self.factors]  # (columns.products, in, out) of every tap in time
         self.block_bytes = min(max_bytes - self.factors.nbytes, MAX_BLOCK_BYTES * self.taps) // threads
