@@ -17,7 +17,6 @@ from movq_ext.model.strip_rows import (
     Pointwise,
     PointwiseRows,
     StripBuffer,
-    UpsampledRows,
     haloed_rows,
     pack_direct,
 )
@@ -136,45 +135,18 @@ def test_which_convolution(store, channels, winograd_bytes, spans, expected):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_upsampled_rows(dtype, bias):
-    torch.manual_seed(1)
-    store, conv = MapStore(dtype, torch.device("cpu")), nn.Conv2d(4, 4, 3, padding=1, bias=bias).to(dtype)
-    x = store.allocate(4, HEIGHT, WIDTH)
-    x.write(0, torch.randn(1, 4, HEIGHT, WIDTH).to(dtype))
-    doubled = x.read(0, HEIGHT).double().repeat_interleave(2, 2).repeat_interleave(2, 3)
-    expected = copy.deepcopy(conv).double()(doubled)
-    upsampled = UpsampledRows(conv, x, StripBuffer(store, 0))
-    for first, last in SPANS:
-        out = torch.full((1, 2 * (last - first), 2 * WIDTH, 4), torch.nan, dtype=dtype).permute(0, 3, 1, 2)
-        upsampled.write_rows(first, last, out)
-        assert_close(out, expected[:, :, 2 * first : 2 * last])
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("autocasts", [False, True])
-def test_weights_of_upsampling_are_freed_where_they_are_packed(autocasts):
-    dtype = torch.bfloat16 if autocasts else torch.float32
-    store = MapStore(dtype, torch.device("cpu"))
-    x = store.allocate(4, HEIGHT, WIDTH)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocasts):
-        packed = UpsampledRows(nn.Conv2d(4, 4, 3, padding=1), x, StripBuffer(store, 0)).packed
-    assert all((convolution.weight is None) == (convolution.packed is not None) for convolution in packed)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [nn.Conv2d, Scaled])
 @pytest.mark.parametrize("channels, size", [(32, 32), (128, 8), (128, 32)])
 def test_only_direct_convolutions_are_packed_ahead(kind, channels, size, dtype):
     store, conv = MapStore(dtype, torch.device("cpu")), kind(channels, channels, 3, padding=1).to(dtype)
     x = store.allocate(channels, size, size)
-    packed = pack_direct(conv, x, CPU_MEMORY.winograd)
-    chosen = ConvolvedRows(conv, StoredRows(x), StripBuffer(store, CPU_MEMORY.winograd), [(0, size)])
-    assert type(packed) is (Convolution if type(chosen.packed) is Convolution else type(None))
-    if packed is not None:
-        assert ConvolvedRows(conv, StoredRows(x), chosen.buffer, [(0, size)], packed).packed is packed
+    for spans in ([(0, size)], [(row, row + 4) for row in range(0, size, 4)]):
+        packed = pack_direct(conv, x, spans, CPU_MEMORY.winograd)
+        chosen = ConvolvedRows(conv, StoredRows(x), StripBuffer(store, CPU_MEMORY.winograd), spans)
+        assert type(packed) is (Convolution if type(chosen.packed) is Convolution else type(None))
+        if packed is not None:
+            assert ConvolvedRows(conv, StoredRows(x), chosen.buffer, spans, packed).packed is packed
 
 
 @torch.no_grad()

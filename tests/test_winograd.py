@@ -1,6 +1,7 @@
 """Winograd convolutions of strips: values, their error, shapes that no filter divides, and when they are used."""
 
 import copy
+import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,7 +18,7 @@ from movq_ext.model import strip_rows
 from movq_ext.ops import winograd
 from movq_ext.ops.onednn import Convolution
 from movq_ext.ops.winograd import WinogradConvolution, winograd_is_faster
-from movq_ext.ops.winograd_filters import MIN_CHANNELS, TILE, MinimalFilter, Tile, sum_columns, transform_columns
+from movq_ext.ops.winograd_filters import MIN_CHANNELS, TILE, ColumnTransforms, MinimalFilter, Tile
 
 without_onednn = not torch.backends.mkldnn.is_available()  # then the direct convolution has another error
 
@@ -173,22 +174,31 @@ def test_a_filter_equals_the_direct_sum(taps, points):
 @pytest.mark.parametrize("shape", [(5,), (1, 2, 3, 5)])
 def test_columns_are_transformed_by_sums(shape, dtype):
     """The sums equal the products with the matrices of TILE.columns."""
-    signs = torch.tensor([1, -1], dtype=dtype).view(2, *[1] * len(shape))
-    values, products = draw(4, *shape, dtype=dtype), draw(*shape, 4, dtype=dtype).movedim(-1, 0)
-    out, outputs = torch.empty(4, *shape, dtype=dtype), torch.empty(*shape, 2, dtype=dtype).movedim(-1, 0)
-    transform_columns(values, signs, out=out)
-    sum_columns(products, signs, out=outputs)
-    assert_close(out, torch.tensordot(TILE.columns.from_values, values.double(), 1))
-    assert_close(outputs, torch.tensordot(TILE.columns.to_outputs, products.double(), 1))
+    values, products = draw(3, 4, *shape, dtype=dtype), draw(*shape, 4, dtype=dtype).movedim(-1, 0)
+    factors, sums = torch.empty(4, *shape, dtype=dtype), torch.empty(3, *shape, 2, dtype=dtype).movedim(-1, 1)
+    transforms = ColumnTransforms(values, factors, products, sums)
+    for row in range(3):
+        transforms.write_factors(row)
+        assert_close(factors, torch.tensordot(TILE.columns.from_values, values[row].double(), 1))
+        transforms.write_sums(row)
+        assert_close(sums[row], torch.tensordot(TILE.columns.to_outputs, products.double(), 1))
 
 
-def multiply_matrix(matrix):
-    """Return a transform of columns for any filter: a product with its matrix."""
+class ColumnProducts:
+    """`ColumnTransforms` for any filter: products with its matrices."""
 
-    def transform(values, signs, out):
-        out.copy_(torch.tensordot(matrix.to(values.dtype), values, 1))
+    def __init__(self, columns, values, factors, products, sums):
+        self.columns, self.values, self.factors, self.products, self.sums = columns, values, factors, products, sums
 
-    return transform
+    def write_factors(self, row):
+        multiply_matrix(self.columns.from_values, self.values[row], self.factors)
+
+    def write_sums(self, row):
+        multiply_matrix(self.columns.to_outputs, self.products, self.sums[row])
+
+
+def multiply_matrix(matrix, values, out):
+    out.copy_(torch.tensordot(matrix.to(values.dtype), values, 1))
 
 
 def relative_errors(channels, out_channels, seed):
@@ -231,8 +241,7 @@ def test_larger_tiles_are_less_exact(monkeypatch, channels, outputs):
     """F(3, 3) or F(4, 3) on columns is faster than F(2, 3), but its error exceeds the direct convolution's."""
     columns = TILE.rows if outputs == 4 else MinimalFilter(3, (0, 2 / 3, -2 / 3, 3 / 2))
     monkeypatch.setattr(winograd, "TILE", Tile(TILE.rows, columns))
-    monkeypatch.setattr(winograd, "transform_columns", multiply_matrix(columns.from_values))
-    monkeypatch.setattr(winograd, "sum_columns", multiply_matrix(columns.to_outputs))
+    monkeypatch.setattr(winograd, "ColumnTransforms", functools.partial(ColumnProducts, columns))
     for seed in range(3):
         larger, direct = relative_errors(channels, 64, seed)
         assert 1.02 * direct < larger < 1.1e-6

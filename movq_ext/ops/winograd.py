@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from .thread_pool import run_in_threads
-from .winograd_filters import MIN_CHANNELS, TILE, as_matrix, sum_columns, transform_columns
+from .winograd_filters import MIN_CHANNELS, TILE, ColumnTransforms, as_matrix
 
 WINOGRAD_BYTES = 40 << 20  # usual limit of a convolution: the factors of 512 x 512 weights take 24 MiB
 # For all tensors of the blocks that threads compute at once, for each tap in time: every block reads the factors of all taps.
 MAX_BLOCK_BYTES = 16 << 20
 MIN_BLOCK_COLUMNS = 16
-PART_COLUMNS = 1 << 14  # of the matrix of a weight's taps: parts of it stay in the cache while their factors are computed
+PART_COLUMNS = 1 << 16  # of the matrix of a weight's taps: each thread computes the factors of a few large parts
 # Costs in units of one multiplication of a direct convolution, from measured times on a CPU with AVX-512.
 PRODUCT_COST = 1.25
 TRANSFORM_COST = 50  # of a value that a transform writes
@@ -116,7 +116,6 @@ class WinogradConvolution:
         self.out_channels, self.channels = weight.shape[:2]
         self.taps = weight[0, 0].numel() // 9
         self.from_rows, self.to_rows = TILE.row_transforms(weight.dtype, bias is not None)
-        self.signs = weight.new_tensor((1, -1)).view(2, 1, 1, 1, 1)
         factors = weight_factors(weight, TILE.taps_matrix(weight.dtype), threads)
         self.factors = factors.unflatten(0, (TILE.rows.products, TILE.columns.products))
         self.weights = [point.mT.unbind(1) for point in self.factors]  # (columns.products, in, out) of every tap in time
@@ -179,28 +178,56 @@ class WinogradConvolution:
         inside = slice(left - first + 1, right - first + 1)
         row_factors[:, :, :, : inside.start] = 0
         row_factors[:, :, :, inside.stop :] = 0
-        for frame, image in enumerate(x):
-            for group in range(groups):
-                values = image[group * rows.outputs :][: rows.products, left:right]
-                torch.mm(self.from_rows[:, : len(values)], values.flatten(1), out=as_matrix(row_factors[:, frame, group, inside]))
+        for frame, image in enumerate(x[:, :, left:right]):
+            self._transform_rows(image, row_factors[:, frame, :, inside])
 
-        # Views of all points at once: taking a view costs about as much as adding a thousand values.
         neighbours = row_factors.unfold(3, columns.products, columns.outputs).permute(0, 5, 1, 2, 3, 4)
-        sums = row_products[: rows.products].movedim(-2, 1)
+        transforms = ColumnTransforms(neighbours, factors, products, row_products[: rows.products].movedim(-2, 1))
         terms = self._terms(factors.flatten(1, 3), products.flatten(1, 3), groups * tiles)
-        for values, weights, out_sums in zip(neighbours.unbind(), self.weights, sums.unbind(), strict=True):
-            transform_columns(values, self.signs, out=factors)
+        for row, weights in enumerate(self.weights):
+            transforms.write_factors(row)
             for tap, part, out_part in terms:
                 torch.baddbmm(out_part, part, weights[tap], beta=int(tap > 0), out=out_part)
-            sum_columns(products, self.signs, out=out_sums)
+            transforms.write_sums(row)
 
         if self.bias is not None:
             row_products[rows.products] = self.bias
-        pixels = row_products.flatten(3, 4)[:, :, :, :width]
         for frame, image in enumerate(out):
-            for group, part in enumerate(image.split(rows.outputs)):
-                to_rows, values = self.to_rows[: len(part)], pixels[:, frame, group].flatten(1)
-                torch.addmm(as_matrix(part), to_rows, values, beta=beta, out=as_matrix(part))
+            self._write_rows(image, row_products[:, frame].flatten(2, 3)[:, :, :width], beta)
+
+    def _transform_rows(self, image: Tensor, out: Tensor) -> None:
+        """Write the factors of rows.
+
+        Args:
+            image: ``(H + 2, columns, in)``.
+            out: ``(rows.products, groups, columns, in)``. Rows below the image are zero.
+        """
+        rows = self.tile.rows
+        whole, rest = divmod(len(image) - (rows.taps - 1), rows.outputs)
+        if whole:
+            groups = image.unfold(0, rows.products, rows.outputs).permute(0, 3, 1, 2).flatten(2)  # views: each is a matrix
+            torch.bmm(self.from_rows.expand(whole, -1, -1), groups, out=_as_matrices(out[:, :whole]))
+        if rest:
+            values = image[whole * rows.outputs :]
+            torch.mm(self.from_rows[:, : len(values)], values.flatten(1), out=as_matrix(out[:, whole]))
+
+    def _write_rows(self, out: Tensor, products: Tensor, beta: int) -> None:
+        """Write ``beta * out`` plus the rows that products of rows make.
+
+        Args:
+            out: ``(H, W, out)``.
+            products: ``(to_rows.shape[1], groups, W, out)``.
+            beta: see `_convolve`.
+        """
+        outputs = self.tile.rows.outputs
+        whole, rest = divmod(len(out), outputs)
+        if whole:
+            part = as_matrix(out[: whole * outputs]).unflatten(0, (whole, outputs))
+            to_rows = self.to_rows.expand(whole, -1, -1)
+            torch.baddbmm(part, to_rows, _as_matrices(products[:, :whole]), beta=beta, out=part)
+        if rest:
+            part = as_matrix(out[-rest:])
+            torch.addmm(part, self.to_rows[:rest], products[:, whole].flatten(1), beta=beta, out=part)
 
     def _terms(self, factors: Tensor, products: Tensor, tiles: int) -> list[tuple[int, Tensor, Tensor]]:
         """Return the terms of products, ``out += part @ weights[tap]``, from the first tap in time to the last.
@@ -237,3 +264,8 @@ class WinogradConvolution:
 
     def _values(self, x_frames: int, frames: int, groups: int, tiles: int) -> int:
         return sum(map(math.prod, self._shapes(x_frames, frames, groups, tiles)))
+
+
+def _as_matrices(values: Tensor) -> Tensor:
+    """Return ``(products, groups, columns, C)`` as a view with one matrix for each group, ``(groups, products, columns * C)``."""
+    return values.view(*values.shape[:2], -1).transpose(0, 1)

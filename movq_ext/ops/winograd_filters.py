@@ -86,29 +86,37 @@ class Tile(NamedTuple):
         return self.rows.from_values.to(dtype), to_rows.to(dtype)
 
 
-def transform_columns(values: Tensor, signs: Tensor, out: Tensor) -> None:
-    """Write ``TILE.columns.from_values @ values`` to out.
+class ColumnTransforms:
+    """``TILE.columns.from_values @ values`` and ``TILE.columns.to_outputs @ products`` of a block, for one product of rows at a time.
 
-    Three quarters of the entries are 0, the others 1 or -1: additions take half the time of a matrix product.
-
-    Args:
-        values, out: ``(4, ...)``.
-        signs: 1 and -1, ``(2, 1, ...)``.
-    """
-    torch.sub(values[2:], values[:2], out=out[::3])
-    torch.addcmul(values[2:3], values[1:2], signs, out=out[1:3])
-
-
-def sum_columns(products: Tensor, signs: Tensor, out: Tensor) -> None:
-    """Write ``TILE.columns.to_outputs @ products`` to out.
+    Most entries are 0, the others 1 or -1: additions take half the time of a matrix product. Views are taken once for all: each
+    costs about as much as adding a thousand values, and in Python, where only one thread runs.
 
     Args:
-        products: ``(4, ...)``.
-        signs: 1 and -1, ``(2, 1, ...)``.
-        out: ``(2, ...)``.
+        values: ``(rows.products, 4, ...)``.
+        factors: memory for the factors, ``(4, ...)``.
+        products: memory for the products, ``(4, ...)``.
+        sums: ``(rows.products, 2, ...)``.
     """
-    torch.add(products[::3], products[1:2], out=out)
-    torch.addcmul(out, products[2:3], signs, out=out)
+
+    def __init__(self, values: Tensor, factors: Tensor, products: Tensor, sums: Tensor) -> None:
+        self._values = [values[:, part].unbind() for part in (slice(2), slice(2, 4), slice(1, 2), slice(2, 3))]
+        self._outer_factors, self._inner_factors = factors[::3], factors[1:3]
+        self._outer_products, self._second, self._third = products[::3], products[1:2], products[2:3]
+        self._sums = sums.unbind()
+        self._signs = values.new_tensor((1, -1)).view(2, *[1] * (values.dim() - 2))
+
+    def write_factors(self, row: int) -> None:
+        """Write the factors of this product of rows."""
+        before, after, second, third = (views[row] for views in self._values)
+        torch.sub(after, before, out=self._outer_factors)
+        torch.addcmul(third, second, self._signs, out=self._inner_factors)
+
+    def write_sums(self, row: int) -> None:
+        """Write the sums of the products, of this product of rows."""
+        out = self._sums[row]
+        torch.add(self._outer_products, self._second, out=out)
+        torch.addcmul(out, self._third, self._signs, out=out)
 
 
 def as_matrix(values: Tensor) -> Tensor:

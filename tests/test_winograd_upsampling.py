@@ -1,0 +1,114 @@
+"""Upsampling by nine products for four pixels, against the convolution of the doubled map."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import draw
+from tolerances import assert_close, relative_error
+from torch.utils.flop_counter import FlopCounterMode
+
+from movq_ext.ops import winograd_upsampling
+from movq_ext.ops.winograd_upsampling import WinogradUpsampling, winograd_upsampling_fits
+
+PLENTY = 1 << 26
+HALOS = [(above, below) for above in (0, 1) for below in (0, 1)]
+
+
+def arguments(channels, out_channels, height, width, dtype=torch.float32):
+    """The weight, the bias, rows with a row above and below them, and memory for the result, full of NaN."""
+    weight, bias = draw(out_channels, channels, 3, 3).to(dtype), draw(out_channels).to(dtype)
+    x = draw(1, channels, height + 2, width).to(dtype).contiguous(memory_format=torch.channels_last)
+    out = torch.full((1, 2 * height, 2 * width, out_channels), torch.nan, dtype=dtype).permute(0, 3, 1, 2)
+    return weight, bias, x, out
+
+
+def doubled_convolution(weight, bias, x, dtype=torch.float64):
+    """The pixels of all but the first and the last row of x."""
+    bias = None if bias is None else bias.to(dtype)
+    return F.conv2d(F.interpolate(x.to(dtype), scale_factor=2.0), weight.to(dtype), bias, padding=1)[:, :, 2:-2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("height, width", [(1, 1), (5, 3), (8, 6)])
+def test_the_pixels_of_a_doubled_map(height, width, has_bias, dtype):
+    """In blocks of several rows, the last with fewer, and in one block; at borders of the map, and between other rows."""
+    weight, bias, x, out = arguments(3, 4, height, width, dtype)
+    bias = bias if has_bias else None
+    for above, below in HALOS:
+        rows = x.clone()
+        rows[:, :, :1] *= above
+        rows[:, :, height + 1 :] *= below
+        for values in (300, 1000, 1 << 20):
+            convolution = WinogradUpsampling(weight, bias, (9 * 3 * 4 + values) * dtype.itemsize)
+            convolution.write_to(out.fill_(torch.nan), rows[:, :, 1 - above : height + 1 + below], (above, below))
+            assert_close(out, doubled_convolution(weight, bias, rows))
+
+
+def test_weights_in_every_layout_and_threads():
+    weight, bias, x, out = arguments(8, 6, 4, 4)
+    expected = doubled_convolution(weight, bias, x)
+    for threads in (1, 2, 5):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            WinogradUpsampling(weight.contiguous(memory_format=layout), bias, PLENTY, threads).write_to(out, x, (1, 1))
+            assert_close(out, expected)
+
+
+@pytest.mark.parametrize("channels", [16, 64, 128, 256, 512])
+def test_the_error_is_less_than_that_of_the_doubled_map(channels):
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        weight, bias, x, out = arguments(channels, 32, 12, 16)
+        weight.copy_(torch.randn(weight.shape, generator=generator)).div_((9 * channels) ** 0.5)
+        x.copy_(torch.randn(x.shape, generator=generator))
+        WinogradUpsampling(weight, bias, PLENTY).write_to(out, x, (1, 1))
+        expected = doubled_convolution(weight, bias, x)
+        direct = relative_error(doubled_convolution(weight, bias, x, torch.float32), expected)
+        assert relative_error(out, expected) < 0.8 * direct
+
+
+def test_operations():
+    """Nine products for four pixels, and those of a column of zeros; nine factors of each weight."""
+    weight, bias, x, out = arguments(16, 32, 8, 8)
+    with FlopCounterMode(display=False) as counted:
+        convolution = WinogradUpsampling(weight, bias, PLENTY)
+    assert counted.get_total_flops() == 2 * 9 * 9 * 16 * 32
+    with FlopCounterMode(display=False) as counted:
+        convolution.write_to(out, x, (1, 1))
+    assert counted.get_total_flops() == 2 * 9 * 8 * (8 + 1) * 16 * 32
+
+
+def test_blocks_fit_in_memory(monkeypatch):
+    sizes = []
+    write_block = WinogradUpsampling._write_block
+
+    def record(self, out, *memory):
+        sizes.append(winograd_upsampling._block_values(len(out), 16, 8, 8) * 4)
+        write_block(self, out, *memory)
+
+    monkeypatch.setattr(WinogradUpsampling, "_write_block", record)
+    weight, bias, x, out = arguments(8, 8, 20, 16)
+    for limit in (20 << 10, 40 << 10, 80 << 10):
+        sizes.clear()
+        assert winograd_upsampling_fits(weight, 16, limit, 2)
+        WinogradUpsampling(weight, bias, limit, 2).write_to(out, x, (1, 1))
+        assert len(sizes) > 1 and max(sizes) * 2 + 9 * 8 * 8 * 4 <= limit
+        assert max(sizes) < 2 * min(sizes)  # equally large, up to a row
+
+
+def test_what_fits():
+    weight = draw(8, 8, 3, 3).float()
+    smallest = (9 * 8 * 8 + winograd_upsampling._block_values(1, 16, 8, 8)) * 4
+    assert winograd_upsampling_fits(weight, 16, smallest) and not winograd_upsampling_fits(weight, 16, smallest - 1)
+    assert not winograd_upsampling_fits(weight, 16, smallest, threads=2)
+    assert not winograd_upsampling_fits(weight, 17, smallest)
+    assert winograd_upsampling_fits(weight.double(), 16, 2 * smallest)
+
+
+def test_only_exact_products_on_a_cpu():
+    weight = draw(8, 8, 3, 3).float()
+    assert not winograd_upsampling_fits(weight.bfloat16(), 16, PLENTY)
+    assert not winograd_upsampling_fits(weight.half(), 16, PLENTY)
+    assert not winograd_upsampling_fits(weight.to("meta"), 16, PLENTY)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not winograd_upsampling_fits(weight, 16, PLENTY)
