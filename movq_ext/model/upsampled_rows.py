@@ -24,9 +24,9 @@ def upsampled_rows(conv: nn.Conv2d, x: FeatureMap, buffer: StripBuffer, threads:
         conv: the convolution.
         x: the small map.
         buffer: holds a strip of it, and tells how much memory a Winograd convolution may take.
-        threads: how many fold and pack the weights.
+        threads: how many compute strips.
     """
-    if winograd_upsampling_fits(conv.weight, x.width, buffer.winograd_bytes, buffer.threads):
+    if winograd_upsampling_fits(conv.weight, x.width, buffer.winograd_bytes, threads):
         return WinogradRows(conv, x, buffer, threads)
     return WindowRows(conv, x, buffer, threads)
 
@@ -36,7 +36,7 @@ class WinogradRows:
 
     def __init__(self, conv: nn.Conv2d, x: FeatureMap, buffer: StripBuffer, threads: int = 1) -> None:
         self.conv, self.x = conv, x
-        self.convolution = WinogradUpsampling(conv.weight, conv.bias, buffer.winograd_bytes, max(threads, buffer.threads))
+        self.convolution = WinogradUpsampling(conv.weight, conv.bias, buffer.winograd_bytes, threads)
 
     def write_rows(self, first: int, last: int, out: Tensor) -> None:
         above, below = self.x.halo(first, last)
