@@ -14,6 +14,7 @@ from movq_ext.model import strips
 from movq_ext.model.feature_maps import FeatureMap, MapStore
 from movq_ext.model.layers import Upsample
 from movq_ext.model.overwritten_rows import OverwrittenRows
+from movq_ext.model.strip_buffer import StripBuffer
 from movq_ext.model.strip_norms import NormalisedRows
 from movq_ext.model.working_memory import WorkingMemory
 
@@ -62,8 +63,8 @@ def test_neighbours_of_overwritten_rows(order, rows, dtype):
     x = store.allocate(8, height, WIDTH)
     x.write(0, values(8, dtype, height))
     expected = torch.empty(1, height, WIDTH, 8, dtype=dtype).permute(0, 3, 1, 2)
-    NormalisedRows(norm, x, None, "silu").write_rows(0, height, expected)
-    source = OverwrittenRows(norm, x, None, "silu")
+    NormalisedRows(norm, x, None, "silu", StripBuffer(store, 0)).write_rows(0, height, expected)
+    source = OverwrittenRows(norm, x, None, "silu", StripBuffer(store, 0))
     for index in order:
         first, last = index * rows, (index + 1) * rows
         above, below = x.halo(first, last)
@@ -77,9 +78,10 @@ def test_neighbours_of_overwritten_rows(order, rows, dtype):
 
 def test_few_borders_are_kept():
     """From top to bottom, one: the row above the next strip."""
-    x = MapStore(torch.float32, CPU).allocate(8, 12, WIDTH)
+    store = MapStore(torch.float32, CPU)
+    x = store.allocate(8, 12, WIDTH)
     x.write(0, values(8, height=12))
-    source = OverwrittenRows(nn.GroupNorm(4, 8), x, None, None)
+    source = OverwrittenRows(nn.GroupNorm(4, 8), x, None, None, StripBuffer(store, 0))
     for first in range(0, 12, 3):
         above, below = x.halo(first, first + 3)
         source.write_haloed_rows(first, first + 3, torch.empty(1, 8, 3 + above + below, WIDTH))

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from movq_ext import GroupNorm, SpatialNorm
 from movq_ext.model import strip_norms
 from movq_ext.model.feature_maps import MapStore
+from movq_ext.model.strip_buffer import StripBuffer
 from movq_ext.model.strip_norms import CombinedModulation, NormalisedRows, nearest_indices, split_at_cells
 
 HEIGHT, WIDTH = 12, 8
@@ -37,6 +38,10 @@ def make_norm(name, dtype):
     return norm.to(dtype)
 
 
+def normalised_rows(norm, x, zq, activation):
+    return NormalisedRows(norm, x, zq, activation, StripBuffer(MapStore(x.dtype, torch.device("cpu")), 0))
+
+
 def stored(values):
     x = MapStore(values.dtype, values.device).allocate(*values.shape[1:])
     x.write(0, values)
@@ -55,7 +60,7 @@ def test_rows_match_the_norm_of_the_whole_map(name, dtype, activation):
     inputs = (values, zq) if isinstance(norm, SpatialNorm) else (values,)
     expected = make_norm(name, dtype).double()(*(x.double() for x in inputs))
     expected = F.silu(expected) if activation == "silu" else expected
-    rows = NormalisedRows(norm, stored(values), zq, activation)
+    rows = normalised_rows(norm, stored(values), zq, activation)
     assert type(rows.affine) is affine
     for first in range(HEIGHT):
         for last in range(first + 1, HEIGHT + 1):
@@ -105,7 +110,7 @@ def test_strips_compute_the_modulation_of_their_cells():
     """So threads share the work, and no tensor has the scale and the shift of all cells."""
     norm, zq = make_norm("cells of 4x2", torch.float32), torch.randn(1, 5, 3, 4)
     with FlopCounterMode(display=False) as of_all:
-        rows = NormalisedRows(norm, stored(torch.randn(1, 32, HEIGHT, WIDTH)), zq, None)
+        rows = normalised_rows(norm, stored(torch.randn(1, 32, HEIGHT, WIDTH)), zq, None)
     assert of_all.get_total_flops() == 0
     for first, last, cells in ((0, 1, 1), (3, 9, 3), (4, 12, 2)):  # rows of cells, four rows of pixels each
         with FlopCounterMode(display=False) as of_strip:
@@ -118,7 +123,7 @@ def test_strips_compute_the_modulation_of_their_cells():
 def test_modified_modulations_are_called_once_for_all_cells():
     norm, zq, sizes = make_norm("cells of 4x2", torch.float32), torch.randn(1, 5, 3, 4), []
     norm.conv_y.register_forward_hook(lambda layer, inputs, result: sizes.append(inputs[0].shape[2:]))
-    rows = NormalisedRows(norm, stored(torch.randn(1, 32, HEIGHT, WIDTH)), zq, None)
+    rows = normalised_rows(norm, stored(torch.randn(1, 32, HEIGHT, WIDTH)), zq, None)
     for first, last in ((0, 5), (5, 12)):
         rows.write_rows(first, last, torch.empty(1, 32, last - first, WIDTH))
     assert sizes == [(3, 4)]
@@ -128,7 +133,7 @@ def test_modified_modulations_are_called_once_for_all_cells():
 def test_the_map_is_not_modified():
     values = torch.randn(1, 32, HEIGHT, WIDTH)
     x = stored(values)
-    rows = NormalisedRows(make_norm("cells of 4x2", torch.float32), x, torch.randn(1, 5, 3, 4), "silu")
+    rows = normalised_rows(make_norm("cells of 4x2", torch.float32), x, torch.randn(1, 5, 3, 4), "silu")
     rows.write_rows(0, HEIGHT, torch.empty(1, 32, HEIGHT, WIDTH))
     assert torch.equal(x.read(0, HEIGHT), values)
 

@@ -12,11 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from movq_ext.model.feature_maps import MapStore
 from movq_ext.model.map_rows import StoredRows
+from movq_ext.model.strip_buffer import StripBuffer
 from movq_ext.model.strip_rows import (
     ConvolvedRows,
     Pointwise,
     PointwiseRows,
-    StripBuffer,
     haloed_rows,
     pack_direct,
 )

@@ -179,14 +179,14 @@ def test_weights_are_packed_only_with_onednn(monkeypatch, onednn):
     assert packed and any(packed) == (onednn and torch.backends.mkldnn.is_available())
     convolutions = [layer for layer in decoder.modules() if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3)]
     upsamplings = sum(hasattr(layer, "with_conv") for layer in decoder.layers())
-    assert len(packed) == len(z) * (len(convolutions) - upsamplings)  # each once; those of upsamplings are matrix products
+    assert len(packed) == len(z) * (len(convolutions) + upsamplings)  # each once; those of upsamplings in two parts
 
 
 def test_pointwise_convolutions_are_matrix_products(monkeypatch):
     """PyTorch's 1x1 convolution of float32 is slower in one thread."""
     called = record_calls(monkeypatch, F, "conv2d", lambda _, x, weight, *args, **kwargs: weight.shape[2:])
     products = record_calls(monkeypatch, torch, "addmm", lambda _, bias, x, *args, **kwargs: x.shape[1])
-    decoder, (z, zq) = make_decoder(resamp_with_conv=False), latents((6, 4))  # that of an upsampling takes other products
+    decoder, (z, zq) = make_decoder(), latents((6, 4))
     decode_tiled(decoder, z, zq, max_memory=PLENTY)
     shortcuts, attention = (sum(hasattr(block, name) for block in decoder.layers()) for name in ("nin_shortcut", "proj_out"))
     assert shortcuts and attention and (1, 1) not in called

@@ -18,8 +18,9 @@ from movq_ext import Encoder, annotate, decode_tiled, encode_tiled
 from movq_ext.model import strips, working_memory
 from movq_ext.model.feature_maps import FeatureMap, FileStorage, MapStore, MemoryStorage, Runs
 from movq_ext.model.layers import AttnBlock, ResnetBlock
+from movq_ext.model.strip_buffer import StripBuffer
 from movq_ext.model.strip_norms import NormalisedRows
-from movq_ext.model.strip_rows import ConvolvedRows, StripBuffer
+from movq_ext.model.strip_rows import ConvolvedRows
 from movq_ext.model.strip_spans import HALO
 from movq_ext.ops import winograd
 

@@ -8,13 +8,19 @@ from tolerances import assert_close
 from torch import nn
 
 from movq_ext.model.feature_maps import MapStore
-from movq_ext.model.strip_rows import StripBuffer
+from movq_ext.model.strip_buffer import StripBuffer
 from movq_ext.model.upsampled_rows import WindowRows, WinogradRows, upsampled_rows
+from movq_ext.ops import winograd_upsampling
 from movq_ext.ops.winograd import WINOGRAD_BYTES
 
 HEIGHT, WIDTH = 6, 5
 SPANS = [(first, last) for first in range(HEIGHT) for last in range(first + 1, HEIGHT + 1)]
 MEMORY = {WindowRows: 0, WinogradRows: WINOGRAD_BYTES}
+
+
+@pytest.fixture(autouse=True)
+def few_channels(monkeypatch):
+    monkeypatch.setattr(winograd_upsampling, "MIN_CHANNELS", 1)
 
 
 def random_map(dtype):

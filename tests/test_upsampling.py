@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 import movq_ext
-from movq_ext.ops import cuda, extension, native, paths, registration, self_test, upsampling
+from movq_ext.ops import cpu_upsampling, cuda, extension, native, paths, registration, self_test, upsampling
 from movq_ext.ops.functional import upsample_conv
 from movq_ext.ops.paths import explain
 from movq_ext.ops.upsampling import METHODS, count_costs, fold_upsampling, fold_window_row, fold_windows, interleave_windows
@@ -81,7 +81,7 @@ def test_a_cpu_folds_no_weights_for_few_pixels(monkeypatch, dtype):
     """bfloat16 is multiplied so fast that folding pays later. All images share the folded weights."""
     monkeypatch.setattr(upsampling, "MIN_FOLDED_PIXELS", 12)
     monkeypatch.setattr(upsampling, "MIN_FOLDED_PIXELS_BFLOAT16", 24)
-    folded = record_calls(monkeypatch, upsampling, "fold_upsampling", lambda out, weight: weight.dtype)
+    folded = record_calls(monkeypatch, cpu_upsampling, "fold_upsampling", lambda out, weight: weight.dtype)
     x, weight, bias = case(dtype=dtype)
     for images, height, width in ((1, 1, 11), (2, 2, 3), (1, 1, 23), (4, 3, 2)):
         small = draw(images, x.shape[1], height, width).to(dtype)

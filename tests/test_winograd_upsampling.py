@@ -8,10 +8,15 @@ from tolerances import assert_close, relative_error
 from torch.utils.flop_counter import FlopCounterMode
 
 from movq_ext.ops import winograd_upsampling
-from movq_ext.ops.winograd_upsampling import WinogradUpsampling, winograd_upsampling_fits
+from movq_ext.ops.winograd_upsampling import MIN_CHANNELS, WinogradUpsampling, winograd_upsampling_fits
 
 PLENTY = 1 << 26
 HALOS = [(above, below) for above in (0, 1) for below in (0, 1)]
+
+
+@pytest.fixture
+def few_channels(monkeypatch):
+    monkeypatch.setattr(winograd_upsampling, "MIN_CHANNELS", 1)
 
 
 def arguments(channels, out_channels, height, width, dtype=torch.float32):
@@ -78,6 +83,7 @@ def test_operations():
     assert counted.get_total_flops() == 2 * 9 * 8 * (8 + 1) * 16 * 32
 
 
+@pytest.mark.usefixtures("few_channels")
 def test_blocks_fit_in_memory(monkeypatch):
     sizes = []
     write_block = WinogradUpsampling._write_block
@@ -96,6 +102,7 @@ def test_blocks_fit_in_memory(monkeypatch):
         assert max(sizes) < 2 * min(sizes)  # equally large, up to a row
 
 
+@pytest.mark.usefixtures("few_channels")
 def test_what_fits():
     weight = draw(8, 8, 3, 3).float()
     smallest = (9 * 8 * 8 + winograd_upsampling._block_values(1, 16, 8, 8)) * 4
@@ -105,8 +112,15 @@ def test_what_fits():
     assert winograd_upsampling_fits(weight.double(), 16, 2 * smallest)
 
 
+def test_layers_with_few_channels_take_folded_weights():
+    assert winograd_upsampling_fits(draw(16, MIN_CHANNELS, 3, 3), 16, PLENTY)
+    assert not winograd_upsampling_fits(draw(16, MIN_CHANNELS - 1, 3, 3), 16, PLENTY)
+
+
+@pytest.mark.usefixtures("few_channels")
 def test_only_exact_products_on_a_cpu():
     weight = draw(8, 8, 3, 3).float()
+    assert winograd_upsampling_fits(weight, 16, PLENTY)
     assert not winograd_upsampling_fits(weight.bfloat16(), 16, PLENTY)
     assert not winograd_upsampling_fits(weight.half(), 16, PLENTY)
     assert not winograd_upsampling_fits(weight.to("meta"), 16, PLENTY)

@@ -9,6 +9,7 @@ and its storage, its moments and its norms are those of images. On a CPU each th
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -22,10 +23,10 @@ from ..model.strip_norms import split_at_cells
 from ..model.strip_spans import HALO
 from ..model.working_memory import WorkingMemory, convolution_values
 from ..ops.clips import resize_frames
+from ..ops.cpu_upsampling import prepare_upsample_conv
 from ..ops.moments import Moments
 from ..ops.native import scale_by_cells
 from ..ops.thread_pool import run_in_threads
-from ..ops.upsampling import fold_upsampling, folding_pays_on_cpu
 from .clip_convolution import PADDING, CausalConvolution
 from .cogvideox import enlarge_frames, upsampled_frames
 
@@ -229,15 +230,15 @@ class ClipStrips:
         frame_numbers = torch.arange(x.frames, dtype=torch.float32)[None, None, :, None, None]
         sources = upsampled_frames(module, frame_numbers).flatten().int().tolist()
         out = self._new_map(module.conv.out_channels, len(sources), 2 * x.rows.height, 2 * x.width)
-        # On a GPU the kernels fold, and add the bias.
-        pays = folding_pays_on_cpu(x.rows.height * x.rows.width, x.rows.dtype)
-        folds = pays and not module.conv.weight.is_cuda
-        folded = fold_upsampling(module.conv.weight) if folds else None
+        upsample: Callable[[Tensor], Tensor] = functools.partial(enlarge_frames, module.conv)
+        if not module.conv.weight.is_cuda:  # on a GPU the kernels fold, and add the bias
+            weight, pixels = module.conv.weight, x.rows.height * x.rows.width
+            upsample = prepare_upsample_conv(weight, module.conv.bias, x.rows.dtype, pixels, x.width, self.memory.winograd)
 
         def write_strip(first: int, last: int) -> Moments:
             above, below = x.rows.halo(first, last)
             strip = x.read(first - above, last + below)[0].transpose(0, 1).contiguous(memory_format=torch.channels_last)
-            large = enlarge_frames(module.conv, strip, folded)
+            large = upsample(strip)
             large = large[:, :, 2 * above : large.shape[2] - 2 * below]  # without the rows that saw padding, not neighbours
             rows = out.rows.reserve(2 * first, 2 * last)
             for frame, source in enumerate(sources):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_left
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,11 +13,11 @@ from torch import Tensor, nn
 
 from ..model.fusion import is_plain_conv3x3
 from ..ops.clips import resize_frames
+from ..ops.cpu_upsampling import prepare_upsample_conv
 from ..ops.functional import upsample_conv
-from ..ops.native import is_inference
+from ..ops.native import compute_dtype, is_inference
 from ..ops.norm_into import can_normalise_into
 from ..ops.options import NormOptions
-from ..ops.upsampling import fold_upsampling
 from .accelerated import (
     Accelerated,
     can_compute,
@@ -140,7 +142,7 @@ class CogVideoXUpsample3D(Accelerated):
             return original_class(self).forward(self, inputs, *args, **kwargs)  # type: ignore[no-any-return]
         if not inputs.is_cuda and is_inference(inputs, *conv.parameters()):
             return upsample_in_parts(self, inputs)
-        x = upsampled_frames(self, enlarge_clip(conv, inputs))
+        x = upsampled_frames(self, enlarge_clip(functools.partial(enlarge_frames, conv), inputs))
         return x.contiguous(memory_format=clip_format(x))
 
 
@@ -152,10 +154,10 @@ def upsample_in_parts(module: Any, x: Tensor) -> Tensor:
     conv, batch, frames = module.conv, x.shape[0], x.shape[2]
     numbers = torch.arange(frames, dtype=torch.float32).view(1, 1, -1, 1, 1)
     sources = upsampled_frames(module, numbers).flatten().int().tolist()  # of each frame of the result, ascending
-    folded = fold_upsampling(conv.weight) if folding_pays(x) else None
+    upsample = prepare_upsample_conv(conv.weight, conv.bias, compute_dtype(x), x.numel() // x.shape[1], x.shape[4])
     out: Any = None
     for first, last in equal_parts(frames, frames_with_pixels(x, MIN_PART_PIXELS)):
-        large = enlarge_clip(conv, x[:, :, first:last], folded)
+        large = enlarge_clip(upsample, x[:, :, first:last])
         if out is None:
             shape = (batch, large.shape[1], len(sources), *large.shape[3:])
             out = torch.empty(shape, dtype=large.dtype, device=x.device, memory_format=clip_format(x))
@@ -164,20 +166,15 @@ def upsample_in_parts(module: Any, x: Tensor) -> Tensor:
     return out  # type: ignore[no-any-return]
 
 
-def enlarge_clip(conv: nn.Conv2d, x: Tensor, folded: Tensor | None = None) -> Tensor:
-    """Return ``conv(upsample(x))`` of each frame of a clip ``(B, C, T, H, W)``, nearest 2x. folded: as for `enlarge_frames`."""
+def enlarge_clip(upsample: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return ``upsample(x)`` of each frame of a clip ``(B, C, T, H, W)``."""
     frames = x.transpose(1, 2)
-    large: Tensor = enlarge_frames(conv, frames.flatten(0, 1), folded).unflatten(0, frames.shape[:2])
+    large: Tensor = upsample(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
     return large.transpose(1, 2)
 
 
-def enlarge_frames(conv: nn.Conv2d, x: Tensor, folded: Tensor | None = None) -> Tensor:
-    """Return ``conv(upsample(x))`` of frames ``(B * T, C, H, W)``, nearest 2x.
-
-    folded: the weight that `fold_upsampling` returned, for callers that use it several times.
-    """
-    if folded is not None:
-        return F.conv_transpose2d(x, folded, conv.bias, stride=2, padding=1)
+def enlarge_frames(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Return ``conv(upsample(x))`` of frames ``(B * T, C, H, W)``, nearest 2x."""
     return upsample_conv(x, conv.weight, conv.bias) if folding_pays(x) else conv(F.interpolate(x, scale_factor=2.0))
 
 

@@ -61,11 +61,11 @@ def _run_block(block: Any, x: Tensor, zq: Tensor | None, memory: WorkingMemory) 
     strips = Strips(MapStore(x.dtype, x.device), None, memory)
     for i in range(batch):
         image, latent = measured_map(x[i : i + 1], strips), None if zq is None else zq[i : i + 1]
-        h = strips.convolve(normalised(block.norm1, image, latent), block.conv1)
+        h = strips.convolve(normalised(block.norm1, image, latent, strips), block.conv1)
         shortcut: RowSource = StoredRows(image)
         if block.conv_shortcut is not None:
             shortcut = PointwiseRows(block.conv_shortcut, image)
-        strips.convolve(normalised(block.norm2, h, latent), block.conv2, OutputMap(out[i : i + 1]), shortcut)
+        strips.convolve(normalised(block.norm2, h, latent, strips), block.conv2, OutputMap(out[i : i + 1]), shortcut)
         strips.store.release(h)
     return out.contiguous(memory_format=layout)
 
@@ -123,8 +123,8 @@ class OutputMap(StoredMap):
         pass
 
 
-def normalised(norm: Any, x: FeatureMap, zq: Tensor | None) -> NormalisedRows:
-    return NormalisedRows(shared_norm(norm), x, zq, "silu")
+def normalised(norm: Any, x: FeatureMap, zq: Tensor | None, strips: Strips) -> NormalisedRows:
+    return NormalisedRows(shared_norm(norm), x, zq, "silu", strips.buffer)
 
 
 def shared_norm(norm: Any) -> nn.Module:

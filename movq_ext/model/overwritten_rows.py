@@ -11,6 +11,7 @@ import threading
 from torch import Tensor, nn
 
 from .feature_maps import FeatureMap
+from .strip_buffer import StripBuffer
 from .strip_norms import NormalisedRows
 
 Border = tuple[int, int]  # a strip's first or last row, and the neighbour's row next to it
@@ -19,8 +20,8 @@ Border = tuple[int, int]  # a strip's first or last row, and the neighbour's row
 class OverwrittenRows(NormalisedRows):
     """`NormalisedRows` of a map whose strips are overwritten after `keep_borders`. Each strip is read once."""
 
-    def __init__(self, norm: nn.Module, x: FeatureMap, zq: Tensor | None, activation: str | None) -> None:
-        super().__init__(norm, x, zq, activation)
+    def __init__(self, norm: nn.Module, x: FeatureMap, zq: Tensor | None, activation: str | None, buffer: StripBuffer) -> None:
+        super().__init__(norm, x, zq, activation, buffer)
         self._lock = threading.Lock()
         self._were_read: set[Border] = set()
         self._kept: dict[Border, Tensor] = {}

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from .. import profiling
 from ..ops.native import is_power_of_two_ratio, scale_by_cells
-from .feature_maps import FeatureMap, upcast
+from .feature_maps import FeatureMap
 from .map_rows import MapRows
 from .norms import SpatialNorm
+from .strip_buffer import StripBuffer
 
 RowModulation = Callable[[int, int], tuple[Tensor, Tensor]]  # (first, last) to the scale and the shift of these rows of cells
 
@@ -30,10 +31,11 @@ class NormalisedRows(MapRows):
         x: a completely written map.
         zq: ``(1, zq_ch, h, w)``; None for a GroupNorm.
         activation: "silu" or None.
+        buffer: for a strip in float32.
     """
 
-    def __init__(self, norm: nn.Module, x: FeatureMap, zq: Tensor | None, activation: str | None) -> None:
-        self.norm, self.x, self.activation = norm, x, activation
+    def __init__(self, norm: nn.Module, x: FeatureMap, zq: Tensor | None, activation: str | None, buffer: StripBuffer) -> None:
+        self.norm, self.x, self.activation, self.buffer = norm, x, activation, buffer
         group_norm = norm.norm_layer if isinstance(norm, SpatialNorm) else norm
         assert isinstance(group_norm, nn.GroupNorm)
         mean, rstd = x.moments.group_statistics(group_norm.num_groups, group_norm.eps)
@@ -52,7 +54,7 @@ class NormalisedRows(MapRows):
 
     def normalise(self, values: Tensor, first: int, last: int, out: Tensor) -> None:
         """Write the result for rows first to last - 1 of x to out. values: these rows, which may be out itself."""
-        values = upcast(values)
+        values = self.buffer.upcast(values)
         result = out if out.dtype == self.dtype else values  # where the dtypes differ, values are a copy
         with profiling.layer_range(self.norm):
             for part in self.affine.parts(first, last):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Protocol, cast
 
@@ -12,9 +11,10 @@ from torch import Tensor, nn
 from .. import profiling
 from ..ops.onednn import Convolution
 from ..ops.winograd import WinogradConvolution, winograd_is_faster
-from .feature_maps import FeatureMap, MapStore
+from .feature_maps import FeatureMap
 from .fusion import is_plain_conv, is_plain_conv1x1
-from .map_rows import MapRows, StoredRows
+from .map_rows import MapRows
+from .strip_buffer import StripBuffer
 from .strip_spans import HALO, Span
 
 TYPICAL_ROWS = 32  # of a strip, used to pack weights
@@ -73,27 +73,6 @@ class PointwiseRows:
 
     def write_rows(self, first: int, last: int, out: Tensor) -> None:
         self.convolution.write_to(out, self.x.read(first, last))
-
-
-class StripBuffer(threading.local):
-    """Memory for one strip in each thread. Each strip overwrites the previous one, so the memory stays in the cache.
-
-    Args:
-        store: allocates the memory.
-        winograd_bytes: for a Winograd convolution of all threads, besides the strips.
-        threads: how many compute strips.
-    """
-
-    def __init__(self, store: MapStore, winograd_bytes: int, threads: int = 1) -> None:
-        self.winograd_bytes, self.threads = winograd_bytes, threads
-        self._store, self._values = store, store.empty(0)
-
-    def rows(self, x: FeatureMap, count: int) -> Tensor:
-        """Return uninitialised memory for ``count`` rows of a map like x, ``(1, C, count, W)``."""
-        size = count * x.row_size
-        if self._values.numel() < size:
-            self._values = self._store.empty(size)
-        return self._values[:size].view(1, count, x.width, x.channels).permute(0, 3, 1, 2)
 
 
 class ConvolvedRows:

@@ -33,9 +33,10 @@ from .fusion import is_plain_conv3x3
 from .layers import AttnBlock, Downsample, ResnetBlock, Upsample, blocks_with_pixels, is_plain_network
 from .map_rows import MapRows, StoredRows
 from .overwritten_rows import OverwrittenRows
+from .strip_buffer import StripBuffer
 from .strip_checks import LayeredDecoder, LayeredNetwork, check_decoder_layers, check_encoder_layers
 from .strip_norms import NormalisedRows
-from .strip_rows import ConvolvedRows, Pointwise, PointwiseRows, RowSource, StripBuffer, pack_direct
+from .strip_rows import ConvolvedRows, Pointwise, PointwiseRows, RowSource, pack_direct
 from .strip_spans import Span
 from .upsampled_rows import upsampled_rows
 from .working_memory import (
@@ -143,7 +144,7 @@ class Strips:
 
     def __init__(self, store: MapStore, zq: Tensor | None, memory: WorkingMemory) -> None:
         self.store, self.zq, self.memory = store, zq, memory
-        self._buffer = self._new_buffer()
+        self.buffer = self._new_buffer()
 
     def decode(self, decoder: LayeredDecoder, z: Tensor) -> Tensor:
         """Return the decoder's image of z, ``(1, z_channels, h, w)``."""
@@ -189,7 +190,7 @@ class Strips:
         """Return ``conv(silu(norm(x)))``, ``(1, conv.out_channels, H, W)``."""
         out = self.store.empty(1, conv.out_channels, x.height, x.width)
         values = convolution_values(x.channels, conv.out_channels)
-        convolved = ConvolvedRows(conv, self._normalised(norm, x, "silu"), self._buffer, self.spans(x, values))
+        convolved = ConvolvedRows(conv, self._normalised(norm, x, "silu"), self.buffer, self.spans(x, values))
 
         def write_strip(first: int, last: int) -> None:
             rows = out.new_zeros(1, last - first, x.width, conv.out_channels).permute(0, 3, 1, 2)
@@ -212,7 +213,7 @@ class Strips:
         if out is None:
             out = self.store.allocate(conv.out_channels, x.height, x.width)
         values = convolution_values(x.channels, conv.out_channels)
-        convolved = ConvolvedRows(conv, source, self._buffer, self.spans(x, values), packed)
+        convolved = ConvolvedRows(conv, source, self.buffer, self.spans(x, values), packed)
 
         def write_strip(first: int, last: int) -> Moments:
             rows = out.reserve(first, last)
@@ -233,7 +234,7 @@ class Strips:
         convolutions = [Pointwise(layer, x.dtype) for layer in layers]
 
         def write_strip(first: int, last: int) -> None:
-            n = self._buffer.rows(x, last - first)
+            n = self.buffer.rows(x, last - first)
             source.write_rows(first, last, n)
             for convolution, whole in zip(convolutions, tokens, strict=True):
                 convolution.write_to(_as_map(whole[:, :, first * x.width : last * x.width], x.width), n)
@@ -290,9 +291,9 @@ class Strips:
 
         So a block whose channels shrink to half or less needs no other map. packed: see `pack_direct`.
         """
-        source, shortcut = OverwrittenRows(block.norm1, x, self.zq, "silu"), self._shortcut(block, x)
+        source, shortcut = OverwrittenRows(block.norm1, x, self.zq, "silu", self.buffer), self._shortcut(block, x)
         values = convolution_values(x.channels, h.channels)
-        convolved = ConvolvedRows(block.conv1, source, self._buffer, self.spans(x, values), packed)
+        convolved = ConvolvedRows(block.conv1, source, self.buffer, self.spans(x, values), packed)
 
         def write_strip(first: int, last: int) -> Moments:
             rows, shortcut_rows = h.reserve(first, last), out.reserve(first, last)
@@ -319,7 +320,7 @@ class Strips:
 
     def _shortcut(self, block: ResnetBlock, x: FeatureMap) -> RowSource:
         if hasattr(block, "conv_shortcut"):
-            return ConvolvedRows(block.conv_shortcut, StoredRows(x), self._buffer)
+            return ConvolvedRows(block.conv_shortcut, StoredRows(x), self.buffer)
         if hasattr(block, "nin_shortcut"):
             return PointwiseRows(block.nin_shortcut, x)
         return StoredRows(x)
@@ -334,7 +335,7 @@ class Strips:
         out = x.reuse_storage(x.channels)
 
         def write_strip(first: int, last: int) -> Moments:
-            n = self._buffer.rows(x, last - first)
+            n = self.buffer.rows(x, last - first)
             normalised.write_rows(first, last, n)
             attended = _as_map(attention(_as_tokens(q(n)), k, v), x.width)
             return out.write_strip(first, proj_out(attended).add_(x.read(first, last)))
@@ -359,10 +360,10 @@ class Strips:
 
     def _upsample(self, layer: Upsample, x: FeatureMap) -> FeatureMap:
         x = self._compact(x)
-        self._buffer = self._new_buffer()  # the previous blocks' strips were larger, and the maps are largest now
+        self.buffer = self._new_buffer()  # the previous blocks' strips were larger, and the maps are largest now
         out = self.store.allocate(x.channels, 2 * x.height, 2 * x.width)
         if layer.with_conv and is_plain_conv3x3(layer.conv):
-            self._upsample_folded(layer.conv, x, out)
+            self.upsample_map(layer.conv, x, out)
         else:
             self._upsample_by_module(layer, x, out)
         self.store.release(x)
@@ -386,9 +387,9 @@ class Strips:
 
         out.complete(self.run(write_strip, x, UPSAMPLE_VALUES * x.channels))
 
-    def _upsample_folded(self, conv: nn.Conv2d, x: FeatureMap, out: FeatureMap) -> None:
+    def upsample_map(self, conv: nn.Conv2d, x: FeatureMap, out: FeatureMap) -> None:
         values = UPSAMPLE_VALUES * x.channels
-        upsampled = upsampled_rows(conv, x, self._buffer, self._threads(x, values))
+        upsampled = upsampled_rows(conv, x, self.buffer, self._threads(x, values))
 
         def write_strip(first: int, last: int) -> Moments:
             rows = out.reserve(2 * first, 2 * last)
@@ -409,7 +410,7 @@ class Strips:
         return out
 
     def _normalised(self, norm: nn.Module, x: FeatureMap, activation: str | None) -> NormalisedRows:
-        return NormalisedRows(norm, x, self.zq, activation)
+        return NormalisedRows(norm, x, self.zq, activation, self.buffer)
 
 
 def _as_tokens(rows: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from ..ops.upsampling import fold_window_row
 from ..ops.winograd_upsampling import WinogradUpsampling, winograd_upsampling_fits
 from .feature_maps import FeatureMap
 from .map_rows import StoredRows
-from .strip_rows import TYPICAL_ROWS, RowSource, StripBuffer, cast_parameters, haloed_rows
+from .strip_buffer import StripBuffer
+from .strip_rows import TYPICAL_ROWS, RowSource, cast_parameters, haloed_rows
 
 
 def upsampled_rows(conv: nn.Conv2d, x: FeatureMap, buffer: StripBuffer, threads: int = 1) -> RowSource:
@@ -65,13 +66,13 @@ class WindowRows:
         height, width, channels = last - first, self.x.width, self.conv.out_channels
         strip = haloed_rows(StoredRows(self.x), first, last, self.buffer)
         windows = strip.new_empty(height, width + 1, 2, channels)
-        pixels = out.permute(0, 2, 3, 1).view(height, 2, width, 2, channels)
+        pixels = out.permute(0, 2, 3, 1).view(height, 2, 2 * width, channels)
         for row, convolution in enumerate(self.packed):
             with profiling.layer_range(self.conv):
                 convolution.write_to(windows.flatten(2).permute(2, 0, 1)[None], strip[:, :, 1 - row : 2 - row + height])
-            for column in (0, 1):
-                # A window's upper left pixel is the lower right pixel of the cell above and left of its centre.
-                pixels[:, 1 - row, :, 1 - column] = windows[:, 1 - column : 1 - column + width, column]
+            # A window is centred on the corner of four pixels, so the first and the last pixel of a row lie outside the map.
+            # Its upper pixels are the lower ones of the rows above its centre.
+            pixels[:, 1 - row] = windows.flatten(1, 2)[:, 1:-1]
 
     def _pack_row(self, row: int) -> Convolution:
         """Return the convolution of the upper (0) or lower (1) pixels of each window."""

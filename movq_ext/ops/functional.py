@@ -15,6 +15,7 @@ from .argument_checks import (
     check_spatial_norm,
     check_upsample_conv,
 )
+from .cpu_upsampling import prepare_upsample_conv
 from .extension import warn_once
 from .options import NormOptions
 from .paths import attention_backend, failed_self_test, upsampling_method, why_native, why_native_parameters
@@ -245,7 +246,8 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, method: str | 
         weight: ``(out, C, 3, 3)``.
         bias: ``(out,)``, or None.
         method: one of `upsampling.METHODS`. None takes the one that costs least in counted operations and bytes on a GPU, and
-            ``"transposed"`` in traced programs. On a CPU it takes ``"transposed"``, or for few pixels ``"direct"``.
+            ``"transposed"`` in traced programs. On a CPU it takes ``"transposed"``, or for few pixels ``"direct"``; without
+            gradients, nine products for four pixels where these are exact and faster, see `WinogradUpsampling`.
             ``"windows"`` is for inference: its gradient has no kernels. With kernels it takes at most 65535 images of 32767 rows,
             and is never the automatic choice.
 
@@ -270,9 +272,12 @@ def upsample_conv_with_statistics(
         bias unless the method is ``"windows"``), and where `add_bias_residual_with_statistics_` leaves none.
     """
     check_upsample_conv(x, weight, bias, method)
+    in_inference = native.is_inference(*(tensor for tensor in (x, weight, bias) if tensor is not None))
+    if not x.is_cuda and method is None and in_inference:
+        prepared = prepare_upsample_conv(weight, bias, native.compute_dtype(x), x.numel() // x.shape[1], x.shape[3])
+        return MeasuredMap(prepared(x))
     if not x.is_cuda:
         return MeasuredMap(upsampling.upsample_conv(x, weight, bias, method or upsampling.cpu_method(x)))
-    in_inference = native.is_inference(*(tensor for tensor in (x, weight, bias) if tensor is not None))
     if method is None:
         method = upsampling_method(x, weight.shape[0], bias is not None, in_inference, weight.dtype)
     if reason := why_native(weight) or failed_self_test("upsample_conv", weight):

@@ -5,8 +5,8 @@ Nearest upsampling by two, then a filter with taps ``w0, w1, w2``, makes two pix
     y[2i]     = w0 * x[i-1] + (w1 + w2) * x[i]  =  (w0 + w1 + w2) * x[i] + w0 * (x[i-1] - x[i])
     y[2i + 1] = (w0 + w1) * x[i] + w2 * x[i+1]  =  (w0 + w1 + w2) * x[i] - w2 * (x[i] - x[i+1])
 
-So three products take the place of four, as in Winograd's F(2, 2), and neighbouring values share their difference. Nested for rows
-and columns, nine products make four pixels, where folded weights take 16 and the convolution of the doubled map 36.
+So three products take the place of four, as in Winograd's F(2, 2), and neighbouring values share their difference. Nested for
+rows and columns, nine products make four pixels, where folded weights take 16 and the convolution of the doubled map 36.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from torch import Tensor
 
 from .winograd import MAX_BLOCK_BYTES, computes_exactly, weight_factors
 
+MIN_CHANNELS = 128  # of the input: with fewer, a pass over the values takes as long as the products that are saved
 FACTORS = 9  # matrices that take the place of a weight
 HALO = 2  # rows
 
 
 def winograd_upsampling_fits(weight: Tensor, width: int, max_bytes: int, threads: int = 1) -> bool:
-    """Return True if `WinogradUpsampling` computes as exactly as a direct convolution and takes at most ``max_bytes``.
+    """Return True if `WinogradUpsampling` is faster than folded weights and takes at most ``max_bytes``.
 
     Always False unless the weight is on a CPU in float32 or float64, outside autocast, and float32 products are not rounded to
     fewer bits.
@@ -35,6 +36,8 @@ def winograd_upsampling_fits(weight: Tensor, width: int, max_bytes: int, threads
     if weight.device.type != "cpu" or not computes_exactly(weight.dtype):
         return False
     out_channels, channels = weight.shape[:2]
+    if channels < MIN_CHANNELS:
+        return False
     values = FACTORS * out_channels * channels + threads * _block_values(1, width, channels, out_channels)
     return values * weight.itemsize <= max_bytes
 

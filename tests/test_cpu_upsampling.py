@@ -1,0 +1,88 @@
+"""Upsampling on a CPU without gradients: which way it takes, for one map and for several."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import draw
+from spies import record_calls
+from tolerances import assert_close
+
+from movq_ext.ops import cpu_upsampling, winograd_upsampling
+from movq_ext.ops.cpu_upsampling import prepare_upsample_conv
+from movq_ext.ops.functional import upsample_conv
+from movq_ext.ops.thread_pool import run_in_threads
+from movq_ext.ops.winograd_upsampling import WinogradUpsampling
+
+
+@pytest.fixture(autouse=True)
+def few_channels(monkeypatch):
+    monkeypatch.setattr(winograd_upsampling, "MIN_CHANNELS", 1)
+
+
+@pytest.fixture
+def prepared(monkeypatch):
+    """Return a list that grows with each `WinogradUpsampling`."""
+    return record_calls(monkeypatch, WinogradUpsampling, "__init__", lambda *_: True)
+
+
+def arguments(images=2, height=5, width=3, dtype=torch.float32):
+    x, weight, bias = draw(images, 4, height, width), draw(6, 4, 3, 3), draw(6)
+    return x.to(dtype), weight.to(dtype), bias.to(dtype)
+
+
+def doubled_convolution(x, weight, bias):
+    return F.conv2d(
+        F.interpolate(x.double(), scale_factor=2.0), weight.double(), None if bias is None else bias.double(), padding=1
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("images, height", [(1, 5), (2, 1), (3, 8)])
+def test_nine_products_in_threads(restored_threads, prepared, images, height, layout, threads):
+    torch.set_num_threads(threads)
+    x, weight, bias = arguments(images, height)
+    x = x.contiguous(memory_format=layout)
+    for maybe_bias in (bias, None):
+        out = upsample_conv(x, weight, maybe_bias)
+        assert_close(out, doubled_convolution(x, weight, maybe_bias))
+        assert out.is_contiguous(memory_format=layout)
+    assert len(prepared) == 2
+
+
+def test_gradients_and_sixteen_bits_take_folded_weights(prepared):
+    x, weight, bias = arguments()
+    out = upsample_conv(x, weight.requires_grad_(), bias)
+    assert_close(out, doubled_convolution(x, weight, bias))
+    assert out.requires_grad
+    with torch.no_grad():
+        upsample_conv(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert upsample_conv(x, weight, bias).dtype == torch.bfloat16
+    assert not prepared
+
+
+def test_a_method_on_request(prepared):
+    x, weight, bias = arguments()
+    for method in ("transposed", "windows", "direct"):
+        assert_close(upsample_conv(x, weight, bias, method), doubled_convolution(x, weight, bias))
+    assert not prepared
+
+
+@pytest.mark.parametrize("max_bytes, pixels, expected", [(1 << 20, 1, "products"), (0, 1 << 20, "folded"), (0, 1, "direct")])
+def test_several_maps_share_the_factors(monkeypatch, prepared, max_bytes, pixels, expected):
+    folded = record_calls(monkeypatch, cpu_upsampling, "fold_upsampling", lambda *_: True)
+    x, weight, bias = arguments()
+    upsample = prepare_upsample_conv(weight, bias, x.dtype, pixels, x.shape[3], max_bytes)
+    for part in (x[:1], x[:, :, :2], x):
+        assert_close(upsample(part), doubled_convolution(part, weight, bias))
+    assert (len(prepared), len(folded)) == (expected == "products", expected == "folded")
+
+
+def test_within_a_task_of_a_thread(restored_threads):
+    """Tasks share the factors, and no task waits for another."""
+    torch.set_num_threads(2)
+    x, weight, bias = arguments(4)
+    upsample = prepare_upsample_conv(weight, bias, x.dtype, x.numel(), x.shape[3])
+    out = torch.cat(run_in_threads(upsample, x.split(1)))
+    assert_close(out, doubled_convolution(x, weight, bias))
