@@ -7,7 +7,7 @@ from models import draw
 from spies import record_calls
 from tolerances import assert_close
 
-from movq_ext.ops import cpu_upsampling, winograd_upsampling
+from movq_ext.ops import cpu_upsampling, upsampling, winograd_upsampling
 from movq_ext.ops.cpu_upsampling import prepare_upsample_conv
 from movq_ext.ops.functional import upsample_conv
 from movq_ext.ops.thread_pool import run_in_threads
@@ -39,7 +39,7 @@ def doubled_convolution(x, weight, bias):
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("images, height", [(1, 5), (2, 1), (3, 8)])
-def test_nine_products_in_threads(restored_threads, prepared, images, height, layout, threads):
+def test_nine_products_in_threads(prepared, images, height, layout, threads):
     torch.set_num_threads(threads)
     x, weight, bias = arguments(images, height)
     x = x.contiguous(memory_format=layout)
@@ -71,6 +71,7 @@ def test_a_method_on_request(prepared):
 
 @pytest.mark.parametrize("max_bytes, pixels, expected", [(1 << 20, 1, "products"), (0, 1 << 20, "folded"), (0, 1, "direct")])
 def test_several_maps_share_the_factors(monkeypatch, prepared, max_bytes, pixels, expected):
+    monkeypatch.setattr(upsampling, "MIN_FOLDED_PIXELS", 2)
     folded = record_calls(monkeypatch, cpu_upsampling, "fold_upsampling", lambda *_: True)
     x, weight, bias = arguments()
     upsample = prepare_upsample_conv(weight, bias, x.dtype, pixels, x.shape[3], max_bytes)
@@ -79,7 +80,7 @@ def test_several_maps_share_the_factors(monkeypatch, prepared, max_bytes, pixels
     assert (len(prepared), len(folded)) == (expected == "products", expected == "folded")
 
 
-def test_within_a_task_of_a_thread(restored_threads):
+def test_within_a_task_of_a_thread():
     """Tasks share the factors, and no task waits for another."""
     torch.set_num_threads(2)
     x, weight, bias = arguments(4)
