@@ -2,10 +2,10 @@
 
     python benchmarks/upsample.py --out benchmarks/results/upsample
 
-Maps and weights are in channels_last. `forward` is inference; `backward` times the forward pass with its gradients. "chosen" is
-the method that `upsample_conv` takes by counted operations and bytes, and "GFLOP" and "MB" are its counts. Before it is timed,
-every result is checked against the convolution in float64. float32 runs in TF32 if torch.backends.cudnn.allow_tf32 is True, its
-default.
+Maps and weights are in channels_last. `forward` is inference; `backward` times the forward pass with its gradients. "automatic" is
+what `upsample_conv` does by itself. On a GPU, "chosen" is the method that it takes by counted operations and bytes, and "GFLOP" and
+"MB" are its counts. Before it is timed, every result is checked against the convolution in float64. float32 runs in TF32 if
+torch.backends.cudnn.allow_tf32 is True, its default.
 """
 
 from __future__ import annotations
@@ -69,19 +69,22 @@ def main() -> None:
             cost = count_costs(x, channels, True, dtype)
             for name, run, methods in (("forward", forward, METHODS), ("backward", backward, ("transposed", "direct"))):
                 exact = run(pytorch, [tensor.double() for tensor in inputs], dout.double())
-                chosen = upsampling_method(x, channels, True, in_inference=run is forward, weight_dtype=dtype)
                 row: dict[str, Any] = {"dtype": str(dtype)[6:], "C": channels, "H=W": size, "pass": name}
                 functions = {method: partial(upsample_conv, method=method) if method in methods else None for method in METHODS}
-                for method, function in {**functions, "pytorch": pytorch}.items():
+                for method, function in {**functions, "automatic": upsample_conv, "pytorch": pytorch}.items():
                     late = time.monotonic() - start > 60 * options.minutes
                     timed = function and not late
                     result = measure(partial(run, function, inputs, dout), exact, device) if timed else "no time" if late else "-"
                     row[f"{method} ms"] = result
-                times = {method: row[f"{method} ms"] for method in methods if isinstance(row[f"{method} ms"], float)}
-                row |= {"chosen": chosen, "fastest": min(times, key=lambda method: times[method]) if times else "-"}
-                row |= {"GFLOP": cost[chosen].operations / 1e9, "MB": cost[chosen].bytes / 1e6}
-                theirs, ours = row["pytorch ms"], times.get(chosen)
-                row["x pytorch"] = theirs / ours if isinstance(theirs, float) and ours else "-"
+                times = {
+                    method: row[f"{method} ms"] for method in (*methods, "automatic") if isinstance(row[f"{method} ms"], float)
+                }
+                row["fastest"] = min(times, key=lambda method: times[method]) if times else "-"
+                if device.type == "cuda":
+                    chosen = upsampling_method(x, channels, True, in_inference=run is forward, weight_dtype=dtype)
+                    row |= {"chosen": chosen, "GFLOP": cost[chosen].operations / 1e9, "MB": cost[chosen].bytes / 1e6}
+                theirs, ours = row["pytorch ms"], row["automatic ms"]
+                row["x pytorch"] = theirs / ours if isinstance(theirs, float) and isinstance(ours, float) else "-"
                 rows.append(row)
                 del exact
     head = {

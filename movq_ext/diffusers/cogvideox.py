@@ -175,7 +175,7 @@ def enlarge_clip(upsample: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def enlarge_frames(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """Return ``conv(upsample(x))`` of frames ``(B * T, C, H, W)``, nearest 2x."""
-    return upsample_conv(x, conv.weight, conv.bias) if folding_pays(x) else conv(F.interpolate(x, scale_factor=2.0))
+    return upsample_conv(x, conv.weight, conv.bias) if folding_pays(x, conv.weight) else conv(F.interpolate(x, scale_factor=2.0))
 
 
 def upsampled_frames(module: Any, x: Tensor) -> Tensor:

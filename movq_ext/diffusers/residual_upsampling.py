@@ -23,7 +23,8 @@ class KVAECachedPXSUpsample(Accelerated):
         return "it does not double the size" if module.factor != 2 else spatial_conv_reason(module.spatial_conv, "reflect")
 
     def forward(self: Any, x: Tensor, cache: Any, *args: Any) -> Tensor:
-        serves = can_compute(self, x) and not KVAECachedPXSUpsample.unsupported_reason(self) and folding_pays(x)
+        serves = can_compute(self, x) and not KVAECachedPXSUpsample.unsupported_reason(self)
+        serves = serves and folding_pays(x, self.spatial_conv.weight)
         if not count_call(self, not args and serves):
             return original_class(self).forward(self, x, cache, *args)  # type: ignore[no-any-return]
         if self.temporal_compress:
@@ -44,7 +45,8 @@ class Kandinsky6SRUpsample(Accelerated):
 
     def forward(self: Any, hidden_states: Tensor, cache: Any, *args: Any) -> Tensor:
         x = hidden_states
-        serves = can_compute(self, x) and not Kandinsky6SRUpsample.unsupported_reason(self) and folding_pays(x)
+        serves = can_compute(self, x) and not Kandinsky6SRUpsample.unsupported_reason(self)
+        serves = serves and folding_pays(x, self.spatial_conv.weight)
         if not count_call(self, not args and serves):
             return original_class(self).forward(self, x, cache, *args)  # type: ignore[no-any-return]
         if self.compress_time:  # T + 1 frames of a clip become 2 T + 1

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from ..model.fusion import is_plain_conv3x3
 from ..ops.functional import upsample_conv
-from ..ops.native import compute_dtype, is_exporting, traces_plain_operators
+from ..ops.native import compute_dtype, is_exporting, is_inference, traces_plain_operators
 from ..ops.upsampling import folding_pays_on_cpu
+from ..ops.winograd import WINOGRAD_BYTES
+from ..ops.winograd_upsampling import winograd_upsampling_fits
 from .accelerated import Accelerated, can_compute, count_call, original_class
 
 
@@ -26,19 +28,22 @@ class Upsample2D(Accelerated):
     def forward(self: Any, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         x, conv = hidden_states, _conv_of(self)
         is_doubling = not args and not kwargs and output_size is None
-        if not count_call(self, is_doubling and can_compute(self, x) and is_plain_conv3x3(conv) and folding_pays(x)):
+        if not count_call(self, is_doubling and can_compute(self, x) and is_plain_conv3x3(conv) and folding_pays(x, conv.weight)):
             return original_class(self).forward(self, x, output_size, *args, **kwargs)  # type: ignore[no-any-return]
         return upsample_conv(x, conv.weight, conv.bias)
 
 
-def folding_pays(x: Tensor) -> bool:
-    """True if a map ``(B, C, H, W)`` or clip, before upsampling, has so many pixels that folding saves more than it costs.
+def folding_pays(x: Tensor, weight: Tensor) -> bool:
+    """True if `upsample_conv` is faster than the convolution of the doubled map ``(B, C, H, W)`` or clip.
 
-    Always True on a GPU, where `upsample_conv` decides by counted costs.
+    Always True on a GPU, where `upsample_conv` decides by counted costs. On a CPU the map needs many pixels, unless it takes nine
+    products for four pixels.
     """
     if traces_plain_operators() or is_exporting():  # the program may be given maps of any size
         return True
-    return x.is_cuda or folding_pays_on_cpu(x.numel() // x.shape[1], compute_dtype(x))
+    if x.is_cuda or (is_inference(x, weight) and winograd_upsampling_fits(weight, x.shape[-1], WINOGRAD_BYTES)):
+        return True
+    return folding_pays_on_cpu(x.numel() // x.shape[1], compute_dtype(x))
 
 
 def _conv_of(upsample: Any) -> Any:
