@@ -2,10 +2,10 @@
 
     python benchmarks/upsample.py --out benchmarks/results/upsample
 
-Maps and weights are in channels_last. `forward` is inference; `backward` times the forward pass with its gradients. "automatic" is
-what `upsample_conv` does by itself. On a GPU, "chosen" is the method that it takes by counted operations and bytes, and "GFLOP" and
-"MB" are its counts. Before it is timed, every result is checked against the convolution in float64. float32 runs in TF32 if
-torch.backends.cudnn.allow_tf32 is True, its default.
+Maps and weights are in channels_last. `forward` is inference; `backward` times the forward pass with its gradients. "automatic"
+is what `upsample_conv` does by itself. On a GPU, "chosen" is the method that it takes by counted operations and bytes, and
+"GFLOP" and "MB" are its counts. Before it is timed, every result is checked against the convolution in float64. float32 runs in
+TF32 if torch.backends.cudnn.allow_tf32 is True, its default.
 """
 
 from __future__ import annotations
@@ -76,9 +76,8 @@ def main() -> None:
                     timed = function and not late
                     result = measure(partial(run, function, inputs, dout), exact, device) if timed else "no time" if late else "-"
                     row[f"{method} ms"] = result
-                times = {
-                    method: row[f"{method} ms"] for method in (*methods, "automatic") if isinstance(row[f"{method} ms"], float)
-                }
+                measured = {method: row[f"{method} ms"] for method in (*methods, "automatic")}
+                times = {method: result for method, result in measured.items() if isinstance(result, float)}
                 row["fastest"] = min(times, key=lambda method: times[method]) if times else "-"
                 if device.type == "cuda":
                     chosen = upsampling_method(x, channels, True, in_inference=run is forward, weight_dtype=dtype)

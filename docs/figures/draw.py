@@ -23,6 +23,7 @@ FIGURES = {
     "hopper_seesaw": hopper.seesaw,
     "upsample_phases": upsampling.phases,
     "upsample_windows": upsampling.windows,
+    "upsample_products": upsampling.products,
     "strips": decode.strips,
     "winograd": decode.winograd,
 }

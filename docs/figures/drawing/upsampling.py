@@ -128,3 +128,31 @@ def windows() -> Figure:
         "the 4 x 6 pixels at once. Upsample runs that, so training and a GPU do; a decode in strips runs the windows.",
     )
     return figure
+
+
+def products() -> Figure:
+    figure = Figure(860, 356, "Three products for two pixels of an upsampled row")
+    figure.text(
+        24, 32, "A filter w0, w1, w2 over a row in which every value stands twice: three products for two pixels", bold=True
+    )
+    values = ("x[i-1]", "x[i]", "x[i+1]")
+    for column, name in enumerate(values):
+        figure.box(40 + column * 200, 56, 110, 36, BLUE, name)
+    figure.note(650, 78, "values")
+    for column, name in enumerate(("x[i-1] - x[i]", "x[i]", "x[i] - x[i+1]")):
+        centre = 195 + column * 100
+        figure.box(centre - 46 - (54 if column == 0 else -54 if column == 2 else 0), 134, 92, 36, PURPLE, name, size=12)
+    for start, end in ((95, 130), (275, 150), (295, 295), (315, 440), (495, 460)):
+        figure.arrow((start, 94), (end, 132))
+    figure.note(650, 156, "differences, shared with", "the neighbouring pairs")
+    factors = ("\u00d7 w0", "\u00d7 (w0+w1+w2)", "\u00d7 -w2")
+    for centre, factor in zip((141, 295, 449), factors, strict=True):
+        figure.arrow((centre, 172), (centre, 208))
+        figure.box(centre - 62, 210, 124, 36, GREEN, factor, size=13)
+    figure.note(650, 232, "three products", "(two pixels of two taps: four)")
+    for centre, name, others in ((218, "y[2i]", (141, 290)), (372, "y[2i + 1]", (300, 449))):
+        for other in others:
+            figure.arrow((other, 248), (centre, 294))
+        figure.box(centre - 55, 296, 110, 36, ORANGE, name)
+    figure.note(650, 318, "pixels")
+    return figure
