@@ -17,6 +17,7 @@ from movq_ext.ops.winograd_upsampling import WinogradUpsampling
 @pytest.fixture(autouse=True)
 def few_channels(monkeypatch):
     monkeypatch.setattr(winograd_upsampling, "MIN_CHANNELS", 1)
+    monkeypatch.setattr(winograd_upsampling, "MIN_PIXELS", 1)
 
 
 @pytest.fixture
@@ -50,16 +51,31 @@ def test_nine_products_in_threads(prepared, images, height, layout, threads):
     assert len(prepared) == 2
 
 
-def test_gradients_and_sixteen_bits_take_folded_weights(prepared):
-    x, weight, bias = arguments()
-    out = upsample_conv(x, weight.requires_grad_(), bias)
-    assert_close(out, doubled_convolution(x, weight, bias))
-    assert out.requires_grad
-    with torch.no_grad():
-        upsample_conv(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
-        with torch.autocast("cpu", torch.bfloat16):
-            assert upsample_conv(x, weight, bias).dtype == torch.bfloat16
-    assert not prepared
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_slices_keep_their_layout(prepared, layout):
+    """That which PyTorch's convolutions give their result."""
+    x, weight, bias = arguments(height=8, width=6)
+    for part in (slice(None), (..., slice(5), slice(None)), (..., slice(1, 4)), (slice(1), ...)):
+        rows = x.contiguous(memory_format=layout)[part]
+        out = upsample_conv(rows, weight, bias)
+        assert_close(out, doubled_convolution(rows, weight, bias))
+        assert out.is_contiguous(memory_format=layout)
+    assert len(prepared) == 4
+
+
+@pytest.mark.parametrize("case", ["gradients", "bfloat16", "autocast"])
+def test_folded_weights(monkeypatch, prepared, case):
+    monkeypatch.setattr(upsampling, "MIN_FOLDED_PIXELS", 2)
+    monkeypatch.setattr(upsampling, "MIN_FOLDED_PIXELS_BFLOAT16", 2)
+    module = upsampling if case == "gradients" else cpu_upsampling
+    folded = record_calls(monkeypatch, module, "fold_upsampling", lambda *_: True)
+    x, weight, bias = arguments(dtype=torch.bfloat16 if case == "bfloat16" else torch.float32)
+    weight.requires_grad_(case == "gradients")
+    with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+        out = upsample_conv(x, weight, bias)
+    assert_close(out, doubled_convolution(x, weight, bias), slack=2)
+    assert out.dtype == (torch.float32 if case == "gradients" else torch.bfloat16)
+    assert folded and not prepared
 
 
 def test_a_method_on_request(prepared):
@@ -69,14 +85,16 @@ def test_a_method_on_request(prepared):
     assert not prepared
 
 
-@pytest.mark.parametrize("max_bytes, pixels, expected", [(1 << 20, 1, "products"), (0, 1 << 20, "folded"), (0, 1, "direct")])
-def test_several_maps_share_the_factors(monkeypatch, prepared, max_bytes, pixels, expected):
-    monkeypatch.setattr(upsampling, "MIN_FOLDED_PIXELS", 2)
+@pytest.mark.parametrize(
+    "dtype, pixels, expected", [("float32", 1, "products"), ("bfloat16", 2, "folded"), ("bfloat16", 1, "direct")]
+)
+def test_several_maps_share_the_factors(monkeypatch, prepared, dtype, pixels, expected):
+    monkeypatch.setattr(upsampling, "MIN_FOLDED_PIXELS_BFLOAT16", 2)
     folded = record_calls(monkeypatch, cpu_upsampling, "fold_upsampling", lambda *_: True)
-    x, weight, bias = arguments()
-    upsample = prepare_upsample_conv(weight, bias, x.dtype, pixels, x.shape[3], max_bytes)
+    x, weight, bias = arguments(dtype=getattr(torch, dtype))
+    upsample = prepare_upsample_conv(weight, bias, x.dtype, pixels)
     for part in (x[:1], x[:, :, :2], x):
-        assert_close(upsample(part), doubled_convolution(part, weight, bias))
+        assert_close(upsample(part), doubled_convolution(part, weight, bias), slack=2)
     assert (len(prepared), len(folded)) == (expected == "products", expected == "folded")
 
 
@@ -84,6 +102,6 @@ def test_within_a_task_of_a_thread():
     """Tasks share the factors, and no task waits for another."""
     torch.set_num_threads(2)
     x, weight, bias = arguments(4)
-    upsample = prepare_upsample_conv(weight, bias, x.dtype, x.numel(), x.shape[3])
+    upsample = prepare_upsample_conv(weight, bias, x.dtype, x.numel())
     out = torch.cat(run_in_threads(upsample, x.split(1)))
     assert_close(out, doubled_convolution(x, weight, bias))

@@ -12,7 +12,7 @@ from video_models import assert_hooked_tensors_stay, cogvideox, draw, latent, vi
 from movq_ext import accelerate, restore
 from movq_ext.diffusers import causal_convolution, norms
 from movq_ext.diffusers import cogvideox as parts
-from movq_ext.ops import upsampling
+from movq_ext.ops import cpu_upsampling, upsampling
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
 F64 = torch.float64
@@ -444,7 +444,7 @@ def test_a_cache_of_another_batch_fails_as_in_diffusers():
 def test_upsampling(frames, compress_time, folds, monkeypatch):
     from diffusers.models.upsampling import CogVideoXUpsample3D
 
-    monkeypatch.setattr(parts, "folding_pays", lambda *_: folds)
+    monkeypatch.setattr(upsampling, "MIN_FOLDED_PIXELS", 1 if folds else 1000)
     torch.manual_seed(0)
     layer, results = CogVideoXUpsample3D(4, 6, compress_time=compress_time).double(), []
     for layout in LAYOUTS:
@@ -499,7 +499,7 @@ def test_weights_are_folded_once_for_all_parts(monkeypatch):
     expected = layer(x)
     accelerate(layer)
     monkeypatch.setattr(parts, "MIN_PART_PIXELS", 256)
-    for module in (parts, upsampling):
+    for module in (cpu_upsampling, upsampling):
         monkeypatch.setattr(module, "fold_upsampling", spy(upsampling.fold_upsampling, folded))
     assert_same([layer(x)], [expected])
     assert folded == [(6, 4, 3, 3)]

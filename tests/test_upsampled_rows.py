@@ -21,6 +21,7 @@ MEMORY = {WindowRows: 0, WinogradRows: WINOGRAD_BYTES}
 @pytest.fixture(autouse=True)
 def few_channels(monkeypatch):
     monkeypatch.setattr(winograd_upsampling, "MIN_CHANNELS", 1)
+    monkeypatch.setattr(winograd_upsampling, "MIN_PIXELS", 1)
 
 
 def random_map(dtype):

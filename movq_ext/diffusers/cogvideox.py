@@ -125,7 +125,7 @@ def _normalise(
 
 
 class CogVideoXUpsample3D(Accelerated):
-    """``conv(upsample(x))`` of every frame, as one transposed convolution of the small frame; nearest along time too, on request.
+    """``conv(upsample(x))`` of every frame, as one convolution of the small frame; nearest along time too, on request.
 
     Frames are convolved before they are repeated: diffusers repeats them first.
     """
@@ -154,7 +154,7 @@ def upsample_in_parts(module: Any, x: Tensor) -> Tensor:
     conv, batch, frames = module.conv, x.shape[0], x.shape[2]
     numbers = torch.arange(frames, dtype=torch.float32).view(1, 1, -1, 1, 1)
     sources = upsampled_frames(module, numbers).flatten().int().tolist()  # of each frame of the result, ascending
-    upsample = prepare_upsample_conv(conv.weight, conv.bias, compute_dtype(x), x.numel() // x.shape[1], x.shape[4])
+    upsample = prepare_upsample_conv(conv.weight, conv.bias, compute_dtype(x), x.numel() // x.shape[1])
     out: Any = None
     for first, last in equal_parts(frames, frames_with_pixels(x, MIN_PART_PIXELS)):
         large = enlarge_clip(upsample, x[:, :, first:last])

@@ -7,11 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from ..model.fusion import is_plain_conv3x3
+from ..ops.cpu_upsampling import takes_nine_products
 from ..ops.functional import upsample_conv
 from ..ops.native import compute_dtype, is_exporting, is_inference, traces_plain_operators
 from ..ops.upsampling import folding_pays_on_cpu
-from ..ops.winograd import WINOGRAD_BYTES
-from ..ops.winograd_upsampling import winograd_upsampling_fits
 from .accelerated import Accelerated, can_compute, count_call, original_class
 
 
@@ -41,9 +40,10 @@ def folding_pays(x: Tensor, weight: Tensor) -> bool:
     """
     if traces_plain_operators() or is_exporting():  # the program may be given maps of any size
         return True
-    if x.is_cuda or (is_inference(x, weight) and winograd_upsampling_fits(weight, x.shape[-1], WINOGRAD_BYTES)):
+    dtype, pixels = compute_dtype(x), x.numel() // x.shape[1]
+    if x.is_cuda or (is_inference(x, weight) and takes_nine_products(weight, dtype, pixels)):
         return True
-    return folding_pays_on_cpu(x.numel() // x.shape[1], compute_dtype(x))
+    return folding_pays_on_cpu(pixels, dtype)
 
 
 def _conv_of(upsample: Any) -> Any:

@@ -7,11 +7,11 @@ import threading
 import torch
 from torch import Tensor
 
-from .feature_maps import FeatureMap, MapStore
+from .feature_maps import FeatureMap, MapStore, upcast
 
 
 class StripBuffer(threading.local):
-    """Memory for one strip in each thread. Each strip overwrites the previous one, so the memory stays in the cache.
+    """Memory for a strip and a copy of it in float32, in each thread. Each strip overwrites the previous one.
 
     Args:
         store: allocates the memory.
@@ -32,9 +32,12 @@ class StripBuffer(threading.local):
         return self._values[:size].view(1, count, x.width, x.channels).permute(0, 3, 1, 2)
 
     def upcast(self, rows: Tensor) -> Tensor:
-        """Return rows ``(1, C, count, W)`` in float32, in memory that the next call overwrites. Wider ones are unchanged."""
-        if rows.dtype == self._upcast.dtype:
-            return rows
+        """Return rows ``(1, C, count, W)`` of the store's dtype in float32. Wider ones are unchanged.
+
+        The next call overwrites them, unless the store has a budget: it does not count memory that is kept.
+        """
+        if rows.dtype == self._upcast.dtype or self._store.budget is not None or rows.is_cuda:
+            return upcast(rows)
         pixels = rows.permute(0, 2, 3, 1)
         if self._upcast.numel() < pixels.numel():
             self._upcast = self._upcast.new_empty(pixels.numel())

@@ -315,8 +315,8 @@ class Strips:
         return run_in_threads(pack, convs, self._threads(x, convolution_values(x.channels, convs[0].out_channels)))
 
     def _threads(self, x: FeatureMap, values_per_pixel: int) -> int:
-        """Return how many threads have a strip of x to compute."""
-        return min(len(self.spans(x, values_per_pixel)), self.memory.strip_workers(x, values_per_pixel))
+        """Return how many threads have a strip of x to compute, at least 1."""
+        return max(1, min(len(self.spans(x, values_per_pixel)), self.memory.strip_workers(x, values_per_pixel)))
 
     def _shortcut(self, block: ResnetBlock, x: FeatureMap) -> RowSource:
         if hasattr(block, "conv_shortcut"):
@@ -363,7 +363,7 @@ class Strips:
         self.buffer = self._new_buffer()  # the previous blocks' strips were larger, and the maps are largest now
         out = self.store.allocate(x.channels, 2 * x.height, 2 * x.width)
         if layer.with_conv and is_plain_conv3x3(layer.conv):
-            self.upsample_map(layer.conv, x, out)
+            self._upsample_folded(layer.conv, x, out)
         else:
             self._upsample_by_module(layer, x, out)
         self.store.release(x)
@@ -387,7 +387,7 @@ class Strips:
 
         out.complete(self.run(write_strip, x, UPSAMPLE_VALUES * x.channels))
 
-    def upsample_map(self, conv: nn.Conv2d, x: FeatureMap, out: FeatureMap) -> None:
+    def _upsample_folded(self, conv: nn.Conv2d, x: FeatureMap, out: FeatureMap) -> None:
         values = UPSAMPLE_VALUES * x.channels
         upsampled = upsampled_rows(conv, x, self.buffer, self._threads(x, values))
 

@@ -8,7 +8,7 @@ from .. import profiling
 from ..ops.onednn import Convolution
 from ..ops.thread_pool import run_in_threads
 from ..ops.upsampling import fold_window_row
-from ..ops.winograd_upsampling import WinogradUpsampling, winograd_upsampling_fits
+from ..ops.winograd_upsampling import WinogradUpsampling, winograd_upsampling_is_faster
 from .feature_maps import FeatureMap
 from .map_rows import StoredRows
 from .strip_buffer import StripBuffer
@@ -24,10 +24,10 @@ def upsampled_rows(conv: nn.Conv2d, x: FeatureMap, buffer: StripBuffer, threads:
     Args:
         conv: the convolution.
         x: the small map.
-        buffer: holds a strip of it, and tells how much memory a Winograd convolution may take.
+        buffer: holds a strip of it, and the limit for a Winograd convolution.
         threads: how many compute strips.
     """
-    if winograd_upsampling_fits(conv.weight, x.width, buffer.winograd_bytes, threads):
+    if winograd_upsampling_is_faster(conv.weight, x.height * x.width, buffer.winograd_bytes):
         return WinogradRows(conv, x, buffer, threads)
     return WindowRows(conv, x, buffer, threads)
 

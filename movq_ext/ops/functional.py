@@ -274,7 +274,7 @@ def upsample_conv_with_statistics(
     check_upsample_conv(x, weight, bias, method)
     in_inference = native.is_inference(*(tensor for tensor in (x, weight, bias) if tensor is not None))
     if not x.is_cuda and method is None and in_inference:
-        prepared = prepare_upsample_conv(weight, bias, native.compute_dtype(x), x.numel() // x.shape[1], x.shape[3])
+        prepared = prepare_upsample_conv(weight, bias, native.compute_dtype(x), x.numel() // x.shape[1])
         return MeasuredMap(prepared(x))
     if not x.is_cuda:
         return MeasuredMap(upsampling.upsample_conv(x, weight, bias, method or upsampling.cpu_method(x)))

@@ -89,8 +89,8 @@ class Tile(NamedTuple):
 class ColumnTransforms:
     """``TILE.columns.from_values @ values`` and ``TILE.columns.to_outputs @ products``, for one product of rows after another.
 
-    Most entries are 0, the others 1 or -1: additions take half the time of a matrix product. Views are taken once for all: each
-    costs about as much as adding a thousand values, and in Python, where only one thread runs.
+    Most entries are 0, the others 1 or -1: additions take half the time of a matrix product. Views are taken once for all: a
+    view costs as much as adding a thousand values, and other threads wait for the interpreter's lock meanwhile.
 
     Args:
         values: ``(rows.products, 4, ...)``.

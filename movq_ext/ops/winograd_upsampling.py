@@ -14,14 +14,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .winograd import MAX_BLOCK_BYTES, computes_exactly, weight_factors
+from .winograd import MAX_BLOCK_BYTES, MIN_BLOCK_COLUMNS, computes_exactly, weight_factors
 
 MIN_CHANNELS = 128  # of the input: with fewer, a pass over the values takes as long as the products that are saved
+MIN_PIXELS = 64  # of all maps: for fewer, the factors take longer than they save
 FACTORS = 9  # matrices that take the place of a weight
-HALO = 2  # rows
+HALO = 2  # rows, and columns
 
 
-def winograd_upsampling_fits(weight: Tensor, width: int, max_bytes: int, threads: int = 1) -> bool:
+def winograd_upsampling_is_faster(weight: Tensor, pixels: int, max_bytes: int) -> bool:
     """Return True if `WinogradUpsampling` is faster than folded weights and takes at most ``max_bytes``.
 
     Always False unless the weight is on a CPU in float32 or float64, outside autocast, and float32 products are not rounded to
@@ -29,22 +30,14 @@ def winograd_upsampling_fits(weight: Tensor, width: int, max_bytes: int, threads
 
     Args:
         weight: ``(out, in, 3, 3)``.
-        width: of the map before upsampling.
-        max_bytes: for the weight's factors and a row of each thread.
-        threads: how many share the convolution.
+        pixels: of all maps, before upsampling.
+        max_bytes: the weight's factors may take two thirds.
     """
     if weight.device.type != "cpu" or not computes_exactly(weight.dtype):
         return False
     out_channels, channels = weight.shape[:2]
-    if channels < MIN_CHANNELS:
-        return False
-    values = FACTORS * out_channels * channels + threads * _block_values(1, width, channels, out_channels)
-    return values * weight.itemsize <= max_bytes
-
-
-def _block_values(rows: int, width: int, channels: int, out_channels: int) -> int:
-    """Return the number of values in all tensors of a block of rows."""
-    return (width + 1) * (channels * (4 * rows + 2 * HALO + 2) + 5 * rows * out_channels)
+    factors = FACTORS * out_channels * channels
+    return channels >= MIN_CHANNELS and pixels >= MIN_PIXELS and factors * weight.itemsize <= max_bytes * 2 // 3
 
 
 class WinogradUpsampling:
@@ -53,7 +46,7 @@ class WinogradUpsampling:
     Args:
         weight: ``(out, in, 3, 3)``, float32 or float64, on the CPU.
         bias: ``(out,)`` or None.
-        max_bytes: see `winograd_upsampling_fits`, which must be True.
+        max_bytes: limit for the weight's factors plus each thread's block of pixels. A block has at least 16 pixels of one row.
         threads: how many may share it.
     """
 
@@ -75,53 +68,77 @@ class WinogradUpsampling:
             halo: ``(above, below)``, 0 or 1 row each. A missing one is zero.
         """
         pixels, image = out[0].permute(1, 2, 0), x[0].permute(1, 2, 0)  # (rows, columns, channels)
-        height, width = pixels.shape[0] // 2, image.shape[1]
-        above, below = halo
-        rows = self._block_rows(height, width)
-        # A column of zeros follows each row, and so precedes the next one. One more zero precedes the first row.
-        values = image.new_zeros((rows + HALO) * (width + 1) + 2, self.channels)
-        padded = values[1:-1].unflatten(0, (-1, width + 1))[:, :width]
-        differences = [torch.empty_like(values) for _ in range(3)]
-        sums = image.new_empty(5, rows * (width + 1), self.out_channels)
+        pixels = pixels.unflatten(1, (-1, 2)).unflatten(0, (-1, 2))  # (rows, 2, columns, 2, channels)
+        height, _, width = pixels.shape[:3]
+        rows, columns = self._block_size(height, width)
+        values = image.new_empty(4, (rows + HALO) * (columns + HALO) + 2, self.channels)  # stays in the cache
+        sums = image.new_empty(5, rows * (columns + HALO), self.out_channels)
         for row in range(0, height, rows):
-            last = min(row + rows, height)
-            no_above, no_below = row == 0 and not above, last == height and not below
-            haloed = image[row + above - 1 + no_above : last + above + 1 - no_below]
-            padded[no_above : no_above + len(haloed)] = haloed
-            if no_below:
-                padded[no_above + len(haloed)] = 0
-            block = pixels[2 * row : 2 * last].unflatten(0, (-1, 2)).unflatten(2, (-1, 2))
-            self._write_block(block, values, differences, sums)
+            for column in range(0, width, columns):
+                block = pixels[row : row + rows, :, column : column + columns]
+                pitch = self._copy_haloed(values[0], image, row + halo[0], column, block.shape[0], block.shape[2])
+                self._write_block(block, values, sums, pitch)
 
-    def _block_rows(self, height: int, width: int) -> int:
-        """Return how many rows of the small map form a block, as many as its memory allows."""
-        halo = _block_values(0, width, self.channels, self.out_channels)
-        row = _block_values(1, width, self.channels, self.out_channels) - halo
-        blocks = -(-height // max(1, (self.block_values - halo) // row))
-        return -(-height // blocks)
+    def _block_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the rows and columns of a block of the small map, as many as its memory allows."""
+        columns = width
+        while columns > MIN_BLOCK_COLUMNS and self._values(1, columns) > self.block_values:
+            columns = -(-columns // 2)
+        row = self._values(2, columns) - self._values(1, columns)
+        most = max(1, 1 + (self.block_values - self._values(1, columns)) // row)
+        return -(-height // -(-height // most)), columns
 
-    def _write_block(self, out: Tensor, values: Tensor, differences: list[Tensor], sums: Tensor) -> None:
+    def _values(self, rows: int, columns: int) -> int:
+        """Return the number of values in all tensors of a block."""
+        shared = 4 * ((rows + HALO) * (columns + HALO) + 2) * self.channels
+        return shared + 5 * rows * (columns + HALO) * self.out_channels
+
+    def _copy_haloed(self, values: Tensor, image: Tensor, row: int, column: int, rows: int, columns: int) -> int:
+        """Copy a block of the image ``(H, W, in)`` and its halo to values, ``(pixels, in)``. Return the pitch of its rows.
+
+        The halo is zero outside the image. One pixel lies before the first row's pixels: its left neighbour. Between two rows lie
+        the right neighbour of the first and the left neighbour of the second: one pixel if both are zero.
+        """
+        height, width = image.shape[:2]
+        pitch = columns + (1 if columns == width else HALO)
+        first, last = max(row - 1, 0), min(row + rows + 1, height)
+        start = first - (row - 1)  # row of the block
+        inside = slice(start, start + last - first)
+        count = rows + HALO
+        middle = values[1 : 1 + count * pitch].unflatten(0, (count, pitch))
+        if first > row - 1:
+            middle[0].zero_()
+        if last < row + rows + 1:
+            middle[-1].zero_()
+        left, right = values[: count * pitch : pitch], middle[:, columns]
+        for edge, neighbour in ((left, column - 1), (right, column + columns)):
+            edge.zero_()
+            if 0 <= neighbour < width:
+                edge[inside] = image[first:last, neighbour]
+        middle[inside, :columns] = image[first:last, column : column + columns]
+        return pitch
+
+    def _write_block(self, out: Tensor, values: Tensor, sums: Tensor, pitch: int) -> None:
         """Write the pixels of a block.
 
         Args:
-            out: ``(rows, 2, W, 2, out)``.
-            values: ``(pixels, in)`` of the rows and the halo, see `write_to`.
-            differences: memory, ``(pixels, in)`` each.
-            sums: memory, ``(5, rows * (W + 1), out)``.
+            out: ``(rows, 2, columns, 2, out)``.
+            values: ``(4, pixels, in)``. The first are the block's, see `_copy_haloed`, the others memory for differences.
+            sums: memory, ``(5, pixels, out)``.
+            pitch: pixels from one row to the next.
         """
-        rows, _, width = out.shape[:3]
-        pitch = width + 1
-        count, end = rows * pitch, (rows + HALO) * pitch + 2
+        rows, _, columns = out.shape[:3]
+        count, end = rows * pitch, (rows + HALO) * pitch + 1
         first = pitch + 1  # pixel of the block
-        by_column, by_row, by_both = differences  # from the pixel on the left, above, and both
-        torch.sub(values[: end - 1], values[1:end], out=by_column[1:end])
-        torch.sub(values[first - pitch : end - pitch], values[first:end], out=by_row[first:end])
+        value, by_column, by_row, by_both = values  # differences from the pixel on the left, above, and both
+        torch.sub(value[: end - 1], value[1:end], out=by_column[1:end])
+        torch.sub(value[first - pitch : end - pitch], value[first:end], out=by_row[first:end])
         torch.sub(by_column[first - pitch : end - pitch], by_column[first:end], out=by_both[first:end])
         # The factors of each weight, [row][column]: the value, its difference from the one before, and that of the one after.
         factors = [
             [source[first + shift : first + shift + count] for source, shift in row]
             for row in (
-                ((values, 0), (by_column, 0), (by_column, 1)),
+                ((value, 0), (by_column, 0), (by_column, 1)),
                 ((by_row, 0), (by_both, 0), (by_both, 1)),
                 ((by_row, pitch), (by_both, pitch), (by_both, pitch + 1)),
             )
@@ -138,5 +155,5 @@ class WinogradUpsampling:
             torch.mm(factors[row][0], self.weights[row][0], out=of_row)
             for column, of_column in ((1, left), (2, right)):
                 torch.addmm(of_row, factors[row][column], self.weights[row][column], out=of_pixel)
-                summands = (t.unflatten(0, (rows, pitch))[:, :width] for t in (of_column, of_pixel))
+                summands = (t.unflatten(0, (rows, pitch))[:, :columns] for t in (of_column, of_pixel))
                 torch.add(*summands, out=out[:, row - 1, :, column - 1])
