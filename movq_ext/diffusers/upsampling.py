@@ -15,7 +15,7 @@ from .accelerated import Accelerated, can_compute, count_call, original_class
 
 
 class Upsample2D(Accelerated):
-    """``conv(upsample(x))``, nearest 2x and 3x3, as one convolution of x."""
+    """``conv(upsample(x))``, nearest 2x and 3x3, computed from x."""
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:

@@ -1,9 +1,10 @@
 """Fusing layers: which may be fused, deferred biases, keys absorbed into queries.
 
-Eager, compiled, exported and traced programs all fold upsampling and join convolutions that share an input. On one CPU core
-(medians of interleaved runs, quartiles in brackets) folding takes 0.4 to 0.6 times as long as the two layers, both eager and
-compiled, 0.55 (0.49 to 0.64) in a compiled training step, and 0.7 in onnxruntime; a whole compiled decode takes 0.87 (0.78 to
-0.99). Joining makes no difference to a compiled decode: 1.05 (0.90 to 1.19).
+Eager, compiled, exported and traced programs all fold upsampling and join convolutions that share an input, but eager ones on a
+CPU take `WinogradUpsampling` in wide layers without gradients. On one CPU core (medians of interleaved runs, quartiles in
+brackets) folding takes 0.4 to 0.6 times as long as the two layers, both eager and compiled, 0.55 (0.49 to 0.64) in a compiled
+training step, and 0.7 in onnxruntime; a whole compiled decode takes 0.87 (0.78 to 0.99). Joining makes no difference to a
+compiled decode: 1.05 (0.90 to 1.19).
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ from .norms import GroupNorm, SpatialNorm, is_plain_norm, make_norm
 class Upsample(nn.Module, FusedModule):
     """Nearest 2x upsampling, then a 3x3 convolution, computed together as one convolution of the small map.
 
-    That takes 2.25 times fewer multiplications, in training too.
+    That takes 2.25 times fewer multiplications, in training too, and 4 times fewer in wide layers on a CPU without gradients.
 
     Args:
         in_channels: channels of the map, before and after.
@@ -55,7 +55,7 @@ class Upsample(nn.Module, FusedModule):
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(B, C, 2H, 2W)`` for x ``(B, C, H, W)``."""
         if self.with_conv and is_plain_conv3x3(self.conv):
-            # Folded in every call: no cache could see every way in which a weight is changed.
+            # Weights are added up in every call: no cache could see every way in which a weight is changed.
             return upsample_conv(x, self.conv.weight, self.conv.bias)
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         return self.conv(x) if self.with_conv else x

@@ -247,7 +247,8 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, method: str | 
         bias: ``(out,)``, or None.
         method: one of `upsampling.METHODS`. None takes the one that costs least in counted operations and bytes on a GPU, and
             ``"transposed"`` in traced programs. On a CPU it takes ``"transposed"``, or for few pixels ``"direct"``; without
-            gradients, nine products for four pixels where these are exact and faster, see `WinogradUpsampling`.
+            gradients, in float32 and float64 and with at least 128 channels, it takes nine products for four pixels
+            (`winograd_upsampling`).
             ``"windows"`` is for inference: its gradient has no kernels. With kernels it takes at most 65535 images of 32767 rows,
             and is never the automatic choice.
 

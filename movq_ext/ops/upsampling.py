@@ -1,4 +1,4 @@
-"""Nearest 2x upsampling followed by a 3x3 convolution: three ways to compute it from PyTorch's operators, and what each costs.
+"""Nearest 2x upsampling followed by a 3x3 convolution: three ways that serve every device and dtype, and what each costs.
 
 The large map holds every pixel four times, so neighbouring weights can be added before they are multiplied: 16 multiplications
 per small pixel, where the large map takes 36.
@@ -8,6 +8,8 @@ per small pixel, where the large map takes 36.
   pixels of each window and adds the bias. By count it costs slightly more than ``transposed``, so it runs only on request until
   a GPU shows which of the two cuDNN convolves faster;
 - ``direct``: the large map, its convolution, then the bias. Cheapest for small maps: nothing is folded.
+
+`winograd_upsampling` has a fourth, for wide layers on a CPU without gradients.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ PART_COLUMNS = 1 << 16  # of the matrix of a weight's taps: each thread computes
 PRODUCT_COST = 1.25
 TRANSFORM_COST = 50  # of a value that a transform writes
 FACTOR_COST = 20  # of a weight's factor, which is computed once and read for every strip and frame
-STRIP_COST = 2e7  # of a strip: a hundred operators more than for a direct convolution, about 0.2 ms
+STRIP_COST = 2e7  # of a strip: about fifty operators more than for a direct convolution, 0.2 ms
 
 
 def winograd_is_faster(weight: Tensor, strips: Sequence[tuple[int, int]], max_bytes: int, frames: int = 1) -> bool:
