@@ -125,7 +125,7 @@ def windows() -> Figure:
         24,
         374,
         "fold_upsampling writes the same sixteen sums as one 4x4 kernel: F.conv_transpose2d with stride 2 and padding 1 computes",
-        "the 4 x 6 pixels at once. Training and a GPU run that. A decode in strips runs the windows, or nine products for four pixels.",
+        "the 4 x 6 pixels at once. Training and a GPU run that; a decode in strips runs the windows or nine products.",
     )
     return figure
 
