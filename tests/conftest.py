@@ -55,7 +55,7 @@ from spies import record_calls  # noqa: E402
 
 from movq_ext.bulk.batches import BatchDecoder, Settings  # noqa: E402
 from movq_ext.model import working_memory  # noqa: E402
-from movq_ext.ops import attention_backends, extension, self_test, thread_pool  # noqa: E402
+from movq_ext.ops import attention_backends, extension, self_test, thread_pool, winograd_upsampling  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +130,13 @@ def runs(monkeypatch):
         return workers + isinstance(threading.current_thread(), thread_pool.Worker)
 
     return record_calls(monkeypatch, thread_pool, "_run", count)
+
+
+@pytest.fixture
+def few_channels(monkeypatch):
+    """Narrow layers and small maps take nine products for four pixels, too."""
+    monkeypatch.setattr(winograd_upsampling, "MIN_CHANNELS", 1)
+    monkeypatch.setattr(winograd_upsampling, "MIN_PIXELS", 1)
 
 
 @pytest.fixture

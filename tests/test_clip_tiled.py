@@ -14,7 +14,7 @@ from video_models import cogvideox, latent
 from movq_ext import accelerate, decode_clip_tiled
 from movq_ext.diffusers import clip_strips, clip_tiled
 from movq_ext.model.working_memory import WorkingMemory
-from movq_ext.ops import upsampling
+from movq_ext.ops import cpu_upsampling, upsampling
 from movq_ext.ops.moments import Moments
 
 F64 = torch.float64
@@ -141,7 +141,7 @@ def test_strips_take_few_operations_more_than_the_whole(monkeypatch, frames):
 
 def test_upsampling_weights_are_folded_once_for_all_strips(monkeypatch):
     folded = []
-    for module in (clip_strips, upsampling):
+    for module in (cpu_upsampling, upsampling):
         record_calls(monkeypatch, module, "fold_upsampling", lambda out, weight: folded.append(weight))
     model = cogvideox()
     decode_clip_tiled(model, latent(5, size=SIZE), max_memory=scaled(LITTLE, torch.float32))  # strips of one row

@@ -7,17 +7,13 @@ from models import draw
 from spies import record_calls
 from tolerances import assert_close
 
-from movq_ext.ops import cpu_upsampling, upsampling, winograd_upsampling
+from movq_ext.ops import cpu_upsampling, upsampling
 from movq_ext.ops.cpu_upsampling import prepare_upsample_conv
 from movq_ext.ops.functional import upsample_conv
 from movq_ext.ops.thread_pool import run_in_threads
 from movq_ext.ops.winograd_upsampling import WinogradUpsampling
 
-
-@pytest.fixture(autouse=True)
-def few_channels(monkeypatch):
-    monkeypatch.setattr(winograd_upsampling, "MIN_CHANNELS", 1)
-    monkeypatch.setattr(winograd_upsampling, "MIN_PIXELS", 1)
+pytestmark = pytest.mark.usefixtures("few_channels")
 
 
 @pytest.fixture
@@ -53,7 +49,7 @@ def test_nine_products_in_threads(prepared, images, height, layout, threads):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_slices_keep_their_layout(prepared, layout):
-    """That which PyTorch's convolutions give their result."""
+    """The result has the layout that a PyTorch convolution would give it."""
     x, weight, bias = arguments(height=8, width=6)
     for part in (slice(None), (..., slice(5), slice(None)), (..., slice(1, 4)), (slice(1), ...)):
         rows = x.contiguous(memory_format=layout)[part]

@@ -47,7 +47,7 @@ def test_small_maps_are_left_to_diffusers(pixels, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_small_maps_with_nine_products_for_four_pixels(dtype, monkeypatch):
-    """They take less time than the doubled map also for fewer pixels than folded weights, in inference and exact dtypes."""
+    """In inference and exact dtypes they beat the doubled map for fewer pixels than folded weights need."""
     monkeypatch.setattr(upsampling, "MIN_FOLDED_PIXELS", 512)
     monkeypatch.setattr(upsampling, "MIN_FOLDED_PIXELS_BFLOAT16", 512)
     upsample, x = Upsample2D(MIN_CHANNELS, use_conv=True).to(dtype), torch.randn(1, MIN_CHANNELS, 8, 8).to(dtype)

@@ -352,7 +352,10 @@ def test_bias_and_residual_are_added_in_place(layout):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_1x1_convolution_is_one_product_with_its_bias(layout, batch):
-    """In NCHW too: F.linear of strided pixels multiplies row by row, and rounds before it adds the bias. One needs no copy."""
+    """In NCHW too: F.linear of strided pixels multiplies row by row, and rounds before it adds the bias.
+
+    A single image needs no copy.
+    """
     names = []
 
     class Products(TorchDispatchMode):

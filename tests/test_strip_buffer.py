@@ -1,4 +1,4 @@
-"""The float32 copy of a strip: kept for the next strip, unless a memory limit does not count it."""
+"""The float32 copy of a strip. Its memory is kept for the next strip, unless there is a memory limit."""
 
 import pytest
 import torch

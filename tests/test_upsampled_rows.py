@@ -10,7 +10,6 @@ from torch import nn
 from movq_ext.model.feature_maps import MapStore
 from movq_ext.model.strip_buffer import StripBuffer
 from movq_ext.model.upsampled_rows import WindowRows, WinogradRows, upsampled_rows
-from movq_ext.ops import winograd_upsampling
 from movq_ext.ops.winograd import WINOGRAD_BYTES
 
 HEIGHT, WIDTH = 6, 5
@@ -18,10 +17,7 @@ SPANS = [(first, last) for first in range(HEIGHT) for last in range(first + 1, H
 MEMORY = {WindowRows: 0, WinogradRows: WINOGRAD_BYTES}
 
 
-@pytest.fixture(autouse=True)
-def few_channels(monkeypatch):
-    monkeypatch.setattr(winograd_upsampling, "MIN_CHANNELS", 1)
-    monkeypatch.setattr(winograd_upsampling, "MIN_PIXELS", 1)
+pytestmark = pytest.mark.usefixtures("few_channels")
 
 
 def random_map(dtype):

@@ -23,10 +23,10 @@ from ..model.strip_norms import split_at_cells
 from ..model.strip_spans import HALO
 from ..model.working_memory import WorkingMemory, convolution_values
 from ..ops.clips import resize_frames
+from ..ops.cpu_upsampling import prepare_upsample_conv
 from ..ops.moments import Moments
 from ..ops.native import scale_by_cells
 from ..ops.thread_pool import run_in_threads
-from ..ops.upsampling import fold_upsampling, folding_pays_on_cpu
 from .clip_convolution import PADDING, CausalConvolution
 from .cogvideox import enlarge_frames, upsampled_frames
 
@@ -231,10 +231,9 @@ class ClipStrips:
         sources = upsampled_frames(module, frame_numbers).flatten().int().tolist()
         out = self._new_map(module.conv.out_channels, len(sources), 2 * x.rows.height, 2 * x.width)
         upsample: Callable[[Tensor], Tensor] = functools.partial(enlarge_frames, module.conv)
-        # On a GPU the kernels fold, and add the bias. The memory limit does not include a Winograd convolution.
-        if not module.conv.weight.is_cuda and folding_pays_on_cpu(x.rows.height * x.rows.width, x.rows.dtype):
-            folded = fold_upsampling(module.conv.weight)
-            upsample = functools.partial(F.conv_transpose2d, weight=folded, bias=module.conv.bias, stride=2, padding=1)
+        if not module.conv.weight.is_cuda:  # on a GPU the kernels fold, and add the bias
+            conv, pixels = module.conv, x.rows.height * x.rows.width
+            upsample = prepare_upsample_conv(conv.weight, conv.bias, x.rows.dtype, pixels, self.memory.winograd)
 
         def write_strip(first: int, last: int) -> Moments:
             above, below = x.rows.halo(first, last)

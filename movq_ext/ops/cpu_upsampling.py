@@ -15,21 +15,24 @@ from .winograd import WINOGRAD_BYTES
 from .winograd_upsampling import WinogradUpsampling, winograd_upsampling_is_faster
 
 
-def takes_nine_products(weight: Tensor, dtype: torch.dtype, pixels: int) -> bool:
+def takes_nine_products(weight: Tensor, dtype: torch.dtype, pixels: int, max_bytes: int = WINOGRAD_BYTES) -> bool:
     """Return True if `prepare_upsample_conv` takes `WinogradUpsampling`. Arguments are as for it."""
-    return dtype == weight.dtype and winograd_upsampling_is_faster(weight, pixels, WINOGRAD_BYTES)
+    return dtype == weight.dtype and winograd_upsampling_is_faster(weight, pixels, max_bytes)
 
 
-def prepare_upsample_conv(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, pixels: int) -> Callable[[Tensor], Tensor]:
+def prepare_upsample_conv(
+    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, pixels: int, max_bytes: int = WINOGRAD_BYTES
+) -> Callable[[Tensor], Tensor]:
     """Return ``x -> upsample_conv(x, weight, bias)`` for several maps, without gradients.
 
     Args:
         weight, bias: as for `upsample_conv`, on a CPU.
         dtype: of the convolution.
         pixels: of all maps, before upsampling.
+        max_bytes: limit for nine products, see `WinogradUpsampling`; 0 rules them out.
     """
-    if takes_nine_products(weight, dtype, pixels):
-        return functools.partial(_upsample_in_threads, WinogradUpsampling(weight, bias, WINOGRAD_BYTES, num_workers()))
+    if takes_nine_products(weight, dtype, pixels, max_bytes):
+        return functools.partial(_upsample_in_threads, WinogradUpsampling(weight, bias, max_bytes, num_workers()))
     if folding_pays_on_cpu(pixels, dtype):
         folded = fold_upsampling(weight)
         return lambda x: F.conv_transpose2d(x, folded, bias, stride=2, padding=1)

@@ -34,8 +34,7 @@ STRIP_COST = 2e7  # of a strip: about fifty operators more than for a direct con
 def winograd_is_faster(weight: Tensor, strips: Sequence[tuple[int, int]], max_bytes: int, frames: int = 1) -> bool:
     """Return True if a `WinogradConvolution` of these strips is faster than a direct one, and as exact.
 
-    Counts operations. Always False unless the weight is on a CPU in float32 or float64, outside autocast, and float32 products
-    are not rounded to fewer bits.
+    Counts operations. Always False unless `factors_serve`.
 
     Args:
         weight: ``(out, in, rows, columns)``.
@@ -44,11 +43,9 @@ def winograd_is_faster(weight: Tensor, strips: Sequence[tuple[int, int]], max_by
         frames: of a clip, computed together.
     """
     out_channels, channels, *kernel = weight.shape
-    if weight.device.type != "cpu" or kernel != [3, 3] or not computes_exactly(weight.dtype):
+    if kernel != [3, 3] or channels < MIN_CHANNELS or not factors_serve(weight, TILE.products, max_bytes):
         return False
     factors = TILE.products * out_channels * channels
-    if channels < MIN_CHANNELS or factors * weight.itemsize > max_bytes * 2 // 3:
-        return False
     tiles = frames * sum(-(-rows // TILE.rows.outputs) * -(-columns // TILE.columns.outputs) for rows, columns in strips)
     direct_cost = weight.numel() * frames * sum(rows * columns for rows, columns in strips)
     cost = tiles * _tile_cost(channels, out_channels) + STRIP_COST * len(strips)
@@ -62,7 +59,23 @@ def _tile_cost(channels: int, out_channels: int) -> float:
     return PRODUCT_COST * TILE.products * channels * out_channels + TRANSFORM_COST * values
 
 
-def computes_exactly(dtype: torch.dtype) -> bool:
+def factors_serve(weight: Tensor, products: int, max_bytes: int) -> bool:
+    """Return True if this many factors may replace each of a weight's kernels: products are exact, and memory suffices.
+
+    Always False unless the weight is on a CPU in float32 or float64, outside autocast, and float32 products are not rounded to
+    fewer bits.
+
+    Args:
+        weight: ``(out, in, ...)``.
+        products: factors of each pair of channels.
+        max_bytes: the factors may take two thirds.
+    """
+    out_channels, channels = weight.shape[:2]
+    factor_bytes = products * out_channels * channels * weight.itemsize
+    return weight.device.type == "cpu" and _computes_exactly(weight.dtype) and factor_bytes <= max_bytes * 2 // 3
+
+
+def _computes_exactly(dtype: torch.dtype) -> bool:
     """True if matrix products on a CPU are computed in this dtype, float32 or float64."""
     if dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
         return False

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .winograd import MAX_BLOCK_BYTES, MIN_BLOCK_COLUMNS, computes_exactly, weight_factors
+from .winograd import MAX_BLOCK_BYTES, MIN_BLOCK_COLUMNS, factors_serve, weight_factors
 
 MIN_CHANNELS = 128  # of the input: with fewer, a pass over the values takes as long as the products that are saved
 MIN_PIXELS = 64  # of all maps: for fewer, the factors take longer than they save
@@ -25,19 +25,14 @@ HALO = 2  # rows, and columns
 def winograd_upsampling_is_faster(weight: Tensor, pixels: int, max_bytes: int) -> bool:
     """Return True if `WinogradUpsampling` is faster than folded weights and takes at most ``max_bytes``.
 
-    Always False unless the weight is on a CPU in float32 or float64, outside autocast, and float32 products are not rounded to
-    fewer bits.
+    Always False unless `factors_serve`.
 
     Args:
         weight: ``(out, in, 3, 3)``.
         pixels: of all maps, before upsampling.
         max_bytes: the weight's factors may take two thirds.
     """
-    if weight.device.type != "cpu" or not computes_exactly(weight.dtype):
-        return False
-    out_channels, channels = weight.shape[:2]
-    factors = FACTORS * out_channels * channels
-    return channels >= MIN_CHANNELS and pixels >= MIN_PIXELS and factors * weight.itemsize <= max_bytes * 2 // 3
+    return weight.shape[1] >= MIN_CHANNELS and pixels >= MIN_PIXELS and factors_serve(weight, FACTORS, max_bytes)
 
 
 class WinogradUpsampling:
@@ -134,7 +129,8 @@ class WinogradUpsampling:
         torch.sub(value[: end - 1], value[1:end], out=by_column[1:end])
         torch.sub(value[first - pitch : end - pitch], value[first:end], out=by_row[first:end])
         torch.sub(by_column[first - pitch : end - pitch], by_column[first:end], out=by_both[first:end])
-        # The factors of each weight, [row][column]: the value, its difference from the one before, and that of the one after.
+        # By [row][column] of the weights. In each direction: a value, its difference from the previous one, and the next
+        # difference.
         factors = [
             [source[first + shift : first + shift + count] for source, shift in row]
             for row in (
